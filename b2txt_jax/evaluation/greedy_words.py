@@ -1,0 +1,60 @@
+"""Words without a language model: greedy phonemes, split at silences, looked up one by one.
+
+Each group of phonemes is looked up exactly in the CMU dictionary: this is the rate that shows what
+the language model adds. There is no search and no statistics of words: a group of phonemes that is
+nobody's pronunciation stays a placeholder, which counts as one wrong word. Among words that sound
+alike the one wins whose preferred pronunciation it is, then the shortest spelling, then the
+alphabet's order ("to" before "too" and "two").
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+
+from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID, pronunciations
+from lm_server.protocol import CLASSES
+
+# Entries such as "a.m." would be normalised away from what the reference holds.
+_SCORABLE = re.compile(r"[a-z]+(?:['-][a-z]+)*")
+
+
+@functools.cache
+def words_by_pronunciation() -> dict[tuple[str, ...], str]:
+    """ARPAbet phonemes without stress -> the word that stands for them."""
+    best: dict[tuple[str, ...], tuple[int, int, str]] = {}
+    for word, entries in pronunciations().items():
+        if not _SCORABLE.fullmatch(word):
+            continue
+        for rank, phones in enumerate(entries):
+            candidate = (rank, len(word), word)
+            if phones not in best or candidate < best[phones]:
+                best[phones] = candidate
+    return {phones: word for phones, (_, _, word) in best.items()}
+
+
+def greedy_words(ids: Iterable[int]) -> tuple[str, ...]:
+    """Decoded class ids (no blanks) -> words.
+
+    An unmatched group becomes `<HH-AH-L>`, in capitals, and so equals no scored word.
+
+    Raises:
+      ValueError: a blank or an id outside the 41 classes is among the ids.
+    """
+    lookup = words_by_pronunciation()
+    words: list[str] = []
+    group: list[str] = []
+    for value in (*ids, SILENCE_ID):  # a last word needs no silence after it
+        index = int(value)
+        if not BLANK_ID < index <= SILENCE_ID:
+            raise ValueError(
+                f"class id {index} is no phoneme and no silence; needed 1-{SILENCE_ID}: "
+                "decode greedily first"
+            )
+        if index != SILENCE_ID:
+            group.append(CLASSES[index])
+        elif group:
+            words.append(lookup.get(tuple(group), f"<{'-'.join(group)}>"))
+            group = []
+    return tuple(words)

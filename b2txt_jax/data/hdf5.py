@@ -1,0 +1,427 @@
+"""Reads recorded sessions in the published T15 layout, and checks what it reads.
+
+    ROOT/<session>/data_{train,val,test}.hdf5, each with groups trial_0000, trial_0001, ...
+      input_features  float [T, 512]  features per 20 ms bin
+      seq_class_ids   int [>= L]      phoneme classes padded with 0 (absent without labels)
+      transcription   int [>= chars]  character codes padded with 0 (absent without labels)
+      attributes n_time_steps, seq_len, sentence_label, session, block_num, trial_num
+
+What the published loader reads is read here too: any width of integer or float, text as bytes or
+str, rows after `n_time_steps`, labels padded to any length, groups and attributes that nobody asked
+for. Refused is what would train or score wrongly without a word: see `read_trial`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from b2txt_jax.data.description import DataError as DataError
+from b2txt_jax.data.description import read_description as read_description
+from b2txt_jax.phonemes import SILENCE_ID
+
+SPLITS = ("train", "val", "test")
+_TRIAL_KEY = re.compile(r"trial_(\d+)")
+_OPEN_FILES = 16
+
+
+@dataclass(frozen=True)
+class TrialRef:
+    """Where a trial is and what its attributes say; label_length is 0 without labels."""
+
+    session: str
+    key: str
+    path: Path
+    bins: int
+    label_length: int
+    block: int
+    trial: int
+
+    @property
+    def name(self) -> str:
+        """`t15.2023.08.13/trial_0007`."""
+        return f"{self.session}/{self.key}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial: features float32 [T, 512], labels int32 [L] unpadded, the sentence as text."""
+
+    ref: TrialRef
+    features: np.ndarray
+    labels: np.ndarray | None
+    sentence: str | None
+
+
+def find_sessions(root: Path | str) -> tuple[str, ...]:
+    """Names of the folders in `root` that hold a `data_*.hdf5`, sorted.
+
+    Raises:
+      DataError: `root` is not there, or holds no session.
+    """
+    root = _existing(root)
+    names = tuple(sorted({path.parent.name for path in root.glob("*/data_*.hdf5")}))
+    if not names:
+        raise DataError(
+            f"{root} holds no session; needed folders such as t15.2023.08.13 with "
+            "data_train.hdf5: point data.root at hdf5_data_final, or write sessions with `b2txt "
+            "simulate`"
+        )
+    return names
+
+
+def session_file(root: Path | str, session: str, split: str) -> Path:
+    """The path of a session's file of one split, whether it is there or not.
+
+    Raises:
+      DataError: `split` is none of train, val, test.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
+    return Path(root) / session / f"data_{split}.hdf5"
+
+
+def index_split(
+    root: Path | str,
+    sessions: Sequence[str],
+    split: str,
+    feature_count: int = 512,
+    *,
+    min_bins: int = 1,
+    labels_needed: bool | None = None,
+) -> list[TrialRef]:
+    """Lists a split's trials by session, then trial number; reads attributes and shapes only.
+
+    A session without a file of this split is passed over: the published set has such sessions.
+
+    Args:
+      min_bins: bins of 20 ms that a trial must have (the patch size of the model).
+      labels_needed: whether a trial without labels is an error; by default in train only.
+
+    Raises:
+      DataError: unknown session, no trial at all, or a trial whose shapes or attributes do not fit.
+    """
+    _existing(root)
+    needed = split == "train" if labels_needed is None else labels_needed
+    refs: list[TrialRef] = []
+    for session in sessions:
+        path = session_file(root, session, split)
+        if not path.is_file():
+            _check_session(Path(root), session)
+            continue
+        with _opened(path) as file, _readable(path):
+            refs += [
+                _reference(file[key], session, path, feature_count, min_bins, needed)
+                for key in _trial_keys(file)
+            ]
+    if not refs:
+        raise DataError(
+            f"{root} has no {split} trial in the {len(sessions)} sessions asked for; needed at "
+            f"least one session with a data_{split}.hdf5 that is not empty: check data.sessions "
+            "and the split"
+        )
+    return refs
+
+
+def read_trial(
+    ref: TrialRef,
+    file: h5py.File | None = None,
+    *,
+    feature_count: int = 512,
+    labels_needed: bool | None = None,
+) -> Trial:
+    """Reads and checks one trial; `file` is its open file where there is one.
+
+    Raises:
+      DataError: unreadable file; missing dataset or attribute; wrong shape or type; NaN or infinite
+        features; a label id outside 1..40; `seq_len` or `n_time_steps` beyond the data; no labels
+        where they are needed.
+    """
+    if file is None:
+        with _opened(ref.path) as opened:
+            return read_trial(ref, opened, feature_count=feature_count, labels_needed=labels_needed)
+    with _readable(ref.path):
+        return _read_trial(ref, file, feature_count, labels_needed)
+
+
+def _read_trial(
+    ref: TrialRef, file: h5py.File, feature_count: int, labels_needed: bool | None
+) -> Trial:
+    needed = ref.path.stem == "data_train" if labels_needed is None else labels_needed
+    if ref.key not in file:
+        raise DataError(f"{ref.path} has no {ref.key}: the file changed since it was listed")
+    group = file[ref.key]
+    # The attributes are read again: the file may not be the one that was listed.
+    ref = _reference(group, ref.session, ref.path, feature_count, 1, needed)
+    features = _read(group["input_features"], ref, slice(0, ref.bins)).astype(
+        np.float32, copy=False
+    )
+    _check_finite(features, ref)
+    labels = None
+    if "seq_class_ids" in group and "seq_len" in group.attrs:
+        labels = _read(group["seq_class_ids"], ref, slice(0, ref.label_length)).astype(np.int32)
+        _check_labels(labels, ref)
+    return Trial(ref, features, labels, _sentence(group, ref))
+
+
+class SplitReader:
+    """Reads trials and keeps the last few files open; safe to use from several threads."""
+
+    def __init__(
+        self,
+        *,
+        feature_count: int = 512,
+        labels_needed: bool | None = None,
+        open_files: int = _OPEN_FILES,
+    ) -> None:
+        self._feature_count = feature_count
+        self._labels_needed = labels_needed
+        self._open_files = open_files
+        self._files: OrderedDict[Path, h5py.File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, ref: TrialRef) -> Trial:
+        """As `read_trial`, with the same errors."""
+        with self._lock:
+            return read_trial(
+                ref,
+                self._file(ref.path),
+                feature_count=self._feature_count,
+                labels_needed=self._labels_needed,
+            )
+
+    def close(self) -> None:
+        """Closes the files; reading again opens them again."""
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
+
+    def __enter__(self) -> SplitReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _file(self, path: Path) -> h5py.File:
+        if path in self._files:
+            self._files.move_to_end(path)
+        else:
+            self._files[path] = _open(path)
+            if len(self._files) > self._open_files:
+                self._files.popitem(last=False)[1].close()
+        return self._files[path]
+
+
+def frames_needed(labels: np.ndarray) -> int:
+    """Frames that CTC needs for `labels` [L]: one each, and a blank between equal neighbours."""
+    labels = np.asarray(labels)
+    return int(len(labels) + np.count_nonzero(labels[1:] == labels[:-1]))
+
+
+def _existing(root: Path | str) -> Path:
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(
+            f"the data folder {root} is not there; needed the folder with the sessions "
+            "(hdf5_data_final): correct data.root, or write sessions with `b2txt simulate`"
+        )
+    return root
+
+
+def _check_session(root: Path, session: str) -> None:
+    """Raises DataError unless `root` has a file of some split of `session`."""
+    if any(session_file(root, session, split).is_file() for split in SPLITS):
+        return
+    names = find_sessions(root)
+    near = difflib.get_close_matches(session, names, n=3, cutoff=0.3) or list(names[:3])
+    raise DataError(
+        f"the session {session!r} has no data_train, data_val or data_test.hdf5 in {root}; "
+        f"nearest of its {len(names)} sessions: {', '.join(near)}: correct data.sessions"
+    )
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise DataError(
+            f"{path} is not there; needed an HDF5 file of recorded trials: check data.root"
+        )
+    try:
+        return h5py.File(path, "r", locking="best-effort")
+    except OSError as error:
+        raise DataError(
+            f"{path} ({path.stat().st_size} bytes) cannot be opened as HDF5 ({error}); needed a "
+            "whole HDF5 file: copy or download it again"
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    with _open(path) as file:
+        yield file
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what h5py raises on damaged contents into an error that names the file."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"{path} opens but cannot be read ({error}); needed a whole HDF5 file: copy or "
+            "download it again"
+        ) from error
+
+
+def _trial_keys(file: h5py.File) -> list[str]:
+    matches = (_TRIAL_KEY.fullmatch(key) for key in file)
+    return [m.group() for m in sorted((m for m in matches if m), key=lambda m: int(m.group(1)))]
+
+
+def _reference(
+    group: h5py.Group,
+    session: str,
+    path: Path,
+    feature_count: int,
+    min_bins: int,
+    labels_needed: bool,
+) -> TrialRef:
+    """A trial's reference, its shapes and attributes checked."""
+    where = _where(path, group.name)
+    features = _dataset(group, "input_features", where)
+    if features.ndim != 2 or features.shape[1] != feature_count:
+        raise DataError(
+            f"{where}: `input_features` is {list(features.shape)}; needed [T, {feature_count}]: "
+            "these are other features than the model's; set data.feature_count, or take the "
+            "published files"
+        )
+    if features.dtype.kind not in "fiu":
+        raise DataError(f"{where}: `input_features` is {features.dtype}; needed float32 numbers")
+    bins = _integer(group, "n_time_steps", where)
+    if not 1 <= bins <= features.shape[0]:
+        raise DataError(
+            f"{where}: `n_time_steps` is {bins}; needed 1 to {features.shape[0]}, the rows of "
+            "`input_features`: the trial was cut off; leave it out or copy the file again"
+        )
+    if bins < min_bins:
+        raise DataError(
+            f"{where}: the trial has {bins} bins; one patch needs {min_bins}: drop the trial or "
+            "lower model.patch_size"
+        )
+    return TrialRef(
+        session,
+        group.name.strip("/"),
+        path,
+        bins,
+        _label_length(group, where, labels_needed),
+        _integer(group, "block_num", where),
+        _integer(group, "trial_num", where),
+    )
+
+
+def _label_length(group: h5py.Group, where: str, needed: bool) -> int:
+    """The label's length by `seq_len`; 0 for a trial without labels."""
+    present = ("seq_class_ids" in group, "seq_len" in group.attrs)
+    if not needed and not all(present):
+        return 0
+    ids = _dataset(group, "seq_class_ids", where)
+    length = _integer(group, "seq_len", where)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise DataError(
+            f"{where}: `seq_class_ids` is {ids.dtype} {list(ids.shape)}; needed integers [L]"
+        )
+    if not 0 <= length <= ids.shape[0]:
+        raise DataError(
+            f"{where}: `seq_len` is {length}; needed 0 to {ids.shape[0]}, the length of "
+            "`seq_class_ids`: the label was cut off; leave the trial out or write its label again"
+        )
+    return length
+
+
+def _check_finite(features: np.ndarray, ref: TrialRef) -> None:
+    finite = np.isfinite(features)
+    if finite.all():
+        return
+    time, channel = (int(i) for i in np.argwhere(~finite)[0])
+    raise DataError(
+        f"{_where(ref.path, ref.key)}: `input_features` has {int((~finite).sum())} NaN or "
+        f"infinite values, the first ({features[time, channel]}) in bin {time}, feature "
+        f"{channel}; needed finite numbers: repair or leave out the trial (a z-score over a "
+        "silent channel gives NaN)"
+    )
+
+
+def _check_labels(labels: np.ndarray, ref: TrialRef) -> None:
+    wrong = np.flatnonzero((labels < 1) | (labels > SILENCE_ID))
+    if wrong.size:
+        raise DataError(
+            f"{_where(ref.path, ref.key)}: `seq_class_ids` has the id {int(labels[wrong[0]])} at "
+            f"position {int(wrong[0])} of {len(labels)}; needed 1 to {SILENCE_ID} (1-39 phonemes, "
+            f"{SILENCE_ID} silence; 0 is the blank and pads after seq_len): write the label again"
+        )
+
+
+def _sentence(group: h5py.Group, ref: TrialRef) -> str | None:
+    """The sentence by `sentence_label`, else by the character codes; None without either."""
+    text = group.attrs.get("sentence_label")
+    if text is not None:
+        text = np.asarray(text).reshape(-1)[0] if np.ndim(text) else text
+        return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    if "transcription" not in group:
+        return None
+    codes = _read(_dataset(group, "transcription", _where(ref.path, ref.key)), ref, slice(None))
+    ends = np.flatnonzero(codes == 0)
+    return "".join(chr(int(code)) for code in codes[: ends[0] if ends.size else None])
+
+
+def _dataset(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
+    found = group.get(name) if isinstance(group, h5py.Group) else None
+    if not isinstance(found, h5py.Dataset):
+        held = sorted(group) if isinstance(group, h5py.Group) else []
+        raise DataError(
+            f"{where} has no dataset `{name}`, only {held}; needed for this split: take a file "
+            "that has it"
+        )
+    return found
+
+
+def _integer(group: h5py.Group, name: str, where: str) -> int:
+    if name not in group.attrs:
+        raise DataError(
+            f"{where} has no attribute `{name}`, only {sorted(group.attrs)}; needed a whole number"
+        )
+    value: Any = group.attrs[name]
+    number = np.asarray(value).reshape(-1)
+    if number.size != 1 or number.dtype.kind not in "iuf" or number[0] != np.floor(number[0]):
+        raise DataError(f"{where}: the attribute `{name}` is {value!r}; needed one whole number")
+    return int(number[0])
+
+
+def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice) -> np.ndarray:
+    try:
+        return np.asarray(dataset[rows])
+    except (OSError, RuntimeError) as error:
+        # A damaged chunk: everything before it in the file may be whole, so the trial is named.
+        raise DataError(
+            f"{_where(ref.path, ref.key)}: `{dataset.name.rsplit('/', 1)[-1]}` cannot be read "
+            f"({error}); needed a whole HDF5 file: copy or download it again"
+        ) from error
+
+
+def _where(path: Path, key: str) -> str:
+    return f"{path} {key.strip('/')}"

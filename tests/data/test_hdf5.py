@@ -1,0 +1,351 @@
+"""The reader takes every file that the published loader takes, and names the faults of others."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from b2txt_jax.data.hdf5 import (
+    DataError,
+    SplitReader,
+    TrialRef,
+    find_sessions,
+    frames_needed,
+    index_split,
+    read_description,
+    read_trial,
+    session_file,
+)
+
+SESSION = "t15.2023.08.13"
+LABEL = [16, 3, 21, 25, 40]  # HH AH L OW |
+
+
+def write_trial(
+    file: h5py.File,
+    number: int,
+    *,
+    features: np.ndarray | None = None,
+    bins: int | None = None,
+    ids: list[int] | None = LABEL,
+    seq_len: int | None = None,
+    padded: int = 500,
+    sentence: object = "Hello.",
+    drop: tuple[str, ...] = (),
+) -> None:
+    """One trial as published, unless told otherwise; `drop` leaves datasets or attributes out."""
+    rng = np.random.default_rng(number)
+    if features is None:
+        features = rng.normal(size=(60 + number, 512)).astype(np.float32)
+    group = file.create_group(f"trial_{number:04d}")
+    if "input_features" not in drop:
+        group["input_features"] = features
+    attributes = {
+        "n_time_steps": len(features) if bins is None else bins,
+        "session": SESSION,
+        "block_num": 3,
+        "trial_num": number,
+    }
+    if ids is not None:
+        label = np.zeros(padded, np.int32)
+        label[: len(ids)] = ids
+        codes = np.zeros(500, np.int32)
+        codes[:6] = [ord(letter) for letter in "Hello."]
+        group["seq_class_ids"], group["transcription"] = label, codes
+        attributes["seq_len"] = len(ids) if seq_len is None else seq_len
+        attributes["sentence_label"] = sentence
+    for name, value in attributes.items():
+        if name not in drop and value is not None:
+            group.attrs[name] = value
+    for name in ("seq_class_ids", "transcription"):
+        if name in drop:
+            del group[name]
+
+
+def write_session(
+    root: Path, split: str = "train", session: str = SESSION, **trial: object
+) -> Path:
+    """A session's file with two whole trials and, between them, one made by `trial`."""
+    path = root / session / f"data_{split}.hdf5"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        write_trial(file, 0, ids=None if split == "test" else LABEL)
+        write_trial(file, 1, **trial)  # type: ignore[arg-type]
+        write_trial(file, 2, ids=None if split == "test" else LABEL)
+    return path
+
+
+def read_all(root: Path, split: str = "train", **options: object) -> list:
+    refs = index_split(root, [SESSION], split, **options)  # type: ignore[arg-type]
+    return [read_trial(ref) for ref in refs]
+
+
+def test_what_was_written_is_what_is_read(tmp_path: Path) -> None:
+    path = write_session(tmp_path)
+    first, second, third = read_all(tmp_path)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(second.features, file["trial_0001/input_features"][:])
+    assert second.ref == TrialRef(SESSION, "trial_0001", path, 61, 5, 3, 1)
+    assert second.ref.name == "t15.2023.08.13/trial_0001"
+    assert second.labels.tolist() == LABEL
+    assert second.labels.dtype == np.int32
+    assert second.features.dtype == np.float32
+    assert (first.sentence, third.ref.bins) == ("Hello.", 62)
+
+
+def test_test_files_have_no_labels(tmp_path: Path) -> None:
+    write_session(tmp_path, "test", ids=None)
+    trials = read_all(tmp_path, "test")
+    assert [(t.labels, t.sentence, t.ref.label_length) for t in trials] == [(None, None, 0)] * 3
+
+
+def test_val_without_labels_is_refused_only_where_labels_are_needed(tmp_path: Path) -> None:
+    write_session(tmp_path, "val", ids=None)
+    assert read_all(tmp_path, "val")[1].labels is None
+    with pytest.raises(DataError, match=r"data_val.hdf5 trial_0001 has no dataset `seq_class_ids`"):
+        index_split(tmp_path, [SESSION], "val", labels_needed=True)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float64", "int16"])
+def test_any_number_type_is_read_as_float32(tmp_path: Path, kind: str) -> None:
+    features = np.arange(20 * 512).reshape(20, 512) % 7
+    write_session(tmp_path, features=features.astype(kind))
+    np.testing.assert_array_equal(read_all(tmp_path)[1].features, features.astype(np.float32))
+
+
+@pytest.mark.parametrize("text", [b"Caf\xc3\xa9.", np.bytes_(b"Caf\xc3\xa9."), "Café."])
+def test_sentences_may_be_bytes_or_text(tmp_path: Path, text: object) -> None:
+    write_session(tmp_path, sentence=text)
+    assert read_all(tmp_path)[1].sentence == "Café."
+
+
+def test_the_character_codes_stand_in_for_a_missing_sentence(tmp_path: Path) -> None:
+    write_session(tmp_path, drop=("sentence_label",))
+    assert read_all(tmp_path)[1].sentence == "Hello."
+
+
+def test_neither_sentence_nor_codes_is_no_error(tmp_path: Path) -> None:
+    write_session(tmp_path, drop=("sentence_label", "transcription", "session"))
+    trial = read_all(tmp_path)[1]
+    assert trial.sentence is None
+    assert trial.labels.tolist() == LABEL
+
+
+def test_rows_after_n_time_steps_are_padding(tmp_path: Path) -> None:
+    features = np.full((50, 512), np.nan, np.float32)
+    features[:30] = 1
+    write_session(tmp_path, features=features, bins=30)
+    assert read_all(tmp_path)[1].features.shape == (30, 512)
+
+
+@pytest.mark.parametrize("padded", [5, 80, 1000])
+def test_labels_may_be_padded_to_any_length(tmp_path: Path, padded: int) -> None:
+    write_session(tmp_path, padded=padded)
+    assert read_all(tmp_path)[1].labels.tolist() == LABEL
+
+
+def test_attributes_may_have_any_integer_width_and_extras_are_ignored(tmp_path: Path) -> None:
+    path = write_session(tmp_path)
+    with h5py.File(path, "a") as file:
+        group = file["trial_0001"]
+        group.attrs["n_time_steps"] = np.uint8(61)
+        group.attrs["seq_len"] = np.array([5], np.int64)
+        group.attrs["block_num"] = 7.0
+        group.attrs["temperature"] = "36.6"
+        group["emg"] = np.zeros(4)
+        file.create_group("notes")
+    trial = read_all(tmp_path)[1]
+    assert (trial.ref.bins, trial.ref.label_length, trial.ref.block) == (61, 5, 7)
+
+
+def test_trials_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    path = session_file(tmp_path, SESSION, "train")
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        for number in (10_000, 3, 9_999):
+            write_trial(file, number, features=np.ones((20, 512), np.float32))
+    keys = [ref.key for ref in index_split(tmp_path, [SESSION], "train")]
+    assert keys == ["trial_0003", "trial_9999", "trial_10000"]
+
+
+def test_sessions_without_the_split_are_passed_over_in_the_given_order(tmp_path: Path) -> None:
+    later, train_only = "t15.2023.08.18", "t15.2023.08.11"
+    for session in (SESSION, later):
+        write_session(tmp_path, "val", session)
+    write_session(tmp_path, "train", train_only)
+    refs = index_split(tmp_path, [later, train_only, SESSION], "val")
+    assert [ref.session for ref in refs] == [later] * 3 + [SESSION] * 3
+    assert find_sessions(tmp_path) == (train_only, SESSION, later)
+
+
+def test_a_split_without_any_trial_is_refused(tmp_path: Path) -> None:
+    write_session(tmp_path)
+    with pytest.raises(DataError, match="no val trial in the 1 sessions"):
+        index_split(tmp_path, [SESSION], "val")
+
+
+def test_an_unknown_session_names_its_nearest(tmp_path: Path) -> None:
+    write_session(tmp_path)
+    write_session(tmp_path, session="t15.2025.03.30")
+    with pytest.raises(DataError, match=r"'t15.2023.08.31' has no data_train.*: t15.2023.08.13"):
+        index_split(tmp_path, [SESSION, "t15.2023.08.31"], "train")
+
+
+def test_a_missing_folder_and_an_empty_one_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere is not there.*b2txt simulate"):
+        find_sessions(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="nowhere is not there"):
+        index_split(tmp_path / "nowhere", [SESSION], "train")
+    with pytest.raises(DataError, match="holds no session"):
+        find_sessions(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    ref = TrialRef(SESSION, "trial_0000", tmp_path / "gone.hdf5", 60, 5, 1, 0)
+    with pytest.raises(DataError, match=r"gone.hdf5 is not there"):
+        read_trial(ref)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5_000, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
+    path = write_session(tmp_path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"data_train.hdf5 \(\d+ bytes\) cannot be opened as HDF5"):
+        index_split(tmp_path, [SESSION], "train")
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    write_session(tmp_path).write_text("id,text\n" * 1000)
+    with pytest.raises(DataError, match="cannot be opened as HDF5"):
+        index_split(tmp_path, [SESSION], "train")
+
+
+def test_damage_inside_a_file_is_named_whatever_it_hits(tmp_path: Path) -> None:
+    path = write_session(tmp_path)
+    whole = path.read_bytes()
+    noise = np.random.default_rng(0)
+    refused = read = 0
+    starts = range(0, len(whole), len(whole) // 60)
+    for start in starts:
+        damaged = bytearray(whole)
+        damaged[start : start + 200] = noise.bytes(len(damaged[start : start + 200]))
+        path.write_bytes(bytes(damaged))
+        try:
+            read_all(tmp_path)
+        except DataError as error:
+            refused += "data_train.hdf5" in str(error)
+        else:
+            read += 1
+    assert (refused > 0, refused + read) == (True, len(starts))
+
+
+@pytest.mark.parametrize(
+    ("trial", "message"),
+    [
+        ({"drop": ("input_features",)}, "has no dataset `input_features`"),
+        ({"drop": ("seq_class_ids",)}, "has no dataset `seq_class_ids`"),
+        ({"drop": ("n_time_steps",)}, "has no attribute `n_time_steps`"),
+        ({"drop": ("seq_len",)}, "has no attribute `seq_len`"),
+        ({"drop": ("block_num",)}, "has no attribute `block_num`"),
+        ({"features": np.ones((30, 500), np.float32)}, r"is \[30, 500\]; needed \[T, 512\]"),
+        ({"features": np.ones(512, np.float32)}, r"is \[512\]; needed \[T, 512\]"),
+        ({"features": np.full((30, 512), b"1.5", "S3")}, r"\|S3; needed float32 numbers"),
+        ({"features": np.ones((30, 512), bool)}, "is bool; needed float32 numbers"),
+        ({"bins": 62}, "`n_time_steps` is 62; needed 1 to 61"),
+        ({"bins": 0}, "`n_time_steps` is 0; needed 1 to 61"),
+        ({"bins": -5}, "`n_time_steps` is -5"),
+        ({"bins": 30.5}, "`n_time_steps` is .*30.5.*; needed one whole number"),
+        ({"bins": "many"}, "`n_time_steps` is 'many'; needed one whole number"),
+        ({"seq_len": 501}, "`seq_len` is 501; needed 0 to 500"),
+        ({"seq_len": -1}, "`seq_len` is -1"),
+        ({"ids": [16, 3, 41, 40]}, "id 41 at position 2 of 4; needed 1 to 40"),
+        ({"ids": [-1, 3]}, "id -1 at position 0 of 2"),
+        ({"seq_len": 6}, "id 0 at position 5 of 6"),
+    ],
+)
+def test_each_fault_names_file_trial_field_found_and_needed(
+    tmp_path: Path, trial: dict, message: str
+) -> None:
+    path = write_session(tmp_path, **trial)
+    with pytest.raises(DataError, match=message) as caught:
+        read_all(tmp_path)
+    assert str(path) in str(caught.value)
+    assert "trial_0001" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_counted_and_placed(tmp_path: Path, value: float) -> None:
+    features = np.ones((30, 512), np.float32)
+    features[12, 77] = features[20, 3] = value
+    write_session(tmp_path, features=features)
+    refs = index_split(tmp_path, [SESSION], "train")
+    with pytest.raises(DataError, match=r"trial_0001.*2 NaN or infinite.*bin 12, feature 77"):
+        read_trial(refs[1])
+
+
+def test_a_trial_shorter_than_a_patch_is_refused_where_a_patch_is_needed(tmp_path: Path) -> None:
+    write_session(tmp_path, features=np.ones((9, 512), np.float32))
+    assert read_all(tmp_path)[1].ref.bins == 9
+    with pytest.raises(DataError, match=r"trial_0001.*9 bins; one patch needs 14"):
+        index_split(tmp_path, [SESSION], "train", min_bins=14)
+
+
+def test_other_feature_counts_are_read_when_asked_for(tmp_path: Path) -> None:
+    path = session_file(tmp_path, SESSION, "train")
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        write_trial(file, 0, features=np.ones((20, 256), np.float32))
+    (ref,) = index_split(tmp_path, [SESSION], "train", 256)
+    assert read_trial(ref, feature_count=256).features.shape == (20, 256)
+
+
+def test_a_reader_with_one_open_file_reads_what_single_reads_give(tmp_path: Path) -> None:
+    sessions = [SESSION, "t15.2023.08.18", "t15.2023.08.20"]
+    for session in sessions:
+        write_session(tmp_path, session=session)
+    refs = index_split(tmp_path, sessions, "train")
+    order = np.random.default_rng(0).integers(0, len(refs), 60)
+    with SplitReader(open_files=1) as reader, ThreadPoolExecutor(4) as pool:
+        trials = list(pool.map(lambda i: reader.read(refs[i]), order))
+    for i, trial in zip(order, trials, strict=True):
+        assert trial.ref == refs[i]
+        np.testing.assert_array_equal(trial.features, read_trial(refs[i]).features)
+
+
+@pytest.mark.parametrize(
+    ("labels", "frames"), [([], 0), ([5], 1), ([5, 5], 3), ([5, 6, 5], 3), ([4, 4, 4, 40, 40], 8)]
+)
+def test_frames_needed_counts_a_blank_between_equal_labels(labels: list[int], frames: int) -> None:
+    assert frames_needed(np.array(labels, np.int32)) == frames
+
+
+PUBLISHED_TABLE = (
+    "Date,Post-implant day,Block number,Number of sentences,Corpus,Split\r\n"
+    "2023-08-11,25,2,20,50-Word,Train\r\n"
+    "2023-08-13,27,8,40,Switchboard,Val/Test"
+)
+
+
+@pytest.mark.parametrize("folder", [".", "hdf5_data_final"])
+def test_the_published_table_is_found_beside_or_above_the_sessions(
+    tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "hdf5_data_final").mkdir()
+    (tmp_path / "t15_copyTaskData_description.csv").write_bytes(PUBLISHED_TABLE.encode())
+    corpora = read_description(tmp_path / folder)
+    assert corpora == {("2023-08-11", 2): "50-Word", ("2023-08-13", 8): "Switchboard"}
+
+
+def test_no_table_is_no_error_but_a_wrong_one_is(tmp_path: Path) -> None:
+    assert read_description(tmp_path) == {}
+    table = tmp_path / "t15_copyTaskData_description.csv"
+    table.write_text("Date,Corpus\n2023-08-11,50-Word\n")
+    with pytest.raises(DataError, match=r"needed also .'Block number'."):
+        read_description(tmp_path)
+    table.write_text(PUBLISHED_TABLE.replace(",2,20", ",two,20"))
+    with pytest.raises(DataError, match=r"line 2: block number 'two'"):
+        read_description(tmp_path)

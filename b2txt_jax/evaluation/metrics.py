@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -14,6 +14,7 @@ from b2txt_jax.phonemes import BLANK_ID
 from lm_server.protocol import check_logits
 
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class ErrorRate:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A stretch of an alignment: `decoded` words found for `reference` words; equal when `same`."""
+class Difference(Generic[Item]):
+    """A stretch of an alignment: `decoded` items found for `reference` items; equal when `same`."""
 
     same: bool
-    reference: tuple[str, ...]
-    decoded: tuple[str, ...]
+    reference: tuple[Item, ...]
+    decoded: tuple[Item, ...]
 
 
 def edit_distance(reference: Sequence[Hashable], decoded: Sequence[Hashable]) -> int:
@@ -57,7 +58,7 @@ def edit_distance(reference: Sequence[Hashable], decoded: Sequence[Hashable]) ->
     return Levenshtein.distance(*_numbered(reference, decoded))
 
 
-def differences(reference: Sequence[str], decoded: Sequence[str]) -> list[Difference]:
+def differences(reference: Sequence[Item], decoded: Sequence[Item]) -> list[Difference[Item]]:
     """A best alignment as stretches that agree or differ; joined they give both inputs."""
     stretches = []
     for op in Levenshtein.opcodes(*_numbered(reference, decoded)):

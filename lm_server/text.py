@@ -1,0 +1,165 @@
+"""Text as the language model sees it: lower-case words of a-z, apostrophe and (inside known words) hyphen.
+
+A hyphenated word stays whole when the lexicon has it and is split otherwise; sentences with digits or with letters
+that are not Latin are dropped and counted, because their spoken form is unknown.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00b4": "'", "`": "'"})
+_DASHES = re.compile(r"--+|[\u2013\u2014\u2015]")
+_HYPHENS = str.maketrans({"\u2010": "-", "\u2011": "-", "\u00ad": None})
+_DIGIT = re.compile(r"[0-9]")
+_NOT_WORD = re.compile(r"[^a-z'\- ]+")
+_SENTENCE_END = re.compile(r"([.!?]+)[\"')\]\u201d\u2019]*\s+(?=[\"'(\[\u201c\u2018]*[A-Z])")
+_ABBREVIATIONS = frozenset(
+    "mr mrs ms dr prof st jr sr vs etc gen col capt lt sgt rev hon gov sen rep no vol fig inc ltd co e.g i.e".split()
+)
+
+
+class TextError(ValueError):
+    """Text that cannot be used; says what was found, what was needed and what to do."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of a text's sentences."""
+
+    sentences: int = 0
+    words: int = 0
+    dropped_digits: int = 0
+    dropped_letters: int = 0
+    """Sentences with letters outside the Latin alphabet."""
+    empty: int = 0
+    """Lines without a word."""
+
+    def __add__(self, other: Counts) -> Counts:
+        mine, theirs = vars(self), vars(other)
+        return Counts(**{name: mine[name] + theirs[name] for name in mine})
+
+
+def split_sentences(line: str) -> list[str]:
+    """Cuts a line at full stops, question and exclamation marks before a capital letter.
+
+    Abbreviations such as "Mr." and initials such as "J." do not end a sentence; a line break always does.
+    """
+    sentences, start = [], 0
+    for match in _SENTENCE_END.finditer(line):
+        words_before = line[start : match.start()].split()
+        last = words_before[-1].lstrip("\"'([\u201c\u2018").lower() if words_before else ""
+        if match.group(1) == "." and (last in _ABBREVIATIONS or re.fullmatch(r"[a-z]", last)):
+            if last != "i":
+                continue
+        sentences.append(line[start : match.end()].strip())
+        start = match.end()
+    rest = line[start:].strip()
+    return [*sentences, rest] if rest else sentences
+
+
+def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str, ...] | str:
+    """A sentence -> its words, or the name of the `Counts` field that says why it is dropped.
+
+    Args:
+      sentence: any text; case, accents and punctuation are removed.
+      known: words that keep their hyphens and their outer apostrophes ("x-ray", "'em", "boys'").
+    """
+    if sentence.isascii():
+        folded = sentence.replace("`", "'").lower()
+        if _DIGIT.search(folded):
+            return "dropped_digits"
+    else:
+        folded = sentence.translate(_APOSTROPHES).translate(_HYPHENS)
+        # NFKD turns accented letters into letter and mark, but also "½" and "²" into digits, as needed here.
+        folded = "".join(c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c))
+        folded = folded.casefold()
+        if any(c.isnumeric() for c in folded):
+            return "dropped_digits"
+        if any(c.isalpha() and not "a" <= c <= "z" for c in folded):
+            return "dropped_letters"
+    words: list[str] = []
+    for token in _NOT_WORD.sub(" ", _DASHES.sub(" ", folded)).split():
+        if token in known:
+            words.append(token)
+        else:
+            words += _words_of_token(token, known)
+    return tuple(words) if words else "empty"
+
+
+def _words_of_token(token: str, known: Collection[str]) -> list[str]:
+    bare = token.strip("'-")
+    for candidate in (token.strip("-"), token.lstrip("'-"), token.rstrip("'-"), bare):
+        if candidate in known:
+            return [candidate]
+    if "-" in bare:
+        return [word for part in bare.split("-") for word in _words_of_token(part, known)]
+    return [bare] if bare else []
+
+
+def read_words(
+    paths: Iterable[Path],
+    known: Collection[str] = frozenset(),
+    progress: Callable[[int], None] = lambda size: None,
+) -> Iterator[tuple[tuple[str, ...] | None, Counts]]:
+    """Reads text files (.txt, .gz, .xz; UTF-8; one or more sentences per line).
+
+    Args:
+      paths: the files, read in this order.
+      known: see `normalise`.
+      progress: called with the number of bytes of each file that were read since its last call (compressed size).
+
+    Yields:
+      (words of one sentence or None when it was dropped, what to add to the counts).
+
+    Raises:
+      TextError: a file is missing, is not UTF-8, or is a damaged archive.
+    """
+    for path in paths:
+        done = 0
+        with open_text(path) as (lines, position):
+            try:
+                for number, line in enumerate(lines):
+                    for sentence in split_sentences(line):
+                        words = normalise(sentence, known)
+                        if isinstance(words, str):
+                            yield None, Counts(**{words: 1})
+                        else:
+                            yield words, Counts(sentences=1, words=len(words))
+                    if number % 1024 == 0:
+                        progress(position() - done)
+                        done = position()
+            except UnicodeDecodeError as error:
+                raise TextError(f"{path} is not UTF-8 text ({error}): convert it, for example with iconv") from error
+            except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+                raise TextError(f"{path} is a damaged archive ({error}): fetch or pack it again") from error
+            progress(position() - done)
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[tuple[io.TextIOBase, Callable[[], int]]]:
+    """Opens plain, gzip or xz text by its suffix; gives the lines and a function for the bytes read of the file.
+
+    Raises:
+      TextError: there is no such file.
+    """
+    if not path.is_file():
+        raise TextError(f"there is no text file {path}; needed .txt, .gz or .xz: check the path")
+    with path.open("rb") as raw:
+        opened: io.BufferedIOBase
+        if path.suffix == ".gz":
+            opened = gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".xz":
+            opened = lzma.LZMAFile(raw)
+        else:
+            opened = raw
+        with io.TextIOWrapper(opened, encoding="utf-8") as text:
+            yield text, raw.tell

@@ -1,0 +1,77 @@
+"""The `b2txt` command: parses arguments and hands over to the topic's module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from b2txt_jax import __version__
+
+# name -> (module with add_arguments and run, help, whether --config.key=value is understood)
+COMMANDS: dict[str, tuple[str, str, bool]] = {
+    "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", False),
+    "simulate": ("b2txt_jax.data.simulate", "write simulated sessions in the T15 layout", False),
+    "train": ("b2txt_jax.training.loop", "train a decoder, or go on with a run", True),
+    "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
+    "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; imports the subcommands' modules."""
+    parser = argparse.ArgumentParser(prog="b2txt", description="Brain-to-text decoding in JAX.")
+    parser.add_argument("--version", action="version", version=f"b2txt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module_name, text, _) in COMMANDS.items():
+        module = importlib.import_module(module_name)
+        command = commands.add_parser(name, help=text, description=(module.__doc__ or text))
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; errors that a user can mend are printed without a traceback, exit status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    args = parser.parse_args([argument for argument in arguments if argument not in overrides])
+    if overrides and not COMMANDS[args.command][2]:
+        parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
+    args.overrides = overrides
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except _user_errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from b2txt_jax.config import ConfigError
+    from b2txt_jax.data.hdf5 import DataError
+    from b2txt_jax.data.plan import PlanError
+    from b2txt_jax.inference.lm_client import LanguageModelError
+    from b2txt_jax.training.checkpoint import CheckpointError
+    from b2txt_jax.training.loop import TrainingError
+    from lm_server.protocol import ProtocolError
+
+    return (
+        ConfigError,
+        DataError,
+        PlanError,
+        LanguageModelError,
+        CheckpointError,
+        TrainingError,
+        ProtocolError,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""Configuration: a Python file with `get_config()`, read once, checked, and frozen into dataclasses.
+
+`configs/nejm_baseline.py` lists every key with its unit; other files change some of them. Keys are overridden on the
+command line as `--config.section.key=value`. Nothing but this module touches a `ConfigDict`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; its text names the key, what was found and what is needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the trials are and how batches are drawn from them."""
+
+    root: str
+    """Folder that holds one folder per session (the published `hdf5_data_final`)."""
+    sessions: tuple[str, ...]
+    """Sessions in the order of the day index; empty: every session found, sorted by name."""
+    feature_count: int
+    days_per_batch: int
+    trials_per_day: int
+    buckets: tuple[tuple[int, int], ...]
+    """(bins, labels) shapes, ascending: a batch is padded to the first that holds all its trials."""
+    eval_batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SignalConfig:
+    """Augmentation (training only) and smoothing; standard deviations in z-score units."""
+
+    static_gain_std: float
+    white_noise_std: float
+    constant_offset_std: float
+    random_walk_std: float
+    random_cut: int
+    """One cut of 0 .. random_cut - 1 bins from the start, the same for the whole batch."""
+    smooth_std: float
+    """Standard deviation of the Gaussian kernel, bins; 0 turns smoothing off."""
+    smooth_size: int
+    """Window of the kernel before small taps are dropped, bins."""
+    eval_padding: str
+    """'same' (as in training) or 'valid' (as the published evaluation script)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The baseline GRU decoder."""
+
+    day_layer: bool
+    """True: one input layer per day; False: one input layer that all days share."""
+    units: int
+    layers: int
+    patch_size: int
+    """Bins in a patch; 0: no patches, one frame per bin."""
+    patch_stride: int
+    input_dropout: float
+    rnn_dropout: float
+    classes: int
+    dtype: str
+    """Of matrix products in the forward pass: 'float32', 'bfloat16', or 'auto' (bfloat16 off the CPU)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay; the day layers have their own settings. Times in steps."""
+
+    learning_rate: float
+    learning_rate_min: float
+    decay_steps: int
+    warmup_steps: int
+    day_learning_rate: float
+    day_learning_rate_min: float
+    day_decay_steps: int
+    day_warmup_steps: int
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    day_weight_decay: float
+    clip_norm: float
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run and how often things happen, in steps."""
+
+    seed: int
+    steps: int
+    log_every: int
+    validate_every: int
+    save_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    data: DataConfig
+    signal: SignalConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+
+def read_config_file(path: str | Path) -> ConfigDict:
+    """Runs `get_config()` of a configuration file; for files that start from another one.
+
+    Raises:
+      ConfigError: no such file, or it has no `get_config()`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"configuration file {path} does not exist; give a file such as configs/demo.py"
+        )
+    spec = importlib.util.spec_from_file_location(f"b2txt_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"configuration file {path} is not a Python file (*.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"configuration file {path} has no get_config() that returns a ConfigDict")
+    config: ConfigDict = module.get_config()
+    return config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration file and applies overrides such as `--config.model.units=512`.
+
+    Raises:
+      ConfigError: the file cannot be used, a key is unknown, or a value does not fit.
+    """
+    config = read_config_file(path)
+    for override in overrides:
+        _apply(config, override)
+    return freeze(config.to_dict())
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A frozen configuration with overrides such as `--config.data.root=DIR` applied.
+
+    Raises:
+      ConfigError: a key is unknown, or a value does not fit.
+    """
+    changed = ConfigDict(dataclasses.asdict(config))
+    for override in overrides:
+        _apply(changed, override)
+    return freeze(changed.to_dict())
+
+
+def _apply(config: ConfigDict, override: str) -> None:
+    from absl import flags
+    from ml_collections import config_flags
+
+    key, separator, _ = override.partition("=")
+    key = key.removeprefix("--config.")
+    if not separator or not override.startswith("--config."):
+        raise ConfigError(f"argument {override!r} is not understood; needed --config.section.key=value")
+    _require_known(key, config)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=["b2txt", override]
+    )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            values(["b2txt", override])
+    except (flags.Error, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{override!r} does not fit the key's type: {error}") from error
+
+
+def _require_known(key: str, config: ConfigDict) -> None:
+    known = [f"{section}.{name}" for section in config for name in config[section]]
+    if key in known:
+        return
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known keys: {', '.join(known)}"
+    raise ConfigError(f"unknown configuration key {key!r}; {hint}")
+
+
+def freeze(values: Mapping[str, Any]) -> Config:
+    """Nested mapping (from a ConfigDict or config.json) -> checked, frozen Config.
+
+    Raises:
+      ConfigError: a key is missing, unknown, of another type, or a value is out of range.
+    """
+    config: Config = _freeze(Config, values, "")
+    _check(config)
+    return config
+
+
+def _freeze(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    missing = sorted(set(hints) - set(values))
+    unknown = sorted(set(values) - set(hints))
+    if missing or unknown:
+        raise ConfigError(
+            f"configuration section {where or 'top level'!r}: missing keys {missing}, unknown keys "
+            f"{unknown}; start from configs/nejm_baseline.py, which lists every key"
+        )
+    fields = {}
+    for name, hint in hints.items():
+        key, value = f"{where}{name}", values[name]
+        if dataclasses.is_dataclass(hint):
+            fields[name] = _freeze(typing.cast(type, hint), value, f"{key}.")
+        elif typing.get_origin(hint) is tuple:
+            fields[name] = _to_tuple(value, key)
+        elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+            fields[name] = float(value)
+        elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            fields[name] = value
+        else:
+            raise ConfigError(f"configuration key {key} is {value!r}; needed a {hint.__name__}")
+    return kind(**fields)
+
+
+def _to_tuple(value: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"configuration key {key} is {value!r}; needed a tuple")
+    return tuple(_to_tuple(item, key) if isinstance(item, list | tuple) else item for item in value)
+
+
+def _check(config: Config) -> None:
+    data, signal, model, train = config.data, config.signal, config.model, config.train
+    positive = {
+        "data.feature_count": data.feature_count,
+        "data.days_per_batch": data.days_per_batch,
+        "data.trials_per_day": data.trials_per_day,
+        "data.eval_batch_size": data.eval_batch_size,
+        "signal.random_cut": signal.random_cut,
+        "model.units": model.units,
+        "model.layers": model.layers,
+        "model.patch_stride": model.patch_stride,
+        "train.steps": train.steps,
+        "train.log_every": train.log_every,
+        "train.validate_every": train.validate_every,
+        "train.save_every": train.save_every,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"configuration key {key} is {value}; needed at least 1")
+    for key, rate in (("input_dropout", model.input_dropout), ("rnn_dropout", model.rnn_dropout)):
+        if not 0 <= rate < 1:
+            raise ConfigError(f"configuration key model.{key} is {rate}; needed 0 <= rate < 1")
+    _check_choice("signal.eval_padding", signal.eval_padding, ("same", "valid"))
+    _check_choice("model.dtype", model.dtype, ("auto", "float32", "bfloat16"))
+    shapes = [
+        bucket for bucket in data.buckets if isinstance(bucket, tuple) and len(bucket) == 2
+    ]
+    if not shapes or len(shapes) != len(data.buckets) or shapes != sorted(shapes):
+        raise ConfigError(
+            f"configuration key data.buckets is {data.buckets}; needed ascending (bins, labels) pairs"
+        )
+
+
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"configuration key {key} is {value!r}; needed one of {', '.join(choices)}")
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Writes a Config as JSON, so that a run's folder says how it was made."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def read_written_config(path: Path) -> Config:
+    """Reads what `write_config` wrote.
+
+    Raises:
+      ConfigError: the file is missing or broken.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: {path.parent} is not a run's folder; train first")
+    try:
+        return freeze(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); restore it or train anew") from error
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys `section.key` whose values differ, with both values."""
+    found = {}
+    for section in dataclasses.fields(Config):
+        before, after = getattr(old, section.name), getattr(new, section.name)
+        for field in dataclasses.fields(before):
+            pair = getattr(before, field.name), getattr(after, field.name)
+            if pair[0] != pair[1]:
+                found[f"{section.name}.{field.name}"] = pair
+    return found

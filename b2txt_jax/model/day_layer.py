@@ -1,0 +1,22 @@
+"""The day layer: one linear map per recording day brings its features to a common space."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def day_layer(
+    x: jax.Array, day: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """softsign(x @ weight[day] + bias[day]): x [B, T, D], day [B], weight [days, D, D], bias [days, D] -> [B, T, D].
+
+    The product runs in `dtype` with float32 sums; the result has `dtype`.
+    """
+    mixed = jnp.einsum(
+        "btd,bdk->btk",
+        x.astype(dtype),
+        weight[day].astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return jax.nn.soft_sign(mixed + bias[day][:, None, :]).astype(dtype)

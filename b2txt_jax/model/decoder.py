@@ -1,0 +1,174 @@
+"""The NEJM baseline decoder: day layer, patches, GRU stack, head. Modules hold parameters; the maths is elsewhere.
+
+Parameters have PyTorch's names and shapes within each part, so that weights cross without transposing:
+`day.weight [days, D, D]`, `day.bias [days, D]`, `gru.weight_ih_lK [3H, I]`, `gru.weight_hh_lK [3H, H]`,
+`gru.bias_ih_lK [3H]`, `gru.bias_hh_lK [3H]`, `head.weight [C, H]`, `head.bias [C]`, `h0 [1, 1, H]`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from b2txt_jax.config import ModelConfig
+from b2txt_jax.model.day_layer import day_layer
+from b2txt_jax.model.gru import gru_recurrence
+from b2txt_jax.model.patches import project_patches
+
+Params = dict[str, Any]
+"""Nested dict of float32 arrays; the pure form of the model's state."""
+
+_xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
+_orthogonal = jax.nn.initializers.orthogonal()
+
+
+def compute_dtype(model: ModelConfig) -> jnp.dtype:
+    """The dtype of matrix products; 'auto' is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is slow."""
+    name = model.dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _uniform(key: jax.Array, size: int, fan_in: int) -> jax.Array:
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, (size,), jnp.float32, -bound, bound)
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes values with probability `rate` and scales the others; the identity without a key."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+class DayLayer(nnx.Module):
+    """Input layers, the identity at first: one per day, or one that all days share."""
+
+    def __init__(self, days: int, features: int):
+        self.weight = nnx.Param(jnp.tile(jnp.eye(features), (days, 1, 1)))
+        self.bias = nnx.Param(jnp.zeros((days, features)))
+
+    def __call__(self, x: jax.Array, day: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """x [B, T, D], day [B] -> [B, T, D]."""
+        weight = self.weight[...]
+        day = day if weight.shape[0] > 1 else jnp.zeros_like(day)
+        return day_layer(x, day, weight, self.bias[...], dtype)
+
+
+class GRUStack(nnx.Module):
+    """GRU layers over patches; the first projection and the patches are one strided convolution."""
+
+    def __init__(self, model: ModelConfig, features: int, key: jax.Array):
+        self.model = model
+        units = model.units
+        width = features * max(model.patch_size, 1)
+        for layer in range(model.layers):
+            keys = jax.random.split(jax.random.fold_in(key, layer), 4)
+            inputs = width if layer == 0 else units
+            parameters = {
+                "weight_ih": _xavier(keys[0], (3 * units, inputs), jnp.float32),
+                "weight_hh": _orthogonal(keys[1], (3 * units, units), jnp.float32),
+                "bias_ih": _uniform(keys[2], 3 * units, units),
+                "bias_hh": _uniform(keys[3], 3 * units, units),
+            }
+            for name, value in parameters.items():
+                setattr(self, f"{name}_l{layer}", nnx.Param(value))
+
+    def __call__(
+        self, x: jax.Array, h0: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """x [B, T, D], h0 [1, 1, H] -> states of the last layer, [B, P, H]."""
+        first = jnp.broadcast_to(h0[0], (x.shape[0], self.model.units))
+        for layer in range(self.model.layers):
+            weight_ih, weight_hh, bias_ih, bias_hh = (
+                getattr(self, f"{name}_l{layer}")[...]
+                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            )
+            if layer == 0:
+                size, stride = max(self.model.patch_size, 1), self.model.patch_stride
+                stride = stride if self.model.patch_size else 1
+                projected = project_patches(x, weight_ih, size, stride).swapaxes(0, 1)
+            else:
+                if dropout_key is not None:
+                    x = _dropout(x, self.model.rnn_dropout, jax.random.fold_in(dropout_key, layer))
+                projected = jnp.matmul(
+                    x, weight_ih.T.astype(dtype), preferred_element_type=jnp.float32
+                )
+            # x is time-major [P, B, .] from here on: the recurrence slices frames.
+            x = gru_recurrence((projected + bias_ih).astype(dtype), first, weight_hh, bias_hh, dtype)
+        return x.swapaxes(0, 1)
+
+
+class Head(nnx.Module):
+    """Linear map to the classes."""
+
+    def __init__(self, units: int, classes: int, key: jax.Array):
+        weight_key, bias_key = jax.random.split(key)
+        self.weight = nnx.Param(_xavier(weight_key, (classes, units), jnp.float32))
+        self.bias = nnx.Param(_uniform(bias_key, classes, units))
+
+    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """[B, P, H] -> float32 [B, P, C]."""
+        weight = self.weight[...].T.astype(dtype)
+        return jnp.matmul(x, weight, preferred_element_type=jnp.float32) + self.bias[...]
+
+
+class Decoder(nnx.Module):
+    """Smoothed features to phoneme logits (NEJM reference, section 3)."""
+
+    def __init__(self, model: ModelConfig, features: int, days: int, key: jax.Array):
+        self.model = model
+        gru_key, head_key, h0_key = jax.random.split(key, 3)
+        self.day = DayLayer(days if model.day_layer else 1, features)
+        self.gru = GRUStack(model, features, gru_key)
+        self.head = Head(model.units, model.classes, head_key)
+        # Xavier on [1, 1, H] as PyTorch counts it: fan-in H, fan-out H (its receptive field is the last axis).
+        bound = math.sqrt(6 / (2 * model.units))
+        self.h0 = nnx.Param(
+            jax.random.uniform(h0_key, (1, 1, model.units), jnp.float32, -bound, bound)
+        )
+
+    def __call__(
+        self, x: jax.Array, day: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Smoothed features x [B, T, D], day index [B] -> logits, float32 [B, P, C], one frame per 80 ms.
+
+        Dropout is on when a key is given.
+        """
+        dtype = compute_dtype(self.model)
+        x = self.day(x, day, dtype)
+        if dropout_key is not None:
+            input_key, dropout_key = jax.random.split(dropout_key)
+            x = _dropout(x, self.model.input_dropout, input_key)
+        return self.head(self.gru(x, self.h0[...], dtype, dropout_key), dtype)
+
+
+def init_params(model: ModelConfig, features: int, days: int, key: jax.Array) -> Params:
+    """Fresh parameters, a nested dict of float32 arrays."""
+    params: Params = nnx.to_pure_dict(nnx.state(Decoder(model, features, days, key)))
+    return params
+
+
+def make_apply(model: ModelConfig, features: int, days: int) -> Any:
+    """Returns `apply(params, x, day, dropout_key=None) -> logits`, a pure function of Decoder's call."""
+    abstract = nnx.eval_shape(lambda: Decoder(model, features, days, jax.random.key(0)))
+    graph = nnx.graphdef(abstract)
+
+    def apply(
+        params: Params, x: jax.Array, day: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        logits: jax.Array = nnx.merge(graph, params)(x, day, dropout_key)
+        return logits
+
+    return apply
+
+
+def parameter_count(params: Params) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,160 @@
+"""Connectionist temporal classification: the loss by forward-backward, with its own gradient (Graves et al. 2006).
+
+Automatic differentiation of the forward recursion would run a second, larger loop; instead the backward recursion is
+run as the forward recursion of the reversed problem, stacked onto the batch of the first, so that one loop of P steps
+gives both and the gradient is a closed form: softmax minus the posterior of each class in each frame.
+Everything is float32: bfloat16 has too few digits for sums of log-probabilities.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+BLANK = 0
+_LOG_ZERO = -1e30
+
+
+def frames_needed(labels: jax.Array, label_length: jax.Array) -> jax.Array:
+    """Fewest frames that can spell each label: its length plus one blank per immediate repeat. [B, L], [B] -> [B]."""
+    inside = jnp.arange(1, labels.shape[1]) < label_length[:, None]
+    repeats = (labels[:, 1:] == labels[:, :-1]) & inside
+    return label_length + repeats.sum(1)
+
+
+@jax.custom_vjp
+def ctc_loss(
+    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array
+) -> jax.Array:
+    """Negative log-likelihood (ln) of each label: [B].
+
+    Args:
+      logits: float32 [B, P, C], class 0 is the blank.
+      frames: valid frames per row, int [B]; later frames count for nothing.
+      labels: class ids, int [B, L], padded with anything.
+      label_length: int [B].
+
+    Rows that no alignment can spell (fewer frames than `frames_needed`) give +inf and a zero gradient; the caller
+    counts and leaves them out. Zero frames with an empty label is loss 0.
+    """
+    return _loss_and_posterior(logits, frames, labels, label_length)[0]
+
+
+def _loss_and_posterior(
+    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    logits = logits.astype(jnp.float32)
+    length = logits.shape[1]
+    log_probs = jax.nn.log_softmax(logits)
+    states = _extended(labels, label_length)
+    # [B, P, S]: log-probability of each state's class; exact, since the one-hot product has one term per entry
+    one_hot = jax.nn.one_hot(states, logits.shape[2], dtype=jnp.float32)
+    emissions = jnp.einsum("bpc,bsc->bps", log_probs, one_hot, precision="highest")
+
+    reversed_frames = _reversal(frames, length)
+    state_length = 2 * label_length + 1
+    reversed_states = _reversal(state_length, states.shape[1])
+    mirrored = jnp.take_along_axis(emissions, reversed_frames[:, :, None], axis=1)
+    mirrored = jnp.take_along_axis(mirrored, reversed_states[:, None, :], axis=2)
+    mirrored_ids = jnp.take_along_axis(states, reversed_states, axis=1)
+
+    both = _alphas(
+        jnp.concatenate([emissions, mirrored]),
+        jnp.concatenate([states, mirrored_ids]),
+        jnp.concatenate([state_length, state_length]),
+    )
+    alphas, betas = jnp.split(both, 2)
+    betas = jnp.take_along_axis(betas, reversed_states[:, None, :], axis=2)
+    betas = jnp.take_along_axis(betas, reversed_frames[:, :, None], axis=1)
+
+    log_likelihood = _last_alpha(alphas, frames, state_length)
+    feasible = log_likelihood > _LOG_ZERO / 2
+    loss = jnp.where(feasible, -log_likelihood, jnp.inf)
+
+    in_states = jnp.arange(states.shape[1]) < state_length[:, None]
+    in_frames = jnp.arange(length) < frames[:, None]
+    occupied = in_frames[:, :, None] & in_states[:, None, :] & feasible[:, None, None]
+    # Each frame's joint sums to the likelihood; normalising per frame instead of dividing by it takes away the
+    # rounding error that the two recursions have gathered on the way.
+    joint = jnp.where(occupied, alphas + betas - emissions, _LOG_ZERO)
+    gamma = jnp.where(occupied, jax.nn.softmax(joint, axis=-1), 0.0)
+    posterior = jnp.einsum("bps,bsc->bpc", gamma, one_hot, precision="highest")
+    counted = (in_frames & feasible[:, None])[:, :, None]
+    gradient = jnp.where(counted, jnp.exp(log_probs) - posterior, 0.0)
+    empty = (frames == 0) & (label_length == 0)
+    return jnp.where(empty, 0.0, loss), gradient
+
+
+def _extended(labels: jax.Array, label_length: jax.Array) -> jax.Array:
+    """Labels with a blank before, between and after: [B, L] -> [B, 2L + 1]; padding becomes blanks."""
+    batch, length = labels.shape
+    inside = jnp.arange(length) < label_length[:, None]
+    kept = jnp.where(inside, labels, BLANK)
+    states = jnp.full((batch, 2 * length + 1), BLANK, labels.dtype)
+    return states.at[:, 1::2].set(kept)
+
+
+def _reversal(valid: jax.Array, size: int) -> jax.Array:
+    """Indices that reverse the first `valid` entries of an axis and leave the rest in place: [B] -> [B, size]."""
+    index = jnp.arange(size)
+    return jnp.where(index < valid[:, None], valid[:, None] - 1 - index, index)
+
+
+def _alphas(emissions: jax.Array, states: jax.Array, state_length: jax.Array) -> jax.Array:
+    """Forward variables, ln: emissions [B, P, S], states [B, S] -> [B, P, S]."""
+    size = states.shape[1]
+    index = jnp.arange(size)
+    before = jnp.pad(states[:, :-2], ((0, 0), (2, 0)), constant_values=BLANK)
+    # A state may be reached by skipping a blank when it is a label that differs from the label before it.
+    may_skip = (index % 2 == 1) & (index >= 2) & (states != before)
+    skip_cost = jnp.where(may_skip, 0.0, _LOG_ZERO)
+    start = jnp.where((index < 2) & (index < state_length[:, None]), 0.0, _LOG_ZERO)
+
+    def step(alpha: jax.Array, frame: jax.Array) -> tuple[jax.Array, jax.Array]:
+        one = jnp.pad(alpha[:, :-1], ((0, 0), (1, 0)), constant_values=_LOG_ZERO)
+        two = jnp.pad(alpha[:, :-2], ((0, 0), (2, 0)), constant_values=_LOG_ZERO) + skip_cost
+        top = jnp.maximum(jnp.maximum(alpha, one), two)
+        total = jnp.exp(alpha - top) + jnp.exp(one - top) + jnp.exp(two - top)
+        alpha = jnp.maximum(top + jnp.log(total), _LOG_ZERO) + frame
+        return alpha, alpha
+
+    by_time = emissions.swapaxes(0, 1)
+    if by_time.shape[0] == 0:
+        return emissions
+    first = start + by_time[0]
+    rest = jax.lax.scan(step, first, by_time[1:])[1]
+    return jnp.concatenate([first[None], rest]).swapaxes(0, 1)
+
+
+def _last_alpha(alphas: jax.Array, frames: jax.Array, state_length: jax.Array) -> jax.Array:
+    """ln likelihood: the last frame's two final states. [B, P, S] -> [B]."""
+    if alphas.shape[1] == 0:
+        return jnp.full(frames.shape, _LOG_ZERO)
+    row = jnp.take_along_axis(alphas, jnp.maximum(frames - 1, 0)[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(row, state_length[:, None] - 1, axis=1)[:, 0]
+    second = jnp.take_along_axis(row, jnp.maximum(state_length - 2, 0)[:, None], axis=1)[:, 0]
+    second = jnp.where(state_length > 1, second, _LOG_ZERO)
+    return jnp.where(frames > 0, jnp.logaddexp(last, second), _LOG_ZERO)
+
+
+def _ctc_forward(
+    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    loss, gradient = _loss_and_posterior(logits, frames, labels, label_length)
+    return loss, (gradient, logits[:0])
+
+
+def _ctc_backward(
+    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    gradient, logits_like = saved
+    # 0 * inf would be NaN: a row that is left out has a zero cotangent and a finite (zero) gradient.
+    return (gradient * cotangent[:, None, None]).astype(logits_like.dtype), None, None, None
+
+
+ctc_loss.defvjp(_ctc_forward, _ctc_backward)
+
+
+def greedy_ids(logits: jax.Array) -> jax.Array:
+    """Best class of each frame: [B, P, C] -> int32 [B, P]."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,0 +1,66 @@
+"""Metrics of a run: JSON lines for programs, TensorBoard for people. Both survive a resumed run without repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        """Opens the files; entries after `first_step` belong to work that was lost and are dropped."""
+        path = workdir / METRICS_FILE
+        kept = [line for line in _whole_lines(path) if line["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line `{kind, step, **values}`; numbers, also nested ones, go to TensorBoard too."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            nested = value.items() if isinstance(value, Mapping) else [("", value)]
+            for key, number in nested:
+                if isinstance(number, int | float):
+                    tag = f"{kind}/{name}/{key}" if key else f"{kind}/{name}"
+                    self._board.add_scalar(tag, number, step)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The file's entries; a last line that a killed process left half-written is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines()
+    entries = []
+    for number, line in enumerate(lines):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise
+    return entries

@@ -1,0 +1,132 @@
+"""The jitted steps: one of training, one of evaluation. What happens in them is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from b2txt_jax.config import Config
+from b2txt_jax.data.loader import Batch
+from b2txt_jax.model.decoder import Params, init_params, make_apply
+from b2txt_jax.model.patches import frame_count
+from b2txt_jax.signal.augment import augment
+from b2txt_jax.signal.smooth import gaussian_taps, smooth
+from b2txt_jax.training.ctc import ctc_loss, frames_needed
+from b2txt_jax.training.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """Everything that training carries from step to step."""
+
+    step: jax.Array
+    """int32 [], optimizer steps done."""
+    params: Params
+    optimizer: Any
+
+
+class StepKeys(NamedTuple):
+    """Random keys of one step, by what they are for."""
+
+    augment: jax.Array
+    dropout: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """What a training step reports, scalars on the device."""
+
+    loss: jax.Array
+    """Mean CTC loss (ln) of the rows that can be aligned."""
+    gradient_norm: jax.Array
+    infeasible: jax.Array
+    """Rows left out since no alignment can spell their label."""
+    finite: jax.Array
+    """False when loss or gradient was NaN or infinite; the step then changed nothing."""
+
+
+class EvalOutput(NamedTuple):
+    """Per row of an evaluation batch."""
+
+    logits: jax.Array
+    """float32 [B, P, C]."""
+    frames: jax.Array
+    """int32 [B], valid frames of 80 ms."""
+    loss: jax.Array
+    """float32 [B], CTC loss (ln); +inf where no alignment can spell the label."""
+
+
+def step_keys(seed: int, step: jax.Array) -> StepKeys:
+    """Keys as a function of (seed, step): resuming needs no more than the step's number."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return StepKeys(*jax.random.split(key, 2))
+
+
+def init_state(config: Config, days: int) -> TrainState:
+    """Fresh parameters and optimizer state; parameters are a function of the seed."""
+    key = jax.random.key(config.train.seed)
+    params = init_params(config.model, config.data.feature_count, days, key)
+    optimizer = make_optimizer(config.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+
+
+def _frames(config: Config, bins: jax.Array) -> jax.Array:
+    return jnp.asarray(frame_count(bins, config.model.patch_size, config.model.patch_stride))
+
+
+def make_train_step(
+    config: Config, days: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Returns the pure function (state, batch) -> (state, metrics); jit it with the state donated."""
+    apply = make_apply(config.model, config.data.feature_count, days)
+    optimizer = make_optimizer(config.optimizer)
+    signal = config.signal
+
+    def loss_of(params: Params, batch: Batch, keys: StepKeys) -> tuple[jax.Array, jax.Array]:
+        x, bins = augment(keys.augment, batch.features, batch.bins, signal)
+        if signal.smooth_std > 0:
+            x = smooth(x, signal.smooth_std, signal.smooth_size)
+        logits = apply(params, x, batch.day, keys.dropout)
+        frames = _frames(config, bins)
+        feasible = frames_needed(batch.labels, batch.label_length) <= frames
+        losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
+        counted = jnp.maximum(feasible.sum(), 1)
+        return jnp.where(feasible, losses, 0.0).sum() / counted, (~feasible).sum()
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        keys = step_keys(config.train.seed, state.step)
+        (loss, infeasible), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params, batch, keys
+        )
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        changed = TrainState(state.step + 1, params, moments)
+        kept = TrainState(state.step + 1, state.params, state.optimizer)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        return state, StepMetrics(loss, norm, infeasible, finite)
+
+    return train_step
+
+
+def make_eval_step(config: Config, days: int) -> Callable[[Params, Batch], EvalOutput]:
+    """Returns the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no dropout."""
+    apply = make_apply(config.model, config.data.feature_count, days)
+    signal = config.signal
+
+    def eval_step(params: Params, batch: Batch) -> EvalOutput:
+        x, bins = jnp.asarray(batch.features), jnp.asarray(batch.bins)
+        if signal.smooth_std > 0:
+            x = smooth(x, signal.smooth_std, signal.smooth_size, signal.eval_padding)
+            if signal.eval_padding == "valid":
+                taps = len(gaussian_taps(signal.smooth_std, signal.smooth_size))
+                bins = jnp.maximum(bins - (taps - 1), 0)
+        logits = apply(params, x, batch.day)
+        frames = _frames(config, bins)
+        loss = ctc_loss(logits, frames, batch.labels, batch.label_length)
+        return EvalOutput(logits, frames, loss)
+
+    return eval_step

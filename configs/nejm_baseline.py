@@ -1,0 +1,82 @@
+"""The published NEJM 2024 baseline: 5 x 768 GRU, 45 sessions, 120,000 batches of 64 trials.
+
+Run:       b2txt train --config configs/nejm_baseline.py --workdir runs/baseline
+             --config.data.root=PATH/hdf5_data_final
+Hardware:  made for one TPU chip or GPU; the published PyTorch run took about 3.5 hours on one RTX 4090.
+Result:    published validation PER 10.1 % (PyTorch, T15 data). Not yet run by us on the published data.
+
+Every key of a configuration stands here, with its unit and, where it has another name there, its NEJM name.
+"""
+
+from ml_collections import ConfigDict
+
+SESSIONS = tuple(
+    "t15." + date
+    for date in (
+        "2023.08.11 2023.08.13 2023.08.18 2023.08.20 2023.08.25 2023.08.27 2023.09.01 2023.09.03 2023.09.24 "
+        "2023.09.29 2023.10.01 2023.10.06 2023.10.08 2023.10.13 2023.10.15 2023.10.20 2023.10.22 2023.11.03 "
+        "2023.11.04 2023.11.17 2023.11.19 2023.11.26 2023.12.03 2023.12.08 2023.12.10 2023.12.17 2023.12.29 "
+        "2024.02.25 2024.03.03 2024.03.08 2024.03.15 2024.03.17 2024.04.25 2024.04.28 2024.05.10 2024.06.14 "
+        "2024.07.19 2024.07.21 2024.07.28 2025.01.10 2025.01.12 2025.03.14 2025.03.16 2025.03.30 2025.04.13"
+    ).split()
+)
+
+
+def get_config() -> ConfigDict:
+    """The published recipe, every setting."""
+    config = ConfigDict()
+
+    config.data = ConfigDict()
+    config.data.root = "data/hdf5_data_final"  # folder of session folders; NEJM: dataset_dir
+    config.data.sessions = SESSIONS  # their order is the day index; () takes all found, sorted
+    config.data.feature_count = 512  # features per 20 ms bin; NEJM: neural_dim
+    config.data.days_per_batch = 4  # different days in a batch
+    config.data.trials_per_day = 16  # drawn with replacement; NEJM: batch_size / days_per_batch
+    # (bins of 20 ms, labels): a batch is padded to the first pair that holds it; one compilation each
+    config.data.buckets = ((600, 64), (800, 80), (1000, 100), (1200, 120), (1600, 160), (2560, 500))
+    config.data.eval_batch_size = 64  # trials
+
+    config.signal = ConfigDict()
+    config.signal.static_gain_std = 0.0
+    config.signal.white_noise_std = 1.0
+    config.signal.constant_offset_std = 0.2
+    config.signal.random_walk_std = 0.0
+    config.signal.random_cut = 3  # cuts 0, 1 or 2 bins
+    config.signal.smooth_std = 2.0  # bins; NEJM: smooth_kernel_std
+    config.signal.smooth_size = 100  # bins; NEJM: smooth_kernel_size
+    config.signal.eval_padding = "same"  # the published evaluation script uses "valid"
+
+    config.model = ConfigDict()
+    config.model.day_layer = True
+    config.model.units = 768  # NEJM: n_units
+    config.model.layers = 5  # NEJM: n_layers
+    config.model.patch_size = 14  # bins
+    config.model.patch_stride = 4  # bins: one frame per 80 ms
+    config.model.input_dropout = 0.2  # NEJM: input_layer_dropout
+    config.model.rnn_dropout = 0.4
+    config.model.classes = 41  # NEJM: n_classes
+    config.model.dtype = "auto"  # bfloat16 on a TPU or GPU, float32 on a CPU; NEJM: use_amp
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 0.005  # NEJM: lr_max
+    config.optimizer.learning_rate_min = 0.0001  # NEJM: lr_min
+    config.optimizer.decay_steps = 120_000  # NEJM: lr_decay_steps
+    config.optimizer.warmup_steps = 1_000  # NEJM: lr_warmup_steps
+    config.optimizer.day_learning_rate = 0.005  # NEJM: lr_max_day
+    config.optimizer.day_learning_rate_min = 0.0001  # NEJM: lr_min_day
+    config.optimizer.day_decay_steps = 120_000  # NEJM: lr_decay_steps_day
+    config.optimizer.day_warmup_steps = 1_000  # NEJM: lr_warmup_steps_day
+    config.optimizer.beta1 = 0.9  # NEJM: beta0
+    config.optimizer.beta2 = 0.999  # NEJM: beta1
+    config.optimizer.epsilon = 0.1
+    config.optimizer.weight_decay = 0.001  # weights and h0; biases have none
+    config.optimizer.day_weight_decay = 0.0  # NEJM: weight_decay_day
+    config.optimizer.clip_norm = 10.0  # NEJM: grad_norm_clip_value
+
+    config.train = ConfigDict()
+    config.train.seed = 10
+    config.train.steps = 120_000  # NEJM: num_training_batches
+    config.train.log_every = 200  # NEJM: batches_per_train_log
+    config.train.validate_every = 2_000  # NEJM: batches_per_val_step
+    config.train.save_every = 1_000  # latest checkpoint
+    return config

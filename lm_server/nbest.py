@@ -1,0 +1,50 @@
+"""What a search returns: candidate sentences with their scores kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lm_server.protocol import Scored
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One candidate; all scores are natural logarithms (ln).
+
+    Attributes:
+      words: the sentence.
+      acoustic: sum over frames of the classes' log-probabilities on the best path, after the blank penalty and
+        before the acoustic scale.
+      ngram: the word n-gram model's score, sentence end included.
+      llm: a large language model's score, or None when none scored it.
+    """
+
+    words: tuple[str, ...]
+    acoustic: float
+    ngram: float
+    llm: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The words with single spaces between them."""
+        return " ".join(self.words)
+
+    def total(self, acoustic_scale: float) -> float:
+        """What candidates are ranked by: acoustic_scale * acoustic + ngram."""
+        return acoustic_scale * self.acoustic + self.ngram
+
+
+def rank(hypotheses: Iterable[Hypothesis], acoustic_scale: float, count: int) -> tuple[Hypothesis, ...]:
+    """The `count` best distinct word sequences, best first."""
+    best: dict[tuple[str, ...], Hypothesis] = {}
+    for hypothesis in sorted(hypotheses, key=lambda one: -one.total(acoustic_scale)):
+        best.setdefault(hypothesis.words, hypothesis)
+    return tuple(best.values())[:count]
+
+
+def scored(hypothesis: Hypothesis, acoustic_scale: float) -> Scored:
+    """A candidate as it travels in a final answer."""
+    return Scored(
+        hypothesis.sentence, hypothesis.acoustic, hypothesis.ngram, hypothesis.llm, hypothesis.total(acoustic_scale)
+    )

@@ -1,15 +1,18 @@
-"""How good, fast and small is the search of `lm_server` with the whole CMU dictionary and a 3-gram model?
+"""How good, fast and small is the search of `lm_server` with the whole CMU dictionary and a 3-gram
+model?
 
     python benchmarks/decoder.py [--sentences 120] [--per 0.14 0.19] [--workdir runs/benchmarks]
 
-Builds the model once (kept in the work folder), simulates logits for sentences that the model's text does not have, at a
-stated phoneme error rate of greedy decoding, and decodes them in a fresh process on one core. Printed per error rate:
-WER, WER of the best candidate in the n-best list (oracle), share of sentences right, seconds per sentence (mean of 5.6
-frames per phoneme), peak memory of the decoding process and its loading time. With `--tune` it searches settings.
+Builds the model once (kept in the work folder), simulates logits for sentences that the model's
+text does not have, at a stated phoneme error rate of greedy decoding, and decodes them in a fresh
+process on one core. Printed per error rate: WER, WER of the best candidate in the n-best list
+(oracle), share of sentences right, seconds per sentence (mean of 5.6 frames per phoneme), peak
+memory of the decoding process and its loading time. With `--tune` it searches settings.
 
-The simulated logits are what a trained CTC model might give: a phoneme is a segment of 2-5 frames whose middle frames
-speak for it and for phonemes articulated alike, with the blank between; noise makes confusions, deletions and insertions.
-They know nothing of the sentences' words. Real logits need their own settings (acoustic_scale, blank_penalty).
+The simulated logits are what a trained CTC model might give: a phoneme is a segment of 2-5 frames
+whose middle frames speak for it and for phonemes articulated alike, with the blank between; noise
+makes confusions, deletions and insertions. They know nothing of the sentences' words. Real logits
+need their own settings (acoustic_scale, blank_penalty).
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ def similarity() -> np.ndarray:
 
 
 def simulate(ids: Sequence[int], strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Logits [frames, 41] in the language model's order for a label; `strength` is the evidence in a frame, in ln."""
+    """Logits [frames, 41] in the language model's order for a label; `strength` is the evidence in
+    a frame, in ln."""
     alike = similarity()
     frames = [np.zeros((2, CLASS_COUNT))]
     frames[0][:, 0] = 6.0
@@ -91,14 +95,20 @@ def greedy(logits: np.ndarray) -> list[int]:
     return [int(c) for c, before in zip(best, [0, *best[:-1]], strict=True) if c not in (0, before)]
 
 
-def simulate_at(labels: Sequence[Sequence[int]], per: float, seed: int) -> tuple[list[np.ndarray], float]:
-    """Logits of every label such that greedy decoding has a phoneme error rate of about `per`; and the rate reached."""
+def simulate_at(
+    labels: Sequence[Sequence[int]], per: float, seed: int
+) -> tuple[list[np.ndarray], float]:
+    """Logits of every label such that greedy decoding has a phoneme error rate of about `per`; and
+    the rate reached."""
     low, high = 1.0, 30.0
     for _ in range(12):
         strength = (low + high) / 2
         rng = np.random.default_rng(seed)
         logits = [simulate(ids, strength, rng) for ids in labels]
-        errors = sum(Levenshtein.distance(greedy(x), list(ids)) for x, ids in zip(logits, labels, strict=True))
+        errors = sum(
+            Levenshtein.distance(greedy(x), list(ids))
+            for x, ids in zip(logits, labels, strict=True)
+        )
         reached = errors / sum(map(len, labels))
         low, high = (strength, high) if reached > per else (low, strength)
     return logits, reached
@@ -126,7 +136,8 @@ def decode(folder: str, overrides: dict[str, float], logits: list[np.ndarray], a
     model = LanguageModel(Path(folder))
     loaded = time.perf_counter() - started
     for change in overrides if isinstance(overrides, list) else [overrides]:
-        search = BeamSearch(model, dataclasses.replace(Settings(), **change))
+        settings = dataclasses.replace(Settings(), **change)  # type: ignore[arg-type]
+        search = BeamSearch(model, settings)
         started = time.process_time()
         found = []
         for one in logits:
@@ -138,7 +149,9 @@ def decode(folder: str, overrides: dict[str, float], logits: list[np.ndarray], a
         answers.put((change, found, seconds, peak, loaded))
 
 
-def wer(truth: Sequence[tuple[str, ...]], found: Sequence[Sequence[tuple[str, ...]]], oracle: bool) -> float:
+def wer(
+    truth: Sequence[tuple[str, ...]], found: Sequence[Sequence[tuple[str, ...]]], oracle: bool
+) -> float:
     """Word errors over words; of the best candidate, or of the one nearest to the truth."""
     errors = 0
     for words, candidates in zip(truth, found, strict=True):
@@ -149,21 +162,38 @@ def wer(truth: Sequence[tuple[str, ...]], found: Sequence[Sequence[tuple[str, ..
 
 def main() -> None:
     """Builds, simulates, decodes, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sentences", type=int, default=120, help="held-out sentences per error rate (default 120)")
-    parser.add_argument("--per", type=float, nargs="+", default=[0.14, 0.19], help="error rates of greedy decoding")
-    parser.add_argument("--order", type=int, default=3, help="order of the n-gram model (default 3)")
-    parser.add_argument("--text", type=Path, nargs="+", default=[_CORPUS / "language_model.txt.xz"], help="its text")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks"), help="where the model is kept")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sentences", type=int, default=120, help="held-out sentences per error rate (default 120)"
+    )
+    parser.add_argument(
+        "--per", type=float, nargs="+", default=[0.14, 0.19], help="error rates of greedy decoding"
+    )
+    parser.add_argument(
+        "--order", type=int, default=3, help="order of the n-gram model (default 3)"
+    )
+    parser.add_argument(
+        "--text", type=Path, nargs="+", default=[_CORPUS / "language_model.txt.xz"], help="its text"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/benchmarks"), help="where the model is kept"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", default="val", help="pool of sentences (val, test; default val)")
-    parser.add_argument("--tune", action="store_true", help="try a grid of settings instead of the defaults")
+    parser.add_argument(
+        "--tune", action="store_true", help="try a grid of settings instead of the defaults"
+    )
     args = parser.parse_args()
     folder = args.workdir / f"lm{args.order}"
     if not (folder / build_lm.DESCRIPTION).is_file():
         build_lm.build(args.text, args.order, "cmudict", folder)
     description = json.loads((folder / build_lm.DESCRIPTION).read_text())
-    print(f"{description['words']} words, order {description['order']}, perplexity {description['perplexity']:.0f}")
+    print(
+        f"{description['words']} words, order {description['order']}, "
+        f"perplexity {description['perplexity']:.0f}"
+    )
     truth = held_out(args.sentences, args.seed, args.pool)
     known = dict(read_lexicon("cmudict").entries)
     labels = [label(words, known) for words in truth]
@@ -182,10 +212,13 @@ def main() -> None:
         child.start()
         for _ in grid:
             change, found, seconds, peak, loaded = answers.get()
-            right = sum(candidates[:1] == [words] for words, candidates in zip(truth, found, strict=True)) / len(truth)
+            right = sum(
+                candidates[:1] == [words] for words, candidates in zip(truth, found, strict=True)
+            ) / len(truth)
             print(
-                f"  {change or 'defaults'}: WER {wer(truth, found, False):.1%}, oracle {wer(truth, found, True):.1%}, "
-                f"right {right:.0%}, {seconds:.3f} s per sentence, peak {peak:.0f} MB, loaded in {loaded:.1f} s",
+                f"  {change or 'defaults'}: WER {wer(truth, found, False):.1%}, "
+                f"oracle {wer(truth, found, True):.1%}, right {right:.0%}, "
+                f"{seconds:.3f} s per sentence, peak {peak:.0f} MB, loaded in {loaded:.1f} s",
                 flush=True,
             )
         child.join()

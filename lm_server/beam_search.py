@@ -1,11 +1,13 @@
 """Lexicon-constrained CTC beam search with a word n-gram model: begin, step(frames), finish.
 
-flashlight-text does the search. Two things here make it fit phoneme models whose words end in a silence:
+flashlight-text does the search. Two things here make it fit phoneme models whose words end in a
+silence:
 
-- A pronunciation is spelled into the trie with its silence, which is compulsory. This is both more accurate and several
-  times faster than an optional silence. The last word of a sentence is the exception, see `BeamSearch.finish`.
-- A trie node holds at most six words, but up to fourteen are said alike. Further homophones end in copies of the silence
-  class, which score as silence does.
+- A pronunciation is spelled into the trie with its silence, which is compulsory. This is both more
+  accurate and several times faster than an optional silence. The last word of a sentence is the
+  exception, see `BeamSearch.finish`.
+- A trie node holds at most six words, but up to fourteen are said alike. Further homophones end in
+  copies of the silence class, which score as silence does.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ _SILENCE_ID = LM_CLASSES.index(SILENCE)
 _WORDS_PER_NODE = 6
 _LOG10 = math.log(10.0)
 _FORBIDDEN = -1e4
-"""Log-probability of what the closing frame excludes; far below any frame's, whose floor is `_FLOOR`."""
+"""Log-probability of what the closing frame excludes; far below any frame's, whose floor is
+`_FLOOR`."""
 _FLOOR = -1e3
 FORMAT = 1
 MAX_UTTERANCE_FRAMES = 10_000
-"""Frames of 80 ms in one sentence (13 minutes): the search keeps every frame's hypotheses in memory."""
+"""Frames of 80 ms in one sentence (13 minutes): the search remembers every frame."""
 
 
 class SettingsError(ValueError):
@@ -57,8 +60,10 @@ class Settings:
     """How a sentence is searched.
 
     Attributes:
-      acoustic_scale: factor of the acoustic log-probabilities, against the n-gram model's factor of 1.
-      blank_penalty: ln(blank_penalty) is taken from the blank's log-probability in every frame; 1 changes nothing.
+      acoustic_scale: factor of the acoustic log-probabilities, against the n-gram model's factor of
+        1.
+      blank_penalty: ln(blank_penalty) is taken from the blank's log-probability in every frame; 1
+        changes nothing.
       beam: hypotheses worse than the best by more than this are dropped (ln of the scaled total).
       max_active: hypotheses kept after each frame.
       nbest: candidate sentences in an answer.
@@ -81,13 +86,15 @@ class Settings:
 
 
 class LanguageModel:
-    """A model folder in memory: word list, n-gram model and pronunciation trie; shared by any number of searches."""
+    """A model folder in memory: word list, n-gram model and pronunciation trie; shared by any
+    number of searches."""
 
     def __init__(self, folder: Path) -> None:
         """Reads `folder`, as written by `lm-server build`.
 
         Raises:
-          ModelFolderError: it is no model folder, is of another format, or a file of it is missing or damaged.
+          ModelFolderError: it is no model folder, is of another format, or a file of it is missing
+            or damaged.
         """
         self.folder = folder
         self.description = _read_description(folder)
@@ -95,7 +102,9 @@ class LanguageModel:
         try:
             lines = (folder / "lexicon.txt").read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelFolderError(f"{folder}/lexicon.txt cannot be read ({error}): build the model again") from error
+            raise ModelFolderError(
+                f"{folder}/lexicon.txt cannot be read ({error}): build the model again"
+            ) from error
         self._dictionary = Dictionary()
         spellings: dict[tuple[str, ...], list[int]] = defaultdict(list)
         self.words: list[str] = []
@@ -108,7 +117,9 @@ class LanguageModel:
         try:
             self.ngram = KenLM(str(folder / "lm.bin"), self._dictionary)
         except RuntimeError as error:
-            raise ModelFolderError(f"{folder}/lm.bin cannot be read ({error}): build the model again") from error
+            raise ModelFolderError(
+                f"{folder}/lm.bin cannot be read ({error}): build the model again"
+            ) from error
         self.silences = 1 + (max(map(len, spellings.values()), default=1) - 1) // _WORDS_PER_NODE
         self.trie = self._spell(spellings)
 
@@ -124,12 +135,14 @@ class LanguageModel:
         unigram = [self.ngram.score(nothing, word)[1] for word in range(len(self.words))]
         for phones, homophones in spellings.items():
             spelling = [ids[phone] for phone in phones]
-            # The lexicon's order is by probability, so the likeliest homophones end in the true silence.
+            # The lexicon's order is by probability, so the likeliest homophones end in the true
+            # silence.
             for rank_, word in enumerate(homophones):
                 copy = rank_ // _WORDS_PER_NODE
                 ending = _SILENCE_ID if copy == 0 else CLASS_COUNT + copy - 1
                 trie.insert([*spelling, ending], word, unigram[word])
-        # Every node learns the best 1-gram score below it, which the search uses until the word is known.
+        # Every node learns the best 1-gram score below it, which the search uses until the word is
+        # known.
         trie.smear(SmearingMode.MAX)
         return trie
 
@@ -137,8 +150,8 @@ class LanguageModel:
 class BeamSearch:
     """The search for one sentence after another: begin, step for every chunk of frames, finish.
 
-    Settings given while a sentence is under way hold from the next `begin`, so that every frame of a sentence is
-    scored alike.
+    Settings given while a sentence is under way hold from the next `begin`, so that every frame of
+    a sentence is scored alike.
     """
 
     def __init__(self, model: LanguageModel, settings: Settings) -> None:
@@ -160,14 +173,14 @@ class BeamSearch:
           The best sentence so far; a word stands in it once its silence has begun.
 
         Raises:
-          ProtocolError: the shape is wrong, a value is not finite, or the sentence becomes too long. The sentence under
-            way is unchanged.
+          ProtocolError: the shape is wrong, a value is not finite, or the sentence becomes too
+            long. The sentence under way is unchanged.
         """
         logits = check_logits(logits)
         if self.frames + len(logits) > MAX_UTTERANCE_FRAMES:
             raise ProtocolError(
-                f"the sentence would have {self.frames + len(logits)} frames; at most {MAX_UTTERANCE_FRAMES} are "
-                "possible: send finalize or reset between sentences"
+                f"the sentence would have {self.frames + len(logits)} frames; at most "
+                f"{MAX_UTTERANCE_FRAMES} are possible: send finalize or reset between sentences"
             )
         if len(logits):
             self._decode(self._emissions(logits))
@@ -175,10 +188,12 @@ class BeamSearch:
         return self._words(self._decoder.get_best_hypothesis(0).words) if self.frames else ()
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """Ends the sentence: the n best candidates, distinct and best first; none when there were no frames.
+        """Ends the sentence: the n best candidates, distinct and best first; none when there were
+        no frames.
 
-        A closing frame, in which only silence is possible and costs nothing, completes a last word whose own silence
-        was cut off or overlooked. A hypothesis that has its last silence only stays in it.
+        A closing frame, in which only silence is possible and costs nothing, completes a last word
+        whose own silence was cut off or overlooked. A hypothesis that has its last silence only
+        stays in it.
         """
         if not self.frames:
             return ()
@@ -191,9 +206,12 @@ class BeamSearch:
         for result in self._decoder.get_all_final_hypothesis():
             emitted = result.emittingModelScore
             if emitted <= _FORBIDDEN / 2:
-                # Every hypothesis stood inside a word that could not end there; the closing frame forbade nothing.
+                # Every hypothesis stood inside a word that could not end there; the closing frame
+                # forbade nothing.
                 emitted -= _FORBIDDEN
-            found.append(Hypothesis(self._words(result.words), emitted / scale, result.lmScore * _LOG10))
+            found.append(
+                Hypothesis(self._words(result.words), emitted / scale, result.lmScore * _LOG10)
+            )
         self.begin()
         return rank(found, scale, self.settings.nbest)
 
@@ -206,7 +224,9 @@ class BeamSearch:
     def _emissions(self, logits: np.ndarray) -> np.ndarray:
         """Logits [frames, 41] -> scaled log-probabilities (ln) [frames, classes of the search]."""
         log_probabilities = scaled_log_probabilities(logits, self.settings)
-        copies = np.repeat(log_probabilities[:, _SILENCE_ID, None], self._model.silences - 1, axis=1)
+        copies = np.repeat(
+            log_probabilities[:, _SILENCE_ID, None], self._model.silences - 1, axis=1
+        )
         return np.ascontiguousarray(np.concatenate([log_probabilities, copies], axis=1), np.float32)
 
     def _make_decoder(self, settings: Settings) -> LexiconDecoder:
@@ -223,11 +243,14 @@ class BeamSearch:
             log_add=False,
             criterion_type=CriterionType.CTC,
         )
-        return LexiconDecoder(options, self._model.trie, self._model.ngram, _SILENCE_ID, _BLANK_ID, -1, [], False)
+        return LexiconDecoder(
+            options, self._model.trie, self._model.ngram, _SILENCE_ID, _BLANK_ID, -1, [], False
+        )
 
 
 def scaled_log_probabilities(logits: np.ndarray, settings: Settings) -> np.ndarray:
-    """acoustic_scale * (log-softmax(logits) - ln(blank_penalty) for the blank): float64 [frames, 41], ln."""
+    """acoustic_scale * (log-softmax(logits) - ln(blank_penalty) for the blank): float64 [frames,
+    41], ln."""
     shifted = np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     log_probabilities = np.maximum(log_probabilities, _FLOOR)
@@ -254,4 +277,6 @@ def _read_description(folder: Path) -> dict[str, object]:
 
 def default_workers() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    )

@@ -1,7 +1,8 @@
 """`lm-server build`: text and a lexicon -> a model folder.
 
-The folder holds `lm.json` (what the model is, its figures), `lm.bin` (KenLM trie) and `lexicon.txt` (words with their
-pronunciations, likelier words first). It appears whole or not at all: it is built beside its place and renamed.
+The folder holds `lm.json` (what the model is, its figures), `lm.bin` (KenLM trie) and `lexicon.txt`
+(words with their pronunciations, likelier words first). It appears whole or not at all: it is built
+beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,13 @@ class _Prepared:
     """Running words that the lexicon does not have."""
 
 
-def build(texts: Sequence[Path], order: int, lexicon: str | Path, out: Path, console: Console | None = None) -> None:
+def build(
+    texts: Sequence[Path],
+    order: int,
+    lexicon: str | Path,
+    out: Path,
+    console: Console | None = None,
+) -> None:
     """Builds a model folder.
 
     Args:
@@ -64,8 +71,13 @@ def build(texts: Sequence[Path], order: int, lexicon: str | Path, out: Path, con
     console = console or Console(stderr=True)
     for path in texts:
         if not path.is_file():
-            raise text.TextError(f"there is no text file {path}; needed .txt, .gz or .xz: check the path")
-    with _folder_in_place_of(out) as folder, tempfile.TemporaryDirectory(prefix="lm-build-", dir=folder.parent) as work:
+            raise text.TextError(
+                f"there is no text file {path}; needed .txt, .gz or .xz: check the path"
+            )
+    with (
+        _folder_in_place_of(out) as folder,
+        tempfile.TemporaryDirectory(prefix="lm-build-", dir=folder.parent) as work,
+    ):
         with _progress(console) as progress:
             task = progress.add_task("reading the lexicon", total=None)
             words = read_lexicon(lexicon)
@@ -74,7 +86,9 @@ def build(texts: Sequence[Path], order: int, lexicon: str | Path, out: Path, con
             model, trainer = _train(prepared, order, Path(work), progress)
             model = ngram.spread_unseen(model, prepared.seen, len(words) - len(prepared.seen))
             task = progress.add_task("writing the KenLM trie", total=sum(model.counts))
-            write_trie(folder / TRIE, model.words, model.orders, lambda rows: progress.advance(task, rows))
+            write_trie(
+                folder / TRIE, model.words, model.orders, lambda rows: progress.advance(task, rows)
+            )
             _write_lexicon(folder / LEXICON, words, model)
             quality = _perplexity(folder / TRIE, prepared.held_out, words.entries)
         description = {
@@ -120,9 +134,10 @@ def _prepare(texts: Sequence[Path], lexicon: Lexicon, work: Path, progress: Prog
     seen.pop(OUTSIDE, None)
     if not seen:
         raise text.TextError(
-            f"no sentence of {', '.join(map(str, texts))} can be used: {counts.sentences} sentences, "
-            f"{counts.dropped_digits} dropped for digits, {counts.dropped_letters} for letters other than a-z, and none "
-            "has a word of the lexicon: needed English text, one or more sentences per line"
+            f"no sentence of {', '.join(map(str, texts))} can be used: "
+            f"{counts.sentences} sentences, {counts.dropped_digits} dropped for digits, "
+            f"{counts.dropped_letters} for letters other than a-z, and none has a word of the "
+            "lexicon: needed English text, one or more sentences per line"
         )
     return _Prepared(train, held_out, counts, seen, outside)
 
@@ -144,7 +159,7 @@ def _train(prepared: _Prepared, order: int, work: Path, progress: Progress) -> t
 
 
 def _write_lexicon(path: Path, lexicon: Lexicon, model: Model) -> None:
-    """Writes the words in order of falling probability: which homophones come first matters to the search."""
+    """Writes the words, likelier ones first: the search looks at homophones in this order."""
     log10 = dict(zip(model.words, model.orders[0].log10.tolist(), strict=True))
     unseen = log10[ngram.UNKNOWN]
     by_probability = sorted(lexicon.entries, key=lambda word: -log10.get(word, unseen))
@@ -152,15 +167,19 @@ def _write_lexicon(path: Path, lexicon: Lexicon, model: Model) -> None:
     path.write_text("".join(format_lexicon(ordered)))
 
 
-def _perplexity(trie: Path, sentences: Sequence[Sequence[str]], known: Collection[str]) -> dict[str, float | int | None]:
-    """Perplexity per word of the lexicon (the sentence end is one), and the share of words outside it."""
+def _perplexity(
+    trie: Path, sentences: Sequence[Sequence[str]], known: Collection[str]
+) -> dict[str, float | int | None]:
+    """Perplexity per lexicon word and sentence end, and the share of words outside it."""
     model = kenlm.Model(str(trie))
     log10, scored, words, outside = 0.0, 0, 0, 0
     for sentence in sentences:
         inside = [word if word in known else ngram.UNKNOWN for word in sentence]
         words += len(inside)
         outside += inside.count(ngram.UNKNOWN)
-        for word, (score, _, _) in zip([*inside, ngram.END], model.full_scores(" ".join(inside)), strict=True):
+        for word, (score, _, _) in zip(
+            [*inside, ngram.END], model.full_scores(" ".join(inside)), strict=True
+        ):
             if word != ngram.UNKNOWN:
                 log10 += score
                 scored += 1
@@ -173,15 +192,22 @@ def _perplexity(trie: Path, sentences: Sequence[Sequence[str]], known: Collectio
 
 @contextlib.contextmanager
 def _folder_in_place_of(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` when the block ends well, and vanishes when it fails."""
+    """A new folder that takes the place of `out` when the block ends well, else vanishes."""
     target = out.resolve()
-    if target.exists() and not (target.is_dir() and ((target / DESCRIPTION).is_file() or not any(target.iterdir()))):
-        raise ModelError(f"{out} is there but is no model folder; needed a new, empty or model folder: choose another")
+    if target.exists() and not (
+        target.is_dir() and ((target / DESCRIPTION).is_file() or not any(target.iterdir()))
+    ):
+        raise ModelError(
+            f"{out} is there but is no model folder; needed a new, empty or model folder: "
+            "choose another"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise ModelError(f"cannot write beside {out} ({error}): choose a folder that you may write to") from error
+        raise ModelError(
+            f"cannot write beside {out} ({error}): choose a folder that you may write to"
+        ) from error
     try:
         yield folder
         folder.chmod(0o755)
@@ -197,18 +223,24 @@ def _folder_in_place_of(out: Path) -> Iterator[Path]:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=console)
 
 
-def _report(console: Console, out: Path, description: dict[str, object]) -> None:
+def _report(console: Console, out: Path, description: Mapping[str, object]) -> None:
     perplexity = description["perplexity"]
     held_out = "too little text to measure it"
     if isinstance(perplexity, float) and math.isfinite(perplexity):
         held_out = f"{perplexity:.0f} on {description['held_out_sentences']} held-out sentences"
     console.print(
-        f"{out}: order {description['order']} by {description['trainer']}, {description['words']} words, "
-        f"n-grams {description['ngrams']}, {description['sentences']} sentences; perplexity {held_out}",
+        f"{out}: order {description['order']} by {description['trainer']}, "
+        f"{description['words']} words, n-grams {description['ngrams']}, "
+        f"{description['sentences']} sentences; perplexity {held_out}",
         highlight=False,
         soft_wrap=True,
     )

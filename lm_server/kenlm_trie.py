@@ -1,17 +1,18 @@
 """Writes an n-gram model as a KenLM binary file (format version 5, trie without quantisation).
 
-KenLM's own `build_binary` is in no wheel, while every KenLM reader (the `kenlm` module, flashlight-text) maps this file
-into memory at once, shared by all processes that read it. The layout, all little-endian:
+KenLM's own `build_binary` is in no wheel, while every KenLM reader (the `kenlm` module,
+flashlight-text) maps this file into memory at once, shared by all processes that read it. The
+layout, all little-endian:
 
     header   magic, test values, order, type, number of n-grams of each order
-    words    number of words, then their 64-bit hashes sorted; a word's id is its rank + 1, and <unk> is 0
-    1-grams  by id: probability, back-off, first child (16 bytes each)
-    2..n-1   bit-packed: word, probability (31 bits, sign dropped), back-off (32), first child
-    n        bit-packed: word, probability (31)
-    strings  the words by id, each ended by a zero byte
+    words    number of words, then their 64-bit hashes sorted; a word's id is its rank + 1, and
+    <unk> is 0 1-grams  by id: probability, back-off, first child (16 bytes each) 2..n-1
+    bit-packed: word, probability (31 bits, sign dropped), back-off (32), first child n
+    bit-packed: word, probability (31) strings  the words by id, each ended by a zero byte
 
-An n-gram hangs below its suffix: the path of "a b c" is c, then b, then a. Source: K. Heafield, "KenLM: Faster and
-Smaller Language Model Queries" (2011), section 3, and the constants of KenLM's reader.
+An n-gram hangs below its suffix: the path of "a b c" is c, then b, then a. Source: K. Heafield,
+"KenLM: Faster and Smaller Language Model Queries" (2011), section 3, and the constants of KenLM's
+reader.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -35,8 +37,8 @@ UNKNOWN = "<unk>"
 class NGrams:
     """All n-grams of one order.
 
-    `words` [N, order] int32 holds indices into the model's word list, in spoken order. `log10` [N] float32 and
-    `backoff` [N] float32 are base-10 logarithms; the highest order has back-offs of 0.
+    `words` [N, order] int32 holds indices into the model's word list, in spoken order. `log10` [N]
+    float32 and `backoff` [N] float32 are base-10 logarithms; the highest order has back-offs of 0.
     """
 
     words: np.ndarray
@@ -61,10 +63,12 @@ def murmur_hash(key: bytes) -> int:
 
 
 class TrieIndex:
-    """Finds n-grams by their words, for all orders of a model whose every suffix is in the model too.
+    """Finds n-grams by their words, for all orders of a model whose every suffix is in the model
+    too.
 
     Attributes:
-      order_of_rows: per order, the permutation that sorts that order's n-grams as the file needs them.
+      order_of_rows: per order, the permutation that sorts that order's n-grams as the file needs
+        them.
       parents: per order from 2, int64 [N] ascending: the sorted row of each n-gram's suffix.
     """
 
@@ -93,28 +97,39 @@ class TrieIndex:
             keys = rows * self._count + self._word_ids[words[:, -2 - level]]
             known = self._keys[level]
             rows = np.searchsorted(known, keys)
-            missing = np.ones(len(keys), bool) if not len(known) else known[np.minimum(rows, len(known) - 1)] != keys
+            missing = (
+                np.ones(len(keys), bool)
+                if not len(known)
+                else known[np.minimum(rows, len(known) - 1)] != keys
+            )
             if missing.any():
                 raise ValueError(
-                    f"{int(missing.sum())} n-grams of order {words.shape[1]} stand in longer n-grams but not in the "
-                    "model; needed a model with every part of its n-grams: build it without pruning"
+                    f"{int(missing.sum())} n-grams of order {words.shape[1]} stand in longer "
+                    "n-grams but not in the model; needed a model with every part of its n-grams: "
+                    "build it without pruning"
                 )
         return rows
 
 
 def write_trie(
-    path: Path, words: Sequence[str], orders: Sequence[NGrams], progress: Callable[[int], None] = lambda rows: None
+    path: Path,
+    words: Sequence[str],
+    orders: Sequence[NGrams],
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Writes the model to `path`; `words[0]` must be `<unk>`, and the model must hold `<s>` and `</s>`.
+    """Writes the model to `path`; `words[0]` must be `<unk>`, and the model must hold `<s>` and
+    `</s>`.
 
     Args:
       path: file to write (in one go: a temporary file beside it is renamed at the end).
       words: the vocabulary that `orders` count by, each word with its 1-gram.
-      orders: n-grams of order 1, 2, ...; a model of order 1 is written with an empty order 2, which KenLM needs.
+      orders: n-grams of order 1, 2, ...; a model of order 1 is written with an empty order 2, which
+        KenLM needs.
       progress: called with numbers of n-grams as they are written.
 
     Raises:
-      ValueError: the words are not unique or `<unk>` is not the first, or an n-gram's suffix or context is missing.
+      ValueError: the words are not unique or `<unk>` is not the first, or an n-gram's suffix or
+        context is missing.
     """
     if not words or words[0] != UNKNOWN or len(set(words)) != len(words):
         raise ValueError("needed unique words that begin with <unk>")
@@ -141,11 +156,17 @@ def write_trie(
                 backoff = _mark_contexts(orders, level, index)[rows]
                 if level + 1 < len(orders):
                     ends = np.arange(counts[level] + 1)
-                    children = np.searchsorted(index.parents[level], ends, side="left").astype(np.uint64)
+                    children = np.searchsorted(index.parents[level], ends, side="left").astype(
+                        np.uint64
+                    )
                 log10 = np.minimum(grams.log10[rows], 0.0).astype("<f4")
                 if level == 0:
                     record = np.zeros(counts[0] + 2, dtype="<f4, <f4, <u8")
-                    record["f0"][:-2], record["f1"][:-2], record["f2"][:-1] = log10, backoff, children
+                    record["f0"][:-2], record["f1"][:-2], record["f2"][:-1] = (
+                        log10,
+                        backoff,
+                        children,
+                    )
                     file.write(record.tobytes())
                     progress(counts[0])
                     continue
@@ -153,7 +174,10 @@ def write_trie(
                 bits_of_word = counts[0].bit_length()
                 fields = [(word, bits_of_word), (log10.view("<u4") & 0x7FFFFFFF, 31)]
                 if level + 1 < len(orders):
-                    fields += [(backoff.view("<u4"), 32), (children, counts[level + 1].bit_length())]
+                    fields += [
+                        (backoff.view("<u4"), 32),
+                        (children, counts[level + 1].bit_length()),
+                    ]
                 _write_packed(file, fields, counts[level], progress)
             strings = [UNKNOWN, *(words[1 + int(row)] for row in by_hash)]
             file.write("\0".join(strings).encode() + b"\0")
@@ -172,7 +196,8 @@ def _header(counts: Sequence[int]) -> bytes:
 
 
 def _mark_contexts(orders: Sequence[NGrams], level: int, index: TrieIndex) -> np.ndarray:
-    """Back-offs of one order, a zero being +0 where a longer n-gram begins with this one, and -0 elsewhere.
+    """Back-offs of one order, a zero being +0 where a longer n-gram begins with this one, and -0
+    elsewhere.
 
     KenLM keeps an n-gram in the state after it only if its back-off is not -0.
     """
@@ -185,8 +210,13 @@ def _mark_contexts(orders: Sequence[NGrams], level: int, index: TrieIndex) -> np
     return backoff
 
 
-def _write_packed(file, fields: list[tuple[np.ndarray, int]], count: int, progress: Callable[[int], None]) -> None:  # type: ignore[no-untyped-def]
-    """Writes `count` entries bit by bit, lowest bit first, and one entry more that only ends the last child range."""
+def _write_packed(
+    file: BinaryIO,
+    fields: list[tuple[np.ndarray, int]],
+    count: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Writes `count` entries, lowest bit first, and one that only ends the last child range."""
     total_bits = sum(bits for _, bits in fields)
     size = ((1 + count) * total_bits + 7) // 8 + 8
     written = 0

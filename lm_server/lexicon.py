@@ -1,7 +1,9 @@
-"""Words and how they are said: the CMU dictionary or a file in its format, `word PH PH ...` per line.
+"""Words and how they are said: the CMU dictionary or a file in its format, `word PH PH ...` per
+line.
 
-A word may stand on several lines, one per pronunciation. Phonemes are ARPAbet; stress digits are removed. Lines that are
-empty or begin with `;;;` are skipped, and CMU's numbering of variants, `word(2)`, is understood.
+A word may stand on several lines, one per pronunciation. Phonemes are ARPAbet; stress digits are
+removed. Lines that are empty or begin with `;;;` are skipped, and CMU's numbering of variants,
+`word(2)`, is understood.
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ Pronunciation = tuple[str, ...]
 
 
 class LexiconError(ValueError):
-    """A lexicon that cannot be used; names the file and line, what was found and what was needed."""
+    """A lexicon that cannot be used; names file and line, what was found and needed."""
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Words with their pronunciations, in the order of the file, the preferred pronunciation first."""
+    """Words with their pronunciations, in the file's order, the preferred one first."""
 
     entries: Mapping[str, tuple[Pronunciation, ...]]
     skipped: int = 0
-    """Words left out because they hold other signs than a-z, apostrophe and hyphen (such as `a.m.`)."""
+    """Words left out because they hold other signs than a-z, apostrophe and hyphen (such as
+    `a.m.`)."""
 
     def __contains__(self, word: object) -> bool:
         return word in self.entries
@@ -62,8 +65,8 @@ def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
         phones = tuple(phone.rstrip("012") for phone in said)
         if not phones:
             raise LexiconError(
-                f"{name}, line {number}: the word {word!r} has no pronunciation; needed `word PH PH ...`: "
-                "write its phonemes after it or delete the line"
+                f"{name}, line {number}: the word {word!r} has no pronunciation; "
+                "needed `word PH PH ...`: write its phonemes after it or delete the line"
             )
         unknown = [phone for phone in phones if phone not in _PHONEME_SET]
         if unknown:
@@ -95,7 +98,9 @@ def read_lexicon(source: str | Path) -> Lexicon:
             return _read(path, "cmudict")
     path = Path(source)
     if not path.is_file():
-        raise LexiconError(f"there is no lexicon file {path}; needed `cmudict` or a file of lines `word PH PH ...`")
+        raise LexiconError(
+            f"there is no lexicon file {path}; needed `cmudict` or a file of lines `word PH PH ...`"
+        )
     return _read(path, str(path))
 
 
@@ -104,7 +109,9 @@ def _read(path: Path, name: str) -> Lexicon:
         try:
             return parse_lexicon(lines, name)
         except UnicodeDecodeError as error:
-            raise LexiconError(f"{name} is not UTF-8 text ({error}): convert it, for example with iconv") from error
+            raise LexiconError(
+                f"{name} is not UTF-8 text ({error}): convert it, for example with iconv"
+            ) from error
 
 
 def format_lexicon(lexicon: Lexicon) -> Iterator[str]:

@@ -14,8 +14,8 @@ class Hypothesis:
 
     Attributes:
       words: the sentence.
-      acoustic: sum over frames of the classes' log-probabilities on the best path, after the blank penalty and
-        before the acoustic scale.
+      acoustic: sum over frames of the classes' log-probabilities on the best path, after the blank
+        penalty and before the acoustic scale.
       ngram: the word n-gram model's score, sentence end included.
       llm: a large language model's score, or None when none scored it.
     """
@@ -35,7 +35,9 @@ class Hypothesis:
         return acoustic_scale * self.acoustic + self.ngram
 
 
-def rank(hypotheses: Iterable[Hypothesis], acoustic_scale: float, count: int) -> tuple[Hypothesis, ...]:
+def rank(
+    hypotheses: Iterable[Hypothesis], acoustic_scale: float, count: int
+) -> tuple[Hypothesis, ...]:
     """The `count` best distinct word sequences, best first."""
     best: dict[tuple[str, ...], Hypothesis] = {}
     for hypothesis in sorted(hypotheses, key=lambda one: -one.total(acoustic_scale)):
@@ -46,5 +48,9 @@ def rank(hypotheses: Iterable[Hypothesis], acoustic_scale: float, count: int) ->
 def scored(hypothesis: Hypothesis, acoustic_scale: float) -> Scored:
     """A candidate as it travels in a final answer."""
     return Scored(
-        hypothesis.sentence, hypothesis.acoustic, hypothesis.ngram, hypothesis.llm, hypothesis.total(acoustic_scale)
+        hypothesis.sentence,
+        hypothesis.acoustic,
+        hypothesis.ngram,
+        hypothesis.llm,
+        hypothesis.total(acoustic_scale),
     )

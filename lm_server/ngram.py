@@ -1,4 +1,5 @@
-"""Word n-gram models: training to ARPA (lmplz, else kaldingram), reading ARPA, the probability of unseen words.
+"""Word n-gram models: training to ARPA (lmplz, else kaldingram), reading ARPA, the probability of
+unseen words.
 
 All probabilities inside a model are base-10 logarithms, as in ARPA and KenLM files.
 """
@@ -21,7 +22,8 @@ from lm_server.kenlm_trie import UNKNOWN, NGrams, TrieIndex
 
 BEGIN, END = "<s>", "</s>"
 OUTSIDE = "<outside>"
-"""Stands in training text for words outside the lexicon, so that no n-gram reaches over them; removed afterwards."""
+"""Stands in training text for words outside the lexicon, so that no n-gram reaches over them;
+removed afterwards."""
 MAX_ORDER = 5
 _NEVER = -90.0
 """Trainers write about -99 for n-grams to which discounting leaves nothing."""
@@ -33,7 +35,8 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """A back-off n-gram model: `words[0]` is `<unk>`; `orders[k]` holds the (k+1)-grams over indices into `words`."""
+    """A back-off n-gram model: `words[0]` is `<unk>`; `orders[k]` holds the (k+1)-grams over
+    indices into `words`."""
 
     words: Sequence[str]
     orders: Sequence[NGrams]
@@ -45,14 +48,16 @@ class Model:
 
 
 def trainer_name(order: int) -> str:
-    """Which program trains a model of `order` on this machine: `lmplz`, `kaldingram` or, for order 1, `counting`."""
+    """Which program trains a model of `order` on this machine: `lmplz`, `kaldingram` or, for order
+    1, `counting`."""
     if order == 1:
         return "counting"
     return "lmplz" if shutil.which("lmplz") else "kaldingram"
 
 
 def train_arpa(text: Path, arpa: Path, order: int, tick: Callable[[], None] = lambda: None) -> str:
-    """Trains a Kneser-Ney model of order 2-5 on `text` (one sentence of words per line) as a child process.
+    """Trains a Kneser-Ney model of order 2-5 on `text` (one sentence of words per line) as a child
+    process.
 
     Args:
       text: training text.
@@ -68,7 +73,8 @@ def train_arpa(text: Path, arpa: Path, order: int, tick: Callable[[], None] = la
     """
     trainer = trainer_name(order)
     if trainer == "lmplz":
-        # Discounts cannot be estimated from very small texts; lmplz then wants to be told to fall back.
+        # Discounts cannot be estimated from very small texts; lmplz then wants to be told to fall
+        # back.
         command = ["lmplz", "-o", str(order), "--text", str(text), "--arpa", str(arpa)]
         command += ["--discount_fallback", "-S", "40%", "-T", str(arpa.parent)]
     else:
@@ -77,7 +83,11 @@ def train_arpa(text: Path, arpa: Path, order: int, tick: Callable[[], None] = la
     log = arpa.with_suffix(".log")
     with log.open("wb") as output:
         child = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env={**os.environ, "TQDM_DISABLE": "1"}
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TQDM_DISABLE": "1"},
         )
         try:
             while True:
@@ -93,12 +103,16 @@ def train_arpa(text: Path, arpa: Path, order: int, tick: Callable[[], None] = la
                 child.wait()
     if code != 0:
         last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
-        raise ModelError(f"{trainer} could not train a model of order {order} (exit code {code}); it said:\n{last}")
+        raise ModelError(
+            f"{trainer} could not train a model of order {order} (exit code {code}); "
+            f"it said:\n{last}"
+        )
     return trainer
 
 
 def count_unigrams(sentences: Iterable[Sequence[str]]) -> Model:
-    """A model of order 1 by relative frequency; `<s>` has a probability of nearly nothing, as in ARPA files.
+    """A model of order 1 by relative frequency; `<s>` has a probability of nearly nothing, as in
+    ARPA files.
 
     Raises:
       ModelError: there is no sentence.
@@ -113,7 +127,9 @@ def count_unigrams(sentences: Iterable[Sequence[str]]) -> Model:
         raise ModelError("the text has no sentence to count words in")
     words = [UNKNOWN, BEGIN, *counts]
     log10 = np.array([-99.0, -99.0, *np.log10(np.array(list(counts.values())) / total)], np.float32)
-    return Model(words, [NGrams(np.arange(len(words), dtype=np.int32)[:, None], log10, np.zeros_like(log10))])
+    return Model(
+        words, [NGrams(np.arange(len(words), dtype=np.int32)[:, None], log10, np.zeros_like(log10))]
+    )
 
 
 def read_arpa(path: Path, progress: Callable[[int], None] = lambda lines: None) -> Model:
@@ -144,7 +160,9 @@ def read_arpa(path: Path, progress: Callable[[int], None] = lambda lines: None) 
                 if line.startswith("\\") and len(fields) == 1:
                     break
                 if len(fields) not in (order + 1, order + 2):
-                    raise ModelError(f"{path} has the line {line.strip()!r} among its {order}-grams: not ARPA")
+                    raise ModelError(
+                        f"{path} has the line {line.strip()!r} among its {order}-grams: not ARPA"
+                    )
                 log10.append(float(fields[0]))
                 backoff.append(float(fields[order + 1]) if len(fields) == order + 2 else 0.0)
                 if order == 1 and fields[1] not in ids:
@@ -153,7 +171,10 @@ def read_arpa(path: Path, progress: Callable[[int], None] = lambda lines: None) 
                 grams.extend([ids[word] for word in fields[1 : order + 1]])
             rows = np.array(grams, np.int32).reshape(-1, order)
             if len(rows) != counts[order - 1]:
-                raise ModelError(f"{path} has {len(rows)} {order}-grams but announces {counts[order - 1]}: it is cut short")
+                raise ModelError(
+                    f"{path} has {len(rows)} {order}-grams but announces "
+                    f"{counts[order - 1]}: it is cut short"
+                )
             orders.append(NGrams(rows, np.array(log10, np.float32), np.array(backoff, np.float32)))
     if not orders:
         raise ModelError(f"{path} has no n-grams: not ARPA")
@@ -182,9 +203,11 @@ def without_outside(model: Model) -> Model:
 
 
 def repair_zeros(model: Model) -> Model:
-    """Gives n-grams of order 2 and more that a trainer left with no probability what backing off gives them.
+    """Gives n-grams of order 2 and more that a trainer left with no probability what backing off
+    gives them.
 
-    On small texts unmodified Kneser-Ney discounts n-grams seen once to zero; KenLM would take that zero at its word.
+    On small texts unmodified Kneser-Ney discounts n-grams seen once to zero; KenLM would take that
+    zero at its word.
     """
     index = TrieIndex(model.orders, np.arange(len(model.words)))
     orders = [model.orders[0]]
@@ -204,11 +227,13 @@ def repair_zeros(model: Model) -> Model:
 
 
 def spread_unseen(model: Model, counts: Counter[str], unseen: int) -> Model:
-    """Sets the probability of `<unk>` to that of one word that the text does not have, and scales the others.
+    """Sets the probability of `<unk>` to that of one word that the text does not have, and scales
+    the others.
 
-    Good and Turing: the next word is a new one with probability (words seen once) / (words in all). It is shared
-    equally by the `unseen` words of the lexicon, and one of them is never likelier than the rarest word seen.
-    Without this, a word that the text lacks could not be recognised, or would be too cheap.
+    Good and Turing: the next word is a new one with probability (words seen once) / (words in all).
+    It is shared equally by the `unseen` words of the lexicon, and one of them is never likelier
+    than the rarest word seen. Without this, a word that the text lacks could not be recognised, or
+    would be too cheap.
 
     Args:
       model: a model over the words seen.
@@ -216,7 +241,9 @@ def spread_unseen(model: Model, counts: Counter[str], unseen: int) -> Model:
       unseen: number of words in the lexicon that the text lacks.
     """
     unigrams = model.orders[0]
-    special = np.isin(np.arange(len(model.words)), [0, *(i for i, w in enumerate(model.words) if w == BEGIN)])
+    special = np.isin(
+        np.arange(len(model.words)), [0, *(i for i, w in enumerate(model.words) if w == BEGIN)]
+    )
     seen = 10.0 ** unigrams.log10.astype(np.float64)
     seen[special] = 0.0
     seen /= seen.sum()
@@ -227,7 +254,9 @@ def spread_unseen(model: Model, counts: Counter[str], unseen: int) -> Model:
         log10 = np.log10(seen * (1.0 - each * unseen))
     log10[special] = -99.0
     log10[0] = np.log10(each)
-    return Model(model.words, [replace(unigrams, log10=log10.astype(np.float32)), *model.orders[1:]])
+    return Model(
+        model.words, [replace(unigrams, log10=log10.astype(np.float32)), *model.orders[1:]]
+    )
 
 
 def _select(grams: NGrams, rows: np.ndarray) -> NGrams:

@@ -1,8 +1,9 @@
 """What both sides agree on: classes, their order, stream names and message contents.
 
-This is the only module that the JAX side imports from `lm_server`; it needs numpy and the standard library alone.
-The streams and their fields are those of the published NEJM server, so that either end can be exchanged for the
-published one; `Streams.error` is ours and tells a client why an entry was refused.
+This is the only module that the JAX side imports from `lm_server`; it needs numpy and the standard
+library alone. The streams and their fields are those of the published NEJM server, so that either
+end can be exchanged for the published one; `Streams.error` is ours and tells a client why an entry
+was refused.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PHONEMES: tuple[str, ...] = tuple(
-    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W "
-    "Y Z ZH".split()
+PHONEMES: tuple[str, ...] = (
+    *("AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH"),
+    *("IH", "IY", "JH", "K", "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH"),
+    *("UH", "UW", "V", "W", "Y", "Z", "ZH"),
 )
 BLANK = "BLANK"
 SILENCE = " | "
@@ -32,7 +34,7 @@ _LM_OF_RNN = np.array([LM_CLASSES.index(name) for name in CLASSES])
 
 
 class ProtocolError(ValueError):
-    """A message that breaks the protocol; its text says what was found, what was needed and what to do."""
+    """A message that breaks the protocol; says what was found, what was needed, what to do."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,15 @@ def check_logits(logits: np.ndarray, what: str = "logits") -> np.ndarray:
     if not finite.all():
         frame = int(np.argwhere(~finite)[0, 0])
         raise ProtocolError(
-            f"{what} hold {int((~finite).sum())} NaN or infinite values, the first in frame {frame}; "
-            "needed finite numbers: look for a diverged model or broken input features"
+            f"{what} hold {int((~finite).sum())} NaN or infinite values, the first in frame "
+            f"{frame}; needed finite numbers: look for a diverged model or broken input features"
         )
     return array
 
 
 def encode_logits(logits: np.ndarray) -> bytes:
-    """Logits [frames, 41] in the language model's order -> bytes of the input entry's `logits` field.
+    """Logits [frames, 41] in the language model's order -> bytes of the input entry's `logits`
+    field.
 
     Raises:
       ProtocolError: the shape is wrong or a value is not finite.
@@ -123,7 +126,8 @@ def decode_logits(payload: bytes) -> np.ndarray:
     frames = len(payload) // frame_bytes
     if frames > MAX_MESSAGE_FRAMES:
         raise ProtocolError(
-            f"logits have {frames} frames; at most {MAX_MESSAGE_FRAMES} fit one entry: send them in chunks"
+            f"logits have {frames} frames; at most {MAX_MESSAGE_FRAMES} fit one entry: "
+            "send them in chunks"
         )
     return check_logits(np.frombuffer(payload, dtype="<f4").reshape(frames, CLASS_COUNT))
 
@@ -131,7 +135,8 @@ def decode_logits(payload: bytes) -> np.ndarray:
 def encode_scoring(candidates: Sequence[Scored]) -> str:
     """Candidates -> the final entry's `scoring` field, `sentence;ac;ngram;llm;total` joined by `;`.
 
-    The published format has no room for "not rescored": it is written as 0.0, as published servers do.
+    The published format has no room for "not rescored": it is written as 0.0, as published servers
+    do.
 
     Raises:
       ProtocolError: a sentence holds a `;`, which the format cannot carry.
@@ -139,7 +144,9 @@ def encode_scoring(candidates: Sequence[Scored]) -> str:
     fields: list[str] = []
     for candidate in candidates:
         if ";" in candidate.sentence:
-            raise ProtocolError(f"sentence {candidate.sentence!r} holds a ';', the separator of `scoring`")
+            raise ProtocolError(
+                f"sentence {candidate.sentence!r} holds a ';', the separator of `scoring`"
+            )
         llm = 0.0 if candidate.llm is None else candidate.llm
         scores = (candidate.acoustic, candidate.ngram, llm, candidate.total)
         fields += [candidate.sentence, *(repr(float(score)) for score in scores)]
@@ -157,13 +164,16 @@ def decode_scoring(text: str) -> list[Scored]:
     fields = text.split(";")
     if len(fields) % 5:
         raise ProtocolError(
-            f"scoring has {len(fields)} fields; needed five per candidate: sentence;ac;ngram;llm;total"
+            f"scoring has {len(fields)} fields; needed five per candidate: "
+            "sentence;ac;ngram;llm;total"
         )
     candidates = []
     for start in range(0, len(fields), 5):
         try:
             acoustic, ngram, llm, total = (float(field) for field in fields[start + 1 : start + 5])
         except ValueError as error:
-            raise ProtocolError(f"scoring of {fields[start]!r} is not four numbers: {error}") from error
+            raise ProtocolError(
+                f"scoring of {fields[start]!r} is not four numbers: {error}"
+            ) from error
         candidates.append(Scored(fields[start], acoustic, ngram, llm, total))
     return candidates

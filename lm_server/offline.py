@@ -1,0 +1,221 @@
+"""`lm-server decode`: a logits file -> JSON lines, without Redis, on all cores."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
+
+_worker: tuple[BeamSearch, Logits] | None = None
+"""What a worker process searches with; set before it is forked, so that all of them share the
+model's memory."""
+
+
+class LogitsFileError(ValueError):
+    """A logits file that cannot be used; names file and field, what was found and needed."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A logits file in memory: `logits` float32 [all frames, 41] in the RNN's order, `ends` [N],
+    `trials` [N]."""
+
+    logits: np.ndarray
+    ends: np.ndarray
+    trials: tuple[str, ...]
+
+    def of(self, index: int) -> np.ndarray:
+        """Logits of one trial, [frames, 41], in the RNN's order."""
+        start = self.ends[index - 1] if index else 0
+        return self.logits[start : self.ends[index]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trial decoded: its line of the output, or what was wrong with it."""
+
+    line: str | None
+    problem: str | None
+
+
+def read_logits(path: Path) -> Logits:
+    """Reads and checks `logits` float [all frames, 41], `frames` int [N], `trial` str [N] of an
+    .npz file.
+
+    Raises:
+      LogitsFileError: the file is missing, damaged, or one of its fields is not as needed.
+    """
+    if not path.is_file():
+        raise LogitsFileError(f"there is no logits file {path}: make one with `b2txt infer`")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ("logits", "frames", "trial") if name not in file.files]
+            if missing:
+                raise LogitsFileError(
+                    f"{path} has no field {missing[0]!r}, only {sorted(file.files)}; "
+                    "needed logits, frames, trial"
+                )
+            logits, frames, trial = file["logits"], file["frames"], file["trial"]
+    except LogitsFileError:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise LogitsFileError(
+            f"{path} is no readable .npz file ({error}): make it again with `b2txt infer`"
+        ) from error
+    if logits.ndim != 2 or logits.shape[1] != CLASS_COUNT or logits.dtype.kind != "f":
+        raise LogitsFileError(
+            f"{path}: logits are {logits.dtype} {logits.shape}; "
+            f"needed float32 [all frames, {CLASS_COUNT}]"
+        )
+    if frames.ndim != 1 or frames.dtype.kind not in "iu" or (frames < 0).any():
+        raise LogitsFileError(
+            f"{path}: frames are {frames.dtype} {frames.shape}; needed int32 [trials], none below 0"
+        )
+    if trial.shape != frames.shape or trial.dtype.kind not in "US":
+        raise LogitsFileError(
+            f"{path}: trial is {trial.dtype} {trial.shape}; "
+            f"needed str {frames.shape}, as many as frames"
+        )
+    if int(frames.sum()) != len(logits):
+        raise LogitsFileError(
+            f"{path}: frames add up to {int(frames.sum())}, but logits have {len(logits)} rows; "
+            "needed the same: make the file again"
+        )
+    names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in trial)
+    return Logits(logits.astype(np.float32, copy=False), np.cumsum(frames, dtype=np.int64), names)
+
+
+def decode_trial(search: BeamSearch, trial: str, logits: np.ndarray) -> Outcome:
+    """Decodes one trial, [frames, 41] in the RNN's order."""
+    search.begin()
+    try:
+        search.step(to_lm_order(logits))
+    except ProtocolError as error:
+        return Outcome(None, f"trial {trial}: {error}")
+    candidates = search.finish()
+    scale = search.settings.acoustic_scale
+    nbest = [
+        {
+            "sentence": one.sentence,
+            "acoustic": one.acoustic,
+            "ngram": one.ngram,
+            "total": one.total(scale),
+        }
+        for one in candidates
+    ]
+    sentence = candidates[0].sentence if candidates else ""
+    return Outcome(json.dumps({"trial": trial, "sentence": sentence, "nbest": nbest}), None)
+
+
+def decode_file(
+    model: LanguageModel, settings: Settings, logits: Logits, out: Path, workers: int
+) -> int:
+    """Decodes a logits file to JSON lines {trial, sentence, nbest: [{sentence, acoustic, ngram,
+    total}]}.
+
+    Trials stand in the order of the file. A trial that cannot be decoded is named on the error
+    output and left out; the others are written all the same. The output appears whole at the end.
+
+    Args:
+      model: a model folder in memory.
+      settings: how to search.
+      logits: the logits file in memory.
+      out: the file to write.
+      workers: number of processes.
+
+    Returns:
+      Number of trials that could not be decoded.
+
+    Raises:
+      LogitsFileError: the output cannot be written.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    console = Console(stderr=True)
+    problems = 0
+    try:
+        with temporary.open("w") as output, _outcomes(model, settings, logits, workers) as outcomes:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+                for outcome in progress.track(
+                    outcomes, total=len(logits.trials), description="decoding"
+                ):
+                    if outcome.line is None:
+                        problems += 1
+                        print(f"warning: {outcome.problem}", file=sys.stderr)
+                    else:
+                        output.write(outcome.line + "\n")
+        os.replace(temporary, out)
+    except OSError as error:
+        raise LogitsFileError(
+            f"cannot write {out} ({error}): choose a place that you may write to"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return problems
+
+
+@contextlib.contextmanager
+def _outcomes(
+    model: LanguageModel, settings: Settings, logits: Logits, workers: int
+) -> Iterator[Iterator[Outcome]]:
+    """The outcome of every trial, in order, from this process or from a pool of workers."""
+    search = BeamSearch(model, settings)
+    indices = range(len(logits.trials))
+    workers = min(workers, max(len(indices), 1))
+    if workers == 1:
+        yield (decode_trial(search, logits.trials[index], logits.of(index)) for index in indices)
+        return
+    global _worker
+    _worker = (search, logits)
+    # Forked before any thread of ours is started (the progress bar has one), with the model already
+    # in memory.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _prepare_worker, (os.getpid(),))
+    try:
+        yield pool.map(_decode_index, indices, chunksize=4)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare_worker(parent: int) -> None:
+    """Leaves Ctrl-C to the parent, and ends this worker when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 is PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _decode_index(index: int) -> Outcome:
+    assert _worker is not None
+    search, logits = _worker
+    return decode_trial(search, logits.trials[index], logits.of(index))

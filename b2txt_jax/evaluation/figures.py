@@ -171,7 +171,7 @@ def phoneme_picture(
     decoded_marks, true_marks = _aligned(found, times, true, seconds)
     if not true:
         decoded_marks = [replace(mark, wrong=False) for mark in decoded_marks]
-    width = float(np.clip(1.5 + 0.13 * max(len(found), len(true)), 9.0, 30.0))
+    width = float(np.clip(1.5 + 0.15 * max(len(found), len(true)), 9.0, 30.0))
     figure = _figure(width, 7.6)
     ratios = [1.0, 10.0, 1.0] if true else [1.0, 10.0]
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios)
@@ -304,7 +304,7 @@ def _strip(axes: Axes, marks: Sequence[Mark], name: str, seconds_per_inch: float
     ends = [-np.inf] * 3
     for mark in marks:
         text = _name(mark.phoneme, short=True)
-        half = 0.5 * (0.06 + 0.1 * len(text)) * seconds_per_inch
+        half = 0.5 * (0.1 + 0.1 * len(text)) * seconds_per_inch
         row = next((n for n, end in enumerate(ends) if end <= mark.time - half), np.argmin(ends))
         ends[int(row)] = mark.time + half
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": ORANGE}

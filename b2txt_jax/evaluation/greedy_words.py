@@ -1,37 +1,43 @@
 """Words without a language model: greedy phonemes, split at silences, looked up one by one.
 
 Each group of phonemes is looked up exactly in the CMU dictionary: this is the rate that shows what
-the language model adds. There is no search and no statistics of words: a group of phonemes that is
-nobody's pronunciation stays a placeholder, which counts as one wrong word. Among words that sound
-alike the one wins whose preferred pronunciation it is, then the shortest spelling, then the
-alphabet's order ("to" before "too" and "two").
+the language model adds. There is no search, and no word knows its neighbours: a group of phonemes
+that is nobody's pronunciation stays a placeholder, which counts as one wrong word. Among words that
+sound alike the one wins whose preferred pronunciation it is, then the one more common in the
+training sentences that come with the package ("you" before "yu"), then the shortest spelling, then
+the alphabet's order.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterable
 
+from b2txt_jax.data.corpus import load_pool
+from b2txt_jax.evaluation.text import scored_words
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID, pronunciations
 from lm_server.protocol import CLASSES
 
-# Entries such as "a.m." would be normalised away from what the reference holds.
-_SCORABLE = re.compile(r"[a-z]+(?:['-][a-z]+)*")
+# Entries such as "a.m." would be normalised away from what the reference holds; of the names of
+# letters ("r" sounds like "are") only two are words.
+_WORD = re.compile(r"[ai]|[a-z]+(?:['-]?[a-z]+)+")
 
 
 @functools.cache
 def words_by_pronunciation() -> dict[tuple[str, ...], str]:
     """ARPAbet phonemes without stress -> the word that stands for them."""
-    best: dict[tuple[str, ...], tuple[int, int, str]] = {}
+    common = Counter(word for text, _ in load_pool("train") for word in scored_words(text))
+    best: dict[tuple[str, ...], tuple[int, int, int, str]] = {}
     for word, entries in pronunciations().items():
-        if not _SCORABLE.fullmatch(word):
+        if not _WORD.fullmatch(word):
             continue
         for rank, phones in enumerate(entries):
-            candidate = (rank, len(word), word)
+            candidate = (rank, -common[word], len(word), word)
             if phones not in best or candidate < best[phones]:
                 best[phones] = candidate
-    return {phones: word for phones, (_, _, word) in best.items()}
+    return {phones: found[-1] for phones, found in best.items()}
 
 
 def greedy_words(ids: Iterable[int]) -> tuple[str, ...]:

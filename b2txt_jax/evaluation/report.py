@@ -194,7 +194,8 @@ def _sentences(sentences: Sequence[Mapping[str, Any]]) -> str:
     for sentence in sentences:
         true, decoded = sentence.get("true"), sentence.get("decoded")
         if decoded is None:
-            shown_true, shown = escape(str(true or "")), "<em>failed: no answer</em>"
+            shown_true = escape(" ".join(scored_words(str(true)))) if true else "<em>unknown</em>"
+            shown = "<em>failed: no answer</em>"
         elif true is None:
             shown_true, shown = "<em>unknown</em>", escape(str(decoded))
         else:
@@ -270,14 +271,14 @@ section { background: #fff; border: 1px solid #e2e5ea; border-radius: 8px;
 .card strong { display: block; font-size: 1.5rem; color: #0072b2; }
 .card span, header p, .trial { color: #5f6368; font-size: 0.9rem; }
 figure { margin: 0; overflow-x: auto; }
-figure img { width: 100%; height: auto; display: block; }
+figure img { width: 100%; min-width: 30rem; height: auto; display: block; }
 figure.wide img { min-width: 46rem; }
 table { border-collapse: collapse; }
 th, td { padding: 0.25rem 0.9rem 0.25rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid #eceef1; }
 .numbers { margin-bottom: 1rem; }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right;
-  font-variant-numeric: tabular-nums; }
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
 .pairs th { font-weight: normal; color: #5f6368; }
 .pairs td { overflow-wrap: anywhere; }
 .sentences { padding-left: 1.5rem; }

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 import redis
@@ -60,13 +59,9 @@ class Decoded:
 
 def mask_password(url: str) -> str:
     """A Redis URL fit for messages: `redis://user:***@host:6379/0`."""
-    parts = urlsplit(url)
-    netloc = parts.netloc
-    if "@" in netloc:
-        login, host = netloc.rsplit("@", 1)
-        netloc = f"{login.split(':', 1)[0]}:***@{host}" if ":" in login else netloc
-    query = re.sub(r"(?i)(^|&)(password=)[^&]*", r"\1\2***", parts.query)
-    return urlunsplit(parts._replace(netloc=netloc, query=query))
+    # Up to the last @ of all, so that a password with a forgotten %2F is not shown by half.
+    login_masked = re.sub(r"(://[^:@/?]*):.*@", r"\1:***@", url)
+    return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", login_masked)
 
 
 class LanguageModelClient:
@@ -209,7 +204,9 @@ class LanguageModelClient:
           LanguageModelError: the server refused a setting.
         """
         with self._redis_errors():
-            self._add(self._streams.update_params, {name: float(v) for name, v in params.items()})
+            # Whole numbers without a point: the published server reads nbest with int().
+            fields = {n: int(v) if isinstance(v, int) else float(v) for n, v in params.items()}
+            self._add(self._streams.update_params, fields)
         awaited = f"the new settings {', '.join(params)} to be taken"
         self._wait(self._streams.done_updating_params, awaited, self.timeout)
 

@@ -1,0 +1,163 @@
+"""Claims about what an evaluation counts, names and writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from b2txt_jax.evaluation.evaluate import (
+    Evaluation,
+    Failure,
+    evaluate,
+    submission_texts,
+    write_evaluation,
+)
+from b2txt_jax.evaluation.metrics import ErrorRate
+from b2txt_jax.phonemes import sentence_to_ids
+from lm_server.protocol import Scored
+
+NAMES = ["t15.2023.08.13/trial_0000", "t15.2023.08.13/trial_0001", "t15.2023.08.18/trial_0000"]
+SAID = ["The cat sat.", "How are you?", "Yes!"]
+HEARD = [["the", "cat", "sat"], ["how", "are"], ["yes"]]
+
+
+def logits_of(words: list[str]) -> np.ndarray:
+    """Logits whose greedy decoding is the words' phonemes: each phoneme, then a blank."""
+    ids = [index for phoneme in sentence_to_ids(words) for index in (phoneme, 0)]
+    return np.eye(41, dtype=np.float32)[ids]
+
+
+def scored(sentence: str) -> list[Scored]:
+    return [Scored(sentence, -1.0, -1.0, None, -2.0), Scored("other", -5.0, -5.0, None, -10.0)]
+
+
+def evaluated(**changes: Any) -> Evaluation:
+    given: dict[str, Any] = {
+        "split": "val",
+        "names": NAMES,
+        "logits": [logits_of(words) for words in HEARD],
+        "decoded": [scored("the cat sat"), scored("how old are you"), scored("no")],
+        "labels": [sentence_to_ids(text) for text in (HEARD[0], ["how", "are", "you"], HEARD[2])],
+        "sentences": SAID,
+        "corpora": ["Random", "Harvard", "Random"],
+        "settings": {"lm": "3-gram"},
+        "seconds_per_sentence": 0.25,
+    }
+    return evaluate(**{**given, **changes})
+
+
+def test_word_errors_are_counted_in_all_per_session_and_per_corpus() -> None:
+    wer = evaluated().wer
+    assert wer is not None
+    assert wer.all == ErrorRate(2, 7)
+    assert wer.per_session == {
+        "t15.2023.08.13": ErrorRate(1, 6),
+        "t15.2023.08.18": ErrorRate(1, 1),
+    }
+    assert wer.per_corpus == {"Random": ErrorRate(1, 4), "Harvard": ErrorRate(1, 3)}
+
+
+def test_phoneme_errors_count_the_silence_of_a_missed_word() -> None:
+    per = evaluated().per
+    assert per is not None
+    assert per.all.errors == len(sentence_to_ids(["you"])) == 3
+    assert per.all.length == sum(
+        len(sentence_to_ids(w.split())) for w in ("the cat sat", "how are you", "yes")
+    )
+
+
+def test_words_without_language_model_come_from_the_greedy_phonemes() -> None:
+    without = evaluated().wer_without_lm
+    assert without is not None
+    assert without.all == ErrorRate(1, 7)  # "you" was not heard
+
+
+def test_a_failed_trial_is_named_and_has_all_its_words_wrong() -> None:
+    result = evaluated(
+        decoded=[scored("the cat sat"), None, scored("yes")],
+        failures=[Failure(NAMES[1], "timed out")],
+    )
+    assert result.failed == (Failure(NAMES[1], "timed out"),)
+    assert result.wer is not None
+    assert result.wer.all == ErrorRate(3, 7)
+    assert result.sentences[1].decoded is None
+    assert result.sentences[1].errors == 3
+
+
+def test_a_trial_without_candidates_is_a_failure_even_if_nobody_said_so() -> None:
+    result = evaluated(decoded=[scored("the cat sat"), None, []])
+    assert [failure.trial for failure in result.failed] == NAMES[1:]
+
+
+def test_failing_never_improves_the_rate() -> None:
+    good, failed = evaluated().wer, evaluated(decoded=[None, None, None]).wer
+    assert good is not None
+    assert failed is not None
+    assert failed.all == ErrorRate(7, 7)
+    assert failed.all.errors > good.all.errors
+
+
+def test_the_test_split_has_sentences_and_no_rates() -> None:
+    written = evaluated(split="test", labels=None, sentences=None, corpora=None).to_json()
+    assert written["per"] is written["wer"] is written["wer_without_lm"] is None
+    assert written["sentences"][1] == {
+        "trial": NAMES[1],
+        "true": None,
+        "decoded": "how old are you",
+        "errors": None,
+        "words": None,
+    }
+
+
+def test_unknown_corpora_are_told_apart_and_no_corpora_make_no_groups() -> None:
+    some, none = evaluated(corpora=["Random", None, "Random"]).wer, evaluated(corpora=None).wer
+    assert some is not None
+    assert none is not None
+    assert list(some.per_corpus) == ["Random", "unknown"]
+    assert none.per_corpus == {}
+
+
+def test_the_file_holds_errors_length_and_rate_of_each_group(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "evaluation.json"
+    write_evaluation(path, evaluated())
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert written["wer"]["all"] == {"errors": 2, "length": 7, "rate": pytest.approx(2 / 7)}
+    assert written["wer"]["per_corpus"]["Harvard"]["errors"] == 1
+    assert written["split"] == "val"
+    assert written["trials"] == 3
+    assert written["failed"] == []
+    assert written["settings"] == {"lm": "3-gram"}
+    assert written["seconds_per_sentence"] == 0.25
+    assert written["sentences"][2] == {
+        "trial": NAMES[2],
+        "true": "Yes!",
+        "decoded": "no",
+        "errors": 1,
+        "words": 1,
+    }
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_session_without_any_word_has_no_rate_in_the_file() -> None:
+    written = evaluated(sentences=["The cat sat.", "How are you?", "..."]).to_json()
+    group = written["wer"]["per_session"]["t15.2023.08.18"]
+    assert group == {"errors": 1, "length": 0, "rate": None}
+
+
+def test_settings_that_json_cannot_hold_leave_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_evaluation(tmp_path / "e.json", evaluated(settings={"scale": float("nan")}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_submission_keeps_the_row_of_a_failed_trial() -> None:
+    result = evaluated(decoded=[scored("the cat sat"), None, scored("yes")])
+    assert submission_texts(result) == ["the cat sat", "", "yes"]
+
+
+@pytest.mark.parametrize("what", ["logits", "decoded", "labels", "sentences", "corpora"])
+def test_lists_of_another_length_are_refused_by_name(what: str) -> None:
+    with pytest.raises(ValueError, match=f"found 0 {what} for 3 trials"):
+        evaluated(**{what: []})

@@ -1,0 +1,106 @@
+"""Claims about the whole way: logits, a real `lm-server` process with its Redis, sentences."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from b2txt_jax.evaluation.evaluate import evaluate, run_language_model
+from b2txt_jax.evaluation.metrics import ErrorRate
+from b2txt_jax.inference.lm_client import (
+    LanguageModelClient,
+    LanguageModelError,
+    LanguageModelUnavailableError,
+)
+from b2txt_jax.inference.lm_process import serve_child
+from b2txt_jax.phonemes import pronunciations, sentence_to_ids
+
+SAID = ["how are you today", "the cat sat on the mat", "yes i can see the dog"]
+
+
+def logits_of(sentence: str) -> np.ndarray:
+    """Logits [P, 41] that speak the sentence clearly, with some noise."""
+    best = [i for p in sentence_to_ids(sentence.split()) for i in (p, p, 0)]
+    noise = np.random.default_rng(0).normal(0, 0.5, (len(best), 41))
+    return (noise + 8 * np.eye(41)[best]).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm")
+    words = sorted({word for sentence in SAID for word in sentence.split()})
+    lexicon = [f"{word} {' '.join(pronunciations()[word][0])}" for word in words]
+    (folder / "lexicon.txt").write_text("\n".join(lexicon) + "\n")
+    (folder / "text.txt").write_text("\n".join(SAID * 5) + "\n")
+    command = [sys.executable, "-m", "lm_server", "build", "--order", "2"]
+    command += ["--text", str(folder / "text.txt"), "--lexicon", str(folder / "lexicon.txt")]
+    subprocess.run([*command, "--out", str(folder / "model")], check=True, capture_output=True)
+    return folder / "model"
+
+
+def test_sentences_come_back_and_are_scored(model: Path) -> None:
+    names = [f"t15.2023.08.13/trial_000{n}" for n in range(4)]
+    logits = [*(logits_of(sentence) for sentence in SAID), np.full((9, 41), np.nan, np.float32)]
+    before = {process.pid for process in psutil.process_iter()}
+    with serve_child(model) as url:
+        decoded, failures, seconds = run_language_model(logits, names, url)
+        started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+        with LanguageModelClient(url) as client:
+            whole = client.decode(logits[0])
+            chunks = client.decode(logits[0], chunk_frames=5)
+            with pytest.raises(LanguageModelError, match="nbest is -3"):
+                client.update_params(nbest=-3)
+            client.update_params(nbest=1)
+            assert len(client.decode(logits[0])) == 1
+    assert [found and found[0].sentence for found in decoded] == [*SAID, None]
+    assert all(found[0].llm is None for found in decoded if found)
+    assert [c.sentence for c in chunks] == [c.sentence for c in whole]
+    assert [c.total for c in whole] == sorted((c.total for c in whole), reverse=True)
+    result = evaluate(
+        split="val",
+        names=names,
+        logits=[*logits[:3], np.zeros((0, 41), np.float32)],
+        decoded=decoded,
+        sentences=["How are you today?", "The cat sat on the mat.", "Yes, I can see a dog.", "No."],
+        failures=failures,
+        seconds_per_sentence=seconds,
+    )
+    assert result.wer is not None
+    assert result.wer.all == ErrorRate(2, 17)  # "a" heard as "the"; the failed trial's word
+    assert "NaN" in result.failed[0].reason
+    assert len(started) >= 2  # the server and its Redis
+    assert not any(p.is_running() and p.status() != "zombie" for p in started)
+
+
+def test_a_folder_without_a_model_is_told_in_the_servers_words(tmp_path: Path) -> None:
+    with pytest.raises(LanguageModelUnavailableError) as caught, serve_child(tmp_path / "none"):
+        pass
+    assert "exit code 2" in str(caught.value)
+    assert "lm-server build" in str(caught.value)
+
+
+def test_nothing_stays_behind_when_we_are_killed(model: Path) -> None:
+    code = f"""
+        import time
+        from b2txt_jax.inference.lm_process import serve_child
+        with serve_child({str(model)!r}) as url:
+            print(url, flush=True)
+            time.sleep(60)
+    """
+    ours = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
+    assert ours.stdout is not None
+    assert ours.stdout.readline()
+    started = psutil.Process(ours.pid).children(recursive=True)
+    assert len(started) >= 2
+    ours.send_signal(signal.SIGKILL)
+    ours.wait()
+    ours.stdout.close()
+    _, alive = psutil.wait_procs(started, timeout=10)
+    assert not alive

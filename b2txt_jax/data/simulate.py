@@ -6,12 +6,13 @@ See docs/simulator.md for what is modelled, what is not, and from which findings
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def simulate(out: Path, settings: SimulationSettings, force: bool = False) -> No
     """Writes sessions, the table of their blocks and text for a language model to folder `out`.
 
     The sessions are OUT/hdf5_data_final/<session>/data_*.hdf5. What is there already from the same
-    settings is kept; more sessions can be added to a folder. Every file appears whole or not at all.
+    settings is kept; more sessions can be added to a folder. A file appears whole or not at all.
 
     Args:
       out: folder to write to.
@@ -141,11 +142,16 @@ def simulate(out: Path, settings: SimulationSettings, force: bool = False) -> No
     tuning = None
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("simulating sentences", total=sum(b.sentences for b in blocks))
+        done = 0
         for index, (name, plan) in enumerate(plans.items()):
             tuning = _tuning_of_day(settings, index, tuning)
-            for split, chosen in _missing_files(out, name, plan):
-                _write_split(out, name, split, chosen, settings, index, tuning)
-            progress.advance(task, sum(len(block.sentences) for block in plan))
+            # Val and test share blocks, so that one pass makes both.
+            for splits in (("train",), ("val", "test")):
+                missing = _missing_files(out, name, plan, splits)
+                for _ in _write_files(missing, name, plan, settings, index, tuning):
+                    progress.advance(task)
+            done += sum(len(block.sentences) for block in plan)
+            progress.update(task, completed=done)
 
 
 def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]:
@@ -223,7 +229,7 @@ def _rng(settings: SimulationSettings, purpose: str, *numbers: int) -> np.random
 
 
 def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:
-    """Corpus -> the split's sentences of fitting length, in this seed's order; taken from the end."""
+    """Corpus -> the split's sentences of fitting length, in this seed's order, last one first."""
     queues: dict[str, list[str]] = {corpus: [] for corpus in CORPORA}
     for text, corpus in load_pool(split):
         if settings.min_words <= len(normalise(text).split()) <= settings.max_words:
@@ -303,49 +309,57 @@ def _tuning_of_day(
 
 
 def _missing_files(
-    out: Path, session: str, plan: list[PlannedBlock]
-) -> Iterator[tuple[str, list[PlannedBlock]]]:
-    """(split, blocks that hold it) for each file that is not there yet."""
-    for split in ("train", "val", "test"):
-        blocks = [b for b in plan if any(s.split == split for s in b.sentences)]
-        if blocks and not (_session_folder(out, session) / f"data_{split}.hdf5").is_file():
-            yield split, blocks
+    out: Path, session: str, plan: list[PlannedBlock], splits: Sequence[str]
+) -> dict[str, Path]:
+    """Split -> file, for those of `splits` that the session has and that are not there yet."""
+    held = {sentence.split for block in plan for sentence in block.sentences}
+    paths = {split: _session_folder(out, session) / f"data_{split}.hdf5" for split in splits}
+    return {split: path for split, path in paths.items() if split in held and not path.is_file()}
 
 
-def _write_split(
-    out: Path,
+def _write_files(
+    paths: dict[str, Path],
     session: str,
-    split: str,
-    blocks: list[PlannedBlock],
+    plan: list[PlannedBlock],
     settings: SimulationSettings,
     index: int,
     tuning: simulate_neural.Tuning,
-) -> None:
-    """Writes one file of one session."""
-    folder = _session_folder(out, session)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"data_{split}.hdf5"
-    temporary = path.with_suffix(".partial")
-    table = simulate_speech.articulation()
-    with h5py.File(temporary, "w") as file:
-        written = 0
-        for block in blocks:
-            rng = _rng(settings, "block", index, block.number)
-            movements = [
-                simulate_speech.attempt(s.labels, table, settings.speaking_rate, rng).trajectory
-                for s in block.sentences
-            ]
-            strength = modulation(settings.difficulty)
-            features = simulate_neural.record(movements, tuning, strength, rng)
-            for trial, (sentence, recorded) in enumerate(
-                zip(block.sentences, features, strict=True)
+) -> Iterator[None]:
+    """Writes the files `paths` (by split) of one session; yields after each trial."""
+    if not paths:
+        return
+    partial = {split: path.with_suffix(".partial") for split, path in paths.items()}
+    for path in partial.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {s: stack.enter_context(h5py.File(path, "w")) for s, path in partial.items()}
+        for block in plan:
+            if not any(sentence.split in paths for sentence in block.sentences):
+                continue
+            recorded = _record_block(block, settings, index, tuning)
+            for trial, (sentence, features) in enumerate(
+                zip(block.sentences, recorded, strict=True)
             ):
-                if sentence.split != split:
-                    continue
-                group = file.create_group(f"trial_{written:04d}")
-                _write_trial(group, session, block.number, trial, sentence, recorded)
-                written += 1
-    os.replace(temporary, path)
+                if sentence.split in files:
+                    file = files[sentence.split]
+                    group = file.create_group(f"trial_{len(file):04d}")
+                    _write_trial(group, session, block.number, trial, sentence, features)
+                yield
+    for split, path in paths.items():
+        os.replace(partial[split], path)
+
+
+def _record_block(
+    block: PlannedBlock, settings: SimulationSettings, index: int, tuning: simulate_neural.Tuning
+) -> list[np.ndarray]:
+    """Features of each trial of a block, float32 [T, 512]."""
+    rng = _rng(settings, "block", index, block.number)
+    table = simulate_speech.articulation()
+    trajectories = [
+        simulate_speech.attempt(sentence.labels, table, settings.speaking_rate, rng)
+        for sentence in block.sentences
+    ]
+    return simulate_neural.record(trajectories, tuning, modulation(settings.difficulty), rng)
 
 
 def _write_trial(

@@ -96,18 +96,6 @@ class Articulation:
     bins: np.ndarray
 
 
-@dataclass(frozen=True)
-class Movement:
-    """A trial's trajectory [T, latents] in 20 ms bins."""
-
-    trajectory: np.ndarray
-
-    @property
-    def bins(self) -> int:
-        """Length T in bins."""
-        return len(self.trajectory)
-
-
 def articulation() -> Articulation:
     """The table of all 41 classes; blank and silence are rest."""
     targets = np.zeros((CLASS_COUNT, 2, LATENT_COUNT), np.float32)
@@ -155,7 +143,7 @@ def frames_of(bins: int) -> int:
 
 def attempt(
     labels: np.ndarray, table: Articulation, speaking_rate: float, rng: np.random.Generator
-) -> Movement:
+) -> np.ndarray:
     """One attempt at a sentence.
 
     Args:
@@ -165,7 +153,8 @@ def attempt(
       rng: source of this trial's tempo, durations and amplitude.
 
     Returns:
-      Its trajectory, with silence before and after; long enough for CTC with the published patches.
+      Its trajectory [T, latents], with silence before and after; T is long enough for CTC with the
+      published patches.
     """
     tempo = speaking_rate * np.exp(_RATE_SPREAD * rng.standard_normal())
     spread = np.exp(_DURATION_SPREAD * rng.standard_normal(len(labels)))
@@ -186,4 +175,4 @@ def attempt(
     trajectory[lead_in + start[labels != SILENCE_ID], -1] = 3.0
     amplitude = np.exp(_AMPLITUDE_SPREAD * rng.standard_normal())
     # Neighbouring phonemes blend: articulators move before the last target is left.
-    return Movement((amplitude * smooth(trajectory, _COARTICULATION_BINS)).astype(np.float32))
+    return (amplitude * smooth(trajectory, _COARTICULATION_BINS)).astype(np.float32)

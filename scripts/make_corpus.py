@@ -70,10 +70,12 @@ def bible_sentences(file: Path) -> Iterator[tuple[str, str]]:
         if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
     )
     text = text.replace("`", "'")
-    text = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", text)  # translators' footnotes
-    text = re.sub(r"(Psalm|Chapter) \d+", "\n", text)
+    text = re.sub(
+        r"\{[^}]*\}", " ", text
+    )  # remarks; square brackets hold words supplied in translation
+    text = re.sub(r"Psalm \d+\s(.*?)(?=\b1\. )", "\n", text)  # number, singer and tune of a psalm
     text = re.sub(r"(?<!\d)\d+\. ", " ", text)  # verse numbers: sentences run over them
-    text = re.sub(r'["()]', " ", text)
+    text = re.sub(r'["()\[\]]', "", text)
     for paragraph in text.split("\n"):
         for sentence in re.split(r"(?<=[.?!])['\s]+", paragraph):
             yield WORLD_ENGLISH_BIBLE, " ".join(sentence.split()).strip(" '")
@@ -98,7 +100,8 @@ def collect(wordnet: Path, bible: Path) -> dict[str, tuple[str, str]]:
         if re.search(r"\d", text) and corpus != WORLD_ENGLISH_BIBLE:
             continue
         key = normalise(text.replace("`", ""))
-        if key:
+        # A dash that is a word of its own survives one pass of the published rule.
+        if key and key == normalise(key):
             found.setdefault(key, (corpus, text))
     return found
 

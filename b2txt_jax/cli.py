@@ -11,7 +11,7 @@ from b2txt_jax import __version__
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is understood)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
-    "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", False),
+    "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", True),
     "simulate": ("b2txt_jax.data.simulate", "write simulated sessions in the T15 layout", False),
     "train": ("b2txt_jax.training.loop", "train a decoder, or go on with a run", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
@@ -34,7 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; errors that a user can mend are printed without a traceback, exit status 2."""
+    """Runs one subcommand; errors that a user can mend are printed without a traceback, exit status
+    2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     overrides = [argument for argument in arguments if argument.startswith("--config.")]

@@ -1,7 +1,9 @@
-"""Configuration: a Python file with `get_config()`, read once, checked, and frozen into dataclasses.
+"""Configuration: a Python file with `get_config()`, read once, checked, and frozen into
+dataclasses.
 
-`configs/nejm_baseline.py` lists every key with its unit; other files change some of them. Keys are overridden on the
-command line as `--config.section.key=value`. Nothing but this module touches a `ConfigDict`.
+`configs/nejm_baseline.py` lists every key with its unit; other files change some of them. Keys are
+overridden on the command line as `--config.section.key=value`. Nothing but this module touches a
+`ConfigDict`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from ml_collections import ConfigDict
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; its text names the key, what was found and what is needed."""
+    """A configuration that cannot be used; its text names the key, what was found and what is
+    needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,8 @@ class DataConfig:
     days_per_batch: int
     trials_per_day: int
     buckets: tuple[tuple[int, int], ...]
-    """(bins, labels) shapes, ascending: a batch is padded to the first that holds all its trials."""
+    """(bins, labels) shapes, ascending: a batch is padded to the first that holds all its
+    trials."""
     eval_batch_size: int
 
 
@@ -73,12 +77,14 @@ class ModelConfig:
     rnn_dropout: float
     classes: int
     dtype: str
-    """Of matrix products in the forward pass: 'float32', 'bfloat16', or 'auto' (bfloat16 off the CPU)."""
+    """Of matrix products in the forward pass: 'float32', 'bfloat16', or 'auto' (bfloat16 off the
+    CPU)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay; the day layers have their own settings. Times in steps."""
+    """AdamW with warm-up and cosine decay; the day layers have their own settings. Times in
+    steps."""
 
     learning_rate: float
     learning_rate_min: float
@@ -136,7 +142,9 @@ def read_config_file(path: str | Path) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"configuration file {path} has no get_config() that returns a ConfigDict")
+        raise ConfigError(
+            f"configuration file {path} has no get_config() that returns a ConfigDict"
+        )
     config: ConfigDict = module.get_config()
     return config
 
@@ -172,7 +180,9 @@ def _apply(config: ConfigDict, override: str) -> None:
     key, separator, _ = override.partition("=")
     key = key.removeprefix("--config.")
     if not separator or not override.startswith("--config."):
-        raise ConfigError(f"argument {override!r} is not understood; needed --config.section.key=value")
+        raise ConfigError(
+            f"argument {override!r} is not understood; needed --config.section.key=value"
+        )
     _require_known(key, config)
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict(
@@ -260,18 +270,19 @@ def _check(config: Config) -> None:
             raise ConfigError(f"configuration key model.{key} is {rate}; needed 0 <= rate < 1")
     _check_choice("signal.eval_padding", signal.eval_padding, ("same", "valid"))
     _check_choice("model.dtype", model.dtype, ("auto", "float32", "bfloat16"))
-    shapes = [
-        bucket for bucket in data.buckets if isinstance(bucket, tuple) and len(bucket) == 2
-    ]
+    shapes = [bucket for bucket in data.buckets if isinstance(bucket, tuple) and len(bucket) == 2]
     if not shapes or len(shapes) != len(data.buckets) or shapes != sorted(shapes):
         raise ConfigError(
-            f"configuration key data.buckets is {data.buckets}; needed ascending (bins, labels) pairs"
+            f"configuration key data.buckets is {data.buckets}; needed ascending (bins, labels) "
+            f"pairs"
         )
 
 
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ConfigError(f"configuration key {key} is {value!r}; needed one of {', '.join(choices)}")
+        raise ConfigError(
+            f"configuration key {key} is {value!r}; needed one of {', '.join(choices)}"
+        )
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -286,11 +297,15 @@ def read_written_config(path: Path) -> Config:
       ConfigError: the file is missing or broken.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: {path.parent} is not a run's folder; train first")
+        raise ConfigError(
+            f"{path} does not exist: {path.parent} is not a run's folder; train first"
+        )
     try:
         return freeze(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); restore it or train anew") from error
+        raise ConfigError(
+            f"{path} is not valid JSON ({error}); restore it or train anew"
+        ) from error
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -1,7 +1,8 @@
 """The 41 classes and the way from text to them: words -> CMU pronunciations -> class ids.
 
-A sentence's label is its words' phonemes (ARPAbet without stress) with a silence after each word, also after the
-last (NEJM reference). Class ids are in the RNN's order: 0 blank, 1-39 phonemes, 40 silence.
+A sentence's label is its words' phonemes (ARPAbet without stress) with a silence after each word,
+also after the last (NEJM reference). Class ids are in the RNN's order: 0 blank, 1-39 phonemes, 40
+silence.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ PHONEME_IDS: dict[str, int] = {name: 1 + index for index, name in enumerate(PHON
 
 @functools.cache
 def pronunciations() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The CMU dictionary: lower-case word -> its pronunciations, ARPAbet without stress, preferred one first."""
-    # The dictionary is a data file of the server's package; reading it imports none of the server's code.
+    """The CMU dictionary: lower-case word -> its pronunciations, ARPAbet without stress, preferred
+    one first."""
+    # The dictionary is a data file of the server's package; reading it imports none of the server's
+    # code.
     resource = importlib.resources.files("lm_server") / "resources" / "cmudict.txt.xz"
     found: dict[str, list[tuple[str, ...]]] = {}
     for line in lzma.decompress(resource.read_bytes()).decode().splitlines():
@@ -33,7 +36,8 @@ def pronunciations() -> dict[str, tuple[tuple[str, ...], ...]]:
 
 
 def sentence_to_ids(words: Sequence[str]) -> np.ndarray:
-    """Lower-case words -> label, int32 [L]: each word's first CMU pronunciation, a silence after each word.
+    """Lower-case words -> label, int32 [L]: each word's first CMU pronunciation, a silence after
+    each word.
 
     Raises:
       ValueError: a word is not in the CMU dictionary.
@@ -43,7 +47,8 @@ def sentence_to_ids(words: Sequence[str]) -> np.ndarray:
     for word in words:
         if word not in dictionary:
             raise ValueError(
-                f"the word {word!r} is not in the CMU dictionary; spell it otherwise or leave the sentence out"
+                f"the word {word!r} is not in the CMU dictionary; spell it otherwise or leave the "
+                f"sentence out"
             )
         ids += [PHONEME_IDS[phone] for phone in dictionary[word][0]]
         ids.append(SILENCE_ID)

@@ -1,7 +1,8 @@
 """Small enough for two CPU cores: a 2-layer GRU on six simulated sessions, in a few minutes.
 
 Run:       b2txt demo --out runs/demo          (simulates the sessions first)
-      or   b2txt train --config configs/demo.py --workdir runs/mine --config.data.root=DIR/hdf5_data_final
+      or   b2txt train --config configs/demo.py --workdir runs/mine
+      --config.data.root=DIR/hdf5_data_final
 Hardware:  2 CPU cores, 2 GB of memory.
 Result:    see the README's table.
 """

@@ -2,23 +2,66 @@
 
 Run:       b2txt train --config configs/nejm_baseline.py --workdir runs/baseline
              --config.data.root=PATH/hdf5_data_final
-Hardware:  made for one TPU chip or GPU; the published PyTorch run took about 3.5 hours on one RTX 4090.
-Result:    published validation PER 10.1 % (PyTorch, T15 data). Not yet run by us on the published data.
+Hardware:  made for one TPU chip or GPU; the published PyTorch run took about 3.5 hours on one RTX
+  4090.
+Result:    published validation PER 10.1 % (PyTorch, T15 data). Not yet run by us on the published
+  data.
 
-Every key of a configuration stands here, with its unit and, where it has another name there, its NEJM name.
+Every key of a configuration stands here, with its unit and, where it has another name there, its
+NEJM name.
 """
 
 from ml_collections import ConfigDict
 
 SESSIONS = tuple(
     "t15." + date
-    for date in (
-        "2023.08.11 2023.08.13 2023.08.18 2023.08.20 2023.08.25 2023.08.27 2023.09.01 2023.09.03 2023.09.24 "
-        "2023.09.29 2023.10.01 2023.10.06 2023.10.08 2023.10.13 2023.10.15 2023.10.20 2023.10.22 2023.11.03 "
-        "2023.11.04 2023.11.17 2023.11.19 2023.11.26 2023.12.03 2023.12.08 2023.12.10 2023.12.17 2023.12.29 "
-        "2024.02.25 2024.03.03 2024.03.08 2024.03.15 2024.03.17 2024.04.25 2024.04.28 2024.05.10 2024.06.14 "
-        "2024.07.19 2024.07.21 2024.07.28 2025.01.10 2025.01.12 2025.03.14 2025.03.16 2025.03.30 2025.04.13"
-    ).split()
+    for date in [
+        "2023.08.11",
+        "2023.08.13",
+        "2023.08.18",
+        "2023.08.20",
+        "2023.08.25",
+        "2023.08.27",
+        "2023.09.01",
+        "2023.09.03",
+        "2023.09.24",
+        "2023.09.29",
+        "2023.10.01",
+        "2023.10.06",
+        "2023.10.08",
+        "2023.10.13",
+        "2023.10.15",
+        "2023.10.20",
+        "2023.10.22",
+        "2023.11.03",
+        "2023.11.04",
+        "2023.11.17",
+        "2023.11.19",
+        "2023.11.26",
+        "2023.12.03",
+        "2023.12.08",
+        "2023.12.10",
+        "2023.12.17",
+        "2023.12.29",
+        "2024.02.25",
+        "2024.03.03",
+        "2024.03.08",
+        "2024.03.15",
+        "2024.03.17",
+        "2024.04.25",
+        "2024.04.28",
+        "2024.05.10",
+        "2024.06.14",
+        "2024.07.19",
+        "2024.07.21",
+        "2024.07.28",
+        "2025.01.10",
+        "2025.01.12",
+        "2025.03.14",
+        "2025.03.16",
+        "2025.03.30",
+        "2025.04.13",
+    ]
 )
 
 
@@ -32,7 +75,8 @@ def get_config() -> ConfigDict:
     config.data.feature_count = 512  # features per 20 ms bin; NEJM: neural_dim
     config.data.days_per_batch = 4  # different days in a batch
     config.data.trials_per_day = 16  # drawn with replacement; NEJM: batch_size / days_per_batch
-    # (bins of 20 ms, labels): a batch is padded to the first pair that holds it; one compilation each
+    # (bins of 20 ms, labels): a batch is padded to the first pair that holds it; one compilation
+    # each
     config.data.buckets = ((600, 64), (800, 80), (1000, 100), (1200, 120), (1600, 160), (2560, 500))
     config.data.eval_batch_size = 64  # trials
 

@@ -28,9 +28,9 @@ from b2txt_jax.data.corpus import (
     WORDNET_EXAMPLES,
     WORDNET_GLOSSES,
     WORLD_ENGLISH_BIBLE,
-    normalise,
 )
 from b2txt_jax.phonemes import pronunciations
+from b2txt_jax.text import normalise
 
 POOL_SIZES = {"train": 12_000, "val": 2_500, "test": 2_500}
 # Sentence-like text first: glosses are phrases ("a tangible and visible entity").

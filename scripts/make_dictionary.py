@@ -1,10 +1,12 @@
-"""Makes `lm_server/resources/cmudict.txt.xz` from the CMU Pronouncing Dictionary (cmusphinx/cmudict).
+"""Makes `lm_server/resources/cmudict.txt.xz` from the CMU Pronouncing Dictionary
+(cmusphinx/cmudict).
 
 Usage: python scripts/make_dictionary.py PATH/cmudict.dict
 
-Stress digits, comments and repeated pronunciations are removed; a word keeps its pronunciations in the
-dictionary's order. Entries whose word holds anything but a-z, apostrophe, hyphen and full stop are left out.
-A line is `word PH PH ...`; the dictionary's licence stands beside the result in `cmudict.LICENSE`.
+Stress digits, comments and repeated pronunciations are removed; a word keeps its pronunciations in
+the dictionary's order. Entries whose word holds anything but a-z, apostrophe, hyphen and full stop
+are left out. A line is `word PH PH ...`; the dictionary's licence stands beside the result in
+`cmudict.LICENSE`.
 """
 
 import argparse
@@ -35,7 +37,9 @@ def main() -> None:
     lines = convert(source.read_text(encoding="utf-8").splitlines())
     TARGET.write_bytes(lzma.compress("\n".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME))
     words = len({line.split()[0] for line in lines})
-    print(f"{TARGET.name}: {words} words, {len(lines)} pronunciations, {TARGET.stat().st_size} bytes")
+    print(
+        f"{TARGET.name}: {words} words, {len(lines)} pronunciations, {TARGET.stat().st_size} bytes"
+    )
 
 
 if __name__ == "__main__":

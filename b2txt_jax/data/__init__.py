@@ -1,0 +1,1 @@
+"""Sessions on disk to batches: reader, simulator, plan, loader."""

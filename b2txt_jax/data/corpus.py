@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import lzma
-import re
 from typing import Literal
 
 WORDNET_EXAMPLES = "WordNet examples"
@@ -21,19 +20,6 @@ CORPORA: tuple[str, ...] = (WORDNET_EXAMPLES, WORDNET_GLOSSES, WORLD_ENGLISH_BIB
 """Names of the corpora, as they stand in the description CSV of simulated sessions."""
 
 Pool = Literal["train", "val", "test"]
-
-_NOT_SCORED = re.compile(r"[^a-zA-Z\- ']")
-
-
-def normalise(sentence: str) -> str:
-    """A sentence as it is scored: letters, hyphens and apostrophes, lower case, single spaces.
-
-    "- " becomes a space, "--" is dropped, " '" becomes "'", in this order (the published rule).
-    """
-    kept = _NOT_SCORED.sub("", sentence).lower()
-    kept = kept.replace("- ", " ").replace("--", "").replace(" '", "'")
-    return " ".join(kept.split())
-
 
 @functools.cache
 def load_pool(name: Pool) -> list[tuple[str, str]]:

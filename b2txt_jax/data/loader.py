@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -21,22 +21,24 @@ from b2txt_jax.data.hdf5 import (
 )
 from b2txt_jax.data.plan import plan
 
-Array = np.ndarray | jax.Array
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 class Batch(NamedTuple):
-    """Trials padded with zeros to one bucket's shape."""
+    """Trials padded with zeros to one bucket's shape.
 
-    features: Array
+    The loader fills it with numpy arrays, which a jitted step takes as they are.
+    """
+
+    features: jax.Array
     """float32 [B, T, D], one row per 20 ms bin."""
-    bins: Array
+    bins: jax.Array
     """int32 [B], valid bins; 0 marks a row that only fills the batch."""
-    day: Array
+    day: jax.Array
     """int32 [B], index of the session in the configured list."""
-    labels: Array
+    labels: jax.Array
     """int32 [B, L], class ids padded with 0."""
-    label_length: Array
+    label_length: jax.Array
     """int32 [B]."""
 
 
@@ -82,7 +84,8 @@ def assemble(
         features[row, : len(trial.features)] = trial.features
         labels[row, : len(label)] = label
         counts[:, row] = len(trial.features), day, len(label)
-    return Batch(features, counts[0], counts[1], labels, counts[2])
+    arrays: Any = (features, counts[0], counts[1], labels, counts[2])
+    return Batch(*arrays)
 
 
 class TrainingData:
@@ -119,8 +122,10 @@ class TrainingData:
         frames = self._frames_of_bins(ref.bins)
         if needed > frames:
             raise DataError(
-                f"trial {ref.name} has a label of {ref.label_length} phonemes, which needs {needed} "
-                f"frames, but its {ref.bins} bins give {frames} frames: drop the trial, correct its "
+                f"trial {ref.name} has a label of {ref.label_length} phonemes, which needs "
+                f"{needed} "
+                f"frames, but its {ref.bins} bins give {frames} frames: drop the trial, correct "
+                f"its "
                 "label, or lower model.patch_stride"
             )
 

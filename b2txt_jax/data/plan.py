@@ -17,10 +17,12 @@ class PlanError(ValueError):
 def plan(
     seed: int, step: int, trials_of_day: Sequence[int], days_per_batch: int, trials_per_day: int
 ) -> np.ndarray:
-    """Draws one batch: int64 [days_per_batch * trials_per_day, 2], columns day index and trial index within the day.
+    """Draws one batch: int64 [days_per_batch * trials_per_day, 2], columns day index and trial
+    index within the day.
 
-    Days are different ones, drawn uniformly among the days with trials; trials are drawn uniformly within a day,
-    with replacement (NEJM reference, section 4). The same (seed, step) gives the same rows on any number of hosts.
+    Days are different ones, drawn uniformly among the days with trials; trials are drawn uniformly
+    within a day, with replacement (NEJM reference, section 4). The same (seed, step) gives the same
+    rows on any number of hosts.
 
     Args:
       seed: of the run.
@@ -35,7 +37,8 @@ def plan(
     days = np.flatnonzero(np.asarray(trials_of_day) > 0)
     if len(days) < days_per_batch:
         raise PlanError(
-            f"{len(days)} sessions have training trials; a batch needs {days_per_batch} different ones: "
+            f"{len(days)} sessions have training trials; a batch needs {days_per_batch} different "
+            f"ones: "
             "add sessions or lower data.days_per_batch"
         )
     random = np.random.default_rng([_PLAN_STREAM, seed, step])

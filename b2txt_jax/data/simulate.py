@@ -21,9 +21,10 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from b2txt_jax.data import simulate_neural, simulate_speech
-from b2txt_jax.data.corpus import CORPORA, Pool, language_model_text, load_pool, normalise
+from b2txt_jax.data.corpus import CORPORA, Pool, language_model_text, load_pool
 from b2txt_jax.data.description import FILE_NAME, Block, session_date, write_description
 from b2txt_jax.phonemes import sentence_to_ids
+from b2txt_jax.text import normalise
 
 _DATES = """
 2023.08.11 2023.08.13 2023.08.18 2023.08.20 2023.08.25 2023.08.27 2023.09.01 2023.09.03 2023.09.24

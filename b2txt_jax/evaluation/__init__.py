@@ -1,0 +1,1 @@
+"""Scoring of decoded sentences, report and figures, the evaluation command."""

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from b2txt_jax.evaluation.greedy_words import greedy_words
-from b2txt_jax.evaluation.metrics import (
+from b2txt_jax.inference.lm_client import LanguageModelClient, Progress
+from b2txt_jax.metrics import (
     ErrorRate,
     error_rate,
     greedy_decode,
@@ -24,8 +25,7 @@ from b2txt_jax.evaluation.metrics import (
     total_by,
     word_error_rates,
 )
-from b2txt_jax.evaluation.text import scored_words
-from b2txt_jax.inference.lm_client import LanguageModelClient, Progress
+from b2txt_jax.text import scored_words
 from lm_server.protocol import Scored
 
 UNKNOWN_CORPUS = "unknown"

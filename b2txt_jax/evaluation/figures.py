@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from b2txt_jax.evaluation.metrics import ErrorRate, differences
+from b2txt_jax.metrics import ErrorRate, differences
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID
 from lm_server.protocol import CLASSES, check_logits
 

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from b2txt_jax.data.corpus import load_pool
-from b2txt_jax.evaluation.text import scored_words
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID, pronunciations
+from b2txt_jax.text import scored_words
 from lm_server.protocol import CLASSES
 
 # Entries such as "a.m." would be normalised away from what the reference holds; of the names of

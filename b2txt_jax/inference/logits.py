@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from b2txt_jax.config import Config, read_written_config, with_overrides
-from b2txt_jax.data.hdf5 import TrialRef
+from b2txt_jax.data.hdf5 import Trial, TrialRef
 from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.model.decoder import Params, init_params
 from b2txt_jax.training.checkpoint import Checkpoints
@@ -24,7 +24,8 @@ from b2txt_jax.training.step import EvalOutput, make_eval_step
 
 @dataclass(frozen=True)
 class TrialLogits:
-    """One trial's logits, float32 [frames, 41] in the RNN's class order, and what is known of it."""
+    """One trial's logits, float32 [frames, 41] in the RNN's class order, and what is known of
+    it."""
 
     ref: TrialRef
     logits: np.ndarray
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--out", required=True, type=Path, help="the .npz file to write")
     parser.epilog = (
-        "Writes `logits` float32 [all frames, 41] (RNN class order), `frames` int32 [N], `trial` str [N] and, "
+        "Writes `logits` float32 [all frames, 41] (RNN class order), `frames` int32 [N], `trial` "
+        "str [N] and, "
         "for val, `sentence` str [N]. Keys of the run's configuration can be changed: "
         "--config.data.root=DIR, --config.signal.eval_padding=valid."
     )
@@ -100,7 +102,7 @@ def compute_logits(
         config.data, sessions, split, max(config.model.patch_size, 1), labels=split != "test"
     )
     results: dict[int, TrialLogits] = {}
-    batches = data.batches()
+    batches: Iterable[tuple[list[int], list[Trial], Batch]] = data.batches()
     if console is not None:
         batches = track(
             batches, total=data.batch_count, description=f"logits of {split}", console=console

@@ -1,0 +1,1 @@
+"""The decoder: day layer, patches, GRU, head."""

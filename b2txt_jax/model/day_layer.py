@@ -9,7 +9,8 @@ import jax.numpy as jnp
 def day_layer(
     x: jax.Array, day: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """softsign(x @ weight[day] + bias[day]): x [B, T, D], day [B], weight [days, D, D], bias [days, D] -> [B, T, D].
+    """softsign(x @ weight[day] + bias[day]): x [B, T, D], day [B], weight [days, D, D], bias [days,
+    D] -> [B, T, D].
 
     The product runs in `dtype` with float32 sums; the result has `dtype`.
     """

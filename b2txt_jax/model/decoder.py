@@ -1,8 +1,10 @@
-"""The NEJM baseline decoder: day layer, patches, GRU stack, head. Modules hold parameters; the maths is elsewhere.
+"""The NEJM baseline decoder: day layer, patches, GRU stack, head. Modules hold parameters; the
+maths is elsewhere.
 
-Parameters have PyTorch's names and shapes within each part, so that weights cross without transposing:
-`day.weight [days, D, D]`, `day.bias [days, D]`, `gru.weight_ih_lK [3H, I]`, `gru.weight_hh_lK [3H, H]`,
-`gru.bias_ih_lK [3H]`, `gru.bias_hh_lK [3H]`, `head.weight [C, H]`, `head.bias [C]`, `h0 [1, 1, H]`.
+Parameters have PyTorch's names and shapes within each part, so that weights cross without
+transposing: `day.weight [days, D, D]`, `day.bias [days, D]`, `gru.weight_ih_lK [3H, I]`,
+`gru.weight_hh_lK [3H, H]`, `gru.bias_ih_lK [3H]`, `gru.bias_hh_lK [3H]`, `head.weight [C, H]`,
+`head.bias [C]`, `h0 [1, 1, H]`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _orthogonal = jax.nn.initializers.orthogonal()
 
 
 def compute_dtype(model: ModelConfig) -> jnp.dtype:
-    """The dtype of matrix products; 'auto' is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is slow."""
+    """The dtype of matrix products; 'auto' is bfloat16 on an accelerator and float32 on a CPU,
+    where bfloat16 is slow."""
     name = model.dtype
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -101,7 +104,9 @@ class GRUStack(nnx.Module):
                     x, weight_ih.T.astype(dtype), preferred_element_type=jnp.float32
                 )
             # x is time-major [P, B, .] from here on: the recurrence slices frames.
-            x = gru_recurrence((projected + bias_ih).astype(dtype), first, weight_hh, bias_hh, dtype)
+            x = gru_recurrence(
+                (projected + bias_ih).astype(dtype), first, weight_hh, bias_hh, dtype
+            )
         return x.swapaxes(0, 1)
 
 
@@ -128,7 +133,8 @@ class Decoder(nnx.Module):
         self.day = DayLayer(days if model.day_layer else 1, features)
         self.gru = GRUStack(model, features, gru_key)
         self.head = Head(model.units, model.classes, head_key)
-        # Xavier on [1, 1, H] as PyTorch counts it: fan-in H, fan-out H (its receptive field is the last axis).
+        # Xavier on [1, 1, H] as PyTorch counts it: fan-in H, fan-out H (its receptive field is the
+        # last axis).
         bound = math.sqrt(6 / (2 * model.units))
         self.h0 = nnx.Param(
             jax.random.uniform(h0_key, (1, 1, model.units), jnp.float32, -bound, bound)
@@ -137,7 +143,8 @@ class Decoder(nnx.Module):
     def __call__(
         self, x: jax.Array, day: jax.Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Smoothed features x [B, T, D], day index [B] -> logits, float32 [B, P, C], one frame per 80 ms.
+        """Smoothed features x [B, T, D], day index [B] -> logits, float32 [B, P, C], one frame per
+        80 ms.
 
         Dropout is on when a key is given.
         """
@@ -156,7 +163,8 @@ def init_params(model: ModelConfig, features: int, days: int, key: jax.Array) ->
 
 
 def make_apply(model: ModelConfig, features: int, days: int) -> Any:
-    """Returns `apply(params, x, day, dropout_key=None) -> logits`, a pure function of Decoder's call."""
+    """Returns `apply(params, x, day, dropout_key=None) -> logits`, a pure function of Decoder's
+    call."""
     abstract = nnx.eval_shape(lambda: Decoder(model, features, days, jax.random.key(0)))
     graph = nnx.graphdef(abstract)
 

@@ -3,9 +3,9 @@
     r = sigmoid(x_r + W_hr h + b_hr)     z = sigmoid(x_z + W_hz h + b_hz)
     n = tanh(x_n + r * (W_hn h + b_hn))  h' = (1 - z) * n + z * h
 
-Gate order r, z, n (Cho et al. 2014; torch.nn.GRU). The input projection x_r, x_z, x_n is one large product outside
-the loop. The backward pass keeps the gates and leaves the weights' gradient out of the loop: one large product over all
-frames instead of one small one per frame.
+Gate order r, z, n (Cho et al. 2014; torch.nn.GRU). The input projection x_r, x_z, x_n is one large
+product outside the loop. The backward pass keeps the gates and leaves the weights' gradient out of
+the loop: one large product over all frames instead of one small one per frame.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _gates(
     x: jax.Array, h: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, ...]:
-    """One frame: projected input x [B, 3H], state h [B, H] -> r, z, n, W_hn h + b_hn, each [B, H] float32."""
+    """One frame: projected input x [B, 3H], state h [B, H] -> r, z, n, W_hn h + b_hn, each [B, H]
+    float32."""
     recurrent = _product(h, weight.T, dtype) + bias
     x_r, x_z, x_n = jnp.split(x.astype(jnp.float32), 3, axis=-1)
     h_r, h_z, h_n = jnp.split(recurrent, 3, axis=-1)

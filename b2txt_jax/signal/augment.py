@@ -18,11 +18,12 @@ def augment(
 ) -> tuple[jax.Array, jax.Array]:
     """Adds noise and cuts the start: features [B, T, D], bins [B] -> the same shapes.
 
-    Static gain (a random mixing matrix near the identity, per trial), white noise, an offset per trial and channel,
-    a random walk over channels, and one cut of 0 .. random_cut - 1 bins from the start of every trial of the batch.
+    Static gain (a random mixing matrix near the identity, per trial), white noise, an offset per
+    trial and channel, a random walk over channels, and one cut of 0 .. random_cut - 1 bins from the
+    start of every trial of the batch.
 
-    NEJM: noise is added to the padding too and leaks back through the smoothing; here padding stays zero, so that
-    how far a trial is padded never changes what is learned from it.
+    NEJM: noise is added to the padding too and leaks back through the smoothing; here padding stays
+      zero, so that how far a trial is padded never changes what is learned from it.
     """
     gain_key, white_key, offset_key, walk_key, cut_key = jax.random.split(key, 5)
     batch, length, channels = features.shape

@@ -24,7 +24,8 @@ def gaussian_taps(std: float, size: int) -> tuple[float, ...]:
     radius = int(4 * std + 0.5)
     if size < 2 * radius + 1:
         raise ValueError(
-            f"signal.smooth_size is {size} bins; a std of {std} bins needs at least {2 * radius + 1}"
+            f"signal.smooth_size is {size} bins; a std of {std} bins needs at least "
+            f"{2 * radius + 1}"
         )
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
     taps /= taps.sum()
@@ -35,7 +36,8 @@ def gaussian_taps(std: float, size: int) -> tuple[float, ...]:
 def smooth(x: jax.Array, std: float, size: int, padding: str = "same") -> jax.Array:
     """Smooths over time: [B, T, D] -> [B, T, D] ('same') or [B, T - taps + 1, D] ('valid').
 
-    A sum of shifted copies: the compiler fuses it into one pass over the data, which a depthwise convolution is not.
+    A sum of shifted copies: the compiler fuses it into one pass over the data, which a depthwise
+    convolution is not.
     """
     taps = gaussian_taps(std, size)
     if padding == "same":

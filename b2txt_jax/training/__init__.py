@@ -1,0 +1,1 @@
+"""CTC, optimizer, steps, the loop, checkpoints."""

@@ -1,4 +1,5 @@
-"""Checkpoints of a run: the latest full state, to go on from, and the best parameters, to decode with."""
+"""Checkpoints of a run: the latest full state, to go on from, and the best parameters, to decode
+with."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class BestScore:
-    """The best validation so far; a lower PER wins, at equal PER the lower loss (NEJM reference, section 4)."""
+    """The best validation so far; a lower PER wins, at equal PER the lower loss (NEJM reference,
+    section 4)."""
 
     per: float
     loss: float
@@ -32,7 +34,8 @@ class BestScore:
 
 
 class Checkpoints:
-    """`WORKDIR/checkpoints/latest` and `WORKDIR/checkpoints/best`, written in the background by Orbax."""
+    """`WORKDIR/checkpoints/latest` and `WORKDIR/checkpoints/best`, written in the background by
+    Orbax."""
 
     def __init__(self, workdir: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
@@ -105,7 +108,8 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
     step = manager.latest_step()
     if step is None:
         raise CheckpointError(
-            f"{manager.directory} holds no checkpoint; train first, or give the run's folder as --workdir"
+            f"{manager.directory} holds no checkpoint; train first, or give the run's folder as "
+            f"--workdir"
         )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     arguments = ocp.args.Composite(
@@ -116,7 +120,8 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
     # Orbax raises many kinds for damaged files; each is re-raised with the folder and what to do.
     except Exception as error:
         raise CheckpointError(
-            f"the checkpoint {manager.directory / str(step)} cannot be read ({error}); its files are "
+            f"the checkpoint {manager.directory / str(step)} cannot be read ({error}); its files "
+            f"are "
             "damaged or belong to another model: restore them, or train into a new --workdir"
         ) from error
     return restored.tree, restored.extra

@@ -1,9 +1,11 @@
-"""Connectionist temporal classification: the loss by forward-backward, with its own gradient (Graves et al. 2006).
+"""Connectionist temporal classification: the loss by forward-backward, with its own gradient
+(Graves et al. 2006).
 
-Automatic differentiation of the forward recursion would run a second, larger loop; instead the backward recursion is
-run as the forward recursion of the reversed problem, stacked onto the batch of the first, so that one loop of P steps
-gives both and the gradient is a closed form: softmax minus the posterior of each class in each frame.
-Everything is float32: bfloat16 has too few digits for sums of log-probabilities.
+Automatic differentiation of the forward recursion would run a second, larger loop; instead the
+backward recursion is run as the forward recursion of the reversed problem, stacked onto the batch
+of the first, so that one loop of P steps gives both and the gradient is a closed form: softmax
+minus the posterior of each class in each frame. Everything is float32: bfloat16 has too few digits
+for sums of log-probabilities.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ _LOG_ZERO = -1e30
 
 
 def frames_needed(labels: jax.Array, label_length: jax.Array) -> jax.Array:
-    """Fewest frames that can spell each label: its length plus one blank per immediate repeat. [B, L], [B] -> [B]."""
+    """Fewest frames that can spell each label: its length plus one blank per immediate repeat. [B,
+    L], [B] -> [B]."""
     inside = jnp.arange(1, labels.shape[1]) < label_length[:, None]
     repeats = (labels[:, 1:] == labels[:, :-1]) & inside
     return label_length + repeats.sum(1)
@@ -34,8 +37,8 @@ def ctc_loss(
       labels: class ids, int [B, L], padded with anything.
       label_length: int [B].
 
-    Rows that no alignment can spell (fewer frames than `frames_needed`) give +inf and a zero gradient; the caller
-    counts and leaves them out. Zero frames with an empty label is loss 0.
+    Rows that no alignment can spell (fewer frames than `frames_needed`) give +inf and a zero
+    gradient; the caller counts and leaves them out. Zero frames with an empty label is loss 0.
     """
     return _loss_and_posterior(logits, frames, labels, label_length)[0]
 
@@ -47,7 +50,8 @@ def _loss_and_posterior(
     length = logits.shape[1]
     log_probs = jax.nn.log_softmax(logits)
     states = _extended(labels, label_length)
-    # [B, P, S]: log-probability of each state's class; exact, since the one-hot product has one term per entry
+    # [B, P, S]: log-probability of each state's class; exact, since the one-hot product has one
+    # term per entry
     one_hot = jax.nn.one_hot(states, logits.shape[2], dtype=jnp.float32)
     emissions = jnp.einsum("bpc,bsc->bps", log_probs, one_hot, precision="highest")
 
@@ -74,8 +78,8 @@ def _loss_and_posterior(
     in_states = jnp.arange(states.shape[1]) < state_length[:, None]
     in_frames = jnp.arange(length) < frames[:, None]
     occupied = in_frames[:, :, None] & in_states[:, None, :] & feasible[:, None, None]
-    # Each frame's joint sums to the likelihood; normalising per frame instead of dividing by it takes away the
-    # rounding error that the two recursions have gathered on the way.
+    # Each frame's joint sums to the likelihood; normalising per frame instead of dividing by it
+    # takes away the rounding error that the two recursions have gathered on the way.
     joint = jnp.where(occupied, alphas + betas - emissions, _LOG_ZERO)
     gamma = jnp.where(occupied, jax.nn.softmax(joint, axis=-1), 0.0)
     posterior = jnp.einsum("bps,bsc->bpc", gamma, one_hot, precision="highest")
@@ -86,7 +90,8 @@ def _loss_and_posterior(
 
 
 def _extended(labels: jax.Array, label_length: jax.Array) -> jax.Array:
-    """Labels with a blank before, between and after: [B, L] -> [B, 2L + 1]; padding becomes blanks."""
+    """Labels with a blank before, between and after: [B, L] -> [B, 2L + 1]; padding becomes
+    blanks."""
     batch, length = labels.shape
     inside = jnp.arange(length) < label_length[:, None]
     kept = jnp.where(inside, labels, BLANK)
@@ -95,7 +100,8 @@ def _extended(labels: jax.Array, label_length: jax.Array) -> jax.Array:
 
 
 def _reversal(valid: jax.Array, size: int) -> jax.Array:
-    """Indices that reverse the first `valid` entries of an axis and leave the rest in place: [B] -> [B, size]."""
+    """Indices that reverse the first `valid` entries of an axis and leave the rest in place: [B] ->
+    [B, size]."""
     index = jnp.arange(size)
     return jnp.where(index < valid[:, None], valid[:, None] - 1 - index, index)
 
@@ -105,7 +111,8 @@ def _alphas(emissions: jax.Array, states: jax.Array, state_length: jax.Array) ->
     size = states.shape[1]
     index = jnp.arange(size)
     before = jnp.pad(states[:, :-2], ((0, 0), (2, 0)), constant_values=BLANK)
-    # A state may be reached by skipping a blank when it is a label that differs from the label before it.
+    # A state may be reached by skipping a blank when it is a label that differs from the label
+    # before it.
     may_skip = (index % 2 == 1) & (index >= 2) & (states != before)
     skip_cost = jnp.where(may_skip, 0.0, _LOG_ZERO)
     start = jnp.where((index < 2) & (index < state_length[:, None]), 0.0, _LOG_ZERO)
@@ -148,7 +155,8 @@ def _ctc_backward(
     saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     gradient, logits_like = saved
-    # 0 * inf would be NaN: a row that is left out has a zero cotangent and a finite (zero) gradient.
+    # 0 * inf would be NaN: a row that is left out has a zero cotangent and a finite (zero)
+    # gradient.
     return (gradient * cotangent[:, None, None]).astype(logits_like.dtype), None, None, None
 
 

@@ -39,7 +39,6 @@ from b2txt_jax.training.checkpoint import BestScore, Checkpoints
 from b2txt_jax.training.metrics_log import MetricsLog
 from b2txt_jax.training.step import (
     StepMetrics,
-    TrainState,
     init_state,
     make_eval_step,
     make_train_step,
@@ -93,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare_workdir(config: Config, workdir: Path) -> Config:
-    """Creates the run's folder and its config.json, or checks that the folder belongs to the same run.
+    """Creates the run's folder and its config.json, or checks that the folder belongs to the same
+    run.
 
     Returns the configuration with the list of sessions filled in.
 
@@ -118,9 +118,12 @@ def prepare_workdir(config: Config, workdir: Path) -> Config:
             key: pair for key, pair in differences(before, config).items() if key not in _RESUMABLE
         }
         if changed:
-            listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+            listed = "; ".join(
+                f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()
+            )
             raise ConfigError(
-                f"{workdir} holds a run with another configuration: {listed}. Give a new --workdir, or "
+                f"{workdir} holds a run with another configuration: {listed}. Give a new "
+                f"--workdir, or "
                 "the same values to go on with that run"
             )
     workdir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +132,8 @@ def prepare_workdir(config: Config, workdir: Path) -> Config:
 
 
 def train(config: Config, workdir: Path, console: Console | None = None) -> TrainResult:
-    """Trains to `config.train.steps`, going on from the latest checkpoint in `workdir` if there is one.
+    """Trains to `config.train.steps`, going on from the latest checkpoint in `workdir` if there is
+    one.
 
     Raises:
       ConfigError, DataError, PlanError, CheckpointError: see their modules.
@@ -159,7 +163,8 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
         console.print(
             f"{len(sessions)} sessions, {trials} training and {len(validation.refs)} validation "
             f"trials; {parameter_count(state.params):,} parameters; products in "
-            f"{compute_dtype(config.model)} on {jax.device_count()} {jax.default_backend()} device(s)"
+            f"{compute_dtype(config.model)} on {jax.device_count()} {jax.default_backend()} "
+            f"device(s)"
         )
         if first:
             console.print(f"going on from step {first} of {config.train.steps} in {workdir}")
@@ -187,7 +192,8 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
         finished = session.step >= config.train.steps
         if not finished:
             console.print(
-                f"stopped at step {session.step} of {config.train.steps}; it is saved: the same command "
+                f"stopped at step {session.step} of {config.train.steps}; it is saved: the same "
+                f"command "
                 "goes on from there"
             )
         elif session.best is not None:
@@ -220,11 +226,17 @@ class _Session:
         self._window: list[tuple[float, float, int]] = []
         self._window_start = time.monotonic()
         self._task = progress.add_task(
-            "train", total=config.train.steps, completed=first, loss="-", per=_percent(best), rate="-"
+            "train",
+            total=config.train.steps,
+            completed=first,
+            loss="-",
+            per=_percent(best),
+            rate="-",
         )
 
     def started(self, metrics: StepMetrics) -> None:
-        """A step was dispatched; reads the metrics of an older one, so that the device never waits for us."""
+        """A step was dispatched; reads the metrics of an older one, so that the device never waits
+        for us."""
         self.step += 1
         self._pending.append((self.step, metrics))
         if len(self._pending) > _STEPS_IN_FLIGHT:
@@ -241,8 +253,10 @@ class _Session:
             rows = self._training.rows(self._config.train.seed, step - 1)
             names = ", ".join(sorted({ref.name for _, ref in rows}))
             raise TrainingError(
-                f"step {step}: loss {loss}, gradient norm {norm}; needed finite numbers. The parameters "
-                f"were left as before the step. Its trials: {names}. Look at their features, or lower "
+                f"step {step}: loss {loss}, gradient norm {norm}; needed finite numbers. The "
+                f"parameters "
+                f"were left as before the step. Its trials: {names}. Look at their features, or "
+                f"lower "
                 "optimizer.learning_rate"
             )
         self._window.append((loss, norm, infeasible))
@@ -269,7 +283,8 @@ class _Session:
         rate = result.per.rate
         if rate is None:
             raise TrainingError(
-                f"step {self.step}: the validation split has no phoneme in any label; needed labels to "
+                f"step {self.step}: the validation split has no phoneme in any label; needed "
+                f"labels to "
                 "score against: check data.root"
             )
         score = BestScore(rate, result.loss, self.step)
@@ -314,7 +329,8 @@ def _progress(console: Console) -> Progress:
 
 @contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a flag, so that the step ends and the state is saved; a second one interrupts."""
+    """Turns SIGINT and SIGTERM into a flag, so that the step ends and the state is saved; a second
+    one interrupts."""
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
@@ -323,7 +339,9 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
         received.append(number)
 
     try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
     except ValueError:  # not in the main thread: signals stay the caller's
         yield lambda: False
         return

@@ -1,4 +1,5 @@
-"""Metrics of a run: JSON lines for programs, TensorBoard for people. Both survive a resumed run without repeats."""
+"""Metrics of a run: JSON lines for programs, TensorBoard for people. Both survive a resumed run
+without repeats."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class MetricsLog:
     """Appends to `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`."""
 
     def __init__(self, workdir: Path, first_step: int):
-        """Opens the files; entries after `first_step` belong to work that was lost and are dropped."""
+        """Opens the files; entries after `first_step` belong to work that was lost and are
+        dropped."""
         path = workdir / METRICS_FILE
         kept = [line for line in _whole_lines(path) if line["step"] <= first_step]
         temporary = path.with_suffix(".tmp")
@@ -28,7 +30,8 @@ class MetricsLog:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line `{kind, step, **values}`; numbers, also nested ones, go to TensorBoard too."""
+        """Writes one line `{kind, step, **values}`; numbers, also nested ones, go to TensorBoard
+        too."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():

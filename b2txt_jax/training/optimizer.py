@@ -1,4 +1,5 @@
-"""AdamW with three parameter groups, warm-up and cosine decay, clipping (NEJM reference, section 4)."""
+"""AdamW with three parameter groups, warm-up and cosine decay, clipping (NEJM reference, section
+4)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ GROUPS = ("weights", "biases", "day")
 
 
 def warmup_cosine(peak: float, floor: float, warmup: int, decay: int) -> optax.Schedule:
-    """Learning rate by step: 0 to `peak` over `warmup` steps, a cosine to `floor` at `decay`, then constant.
+    """Learning rate by step: 0 to `peak` over `warmup` steps, a cosine to `floor` at `decay`, then
+    constant.
 
     The first step has rate 0, as in the published schedule.
     """
@@ -30,7 +32,8 @@ def warmup_cosine(peak: float, floor: float, warmup: int, decay: int) -> optax.S
 
 
 def parameter_groups(params: Params) -> Params:
-    """Names the group of each parameter: 'day' (the day layers), 'biases' (GRU and head), 'weights' (and h0)."""
+    """Names the group of each parameter: 'day' (the day layers), 'biases' (GRU and head), 'weights'
+    (and h0)."""
 
     def group(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> str:
         names = [str(entry.key) for entry in path]
@@ -43,7 +46,8 @@ def parameter_groups(params: Params) -> Params:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW per group: decay on weights and h0, none on biases."""
+    """Clipping by the global norm, then AdamW per group: decay on weights and h0, none on
+    biases."""
     main = warmup_cosine(
         config.learning_rate, config.learning_rate_min, config.warmup_steps, config.decay_steps
     )

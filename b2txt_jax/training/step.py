@@ -79,7 +79,8 @@ def _frames(config: Config, bins: jax.Array) -> jax.Array:
 def make_train_step(
     config: Config, days: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the pure function (state, batch) -> (state, metrics); jit it with the state donated."""
+    """Returns the pure function (state, batch) -> (state, metrics); jit it with the state
+    donated."""
     apply = make_apply(config.model, config.data.feature_count, days)
     optimizer = make_optimizer(config.optimizer)
     signal = config.signal
@@ -113,7 +114,8 @@ def make_train_step(
 
 
 def make_eval_step(config: Config, days: int) -> Callable[[Params, Batch], EvalOutput]:
-    """Returns the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no dropout."""
+    """Returns the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no
+    dropout."""
     apply = make_apply(config.model, config.data.feature_count, days)
     signal = config.signal
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from b2txt_jax.data.loader import Batch, EvaluationData
-from b2txt_jax.evaluation.metrics import ErrorRate, error_rate, greedy_decode, total, total_by
+from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total, total_by
 from b2txt_jax.model.decoder import Params
 from b2txt_jax.training.step import EvalOutput
 
@@ -20,7 +20,8 @@ class Validation:
     per: ErrorRate
     per_day: dict[str, ErrorRate]
     loss: float
-    """Mean CTC loss (ln) of the trials whose label can be aligned; NEJM: mean of the batches' means."""
+    """Mean CTC loss (ln) of the trials whose label can be aligned; NEJM: mean of the batches'
+    means."""
     infeasible: int
     """Trials without an alignment; they count in the PER, not in the loss."""
 

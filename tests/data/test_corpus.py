@@ -6,9 +6,9 @@ import importlib.resources
 
 import pytest
 
-from b2txt_jax.data.corpus import CORPORA, language_model_text, load_pool, normalise
-from b2txt_jax.evaluation import text
+from b2txt_jax.data.corpus import CORPORA, language_model_text, load_pool
 from b2txt_jax.phonemes import pronunciations, sentence_to_ids
+from b2txt_jax.text import normalise
 
 POOLS = ("train", "val", "test")
 
@@ -70,26 +70,3 @@ def test_the_files_take_at_most_five_megabytes_and_carry_their_licences() -> Non
     notice = (folder / "NOTICE").read_text()
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in notice
     assert "World English Bible: public domain" in notice
-
-
-@pytest.mark.parametrize(
-    "sentence",
-    [
-        "Don't - go.",
-        "It's 'fine', he said",
-        "a -- b",
-        "well-known--thing",
-        "  A\tB ",
-        "x' 'y",
-        "Zoë",
-    ],
-)
-def test_sentences_are_normalised_here_as_they_are_scored(sentence: str) -> None:
-    assert normalise(sentence) == text.normalise(sentence)
-
-
-def test_the_published_rule_on_worked_examples() -> None:
-    assert normalise("You can see the code at this point, as well.") == (
-        "you can see the code at this point as well"
-    )
-    assert normalise("It was - well - 'fine'--yes") == "it was well 'fine'yes"

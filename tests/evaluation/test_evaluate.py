@@ -14,7 +14,7 @@ from b2txt_jax.evaluation.evaluate import (
     submission_texts,
     write_evaluation,
 )
-from b2txt_jax.evaluation.metrics import ErrorRate
+from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import sentence_to_ids
 from lm_server.protocol import Scored
 

@@ -24,7 +24,7 @@ from b2txt_jax.evaluation.figures import (
     save_png,
     wer_bars,
 )
-from b2txt_jax.evaluation.metrics import ErrorRate, greedy_decode
+from b2txt_jax.metrics import ErrorRate, greedy_decode
 from b2txt_jax.phonemes import sentence_to_ids
 
 METRICS: list[dict[str, Any]] = [

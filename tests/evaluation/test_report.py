@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from b2txt_jax.evaluation.metrics import ErrorRate
 from b2txt_jax.evaluation.report import ReportInputs, marked_sentences, report_html, write_report
+from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import sentence_to_ids
 
 MADE = datetime.datetime(2030, 1, 2, 3, 4, tzinfo=datetime.UTC)

@@ -11,13 +11,13 @@ import psutil
 import pytest
 
 from b2txt_jax.evaluation.evaluate import evaluate, run_language_model
-from b2txt_jax.evaluation.metrics import ErrorRate
 from b2txt_jax.inference.lm_client import (
     LanguageModelClient,
     LanguageModelError,
     LanguageModelUnavailableError,
 )
 from b2txt_jax.inference.lm_process import serve_child
+from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import pronunciations, sentence_to_ids
 
 SAID = ["how are you today", "the cat sat on the mat", "yes i can see the dog"]

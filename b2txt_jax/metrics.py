@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from b2txt_jax.evaluation.text import scored_words
 from b2txt_jax.phonemes import BLANK_ID
+from b2txt_jax.text import scored_words
 from lm_server.protocol import check_logits
 
 Key = TypeVar("Key", bound=Hashable)

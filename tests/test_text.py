@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from b2txt_jax.evaluation.text import normalise, scored_words
+from b2txt_jax.text import normalise, scored_words
 
 # What the published evaluation's function returns for these, found by running it.
 PUBLISHED = [

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from b2txt_jax.evaluation.metrics import (
+from b2txt_jax.metrics import (
     ErrorRate,
     differences,
     edit_distance,

@@ -1,0 +1,47 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both set up `.venv` first.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help setup demo test lint test-slow format clean
+
+help:
+	@echo "make demo       set up, then the main job end to end on simulated sessions (about 10 minutes)"
+	@echo "make test       set up, then lint and tests"
+	@echo "make test-slow  the checks that take minutes"
+	@echo "make lint       ruff, mypy, import rules"
+	@echo "make format     format the code"
+	@echo "make clean      remove .venv and caches; runs/ stays"
+
+setup: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned packages into $(VENV) (about two minutes, 2 GB)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/b2txt demo --out runs/demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy b2txt_jax lm_server
+	$(BIN)/lint-imports --no-cache
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,159 @@
+"""Scores a trained run: PER, and WER through the language-model server.
+
+Writes evaluation.json and submission.csv (id,text; sessions in order, then trials) into --out.
+With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is
+started for this call and stopped after it. With neither, a server at $B2TXT_REDIS_URL or on this
+machine's port 6379 is used if one answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from b2txt_jax.data.description import session_date
+from b2txt_jax.data.hdf5 import read_description
+from b2txt_jax.evaluation.evaluate import (
+    Evaluation,
+    Rates,
+    evaluate,
+    run_language_model,
+    submission_texts,
+    write_evaluation,
+)
+from b2txt_jax.evaluation.submission import write_submission
+from b2txt_jax.inference.lm_client import (
+    LanguageModelClient,
+    LanguageModelUnavailableError,
+    mask_password,
+)
+from b2txt_jax.inference.lm_process import serve_child
+from b2txt_jax.inference.logits import TrainedModel, TrialLogits, compute_logits, load_model
+
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `b2txt evaluate`."""
+    parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    server = parser.add_mutually_exclusive_group()
+    server.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
+    server.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
+    parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`b2txt evaluate`; exit status 1 when trials failed."""
+    console = Console()
+    model = load_model(args.workdir, args.overrides)
+    with language_model(args.redis, args.lm) as (url, name):
+        trials = compute_logits(model, args.split, console)
+        result = evaluate_run(model, trials, args.split, url, {"language_model": name}, console)
+    out = args.out or args.workdir / args.split
+    write_results(out, result)
+    print_results(result, console)
+    console.print(f"written: {out / 'evaluation.json'}, {out / 'submission.csv'}", soft_wrap=True)
+    return 1 if result.failed else 0
+
+
+@contextlib.contextmanager
+def language_model(redis: str | None, lm_dir: Path | None) -> Iterator[tuple[str, str]]:
+    """Yields (Redis URL, what decodes there): a running server, or one of our own for `lm_dir`.
+
+    Raises:
+      LanguageModelUnavailableError: no server answers, or the own one cannot start.
+    """
+    if lm_dir is not None:
+        with serve_child(lm_dir) as url:
+            yield url, str(lm_dir.absolute())
+        return
+    url = redis or os.environ.get("B2TXT_REDIS_URL", DEFAULT_URL)
+    try:
+        with LanguageModelClient(url) as client:
+            client.check()
+    except LanguageModelUnavailableError as error:
+        if redis is not None:
+            raise
+        raise LanguageModelUnavailableError(
+            f"neither --redis nor --lm was given and no lm-server answers at {mask_password(url)} "
+            f"({error}). Give --lm DIR (made by `lm-server build`), and a server is started for you"
+        ) from error
+    yield url, mask_password(url)
+
+
+def evaluate_run(
+    model: TrainedModel,
+    trials: Sequence[TrialLogits],
+    split: str,
+    url: str,
+    settings: dict[str, Any],
+    console: Console,
+) -> Evaluation:
+    """Decodes logits on the server at `url` and scores them.
+
+    Raises:
+      LanguageModelUnavailableError: the server is gone.
+    """
+    logits = [trial.logits for trial in trials]
+    names = [trial.ref.name for trial in trials]
+    with Progress(console=console) as progress:
+        task = progress.add_task(f"sentences of {split}", total=len(trials))
+        decoded, failures, seconds = run_language_model(
+            logits, names, url, lambda done, _: progress.update(task, completed=done)
+        )
+    labels = [trial.labels for trial in trials if trial.labels is not None]
+    sentences = [trial.sentence for trial in trials if trial.sentence is not None]
+    known = split != "test"
+    corpora = read_description(model.config.data.root)
+    return evaluate(
+        split=split,
+        names=names,
+        logits=logits,
+        decoded=decoded,
+        labels=labels if known else None,
+        sentences=sentences if known else None,
+        corpora=[corpora.get((session_date(t.ref.session), t.ref.block)) for t in trials],
+        failures=failures,
+        seconds_per_sentence=seconds,
+        settings={"step": model.step, "eval_padding": model.config.signal.eval_padding, **settings},
+    )
+
+
+def write_results(out: Path, result: Evaluation) -> None:
+    """Writes evaluation.json and submission.csv."""
+    write_evaluation(out / "evaluation.json", result)
+    write_submission(out / "submission.csv", submission_texts(result))
+
+
+def print_results(result: Evaluation, console: Console) -> None:
+    """Prints the rates in all, per session and per corpus, and names failed trials."""
+    if result.per is not None and result.wer is not None:
+        table = Table(title=f"{result.split}: {result.trials} trials")
+        for column in ("", "PER", "WER", "WER without LM"):
+            table.add_column(column, justify="left" if not column else "right")
+        kinds = (result.per, result.wer, result.wer_without_lm)
+        table.add_row("all", *(str(kind.all) if kind else "" for kind in kinds))
+        for group in ("per_corpus", "per_session"):
+            table.add_section()
+            for name in getattr(result.per, group):
+                table.add_row(name, *(_rate_of(kind, group, name) for kind in kinds))
+        console.print(table)
+    if result.seconds_per_sentence is not None:
+        console.print(f"{1000 * result.seconds_per_sentence:.0f} ms per sentence")
+    if result.failed:
+        console.print(f"{len(result.failed)} of {result.trials} trials failed:")
+        for failure in result.failed:
+            console.print(f"  {failure.trial}: {failure.reason}", soft_wrap=True)
+
+
+def _rate_of(kind: Rates | None, group: str, name: str) -> str:
+    return str(getattr(kind, group)[name]) if kind else ""

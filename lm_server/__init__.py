@@ -1,1 +1,1 @@
-"""Phoneme probabilities to sentences: a language model server that talks over Redis streams or files."""
+"""Phoneme probabilities to sentences: a language model server on Redis streams or files."""

@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from flashlight.lib.text.decoder import (
     CriterionType,
-    KenLM,
     LexiconDecoder,
     LexiconDecoderOptions,
     SmearingMode,
     Trie,
 )
+from flashlight.lib.text.decoder.kenlm import KenLM
 from flashlight.lib.text.dictionary import Dictionary
 
 from lm_server.nbest import Hypothesis, rank
@@ -151,7 +151,8 @@ class BeamSearch:
     """The search for one sentence after another: begin, step for every chunk of frames, finish.
 
     Settings given while a sentence is under way hold from the next `begin`, so that every frame of
-    a sentence is scored alike.
+    a sentence is scored alike. Where `max_active` cuts through hypotheses of exactly equal scores
+    (homophones that the text lacks), which of them stay is arbitrary.
     """
 
     def __init__(self, model: LanguageModel, settings: Settings) -> None:

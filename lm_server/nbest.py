@@ -38,9 +38,12 @@ class Hypothesis:
 def rank(
     hypotheses: Iterable[Hypothesis], acoustic_scale: float, count: int
 ) -> tuple[Hypothesis, ...]:
-    """The `count` best distinct word sequences, best first."""
+    """The `count` best distinct word sequences, best first; equal scores in the words' order."""
     best: dict[tuple[str, ...], Hypothesis] = {}
-    for hypothesis in sorted(hypotheses, key=lambda one: -one.total(acoustic_scale)):
+    # Homophones that the text lacks score the same, and the search gives them in any order.
+    for hypothesis in sorted(
+        hypotheses, key=lambda one: (-round(one.total(acoustic_scale), 6), one.words)
+    ):
         best.setdefault(hypothesis.words, hypothesis)
     return tuple(best.values())[:count]
 

@@ -200,19 +200,23 @@ class Server:
         }
         answer: Any = self._client.xread(positions, count=_BATCH, block=_BLOCK_MS)
         entries: list[_Entry] = []
-        complete_to: EntryId | None = None
+        complete_to: tuple[int, int, int] | None = None
         for name, found in answer or []:
             parsed = [
                 _Entry(_text(name), _parse_id(_text(id_)), _plain(fields)) for id_, fields in found
             ]
             entries += parsed
-            if len(found) == _BATCH and (complete_to is None or parsed[-1].id < complete_to):
-                # This stream may hold more entries; what lies behind them on other streams has to
-                # wait.
-                complete_to = parsed[-1].id
-        if complete_to is not None:
-            entries = [entry for entry in entries if entry.id <= complete_to]
-        return sorted(entries, key=lambda entry: (entry.id, self._inputs.index(entry.stream)))
+            # A full batch: this stream may hold more, so what comes after it elsewhere has to wait.
+            if len(found) == _BATCH:
+                last = self._turn(parsed[-1])
+                complete_to = last if complete_to is None else min(last, complete_to)
+        entries = [one for one in entries if complete_to is None or self._turn(one) <= complete_to]
+        return sorted(entries, key=self._turn)
+
+    def _turn(self, entry: _Entry) -> tuple[int, int, int]:
+        """What entries are ordered by; the number after the millisecond counts per stream."""
+        ms, number = entry.id
+        return ms, self._inputs.index(entry.stream), number
 
     def _answer(self, entry: _Entry) -> None:
         context = ""

@@ -1,0 +1,143 @@
+"""`lm-server decode` from file to file."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from processes import ROOT
+from small_model import say
+
+from lm_server.__main__ import main
+from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.protocol import to_rnn_order
+
+SENTENCES = ["the cat sat", "a dog ran", "", "the bat ate the hat", "on the mat"] * 4
+
+
+def write(path, sentences=SENTENCES, **changes):
+    parts = [to_rnn_order(say(text.split())) for text in sentences]
+    fields = {
+        "logits": np.concatenate(parts),
+        "frames": np.array([len(part) for part in parts], np.int32),
+        "trial": np.array([f"t15.2023.08.13/trial_{i:04d}" for i in range(len(parts))]),
+    }
+    fields |= changes
+    np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+    return fields
+
+
+def run(model_folder, tmp_path, *options):
+    command = ["decode", "--lm", str(model_folder), "--logits", str(tmp_path / "logits.npz")]
+    return main([*command, "--out", str(tmp_path / "out.jsonl"), *options])
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_every_trial_is_decoded_in_order_with_its_scores(model_folder, tmp_path, workers):
+    fields = write(tmp_path / "logits.npz")
+    assert run(model_folder, tmp_path, "--workers", workers, "--acoustic-scale", "0.8") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["trial"] for line in lines] == fields["trial"].tolist()
+    assert [line["sentence"] for line in lines] == SENTENCES
+
+    search = BeamSearch(LanguageModel(model_folder), Settings(acoustic_scale=0.8))
+    for line, text in zip(lines, SENTENCES, strict=True):
+        search.step(say(text.split()))
+        expected = search.finish()
+        assert [one["sentence"] for one in line["nbest"]] == [h.sentence for h in expected]
+        for one, h in zip(line["nbest"], expected, strict=True):
+            assert set(one) == {"sentence", "acoustic", "ngram", "total"}
+            assert (one["acoustic"], one["ngram"]) == (h.acoustic, h.ngram)
+            assert one["total"] == pytest.approx(0.8 * one["acoustic"] + one["ngram"])
+
+
+def test_the_command_works_as_a_process_and_shows_progress(model_folder, tmp_path):
+    write(tmp_path / "logits.npz")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_server", "decode", "--lm", str(model_folder)),
+            *("--logits", str(tmp_path / "logits.npz"), "--out", str(tmp_path / "out.jsonl")),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "decoding" in done.stderr
+    assert f"{len(SENTENCES)}/{len(SENTENCES)}" in done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(SENTENCES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logits.npz", "out.jsonl"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_broken_trial_is_named_and_the_others_are_written(
+    model_folder, tmp_path, capsys, workers
+):
+    fields = write(tmp_path / "logits.npz", SENTENCES[:5])
+    logits = fields["logits"].copy()
+    logits[fields["frames"][0] + 3, 7] = np.nan
+    write(tmp_path / "logits.npz", SENTENCES[:5], logits=logits)
+    assert run(model_folder, tmp_path, "--workers", workers) == 1
+    error = capsys.readouterr().err
+    assert "t15.2023.08.13/trial_0001: logits hold 1 NaN" in error
+    assert "error: 1 trials could not be decoded" in error
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["trial"][-4:] for line in lines] == ["0000", "0002", "0003", "0004"]
+
+
+def test_no_trials_give_an_empty_file(model_folder, tmp_path):
+    nothing = {"logits": np.zeros((0, 41), np.float32), "frames": np.zeros(0, np.int32)}
+    write(tmp_path / "logits.npz", trial=np.array([], "U1"), **nothing)
+    assert run(model_folder, tmp_path) == 0
+    assert (tmp_path / "out.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"logits": None}, "has no field 'logits'"),
+        ({"trial": None}, "has no field 'trial'"),
+        ({"logits": np.zeros((9, 40), np.float32)}, "logits are float32 (9, 40); needed float32"),
+        ({"logits": np.zeros((9, 41), np.int32)}, "logits are int32"),
+        ({"frames": np.zeros(20, np.float32)}, "frames are float32"),
+        ({"frames": np.full(20, -1)}, "none below 0"),
+        ({"frames": np.full(20, 3, np.int32)}, "frames add up to 60, but logits have"),
+        ({"trial": np.arange(20)}, "trial is int64"),
+        ({"trial": np.array(["one"])}, "trial is <U3 (1,); needed str (20,)"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_field_found_and_needed(
+    model_folder, tmp_path, capsys, changes, reason
+):
+    write(tmp_path / "logits.npz", **changes)
+    assert run(model_folder, tmp_path) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_missing_truncated_or_pickled_file_is_refused(model_folder, tmp_path, capsys):
+    assert run(model_folder, tmp_path) == 2
+    assert "there is no logits file" in capsys.readouterr().err
+    write(tmp_path / "logits.npz")
+    whole = (tmp_path / "logits.npz").read_bytes()
+    (tmp_path / "logits.npz").write_bytes(whole[: len(whole) // 2])
+    assert run(model_folder, tmp_path) == 2
+    assert "is no readable .npz file" in capsys.readouterr().err
+    write(tmp_path / "logits.npz", trial=np.array(["a"] * 20, object))
+    assert run(model_folder, tmp_path) == 2
+    assert "is no readable .npz file" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_and_bad_settings_are_refused(model_folder, tmp_path, capsys):
+    write(tmp_path / "logits.npz")
+    assert run(tmp_path, tmp_path) == 2
+    assert "is no model folder" in capsys.readouterr().err
+    assert run(model_folder, tmp_path, "--blank-penalty", "-3") == 2
+    assert "blank_penalty is -3.0" in capsys.readouterr().err
+    assert run(model_folder, tmp_path, "--workers", "0") == 2
+    assert "--workers is 0" in capsys.readouterr().err
+    missing = tmp_path / "nowhere" / "out.jsonl"
+    command = ["decode", "--lm", str(model_folder), "--logits", str(tmp_path / "logits.npz")]
+    assert main([*command, "--out", str(missing)]) == 2
+    assert "cannot write" in capsys.readouterr().err

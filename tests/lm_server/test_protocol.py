@@ -1,0 +1,132 @@
+"""The messages survive their trip, and broken ones are refused with a reason."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lm_server.protocol import (
+    CLASSES,
+    LM_CLASSES,
+    MAX_MESSAGE_FRAMES,
+    ProtocolError,
+    Scored,
+    decode_logits,
+    decode_scoring,
+    encode_logits,
+    encode_scoring,
+    to_lm_order,
+    to_rnn_order,
+)
+
+finite = st.floats(-1e30, 1e30)
+logits_arrays = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(0, 7), st.just(41)),
+    elements=st.floats(-(2.0**99), 2.0**99, width=32),
+)
+sentences = st.text(st.characters(blacklist_characters=";", blacklist_categories=["Cs"]))
+
+
+def test_the_published_orders_of_the_classes():
+    # Written out from the reference: blank, 39 phonemes, silence; and silence moved to place 1.
+    phonemes = [
+        "AA",
+        "AE",
+        "AH",
+        "AO",
+        "AW",
+        "AY",
+        "B",
+        "CH",
+        "D",
+        "DH",
+        "EH",
+        "ER",
+        "EY",
+        "F",
+        "G",
+        "HH",
+        "IH",
+        "IY",
+        "JH",
+        "K",
+        "L",
+        "M",
+        "N",
+        "NG",
+        "OW",
+        "OY",
+        "P",
+        "R",
+        "S",
+        "SH",
+        "T",
+        "TH",
+        "UH",
+        "UW",
+        "V",
+        "W",
+        "Y",
+        "Z",
+        "ZH",
+    ]
+    assert list(CLASSES) == ["BLANK", *phonemes, " | "]
+    assert list(LM_CLASSES) == ["BLANK", " | ", *phonemes]
+
+
+@given(logits_arrays)
+def test_reordering_classes_moves_the_last_column_to_place_one_and_back(logits):
+    moved = to_lm_order(logits)
+    expected = np.concatenate([logits[:, :1], logits[:, -1:], logits[:, 1:-1]], axis=-1)
+    np.testing.assert_array_equal(moved, expected)
+    np.testing.assert_array_equal(to_rnn_order(moved), logits)
+
+
+@given(logits_arrays)
+def test_logits_survive_the_wire(logits):
+    payload = encode_logits(logits)
+    assert payload == np.asarray(logits, "<f4").tobytes()
+    np.testing.assert_array_equal(decode_logits(payload), logits)
+
+
+@given(st.lists(st.builds(Scored, sentences, finite, finite, finite, finite)))
+def test_scoring_survives_the_wire(candidates):
+    assert decode_scoring(encode_scoring(candidates)) == candidates
+
+
+def test_an_absent_llm_score_is_written_as_zero_like_published_servers_do():
+    text = encode_scoring([Scored("a b", -1.0, -2.0, None, -3.0)])
+    assert text == "a b;-1.0;-2.0;0.0;-3.0"
+
+
+def test_a_sentence_with_the_separator_is_refused():
+    with pytest.raises(ProtocolError, match="';'"):
+        encode_scoring([Scored("a;b", 0.0, 0.0, None, 0.0)])
+
+
+@pytest.mark.parametrize("text", ["a;1;2;3", "a;1;2;3;4;b", "a;1;2;3;x"])
+def test_broken_scoring_is_refused(text):
+    with pytest.raises(ProtocolError):
+        decode_scoring(text)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"\0" * 163, "163 bytes; needed a multiple of 164"),
+        (np.full((2, 41), np.nan, "<f4").tobytes(), "NaN"),
+        (np.full((2, 41), np.inf, "<f4").tobytes(), "infinite"),
+        (bytes(164 * (MAX_MESSAGE_FRAMES + 1)), "at most"),
+    ],
+)
+def test_broken_logits_are_refused_with_the_reason(payload, reason):
+    with pytest.raises(ProtocolError, match=reason):
+        decode_logits(payload)
+
+
+@pytest.mark.parametrize("shape", [(41,), (3, 40), (1, 3, 41)])
+def test_logits_of_another_shape_are_not_sent(shape):
+    with pytest.raises(ProtocolError, match="needed \\[frames, 41\\]"):
+        encode_logits(np.zeros(shape, np.float32))

@@ -1,0 +1,195 @@
+"""One client's messages, and what the server answers to each."""
+
+import numpy as np
+import pytest
+from small_model import say
+
+from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.protocol import Streams, decode_scoring, encode_logits
+from lm_server.session import Message, Session
+
+STREAMS = Streams()
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return LanguageModel(model_folder)
+
+
+@pytest.fixture
+def session(model):
+    return Session(model, Settings())
+
+
+def reset(session):
+    return session.handle(STREAMS.reset, "1-0", {"done": b"0"})
+
+
+def send(session, logits):
+    return session.handle(STREAMS.input, "2-0", {"logits": encode_logits(logits)})
+
+
+def finalize(session, context=""):
+    return session.handle(STREAMS.finalize, "3-0", {"done": b"0"}, context)
+
+
+def update(session, **values):
+    fields = {name: str(value).encode() for name, value in values.items()}
+    return session.handle(STREAMS.update_params, "4-0", fields)
+
+
+def sentence(session, words, **chunks):
+    reset(session)
+    send(session, say(words))
+    return finalize(session)[0]
+
+
+def test_a_sentence_is_answered_with_partials_a_final_and_its_end(session, model):
+    assert reset(session) == [Message("remote_lm_done_resetting", {"done": b"1"})]
+    logits = say(["the", "cat", "sat"])
+    half = len(say(["the", "cat"]))
+    assert send(session, logits[:half]) == [
+        Message("remote_lm_output_partial", {"lm_response_partial": b"the cat"})
+    ]
+    assert send(session, logits[half:])[0].fields == {"lm_response_partial": b"the cat sat"}
+    final, done = finalize(session, "what was said before")
+    assert done == Message("remote_lm_done_finalizing", {"done": b"1"})
+    assert final.stream == "remote_lm_output_final"
+    assert set(final.fields) == {"lm_response_final", "scoring", "context_str"}
+    assert final.fields["lm_response_final"] == b"the cat sat"
+    assert final.fields["context_str"] == b"what was said before"
+
+    search = BeamSearch(model, Settings())
+    search.step(logits)
+    expected = search.finish()
+    candidates = decode_scoring(final.fields["scoring"].decode())
+    assert [c.sentence for c in candidates] == [h.sentence for h in expected]
+    assert [c.acoustic for c in candidates] == [h.acoustic for h in expected]
+    assert [c.ngram for c in candidates] == [h.ngram for h in expected]
+    scale = Settings().acoustic_scale
+    assert [c.total for c in candidates] == [scale * h.acoustic + h.ngram for h in expected]
+
+
+def test_no_frames_give_an_empty_final(session):
+    reset(session)
+    for _ in range(2):
+        final, done = finalize(session)
+        assert final.fields == {"lm_response_final": b"", "scoring": b"", "context_str": b""}
+        assert done.stream == STREAMS.done_finalizing
+    assert send(session, np.zeros((0, 41)))[0].fields == {"lm_response_partial": b""}
+    assert finalize(session)[0].fields["lm_response_final"] == b""
+
+
+def test_reset_drops_what_was_sent(session):
+    send(session, say(["the", "dog"]))
+    assert sentence(session, ["a", "cat"]).fields["lm_response_final"] == b"a cat"
+
+
+def test_a_sentence_after_finalize_needs_no_reset(session):
+    for words in (["the", "dog"], ["a", "cat"]):
+        send(session, say(words))
+        assert finalize(session)[0].fields["lm_response_final"].decode().split() == words
+
+
+def test_updated_parameters_are_told_back_and_change_the_answer(session):
+    args, done = update(session, acoustic_scale=0.35, nbest=3, alpha=0.4)
+    assert done == Message("remote_lm_done_updating_params", {"done": b"1"})
+    assert args.stream == "remote_lm_args"
+    told = {name: args.fields[name] for name in ("acoustic_scale", "nbest", "alpha")}
+    assert told == {"acoustic_scale": b"0.35", "nbest": b"3", "alpha": b"0.4"}
+    candidates = decode_scoring(sentence(session, ["the", "cat"]).fields["scoring"].decode())
+    assert 1 <= len(candidates) <= 3
+    for one in candidates:
+        assert one.total == pytest.approx(0.35 * one.acoustic + one.ngram)
+
+
+def test_every_published_parameter_is_taken(session):
+    # The values of the published server's start; its optional parts are switched off.
+    published = {
+        "max_active": 200,
+        "min_active": 200,
+        "beam": 17.0,
+        "lattice_beam": 8.0,
+        "acoustic_scale": 0.3,
+        "ctc_blank_skip_threshold": 1.0,
+        "length_penalty": 0.0,
+        "nbest": 100,
+        "blank_penalty": 9.0,
+        "alpha": 0.5,
+        "do_opt": 0,
+        "rescore": 0,
+        "top_candidates_to_augment": 20,
+        "score_penalty_percent": 0.01,
+    }
+    args, _ = update(session, **published)
+    assert {name: float(args.fields[name]) for name in published} == published
+    assert set(args.fields) == {*published, "lm_path"}
+
+
+def test_parameters_changed_within_a_sentence_hold_from_the_next(session):
+    reset(session)
+    logits = say(["the", "cat", "sat"])
+    send(session, logits[:9])
+    update(session, acoustic_scale=0.5)
+    send(session, logits[9:])
+    first = decode_scoring(finalize(session)[0].fields["scoring"].decode())[0]
+    second = decode_scoring(sentence(session, ["the", "cat", "sat"]).fields["scoring"].decode())[0]
+    assert first.total == pytest.approx(Settings().acoustic_scale * first.acoustic + first.ngram)
+    assert second.total == pytest.approx(0.5 * second.acoustic + second.ngram)
+    assert second.acoustic == pytest.approx(first.acoustic, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"acoustic_scale": b"fast"}, "acoustic_scale is b'fast'; needed a number"),
+        ({"acoustic_scale": b"nan"}, "finite"),
+        ({"acoustic_scale": b"-1"}, "acoustic_scale is -1.0; needed a finite number above 0"),
+        ({"blank_penalty": b"0"}, "blank_penalty is 0.0"),
+        ({"nbest": b"2.5"}, "nbest is 2.5; needed a whole number"),
+        ({"nbest": b"inf"}, "finite"),
+        ({"do_opt": b"1"}, "do_opt is 1, but this server has no such part"),
+        ({"length_penalty": b"0.5"}, "length_penalty"),
+        (
+            {"acustic_scale": b"1"},
+            "there is no parameter 'acustic_scale'; known are acoustic_scale",
+        ),
+        ({"nbest": b"7", "beam": b"wide"}, "beam"),
+    ],
+)
+def test_a_bad_parameter_is_answered_on_the_error_stream_and_changes_nothing(
+    session, fields, reason
+):
+    before = session.args()
+    (answer,) = session.handle(STREAMS.update_params, "9-1", fields)
+    assert answer.stream == "remote_lm_error"
+    assert answer.fields["stream"] == b"remote_lm_update_params"
+    assert answer.fields["entry_id"] == b"9-1"
+    assert reason in answer.fields["error"].decode()
+    assert session.args() == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"logits": bytes(40 * 4)}, "160 bytes; needed a multiple of 164"),
+        ({"logits": np.full((1, 41), np.nan, "<f4").tobytes()}, "NaN"),
+        ({"data": bytes(164)}, "fields ['data']; needed `logits`"),
+        ({}, "needed `logits`"),
+    ],
+)
+def test_bad_logits_are_answered_on_the_error_stream_and_the_sentence_goes_on(
+    session, fields, reason
+):
+    reset(session)
+    send(session, say(["the"]))
+    (answer,) = session.handle(STREAMS.input, "9-2", fields)
+    assert answer.stream == "remote_lm_error"
+    assert answer.fields["entry_id"] == b"9-2"
+    assert reason in answer.fields["error"].decode()
+    send(session, say(["cat"]))
+    assert finalize(session)[0].fields["lm_response_final"] == b"the cat"
+
+
+def test_an_unknown_stream_is_an_error_entry(session):
+    assert session.handle("elsewhere", "1-0", {})[0].stream == "remote_lm_error"

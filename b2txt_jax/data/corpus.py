@@ -21,6 +21,7 @@ CORPORA: tuple[str, ...] = (WORDNET_EXAMPLES, WORDNET_GLOSSES, WORLD_ENGLISH_BIB
 
 Pool = Literal["train", "val", "test"]
 
+
 @functools.cache
 def load_pool(name: Pool) -> list[tuple[str, str]]:
     """The sentences that sessions of split `name` are made of: (sentence, corpus name).

@@ -52,7 +52,7 @@ class Drift:
       death: probability that an electrode dies.
     """
 
-    rotation: float = 0.5
+    rotation: float = 0.8
     renewal: float = 0.05
     gain: float = 0.15
     death: float = 0.01

@@ -25,7 +25,7 @@ import lzma
 import multiprocessing
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ from rapidfuzz.distance import Levenshtein
 
 from lm_server import build_lm
 from lm_server.lexicon import read_lexicon
-from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE
+from lm_server.offline import read_logits
+from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE, to_lm_order
 from lm_server.text import normalise
 
 _CORPUS = Path(__file__).parents[1] / "b2txt_jax" / "data" / "corpus"
@@ -166,6 +167,26 @@ def wer(
     return errors / sum(map(len, truth))
 
 
+def _tasks(
+    args: argparse.Namespace,
+) -> Iterator[tuple[list[tuple[str, ...]], list[np.ndarray], str]]:
+    """Sentences with their logits: those of a file, or simulated ones at every error rate."""
+    known = dict(read_lexicon("cmudict").entries)
+    if args.logits is not None:
+        file = read_logits(args.logits)
+        with np.load(args.logits) as fields:
+            sentences = [normalise(str(sentence), known) for sentence in fields["sentence"]]
+        chosen = [i for i, words in enumerate(sentences) if not isinstance(words, str)]
+        truth = [tuple(sentences[i]) for i in chosen]
+        yield truth, [to_lm_order(file.of(i)) for i in chosen], str(args.logits)
+        return
+    truth = held_out(args.sentences, args.seed, args.pool)
+    labels = [label(words, known) for words in truth]
+    for per in args.per:
+        logits, reached = simulate_at(labels, per, args.seed)
+        yield truth, logits, f"greedy PER {reached:.1%}"
+
+
 def main() -> None:
     """Builds, simulates, decodes, prints."""
     parser = argparse.ArgumentParser(
@@ -177,6 +198,8 @@ def main() -> None:
     parser.add_argument(
         "--per", type=float, nargs="+", default=[0.14, 0.19], help="error rates of greedy decoding"
     )
+    parser.add_argument("--logits", type=Path, help="a file of `b2txt infer --split val` instead")
+    parser.add_argument("--lm", type=Path, help="a model folder instead of the one built here")
     parser.add_argument(
         "--order", type=int, default=3, help="order of the n-gram model (default 3)"
     )
@@ -192,7 +215,7 @@ def main() -> None:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, nargs="+", help="values to try instead of the default")
     args = parser.parse_args()
-    folder = args.workdir / f"lm{args.order}"
+    folder = args.lm or args.workdir / f"lm{args.order}"
     if not (folder / build_lm.DESCRIPTION).is_file():
         build_lm.build(args.text, args.order, "cmudict", folder)
     description = json.loads((folder / build_lm.DESCRIPTION).read_text())
@@ -200,15 +223,11 @@ def main() -> None:
         f"{description['words']} words, order {description['order']}, "
         f"perplexity {description['perplexity']:.0f}"
     )
-    truth = held_out(args.sentences, args.seed, args.pool)
-    known = dict(read_lexicon("cmudict").entries)
-    labels = [label(words, known) for words in truth]
     tried = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name)}
     grid = [dict(zip(tried, one, strict=True)) for one in itertools.product(*tried.values())]
-    for per in args.per:
-        logits, reached = simulate_at(labels, per, args.seed)
+    for truth, logits, title in _tasks(args):
         frames = sum(map(len, logits)) / len(logits)
-        print(f"greedy PER {reached:.1%}, {len(truth)} sentences, {frames:.0f} frames each")
+        print(f"{title}, {len(truth)} sentences, {frames:.0f} frames each", flush=True)
         context = multiprocessing.get_context("spawn")
         answers = context.Queue()
         child = context.Process(target=decode, args=(str(folder), grid, logits, answers))

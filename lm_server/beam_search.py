@@ -70,8 +70,8 @@ class Settings:
     """
 
     acoustic_scale: float = 1.2
-    blank_penalty: float = 1.0
-    beam: float = 25.0
+    blank_penalty: float = 4.0
+    beam: float = 18.0
     max_active: int = 100
     nbest: int = 100
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.argv[2], sys.argv[2:])
 """
 _START_SECONDS = 20.0
+_PREFIX, _SOCKET = "lm-redis-", "redis.sock"
 
 
 class RedisStartError(RuntimeError):
@@ -88,14 +90,16 @@ def embedded_redis() -> Iterator[EmbeddedRedis]:
       RedisStartError: no program was found, or it did not answer in time.
     """
     program = find_program()
-    with tempfile.TemporaryDirectory(prefix="lm-redis-", ignore_cleanup_errors=True) as folder:
-        socket = Path(folder) / "redis.sock"
+    _remove_left_behind()
+    prefix = f"{_PREFIX}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / _SOCKET
         log = Path(folder) / "redis.log"
         options = [
             "--port",
             "0",
             "--unixsocket",
-            str(socket),
+            str(path),
             "--unixsocketperm",
             "700",
             "--dir",
@@ -120,7 +124,7 @@ def embedded_redis() -> Iterator[EmbeddedRedis]:
             # last answers.
             start_new_session=True,
         )
-        server = EmbeddedRedis(f"unix://{socket}", process)
+        server = EmbeddedRedis(f"unix://{path}", process)
         try:
             _wait_until_ready(server, program, log)
             yield server
@@ -131,6 +135,34 @@ def embedded_redis() -> Iterator[EmbeddedRedis]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _remove_left_behind() -> None:
+    """Removes the folders of servers that were killed, which could not do so themselves."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if owner.isdigit() and not _process_exists(int(owner)) and not _listens(folder / _SOCKET):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _listens(path: Path) -> bool:
+    # A process of another container has a number of its own there, but its socket answers here.
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
 
 
 def _wait_until_ready(server: EmbeddedRedis, program: str, log: Path) -> None:

@@ -14,8 +14,8 @@ from lm_server.build_lm import build
 # pytest imports tests by path; the modules that they share are found here.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from processes import Running, serving  # noqa: E402
-from small_model import LEXICON, TEXT  # noqa: E402
+from processes import Running, serving
+from small_model import LEXICON, TEXT
 
 
 @pytest.fixture(scope="session")

@@ -52,8 +52,12 @@ def serving(*arguments: str, url: str | None = None) -> Iterator[Running]:
     try:
         yield wait_ready(process, url)
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()
+        try:
+            process.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> bool:

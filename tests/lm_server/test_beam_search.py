@@ -265,7 +265,7 @@ def test_nbest_is_distinct_best_first_and_no_longer_than_asked(model):
     logits = logits + rng.normal(0, 4, logits.shape)
     answers = {}
     for nbest in (1, 5, 100):
-        search = BeamSearch(model, Settings(nbest=nbest))
+        search = BeamSearch(model, Settings(nbest=nbest, beam=40.0))
         search.step(logits.astype(np.float32))
         answers[nbest] = search.finish()
         assert len(answers[nbest]) <= nbest

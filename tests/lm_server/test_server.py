@@ -104,7 +104,7 @@ def test_parameters_are_updated_and_told(client):
     assert told[b"acoustic_scale"] == b"0.35"
     assert told[b"blank_penalty"] == b"90.0"
     assert client.decode(["the", "cat"]) == ["the", "cat"]
-    client.redis.xadd("remote_lm_update_params", {"acoustic_scale": 1.2, "blank_penalty": 1.0})
+    client.redis.xadd("remote_lm_update_params", {"acoustic_scale": 1.2, "blank_penalty": 4})
     client.wait("done_updating_params")
 
 
@@ -226,7 +226,13 @@ def test_killing_the_server_ends_its_redis(model_folder):
     with serving("--lm", str(model_folder), "--embedded-redis") as running:
         (redis_process,) = children(running.process.pid)
         running.process.kill()
+        running.process.wait()
         assert wait_until(lambda: not is_running(redis_process))
+        folder = os.path.dirname(running.url.removeprefix("unix://"))
+        assert os.path.exists(folder)
+    # The next server clears away what the killed one could not.
+    with embedded_redis():
+        assert not os.path.exists(folder)
 
 
 def test_an_embedded_redis_that_dies_ends_the_server_with_its_reason(model_folder):

@@ -38,7 +38,8 @@ SESSIONS: tuple[str, ...] = tuple(f"t15.{date}" for date in _DATES.split())
 
 PADDED_LABEL = 500
 _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
-_BLOCK_SENTENCES = 40
+# The published blocks have 5 to 50 sentences; small ones mix the corpora within a short session.
+_BLOCK_SENTENCES = 25
 _SETTINGS_FILE = "simulation.json"
 _FORMAT = 1
 
@@ -185,7 +186,7 @@ def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]
 
 def modulation(difficulty: float) -> float:
     """Depth of the electrodes' modulation by speech for a difficulty of 0 to 1."""
-    return float(np.exp(np.interp(difficulty, [0.0, 1.0], [np.log(1.6), np.log(0.45)])))
+    return float(np.exp(np.interp(difficulty, [0.0, 1.0], [np.log(1.3), np.log(0.35)])))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +243,7 @@ def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:
 
 
 def _block_sizes(sentences: int) -> list[int]:
-    """Splits `sentences` into blocks of about 40, as even as can be."""
+    """Splits `sentences` into blocks of about 25, as even as can be."""
     blocks = max(1, round(sentences / _BLOCK_SENTENCES)) if sentences else 0
     return [sentences // blocks + (i < sentences % blocks) for i in range(blocks)]
 

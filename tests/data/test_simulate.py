@@ -155,10 +155,10 @@ def test_the_table_lists_every_block_as_published(folder: Path) -> None:
 def test_a_block_holds_sentences_of_the_corpus_that_the_table_names(folder: Path) -> None:
     corpora = read_description(folder / "hdf5_data_final")
     for split in ("train", "val"):
-        corpus_of = dict(load_pool(split))  # type: ignore[arg-type]
+        corpus_of = dict(load_pool(split))
         for trial in trials_of(folder, split):
             date = trial.ref.session[4:].replace(".", "-")
-            assert corpora[date, trial.ref.block] == corpus_of[trial.sentence]
+            assert corpora[date, trial.ref.block] == corpus_of[str(trial.sentence)]
 
 
 def test_sentences_are_in_no_two_trials_nor_in_the_text_of_the_language_model(
@@ -182,6 +182,7 @@ def test_sentences_are_in_no_two_trials_nor_in_the_text_of_the_language_model(
 
 def test_every_label_can_be_aligned_with_the_published_patches(folder: Path) -> None:
     for trial in (*trials_of(folder, "train"), *trials_of(folder, "val")):
+        assert trial.labels is not None
         assert (trial.ref.bins - 14) // 4 + 1 >= frames_needed(trial.labels)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from b2txt_jax import __version__
 
@@ -36,6 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; errors that a user can mend are printed without a traceback, exit status
     2."""
+    # Compiled programs outlive the process: a resumed run starts at once. JAX reads this on import.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
@@ -54,16 +58,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "b2txt_jax"
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
     from b2txt_jax.config import ConfigError
     from b2txt_jax.data.hdf5 import DataError
     from b2txt_jax.data.plan import PlanError
+    from b2txt_jax.demo import DemoError
     from b2txt_jax.inference.lm_client import LanguageModelError
     from b2txt_jax.training.checkpoint import CheckpointError
     from b2txt_jax.training.loop import TrainingError
     from lm_server.protocol import ProtocolError
 
     return (
+        DemoError,
         ConfigError,
         DataError,
         PlanError,

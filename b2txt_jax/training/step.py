@@ -66,10 +66,14 @@ def step_keys(seed: int, step: jax.Array) -> StepKeys:
 
 def init_state(config: Config, days: int) -> TrainState:
     """Fresh parameters and optimizer state; parameters are a function of the seed."""
-    key = jax.random.key(config.train.seed)
-    params = init_params(config.model, config.data.feature_count, days, key)
-    optimizer = make_optimizer(config.optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(config.model, config.data.feature_count, days, key)
+        optimizer = make_optimizer(config.optimizer).init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+
+    # Jitted as a whole: op by op it would be a hundred small compilations.
+    return jax.jit(init)(jax.random.key(config.train.seed))
 
 
 def _frames(config: Config, bins: jax.Array) -> jax.Array:
@@ -101,7 +105,7 @@ def make_train_step(
         (loss, infeasible), gradient = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, batch, keys
         )
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

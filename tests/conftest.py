@@ -1,0 +1,54 @@
+"""Simulated sessions and a tiny recipe that every test of the pipeline shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tests and the processes that they start compile the same small programs: once is enough.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+from b2txt_jax.config import Config, load_config
+from b2txt_jax.data.simulate import SimulationSettings, simulate
+
+REPOSITORY = Path(__file__).parents[1]
+SIMULATION = SimulationSettings(
+    sessions=4, train=8, val=4, test=3, min_words=3, max_words=4, speaking_rate=2.0
+)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of four small simulated sessions; read it, do not change it."""
+    out = tmp_path_factory.mktemp("simulated")
+    simulate(out, SIMULATION)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(simulated: Path) -> list[str]:
+    """Overrides that make configs/demo.py train in seconds on `simulated`."""
+    values = {
+        "data.root": simulated / "hdf5_data_final",
+        "data.trials_per_day": 1,
+        "data.eval_batch_size": 4,
+        "data.buckets": ((160, 40), (320, 80)),
+        "model.units": 16,
+        "model.layers": 2,
+        "train.steps": 6,
+        "train.log_every": 2,
+        "train.validate_every": 3,
+        "train.save_every": 2,
+    }
+    return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_overrides: list[str]) -> Config:
+    """configs/demo.py, tiny."""
+    return load_config(REPOSITORY / "configs/demo.py", tiny_overrides)

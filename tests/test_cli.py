@@ -1,0 +1,202 @@
+"""The `b2txt` command as a user types it: help, errors with exit status 2, the pipeline."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from b2txt_jax.cli import COMMANDS, main
+from b2txt_jax.data.hdf5 import find_sessions
+from b2txt_jax.training.loop import train
+from lm_server.__main__ import main as lm_server
+
+COMMAND = [sys.executable, "-m", "b2txt_jax.cli"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train(tiny_config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def language_model(simulated, tmp_path_factory):
+    """A small 2-gram model over the whole CMU dictionary."""
+    folder = tmp_path_factory.mktemp("lm")
+    text = folder / "text.txt"
+    lines = (simulated / "language_model_text.txt").read_text().splitlines()[:2000]
+    text.write_text("\n".join(lines) + "\n")
+    arguments = ["build", "--text", str(text), "--order", "2", "--lexicon", "cmudict"]
+    assert lm_server([*arguments, "--out", str(folder / "lm")]) == 0
+    return folder / "lm"
+
+
+@pytest.fixture
+def damaged(simulated, tmp_path):
+    """A function that copies the sessions, changes the first train file's first trial, and
+    trains."""
+
+    def train_on(change, tiny_overrides, capsys):
+        root = tmp_path / "sessions"
+        shutil.copytree(simulated / "hdf5_data_final", root)
+        session = find_sessions(root)[0]
+        change(root / session / "data_train.hdf5")
+        arguments = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]
+        arguments += [*tiny_overrides, f"--config.data.root={root}"]
+        arguments += ["--config.data.trials_per_day=60"]  # so that the damaged trial is drawn
+        status = main(["train", *arguments])
+        return status, capsys.readouterr().err
+
+    return train_on
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: b2txt {command}" in capsys.readouterr().out
+
+
+def edit(change):
+    """A change of the first trial, as a change of its file."""
+
+    def on_file(path):
+        with h5py.File(path, "r+") as file:
+            change(file["trial_0000"])
+
+    return on_file
+
+
+def shrink_features(trial):
+    features = trial["input_features"][:, :500]
+    del trial["input_features"]
+    trial["input_features"] = features
+
+
+def poison(trial):
+    trial["input_features"][5, 7] = np.nan
+
+
+def label_41(trial):
+    trial["seq_class_ids"][1] = 41
+
+
+def long_label(trial):
+    trial.attrs["seq_len"] = 70
+    trial["seq_class_ids"][:] = 3
+
+
+def cut_trial(trial):
+    trial.attrs["n_time_steps"] = 9
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (truncate, ["data_train.hdf5", "copy or download it again"]),
+        (edit(shrink_features), ["trial_0000", "input_features", "needed [T, 512]"]),
+        (edit(poison), ["trial_0000", "NaN", "bin 5, feature 7"]),
+        (edit(label_41), ["trial_0000", "the id 41", "needed 1 to 40"]),
+        (edit(long_label), ["trial_0000", "label of 70 phonemes", "drop the trial"]),
+        (edit(cut_trial), ["trial_0000", "9 bins", "one patch needs 14"]),
+    ],
+    ids=["truncated", "feature count", "NaN", "label 41", "long label", "short trial"],
+)
+def test_bad_sessions_end_training_with_an_error_that_names_the_trial(
+    change, messages, damaged, tiny_overrides, capsys
+):
+    status, error = damaged(change, tiny_overrides, capsys)
+    assert status == 2
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    for message in messages:
+        assert message in error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.data.root=/nowhere", "the data folder /nowhere is not there"),
+        ("--config.data.sessions=('t15.2023.08.12',)", "nearest of its 4 sessions: t15.2023.08."),
+        ("--config.model.layer=3", "did you mean model.layers"),
+        ("--config.data.days_per_batch=9", "4 sessions have training trials; a batch needs 9"),
+    ],
+)
+def test_bad_configuration_ends_training_with_a_clear_error(
+    override, message, tiny_overrides, tmp_path, capsys
+):
+    arguments = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]
+    assert main(["train", *arguments, *tiny_overrides, override]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
+    run_folder, language_model, simulated
+):
+    command = [*COMMAND, "evaluate", "--workdir", str(run_folder), "--lm", str(language_model)]
+    done = subprocess.run([*command, "--split", "val"], capture_output=True, text=True, check=False)
+    result = json.loads((run_folder / "val" / "evaluation.json").read_text())
+    # An untrained model's logits may have no sentence; then the trial is named and the status is 1.
+    assert done.returncode == (1 if result["failed"] else 0), done.stderr
+    assert result["trials"] == 12
+    for kind in ("per", "wer"):
+        assert result[kind]["all"]["length"] == sum(
+            group["length"] for group in result[kind]["per_session"].values()
+        )
+        assert (
+            sum(group["errors"] for group in result[kind]["per_corpus"].values())
+            == (result[kind]["all"]["errors"])
+        )
+    with (run_folder / "val" / "submission.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == [str(i) for i in range(12)]
+    assert [row["text"] for row in rows] == [s["decoded"] or "" for s in result["sentences"]]
+
+    done = subprocess.run(
+        [*command, "--split", "test"], capture_output=True, text=True, check=False
+    )
+    result = json.loads((run_folder / "test" / "evaluation.json").read_text())
+    assert (result["per"], result["wer"], result["trials"]) == (None, None, 9)
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_without_redis_or_model_says_how_to_start_one(run_folder, monkeypatch, capsys):
+    monkeypatch.setenv("B2TXT_REDIS_URL", "redis://:secret@127.0.0.1:1/0")
+    assert main(["evaluate", "--workdir", str(run_folder)]) == 2
+    error = capsys.readouterr().err
+    assert "Give --lm DIR" in error
+    assert "secret" not in error
+
+
+def test_evaluate_with_a_folder_that_holds_no_model_shows_the_servers_message(
+    run_folder, tmp_path, capsys
+):
+    assert main(["evaluate", "--workdir", str(run_folder), "--lm", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert "lm-server build" in error
+
+
+def test_infer_then_decode_gives_one_line_per_trial(run_folder, language_model, tmp_path):
+    logits, lines = tmp_path / "logits.npz", tmp_path / "decoded.jsonl"
+    assert main(["infer", "--workdir", str(run_folder), "--out", str(logits)]) == 0
+    arguments = ["--lm", str(language_model), "--logits", str(logits), "--out", str(lines)]
+    command = [sys.executable, "-m", "lm_server", "decode", *arguments]
+    status = subprocess.run(command, capture_output=True, check=False).returncode
+    decoded = [json.loads(line) for line in lines.read_text().splitlines()]
+    with np.load(logits) as file:
+        assert [entry["trial"] for entry in decoded] == file["trial"].tolist()
+    assert status == (1 if any("error" in entry for entry in decoded) else 0)

@@ -1,0 +1,46 @@
+"""Each package runs where the other's frameworks are not installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCK = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+"""
+SERVER_SIDE = {"torch", "transformers", "kenlm", "flashlight", "pyctcdecode", "kaldingram"}
+JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "h5py", "b2txt_jax", "grain"}
+
+
+@pytest.mark.parametrize(
+    ("code", "blocked"),
+    [
+        ("from b2txt_jax.cli import make_parser; make_parser()", SERVER_SIDE),
+        (
+            "import b2txt_jax.inference.lm_client\n"
+            "assert [n for n in sys.modules if n.startswith('lm_server.')] == "
+            "['lm_server.protocol']",
+            SERVER_SIDE,
+        ),
+        ("from lm_server.__main__ import main; main(['decode', '--help'])", JAX_SIDE),
+        ("import lm_server.server, lm_server.beam_search, lm_server.build_lm", JAX_SIDE),
+        (
+            "import lm_server.protocol",
+            JAX_SIDE | SERVER_SIDE | {"redis", "rich", "scipy", "matplotlib"},
+        ),
+    ],
+    ids=["b2txt", "b2txt's client", "lm-server", "lm-server's parts", "protocol"],
+)
+def test_a_side_imports_with_the_other_side_blocked(code, blocked):
+    program = BLOCK.format(names=blocked) + code
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

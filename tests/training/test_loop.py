@@ -1,0 +1,140 @@
+"""`train` on real files: what it writes, and that it goes on where it stopped."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from b2txt_jax.config import ConfigError, with_overrides
+from b2txt_jax.inference.logits import compute_logits, load_model, write_logits
+from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
+from b2txt_jax.training.loop import train
+from b2txt_jax.training.step import init_state
+
+
+def lines_of(workdir, kind):
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def latest_params(config, workdir):
+    with Checkpoints(workdir) as checkpoints:
+        like = init_state(config, len(config.data.sessions) or 4)
+        return jax.tree.leaves(checkpoints.restore_latest(like)[0].params)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, tmp_path_factory):
+    """A run of six steps, uninterrupted."""
+    workdir = tmp_path_factory.mktemp("trained")
+    assert train(tiny_config, workdir).finished
+    return workdir
+
+
+def test_a_run_leaves_metrics_checkpoints_and_its_configuration(trained, tiny_config):
+    assert [entry["step"] for entry in lines_of(trained, "train")] == [2, 4, 6]
+    validations = lines_of(trained, "val")
+    assert [entry["step"] for entry in validations] == [3, 6]
+    for entry in validations:
+        assert entry["per"] == pytest.approx(entry["errors"] / entry["length"])
+        assert len(entry["per_day"]) == 3
+    assert list((trained / "tensorboard").iterdir())
+    model = load_model(trained)
+    assert len(model.config.data.sessions) == 4
+    best = min(validations, key=lambda entry: (entry["per"], entry["loss"]))
+    assert model.step == best["step"]
+
+
+def test_a_run_in_two_parts_equals_an_uninterrupted_one_bit_for_bit(trained, tiny_config, tmp_path):
+    first = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, steps=4))
+    train(first, tmp_path)
+    result = train(tiny_config, tmp_path)
+    assert (result.step, result.finished) == (6, True)
+    for ours, uninterrupted in zip(
+        latest_params(tiny_config, tmp_path), latest_params(tiny_config, trained), strict=True
+    ):
+        np.testing.assert_array_equal(ours, uninterrupted)
+    assert [entry["loss"] for entry in lines_of(tmp_path, "train")] == [
+        entry["loss"] for entry in lines_of(trained, "train")
+    ]
+
+
+def test_a_killed_run_goes_on_from_its_last_save(tiny_overrides, tmp_path):
+    command = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/demo.py"]
+    command += ["--workdir", str(tmp_path), *tiny_overrides, "--config.train.steps=4000"]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    latest = tmp_path / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not any(path.name.isdigit() for path in latest.glob("*")):
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.1)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = ""
+    for line in again.stdout:
+        seen += line
+        if "going on from step" in line:
+            break
+    else:
+        pytest.fail(f"did not go on: {seen}")
+    again.send_signal(signal.SIGTERM)
+    rest = again.communicate(timeout=120)[0]
+    assert "the same command goes on from there" in " ".join(rest.split())
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
+    trained, tiny_config
+):
+    other = with_overrides(tiny_config, ["--config.model.units=24"])
+    with pytest.raises(ConfigError, match="model.units was 16, is 24"):
+        train(other, trained)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(trained, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    for path in (workdir / "checkpoints" / "best").rglob("*"):
+        if path.is_file() and path.stat().st_size > 2000:
+            path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="checkpoints/best/.* cannot be read"):
+        load_model(workdir)
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="not a run's folder"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("score", "wins"),
+    [((0.2, 9.0), True), ((0.3, 1.0), False), ((0.25, 4.0), True), ((0.25, 5.0), False)],
+)
+def test_a_lower_per_wins_and_at_equal_per_the_lower_loss(score, wins):
+    assert BestScore(*score, step=2).beats(BestScore(0.25, 5.0, step=1)) is wins
+
+
+def test_the_logits_file_has_the_documented_arrays(trained, tmp_path, simulated):
+    model = load_model(trained)
+    for split, has_sentences in (("val", True), ("test", False)):
+        trials = compute_logits(model, split)
+        write_logits(tmp_path / "logits.npz", trials)
+        with np.load(tmp_path / "logits.npz") as file:
+            assert file["logits"].dtype == np.float32
+            assert file["logits"].shape == (file["frames"].sum(), 41)
+            assert file["frames"].dtype == np.int32
+            assert ("sentence" in file) is has_sentences
+            names = file["trial"].tolist()
+        assert names == sorted(names)
+        assert names[0].split("/")[1] == "trial_0000"
+        for trial, frames in zip(trials, [len(t.logits) for t in trials], strict=True):
+            assert frames == (trial.ref.bins - 14) // 4 + 1

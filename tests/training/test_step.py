@@ -1,0 +1,126 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from b2txt_jax.config import Config, load_config
+from b2txt_jax.data.loader import Batch
+from b2txt_jax.model.decoder import make_apply
+from b2txt_jax.signal.smooth import smooth
+from b2txt_jax.training.step import init_state, make_eval_step, make_train_step, step_keys
+
+DAYS = 2
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load_config(
+        "configs/demo.py",
+        ["--config.model.units=8", "--config.model.layers=1", "--config.data.feature_count=5"],
+    )
+
+
+def batch_of(rows, length=60, seed=0, longest=8):
+    rng = np.random.default_rng(seed)
+    return Batch(
+        rng.normal(size=(rows, length, 5)).astype(np.float32),
+        np.full(rows, length, np.int32),
+        (np.arange(rows) % DAYS).astype(np.int32),
+        rng.integers(1, 41, (rows, longest)).astype(np.int32),
+        np.full(rows, 3, np.int32),
+    )
+
+
+def without_noise(config: Config) -> Config:
+    quiet = dataclasses.replace(
+        config.signal, white_noise_std=0.0, constant_offset_std=0.0, random_cut=1
+    )
+    model = dataclasses.replace(config.model, input_dropout=0.0, rnn_dropout=0.0)
+    return dataclasses.replace(config, signal=quiet, model=model)
+
+
+def test_keys_are_a_function_of_seed_and_step_and_differ_by_use():
+    keys = [
+        jax.random.key_data(key).tolist()
+        for seed in (0, 1)
+        for step in (0, 1)
+        for key in step_keys(seed, step)
+    ]
+    assert len({tuple(key) for key in keys}) == 8
+    again = jax.random.key_data(step_keys(1, 1).dropout).tolist()
+    assert again == keys[-1]
+
+
+def test_training_lowers_the_loss_of_a_batch_it_sees_again_and_again(small):
+    config = without_noise(small)
+    step = jax.jit(make_train_step(config, DAYS))
+    state, losses = init_state(config, DAYS), []
+    for _ in range(150):
+        state, metrics = step(state, batch_of(4))
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.5 * losses[1]
+    assert int(state.step) == 150
+
+
+def test_the_first_step_has_rate_zero_and_changes_nothing(small):
+    state = init_state(small, DAYS)
+    after, _ = jax.jit(make_train_step(small, DAYS))(state, batch_of(4))
+    for before, now in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True
+    ):
+        np.testing.assert_array_equal(before, now)
+
+
+def test_a_row_that_cannot_be_aligned_is_counted_and_does_not_train(small):
+    config = without_noise(small)
+    step = jax.jit(make_train_step(config, DAYS))
+    batch = batch_of(2, longest=30)
+    lengths = np.array([3, 30], np.int32)  # 60 bins are 12 frames
+    _, metrics = step(init_state(config, DAYS), batch._replace(label_length=lengths))
+    alone = jax.tree.map(lambda a: a[:1], batch._replace(label_length=lengths))
+    _, expected = step(init_state(config, DAYS), alone)
+    assert int(metrics.infeasible) == 1
+    assert bool(metrics.finite)
+    assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_says_so_and_leaves_the_parameters_as_they_were(small):
+    step = jax.jit(make_train_step(small, DAYS))
+    state, _ = step(init_state(small, DAYS), batch_of(4))
+    batch = batch_of(4)
+    batch.features[1, 7, 2] = np.nan
+    after, metrics = step(state, batch)
+    assert not bool(metrics.finite)
+    for before, now in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True
+    ):
+        np.testing.assert_array_equal(before, now)
+
+
+def test_padding_of_a_batch_never_changes_the_training_loss_without_noise(small):
+    config = without_noise(small)
+    step = jax.jit(make_train_step(config, DAYS))
+    batch = batch_of(4)
+    longer = batch._replace(
+        features=np.pad(batch.features, ((0, 0), (0, 41), (0, 0))),
+        labels=np.pad(batch.labels, ((0, 0), (0, 9))),
+    )
+    losses = [float(step(init_state(config, DAYS), b)[1].loss) for b in (batch, longer)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_valid_padding_gives_the_logits_of_a_trial_cut_by_half_a_kernel_at_each_end(small):
+    valid = dataclasses.replace(
+        small, signal=dataclasses.replace(small.signal, eval_padding="valid")
+    )
+    params = init_state(small, DAYS).params
+    batch = batch_of(3)
+    same = jax.jit(make_eval_step(small, DAYS))(params, batch)
+    cut = jax.jit(make_eval_step(valid, DAYS))(params, batch)
+    assert list(cut.frames) == [(60 - 8 - 14) // 4 + 1] * 3
+    assert list(same.frames) == [(60 - 14) // 4 + 1] * 3
+    # Nine taps: 'valid' has no bin whose smoothing reached beyond the trial, four less at each end.
+    smoothed = jax.numpy.asarray(smooth(batch.features, 2.0, 100))[:, 4:-4]
+    expected = make_apply(small.model, 5, DAYS)(params, smoothed, batch.day)
+    np.testing.assert_allclose(cut.logits, expected, atol=1e-5)

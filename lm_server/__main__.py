@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -23,10 +23,6 @@ _SETTINGS_HELP = {
     "max_active": "hypotheses kept after each frame",
     "nbest": "candidate sentences in an answer",
 }
-
-
-class _ParentGoneError(Exception):
-    """The process that started us has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,7 +144,8 @@ def _build(args: argparse.Namespace) -> int:
     with a lexicon."""
     from lm_server.build_lm import build
 
-    build(args.text, args.order, args.lexicon, args.out)
+    with _cleaning_up_when_terminated():
+        build(args.text, args.order, args.lexicon, args.out)
     return 0
 
 
@@ -165,14 +162,23 @@ def _decode(args: argparse.Namespace) -> int:
     if workers < 1:
         raise SettingsError(f"--workers is {workers}; needed at least 1")
     settings = _settings(args)
-    # Ends through the clean-up of the half-written file.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # The file first: a wrong one shows at once, not after the model is read.
     logits = read_logits(args.logits)
-    problems = decode_file(LanguageModel(args.lm), settings, logits, args.out, workers)
+    with _cleaning_up_when_terminated():
+        problems = decode_file(LanguageModel(args.lm), settings, logits, args.out, workers)
     if problems:
         print(f"error: {problems} trials could not be decoded (named above)", file=sys.stderr)
     return 1 if problems else 0
+
+
+@contextlib.contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """SIGTERM ends the block by way of its clean-up, so that no half-written file stays."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -8,12 +8,12 @@ different streams are taken in the order reset, update_params, input, finalize.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -47,11 +47,10 @@ class _Entry:
 
 
 def shown_url(url: str) -> str:
-    """The URL without its password."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")).geturl()
+    """The URL without its password, whichever of the two ways it is given in."""
+    shown = re.sub(r"([?&]password=)[^&]*", r"\1***", url)
+    # Up to the last @, so that an @ within the password does not show the rest of it.
+    return re.sub(r"(://[^:@/]*:).*@", r"\1***@", shown)
 
 
 def connect(url: str, wait_seconds: float, stop: threading.Event) -> redis.Redis:

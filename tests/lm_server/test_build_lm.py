@@ -2,12 +2,13 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 
 import kenlm
 import pytest
-from processes import ROOT
+from processes import ROOT, wait_until
 from rich.console import Console
 from small_model import LEXICON, TEXT
 
@@ -145,3 +146,24 @@ def test_the_command_shows_its_progress_and_the_model_s_figures(tmp_path, text_f
     for part in ("reading the text", "training with", "writing the KenLM trie", "perplexity"):
         assert part in shown
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_build_that_is_stopped_leaves_nothing_behind(tmp_path, how, code):
+    (tmp_path / "text.txt").write_text(TEXT * 2000)
+    arguments = ["--order", "5", "--out", str(tmp_path / "lm")]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "lm_server", "build"),
+            *("--text", str(tmp_path / "text.txt"), *arguments),
+        ],
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    # Its folder appears first, and the work takes seconds.
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) > 1)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == code, error
+    assert b"Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

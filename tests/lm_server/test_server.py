@@ -24,6 +24,7 @@ from small_model import say
 
 from lm_server.embedded_redis import embedded_redis, find_program
 from lm_server.protocol import decode_scoring, encode_logits
+from lm_server.server import shown_url
 
 
 class NejmClient:
@@ -373,3 +374,16 @@ def test_a_backlog_longer_than_one_read_is_taken_in_order(server, client):
         server.process.send_signal(signal.SIGCONT)
     got = [client.wait("output_final")["lm_response_final"].split() for _ in sentences]
     assert got == sentences
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://host:1/0", "redis://host:1/0"),
+        ("redis://:secret@host:1/0", "redis://:***@host:1/0"),
+        ("rediss://user:se@cr:et@host/0", "rediss://user:***@host/0"),
+        ("unix:///run/redis.sock?db=1&password=secret", "unix:///run/redis.sock?db=1&password=***"),
+    ],
+)
+def test_passwords_are_not_shown(url, shown):
+    assert shown_url(url) == shown

@@ -104,11 +104,9 @@ def test_repeats_that_need_more_frames_than_there_are_are_refused_when_read(tiny
     name = change_first_train_trial(copy, repeat)
     buckets = dataclasses.replace(tiny_config.data, buckets=((320, 400),), root=str(copy))
     data = TrainingData(buckets, find_sessions(copy), 14, frames_of_bins)
+    drawn = (step for step in range(200) if name in [ref.name for _, ref in data.rows(0, step)])
     with pytest.raises(DataError, match=name):
-        for step in range(200):
-            if name in [ref.name for _, ref in data.rows(0, step)]:
-                data.batch(0, step)
-                break
+        data.batch(0, next(drawn))
 
 
 def test_an_error_in_the_background_reaches_the_training_loop(tiny_config, copy):

@@ -19,7 +19,7 @@ def test_a_batch_has_its_days_and_trials_and_only_trials_that_are_there(
     seed, step, trials_of_day, days_per_batch, trials_per_day
 ):
     if sum(count > 0 for count in trials_of_day) < days_per_batch:
-        with pytest.raises(PlanError, match="lower data.days_per_batch"):
+        with pytest.raises(PlanError, match=r"lower data\.days_per_batch"):
             plan(seed, step, trials_of_day, days_per_batch, trials_per_day)
         return
     rows = plan(seed, step, trials_of_day, days_per_batch, trials_per_day)

@@ -96,7 +96,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     trained, tiny_config
 ):
     other = with_overrides(tiny_config, ["--config.model.units=24"])
-    with pytest.raises(ConfigError, match="model.units was 16, is 24"):
+    with pytest.raises(ConfigError, match=r"model\.units was 16, is 24"):
         train(other, trained)
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(trained, tmp_path):
     for path in (workdir / "checkpoints" / "best").rglob("*"):
         if path.is_file() and path.stat().st_size > 2000:
             path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="checkpoints/best/.* cannot be read"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/best/.* cannot be read"):
         load_model(workdir)
 
 

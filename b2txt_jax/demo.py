@@ -32,6 +32,7 @@ from b2txt_jax.training.metrics_log import METRICS_FILE
 DEFAULT_CONFIG = Path("configs/demo.py")
 _ORDERS = (1, 3)
 _SENTENCES_SHOWN = 10
+_TEST_SENTENCES = 10
 
 
 class DemoError(RuntimeError):
@@ -45,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sessions", type=int, default=6, help="simulated sessions")
     parser.add_argument("--train", type=int, default=120, help="training sentences per session")
     parser.add_argument("--val", type=int, default=30, help="validation sentences per session")
-    parser.add_argument("--test", type=int, default=10, help="test sentences per session")
     parser.add_argument("--seed", type=int, default=0, help="of the simulation")
     parser.add_argument("--difficulty", type=float, default=0.5, help="of the simulation, 0 to 1")
+    parser.epilog = "Any key of the configuration: --config.section.key=value."
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,9 +59,12 @@ def run(args: argparse.Namespace) -> int:
         sessions=args.sessions,
         train=args.train,
         val=args.val,
-        test=args.test,
+        test=_TEST_SENTENCES,
         seed=args.seed,
         difficulty=args.difficulty,
+        # Short trials, so that two cores train on them in minutes.
+        max_words=8,
+        speaking_rate=1.4,
     )
     console.rule("1 of 5: simulated sessions")
     simulate(out / "data", settings)

@@ -17,12 +17,12 @@ from b2txt_jax.config import read_config_file
 def get_config() -> ConfigDict:
     """The baseline recipe with a smaller model, fewer trials per batch and a short schedule."""
     config = read_config_file(Path(__file__).with_name("nejm_baseline.py"))
-    steps = 500
+    steps = 400
 
     config.data.root = "runs/demo/data/hdf5_data_final"
     config.data.sessions = ()
     config.data.trials_per_day = 4
-    config.data.buckets = ((300, 64), (400, 64), (500, 80), (640, 100), (1000, 160), (2560, 500))
+    config.data.buckets = ((340, 64), (460, 80), (2560, 500))
     config.data.eval_batch_size = 16
 
     config.signal.white_noise_std = 0.5

@@ -21,7 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from b2txt_jax.data import simulate_neural, simulate_speech
 from b2txt_jax.data.corpus import language_model_text
-from b2txt_jax.data.description import FILE_NAME, Block, session_date, write_description
+from b2txt_jax.data.description import (
+    FILE_NAME,
+    Block,
+    DataError,
+    session_date,
+    write_description,
+)
 from b2txt_jax.data.simulate_plan import SESSIONS as SESSIONS
 from b2txt_jax.data.simulate_plan import PlannedBlock, Sentence, named_rng
 from b2txt_jax.data.simulate_plan import SimulationSettings as SimulationSettings
@@ -47,7 +53,7 @@ def simulate(out: Path, settings: SimulationSettings, force: bool = False) -> No
       force: replaces sessions that were simulated there with other settings.
 
     Raises:
-      ValueError: `out` holds data that was not simulated, or simulated with other settings; or the
+      DataError: `out` holds data that was not simulated, or simulated with other settings; or the
         sentences do not suffice.
     """
     out = Path(out)
@@ -242,7 +248,7 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
             other.append("sessions")
         if other and not force:
             differences = ", ".join(f"{k} {found.get(k)} (now {wanted.get(k)})" for k in other)
-            raise ValueError(
+            raise DataError(
                 f"{out} holds sessions simulated with other settings: {differences}; choose "
                 "another --out, or replace them with --force"
             )
@@ -252,7 +258,7 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
             for session in SESSIONS:
                 shutil.rmtree(_session_folder(out, session), ignore_errors=True)
     elif data.exists() and any(data.iterdir()):
-        raise ValueError(
+        raise DataError(
             f"{data} holds data, but {path} is not there, so they may be real recordings: choose "
             "another --out"
         )

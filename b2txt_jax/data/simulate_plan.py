@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from b2txt_jax.data.corpus import CORPORA, Pool, load_pool
+from b2txt_jax.data.description import DataError
 from b2txt_jax.phonemes import sentence_to_ids
 from b2txt_jax.text import normalise
 
@@ -71,7 +72,7 @@ class SimulationSettings:
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; needed {low} to {high}")
+                raise DataError(f"--{name.replace('_', '-')} is {value}; needed {low} to {high}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]
     """Session name -> its blocks. No sentence comes twice.
 
     Raises:
-      ValueError: the corpora have too few sentences of this length.
+      DataError: the corpora have too few sentences of this length.
     """
     queues = {split: _queues(settings, split) for split in ("train", "val", "test")}
     plans = {}
@@ -172,7 +173,7 @@ def _draw_corpus(
     enough = [all(len(queues[split][c]) >= n for split, n in wanted.items()) for c in CORPORA]
     left[~np.array(enough)] = 0
     if not left.any():
-        raise ValueError(
+        raise DataError(
             f"too few sentences of {settings.min_words} to {settings.max_words} words are left "
             f"for {settings.sessions} sessions of {settings.train}/{settings.val}/{settings.test} "
             "sentences: ask for fewer sessions or sentences, or for a wider range of words"

@@ -11,7 +11,7 @@ from small_model import TEXT
 from lm_server.build_lm import build
 
 MEASURE = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 import numpy as np
 from lm_server.beam_search import BeamSearch, LanguageModel, Settings
@@ -31,7 +31,9 @@ for _ in range(10):
     search.step(logits)
     best = search.finish()[0].sentence
 seconds = (time.process_time() - started) / 10
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not getrusage's ru_maxrss: a child inherits there what the process that started it had used.
+status = Path("/proc/self/status").read_text()
+peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
 print(json.dumps({"words": len(model.words), "best": best, "seconds": seconds, "megabytes": peak}))
 """
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from b2txt_jax import __version__
+from b2txt_jax.errors import UserError
+from lm_server.protocol import ProtocolError
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is understood)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
@@ -21,12 +23,16 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; imports the subcommands' modules."""
+def make_parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser of all subcommands; only the module of the wanted one is imported (JAX is slow
+    to)."""
     parser = argparse.ArgumentParser(prog="b2txt", description="Brain-to-text decoding in JAX.")
     parser.add_argument("--version", action="version", version=f"b2txt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, text, _) in COMMANDS.items():
+        if name != wanted:
+            commands.add_parser(name, help=text)
+            continue
         module = importlib.import_module(module_name)
         command = commands.add_parser(name, help=text, description=(module.__doc__ or text))
         command.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -36,12 +42,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; errors that a user can mend are printed without a traceback, exit status
-    2."""
+    """Runs one subcommand; an error that a user can mend is one line and exit status 2."""
     # Compiled programs outlive the process: a resumed run starts at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser()
+    parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
     args = parser.parse_args([argument for argument in arguments if argument not in overrides])
     if overrides and not COMMANDS[args.command][2]:
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except _user_errors() as error:
+    except (UserError, ProtocolError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status
@@ -60,28 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "b2txt_jax"
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    from b2txt_jax.config import ConfigError
-    from b2txt_jax.data.hdf5 import DataError
-    from b2txt_jax.data.plan import PlanError
-    from b2txt_jax.demo import DemoError
-    from b2txt_jax.inference.lm_client import LanguageModelError
-    from b2txt_jax.training.checkpoint import CheckpointError
-    from b2txt_jax.training.loop import TrainingError
-    from lm_server.protocol import ProtocolError
-
-    return (
-        DemoError,
-        ConfigError,
-        DataError,
-        PlanError,
-        LanguageModelError,
-        CheckpointError,
-        TrainingError,
-        ProtocolError,
-    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from b2txt_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be used; its text names the key, what was found and what is
     needed."""
 

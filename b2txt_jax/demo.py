@@ -21,6 +21,7 @@ from rich.table import Table
 
 from b2txt_jax.config import load_config, read_written_config
 from b2txt_jax.data.simulate import SimulationSettings, simulate
+from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
@@ -35,7 +36,7 @@ _SENTENCES_SHOWN = 10
 _TEST_SENTENCES = 10
 
 
-class DemoError(RuntimeError):
+class DemoError(UserError, RuntimeError):
     """A part of the demo failed; the text names it."""
 
 

@@ -22,7 +22,10 @@ JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "h5py", "b2txt_jax", "gra
 @pytest.mark.parametrize(
     ("code", "blocked"),
     [
-        ("from b2txt_jax.cli import make_parser; make_parser()", SERVER_SIDE),
+        (
+            "from b2txt_jax.cli import COMMANDS, make_parser\nfor name in COMMANDS: make_parser(name)",
+            SERVER_SIDE,
+        ),
         (
             "import b2txt_jax.inference.lm_client\n"
             "assert [n for n in sys.modules if n.startswith('lm_server.')] == "

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from b2txt_jax.errors import UserError
+
 FILE_NAME = "t15_copyTaskData_description.csv"
 COLUMNS = (
     "Date",
@@ -24,7 +26,7 @@ COLUMNS = (
 )
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Recorded data that cannot be used: names file, trial, field, what was found and needed."""
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from b2txt_jax.errors import UserError
+
 _PLAN_STREAM = 0x706C616E
 """Keeps these draws apart from any other use of the same seed."""
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """The data cannot give the batches that the configuration asks for."""
 
 

@@ -21,6 +21,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from b2txt_jax.errors import UserError
 from lm_server.protocol import (
     ProtocolError,
     Scored,
@@ -39,7 +40,7 @@ _KEPT_ENTRIES = 100  # of each stream that we write; the server has answered all
 _FIRST_ID = "0-0"
 
 
-class LanguageModelError(RuntimeError):
+class LanguageModelError(UserError, RuntimeError):
     """The server refused a message, or answered with nothing that can be used."""
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from b2txt_jax.errors import UserError
 from b2txt_jax.model.decoder import Params
 from b2txt_jax.training.step import TrainState
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing or cannot be read."""
 
 

@@ -33,6 +33,7 @@ from b2txt_jax.config import (
     write_config,
 )
 from b2txt_jax.data.loader import EvaluationData, TrainingData, configured_sessions
+from b2txt_jax.errors import UserError
 from b2txt_jax.model.decoder import compute_dtype, parameter_count
 from b2txt_jax.model.patches import frame_count
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints
@@ -58,7 +59,7 @@ _RESUMABLE = {
 }
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the text names the step and the trials."""
 
 

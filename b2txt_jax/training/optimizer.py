@@ -1,9 +1,15 @@
 """AdamW with three parameter groups, warm-up and cosine decay, clipping (NEJM reference, section
-4)."""
+4).
+
+The published model keeps each day's layer in parameters of its own, and PyTorch leaves a parameter
+without a gradient as it is: moments, number of steps and value. Here all days are rows of one
+array, so the group of the days does the same row by row.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +51,59 @@ def parameter_groups(params: Params) -> Params:
     return groups
 
 
+class AdamByDayState(NamedTuple):
+    """Moments of the days' rows, and how often each day was updated."""
+
+    count: jax.Array
+    """int32 [days]."""
+    mu: Params
+    nu: Params
+
+
+def scale_by_adam_by_day(
+    beta1: float, beta2: float, epsilon: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay for arrays [days, ...]; days without a gradient stay as
+    they are.
+
+    A day is without one when its gradient is zero in every array: no trial of the batch was of
+    that day.
+    """
+
+    def by_row(values: jax.Array, like: jax.Array) -> jax.Array:
+        return values.reshape(-1, *[1] * (like.ndim - 1))
+
+    def init(params: optax.Params) -> AdamByDayState:
+        days = jax.tree.leaves(params)[0].shape[0]
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AdamByDayState(jnp.zeros(days, jnp.int32), zeros, zeros)
+
+    def update(
+        gradient: optax.Updates, state: AdamByDayState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AdamByDayState]:
+        touched = [(g != 0).any(tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient)]
+        present = jnp.stack(touched).any(0)
+        count = state.count + present
+
+        def mean(beta: float, old: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.where(by_row(present, old), beta * old + (1 - beta) * new, old)
+
+        def change(m: jax.Array, v: jax.Array, value: jax.Array) -> jax.Array:
+            steps = jnp.maximum(by_row(count, m), 1).astype(jnp.float32)
+            m, v = m / (1 - beta1**steps), v / (1 - beta2**steps)
+            moved = m / (jnp.sqrt(v) + epsilon) + weight_decay * value
+            return jnp.where(by_row(present, m), moved, 0)
+
+        mu = jax.tree.map(lambda old, g: mean(beta1, old, g), state.mu, gradient)
+        nu = jax.tree.map(lambda old, g: mean(beta2, old, g * g), state.nu, gradient)
+        return jax.tree.map(change, mu, nu, params), AdamByDayState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW per group: decay on weights and h0, none on
-    biases."""
+    """Clipping by the global norm, then AdamW per group: decay on weights and h0, none on biases;
+    the day layers day by day."""
     main = warmup_cosine(
         config.learning_rate, config.learning_rate_min, config.warmup_steps, config.decay_steps
     )
@@ -65,7 +121,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         {
             "weights": adamw(main, config.weight_decay),
             "biases": adamw(main, 0.0),
-            "day": adamw(day, config.day_weight_decay),
+            "day": optax.chain(
+                scale_by_adam_by_day(
+                    config.beta1, config.beta2, config.epsilon, config.day_weight_decay
+                ),
+                optax.scale_by_learning_rate(day),
+            ),
         },
         parameter_groups,
     )

@@ -23,7 +23,8 @@ JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "h5py", "b2txt_jax", "gra
     ("code", "blocked"),
     [
         (
-            "from b2txt_jax.cli import COMMANDS, make_parser\nfor name in COMMANDS: make_parser(name)",
+            "from b2txt_jax.cli import COMMANDS, make_parser\n"
+            "for name in COMMANDS: make_parser(name)",
             SERVER_SIDE,
         ),
         (

@@ -54,7 +54,7 @@ def parameter_groups(params: Params) -> Params:
 class AdamByDayState(NamedTuple):
     """Moments of the days' rows, and how often each day was updated."""
 
-    count: jax.Array
+    steps: jax.Array
     """int32 [days]."""
     mu: Params
     nu: Params
@@ -83,20 +83,20 @@ def scale_by_adam_by_day(
     ) -> tuple[optax.Updates, AdamByDayState]:
         touched = [(g != 0).any(tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient)]
         present = jnp.stack(touched).any(0)
-        count = state.count + present
+        steps = state.steps + present
 
         def mean(beta: float, old: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(by_row(present, old), beta * old + (1 - beta) * new, old)
 
         def change(m: jax.Array, v: jax.Array, value: jax.Array) -> jax.Array:
-            steps = jnp.maximum(by_row(count, m), 1).astype(jnp.float32)
-            m, v = m / (1 - beta1**steps), v / (1 - beta2**steps)
+            done = jnp.maximum(by_row(steps, m), 1).astype(jnp.float32)
+            m, v = m / (1 - beta1**done), v / (1 - beta2**done)
             moved = m / (jnp.sqrt(v) + epsilon) + weight_decay * value
             return jnp.where(by_row(present, m), moved, 0)
 
         mu = jax.tree.map(lambda old, g: mean(beta1, old, g), state.mu, gradient)
         nu = jax.tree.map(lambda old, g: mean(beta2, old, g * g), state.nu, gradient)
-        return jax.tree.map(change, mu, nu, params), AdamByDayState(count, mu, nu)
+        return jax.tree.map(change, mu, nu, params), AdamByDayState(steps, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", True),
     "simulate": ("b2txt_jax.data.simulate", "write simulated sessions in the T15 layout", False),
     "train": ("b2txt_jax.training.loop", "train a decoder, or go on with a run", True),
+    "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
 }

@@ -30,6 +30,7 @@ from b2txt_jax.config import (
     differences,
     load_config,
     read_written_config,
+    with_overrides,
     write_config,
 )
 from b2txt_jax.data.loader import EvaluationData, TrainingData, configured_sessions
@@ -77,7 +78,10 @@ class TrainResult:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `b2txt train`."""
-    parser.add_argument("--config", required=True, help="configuration file, e.g. configs/demo.py")
+    parser.add_argument(
+        "--config",
+        help="configuration file, e.g. configs/demo.py; a folder that holds a run has its own",
+    )
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
     parser.epilog = (
         "Any key of the configuration: --config.section.key=value. Called again with the same "
@@ -87,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`b2txt train`."""
-    config = load_config(args.config, args.overrides)
+    if args.config is not None:
+        config = load_config(args.config, args.overrides)
+    else:
+        config = with_overrides(read_written_config(args.workdir / CONFIG_FILE), args.overrides)
     result = train(config, args.workdir)
     return 0 if result.finished else 130
 

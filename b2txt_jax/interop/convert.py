@@ -1,0 +1,212 @@
+"""`b2txt convert`: weights, recipe and optimizer state from and to other formats."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from b2txt_jax.config import ConfigError, read_written_config, write_config
+from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.interop.nejm import (
+    ARGS_FILE,
+    CHECKPOINT_FILE,
+    COMPILED_PREFIX,
+    Run,
+    read_nejm,
+    write_nejm,
+)
+from b2txt_jax.interop.safetensors_file import config_path, read_safetensors, write_safetensors
+from b2txt_jax.interop.weights import fresh_state
+from b2txt_jax.model.decoder import parameter_count
+from b2txt_jax.training.checkpoint import BestScore, Checkpoints
+from b2txt_jax.training.loop import CONFIG_FILE
+from b2txt_jax.training.step import init_state
+
+CHECKPOINTS = "checkpoints"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `b2txt convert`."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--from-nejm",
+        type=Path,
+        metavar="DIR",
+        help="published checkpoint folder (checkpoint/best_checkpoint, checkpoint/args.yaml)",
+    )
+    what.add_argument(
+        "--to-nejm", type=Path, metavar="OUT", help="write such a folder from --workdir"
+    )
+    what.add_argument("--from-safetensors", type=Path, metavar="FILE")
+    what.add_argument("--to-safetensors", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        type=Path,
+        help="the run's folder: --from writes it, --to reads it",
+    )
+    parser.add_argument("--root", type=Path, help="--from: folder of session folders (data.root)")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="--from: the weights alone; training begins anew at step 0 (fine-tuning)",
+    )
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="--from-nejm: leave out a setting of args.yaml that has no equivalent",
+    )
+    parser.add_argument(
+        "--which",
+        choices=("best", "latest"),
+        default="best",
+        help="--to: the best checkpoint, or the latest with its optimizer state (default: best)",
+    )
+    parser.add_argument(
+        "--compiled-names",
+        action="store_true",
+        help=f"--to-nejm: names begin with {COMPILED_PREFIX}, as the published trainer needs them "
+        "to go on",
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.epilog = (
+        "Any key of a converted configuration can be changed: --config.section.key=value. "
+        "docs/convert.md has the names, the formats and what is left out."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """`b2txt convert`."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    if args.from_nejm or args.from_safetensors:
+        return _run_from(args, console)
+    return _run_to(args, console)
+
+
+def _run_from(args: argparse.Namespace, console: Console) -> int:
+    overrides = list(args.overrides)
+    if args.root is not None:
+        overrides.append(f"--config.data.root={args.root.absolute()}")
+    _require_free(args.workdir, args.force)
+    if args.from_nejm:
+        source = args.from_nejm
+        run = read_nejm(source, overrides, args.ignore, args.restart)
+    else:
+        source = args.from_safetensors
+        run = read_safetensors(source, overrides, args.restart)
+    for note in run.notes:
+        console.print(note)
+    root = Path(run.config.data.root)
+    if not root.is_dir():
+        console.print(f"data.root {root} is not here: give --config.data.root=DIR when it is used")
+    write_workdir(args.workdir, run, restart=args.restart)
+    print(f"{args.workdir}: {_description(run)}, from {source}")
+    return 0
+
+
+def _run_to(args: argparse.Namespace, console: Console) -> int:
+    run = read_workdir(args.workdir, args.which, args.overrides)
+    for note in run.notes:
+        console.print(note)
+    if args.to_nejm:
+        folder = args.to_nejm / "checkpoint"
+        _require_new([folder / CHECKPOINT_FILE, folder / ARGS_FILE], args.force)
+        write_nejm(args.to_nejm, run, COMPILED_PREFIX if args.compiled_names else "")
+        print(f"{folder / CHECKPOINT_FILE}: {_description(run)}")
+    else:
+        _require_new([args.to_safetensors, config_path(args.to_safetensors)], args.force)
+        write_safetensors(args.to_safetensors, run)
+        print(f"{args.to_safetensors}: {_description(run)}")
+    return 0
+
+
+def _description(run: Run) -> str:
+    score = f", validation PER {100 * run.best.per:.2f} %" if math.isfinite(run.best.per) else ""
+    return (
+        f"{parameter_count(run.state.params):,} parameters, {len(run.config.data.sessions)} "
+        f"sessions, step {int(run.state.step)}{score}"
+    )
+
+
+def _require_free(workdir: Path, force: bool) -> None:
+    if not workdir.exists():
+        return
+    if not workdir.is_dir():
+        raise ConversionError(f"{workdir} is a file; needed a folder to write, give another one")
+    if any(workdir.iterdir()) and not force:
+        raise ConversionError(
+            f"{workdir} is not empty; needed a new or empty folder: give another --workdir, or "
+            f"--force to replace the run's {CONFIG_FILE} and {CHECKPOINTS} in it"
+        )
+
+
+def _require_new(paths: list[Path], force: bool) -> None:
+    there = [str(path) for path in paths if path.exists()]
+    if there and not force:
+        raise ConversionError(
+            f"{', '.join(there)} exists; give another place, or --force to replace it"
+        )
+
+
+def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:
+    """Writes config.json, checkpoints/best and checkpoints/latest.
+
+    They are complete before they get their names. With `restart`, the first validation of the
+    training to come replaces the best checkpoint whatever its score.
+    """
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
+    try:
+        with Checkpoints(building) as checkpoints:
+            step = int(run.state.step)
+            checkpoints.save_best(step, run.state.params, run.best)
+            checkpoints.save_latest(step, run.state, None if restart else run.best)
+            checkpoints.wait()
+        write_config(run.config, building / CONFIG_FILE)
+        workdir.mkdir(exist_ok=True)
+        for name in (CHECKPOINTS, CONFIG_FILE):
+            if (workdir / name).is_dir():
+                shutil.rmtree(workdir / name)
+            os.replace(building / name, workdir / name)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def read_workdir(workdir: Path, which: str, overrides: list[str] | None = None) -> Run:
+    """Reads a run: the `best` parameters or the `latest` state.
+
+    The best checkpoint has parameters only; the optimizer's state is the latest one's where both
+    are of the same step, and fresh otherwise.
+
+    Raises:
+      ConfigError: the folder holds no run, or an override was given.
+      CheckpointError: it has no such checkpoint.
+    """
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: configuration keys can be changed by --from only")
+    config = read_written_config(workdir / CONFIG_FILE)
+    like = jax.eval_shape(lambda: init_state(config, len(config.data.sessions)))
+    with Checkpoints(workdir) as checkpoints:
+        if which == "latest":
+            state, best = checkpoints.restore_latest(like)
+            score = best if best and best.step == int(state.step) else None
+            return Run(config, state, score or BestScore(math.inf, math.inf, int(state.step)))
+        params, best = checkpoints.restore_best(like.params)
+        if checkpoints.latest_step() == best.step:
+            state, _ = checkpoints.restore_latest(like)
+            return Run(config, state._replace(params=params), best)
+    note = (
+        f"the best checkpoint (step {best.step}) has no optimizer state, and the latest is of "
+        f"another step: its running means are left out. To go on with training elsewhere, use "
+        f"--which latest"
+    )
+    return Run(config, fresh_state(config, params, best.step), best, (note,))

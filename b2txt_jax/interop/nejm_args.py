@@ -1,0 +1,416 @@
+"""The published `args.yaml` to a configuration and back.
+
+`_SAME` names every setting that both sides have. Of the others, those that change nothing here are
+listed and left out; one that would change what is learned is an error, unless it is named in
+`ignore`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from b2txt_jax.config import Config, freeze
+from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.signal.smooth import gaussian_taps
+
+_BUCKETS = ((600, 64), (800, 80), (1000, 100), (1200, 120), (1600, 160), (2560, 500))
+"""(bins, labels); those of configs/nejm_baseline.py, which hold every published trial."""
+_SAVE_EVERY = 1_000
+"""Steps between latest checkpoints; the published trainer keeps none."""
+
+
+def _number(value: Any) -> float:
+    """A number, also one written as text, as OmegaConf and YAML 1.1 leave `1e-4`."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("needed a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("needed a finite number")
+    return number
+
+
+def _whole(value: Any) -> int:
+    number = _number(value)
+    if number != int(number):
+        raise ValueError("needed a whole number")
+    return int(number)
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError("needed true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("needed text")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("needed a list of session names")
+    for name in value:
+        if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+            raise ValueError(f"session {name!r} is not the name of a folder")
+    if len(set(value)) < len(value):
+        twice = sorted({name for name in value if value.count(name) > 1})
+        raise ValueError(f"sessions stand twice: {', '.join(twice)}")
+    return tuple(value)
+
+
+_REQUIRED = object()
+"""In place of a default: settings that logits depend on must be there."""
+
+_DT = "dataset.data_transforms."
+# (published setting, key here, value in the published recipe)
+_SAME: tuple[tuple[str, str, Any], ...] = (
+    ("model.n_input_features", "data.feature_count", _REQUIRED),
+    ("model.n_units", "model.units", _REQUIRED),
+    ("model.n_layers", "model.layers", _REQUIRED),
+    ("model.patch_size", "model.patch_size", _REQUIRED),
+    ("model.patch_stride", "model.patch_stride", _REQUIRED),
+    ("model.rnn_dropout", "model.rnn_dropout", 0.4),
+    ("model.input_network.input_layer_dropout", "model.input_dropout", 0.2),
+    ("dataset.n_classes", "model.classes", _REQUIRED),
+    ("dataset.sessions", "data.sessions", _REQUIRED),
+    ("dataset.dataset_dir", "data.root", "data/hdf5_data_final"),
+    ("dataset.days_per_batch", "data.days_per_batch", 4),
+    (_DT + "smooth_kernel_std", "signal.smooth_std", _REQUIRED),
+    (_DT + "smooth_kernel_size", "signal.smooth_size", _REQUIRED),
+    (_DT + "static_gain_std", "signal.static_gain_std", 0.0),
+    (_DT + "white_noise_std", "signal.white_noise_std", 1.0),
+    (_DT + "constant_offset_std", "signal.constant_offset_std", 0.2),
+    (_DT + "random_walk_std", "signal.random_walk_std", 0.0),
+    (_DT + "random_cut", "signal.random_cut", 3),
+    ("lr_max", "optimizer.learning_rate", 0.005),
+    ("lr_min", "optimizer.learning_rate_min", 0.0001),
+    ("lr_decay_steps", "optimizer.decay_steps", 120_000),
+    ("lr_warmup_steps", "optimizer.warmup_steps", 1_000),
+    ("lr_max_day", "optimizer.day_learning_rate", 0.005),
+    ("lr_min_day", "optimizer.day_learning_rate_min", 0.0001),
+    ("lr_decay_steps_day", "optimizer.day_decay_steps", 120_000),
+    ("lr_warmup_steps_day", "optimizer.day_warmup_steps", 1_000),
+    ("beta0", "optimizer.beta1", 0.9),
+    ("beta1", "optimizer.beta2", 0.999),
+    ("epsilon", "optimizer.epsilon", 0.1),
+    ("weight_decay", "optimizer.weight_decay", 0.001),
+    ("weight_decay_day", "optimizer.day_weight_decay", 0.0),
+    ("grad_norm_clip_value", "optimizer.clip_norm", 10.0),
+    ("seed", "train.seed", 10),
+    ("num_training_batches", "train.steps", 120_000),
+    ("batches_per_train_log", "train.log_every", 200),
+    ("batches_per_val_step", "train.validate_every", 2_000),
+)
+_SMOOTH, _AMP, _BATCH = _DT + "smooth_data", "use_amp", "dataset.batch_size"
+_WALK_AXIS = _DT + "random_walk_axis"
+# Settings that become part of a key; worked out in `_as_config`.
+_OTHERS: tuple[tuple[str, Callable[[Any], Any], Any], ...] = (
+    (_SMOOTH, _truth, True),
+    (_AMP, _truth, True),
+    (_BATCH, _whole, 64),
+    (_WALK_AXIS, _whole, -1),
+)
+
+_WITHOUT_EFFECT = {
+    "gpu_number": "the device is JAX's",
+    "mode": "the command says it",
+    "output_dir": "--workdir",
+    "checkpoint_dir": "--workdir",
+    "init_from_checkpoint": "where the run came from",
+    "init_checkpoint_path": "where the run came from",
+    "save_best_checkpoint": "the best is always saved",
+    "save_all_val_steps": "the best and the latest are saved",
+    "save_final_model": "the latest is always saved",
+    "save_val_metrics": "metrics are always saved",
+    "save_val_logits": "`b2txt infer` writes logits",
+    "save_val_data": "the data stays where it is",
+    "log_individual_day_val_PER": "always logged",
+    "log_val_skip_logs": "only a message",
+    "batches_per_save": "read by no published code",
+    "early_stopping_val_steps": "only read with early_stopping",
+    "dataset.seed": "batches are drawn from `seed`",
+    "dataset.num_dataloader_workers": "the loader has its own threads",
+    "dataset.loader_shuffle": "batches are random either way",
+    "dataset.max_seq_elements": "data.buckets limit labels",
+    "dataset.test_percentage": "read by no published code: splits are files",
+    "dataset.bad_trials_dict": "read by no published code",
+    "dataset.must_include_days": "read by no published code",
+    "dataset.neural_dim": "read by no published code: model.n_input_features counts",
+    "dataset.dataset_probability_val": "sessions that have a val file are validated",
+    "model.input_network.n_input_layers": "read by no published code",
+    "model.input_network.input_layer_sizes": "read by no published code",
+}
+"""Published settings that are left out, with the reason."""
+
+_FIXED: dict[str, tuple[Any, str]] = {
+    "model.rnn_trainable": (True, "the GRU is always trained here"),
+    "model.input_network.input_trainable": (True, "the day layers are always trained here"),
+    "early_stopping": (False, "training runs for train.steps here"),
+    "dataset.feature_subset": (None, "all features of the files are used here"),
+    "lr_scheduler_type": ("cosine", "the schedule is warm-up and cosine here"),
+}
+"""Settings of which only one value can be converted."""
+_NOT_IGNORABLE = frozenset({"dataset.feature_subset"})
+"""Those that change logits, so that ignoring them cannot be right."""
+
+
+@dataclass(frozen=True)
+class ReadArgs:
+    """A converted args.yaml and what is to be said about it."""
+
+    config: Config
+    notes: tuple[str, ...]
+    """Lines on settings that were left out or filled in."""
+
+
+def load_args(path: Path) -> dict[str, Any]:
+    """Reads args.yaml as plain data: `section.name` -> value, with the text `None` as None.
+
+    Raises:
+      ConversionError: no such file, not plain YAML, or with OmegaConf interpolations in it.
+    """
+    if not path.is_file():
+        raise ConversionError(
+            f"{path} does not exist; needed the args.yaml that the published trainer writes beside "
+            f"its checkpoint: model sizes and the list of sessions stand there"
+        )
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConversionError(
+            f"{path} is not plain YAML ({' '.join(str(error).split())}); save it again with "
+            f"OmegaConf.save(OmegaConf.create(OmegaConf.to_container(args, resolve=True)), FILE)"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ConversionError(f"{path} holds no settings; needed `model:`, `dataset:` and others")
+    flat = _flatten(loaded)
+    for key, value in flat.items():
+        if isinstance(value, str) and "${" in value:
+            raise ConversionError(
+                f"{path}: {key} is {value!r}, an OmegaConf reference; save the file with its "
+                f"references resolved: OmegaConf.to_container(args, resolve=True)"
+            )
+    return flat
+
+
+def _flatten(values: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{where}{name}"
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{key}.")
+        else:
+            empty = isinstance(value, str) and value.strip().lower() in ("none", "null")
+            flat[key] = None if empty else value
+    return flat
+
+
+def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()) -> ReadArgs:
+    """Settings of args.yaml -> the configuration that trains and decodes the same way.
+
+    Args:
+      flat: as `load_args` returns them.
+      source: names the file in errors.
+      ignore: settings without an equivalent that are to be left out all the same.
+
+    Raises:
+      ConversionError: a setting is missing, cannot be read, or has no equivalent.
+    """
+    readers = [(path, _reader(key), default) for path, key, default in _SAME]
+    values: dict[str, Any] = {}
+    filled = []
+    for path, read, default in (*readers, *_OTHERS):
+        if flat.get(path) is not None:
+            values[path] = _read(flat[path], read, path, source)
+        elif default is _REQUIRED:
+            raise ConversionError(f"{source} lacks {path}; needed, since logits depend on it")
+        else:
+            values[path] = default
+            filled.append(f"{path} = {default}")
+    for key, value, reason in _without_equivalent(flat, values, source):
+        if key in _NOT_IGNORABLE or key not in ignore:
+            advice = (
+                "Logits depend on it, so this model cannot be converted"
+                if key in _NOT_IGNORABLE
+                else f"Training would differ; `--ignore {key}` converts all the same"
+            )
+            raise ConversionError(
+                f"{source}: {key} is {_short(value)}, which has no equivalent: {reason}. {advice}"
+            )
+    notes = []
+    if filled:
+        notes.append(f"not in args.yaml, taken from the published recipe: {', '.join(filled)}")
+    found = [key for key, value in flat.items() if key not in values and value is not None]
+    without_effect = [key for key in found if key in _WITHOUT_EFFECT]
+    if without_effect:
+        notes.append(f"left out, without effect here: {', '.join(without_effect)}")
+    notes += [f"ignored: {key} = {_short(flat[key])}" for key in found if key in ignore]
+    try:
+        config = freeze(_as_config(values))
+        if config.signal.smooth_std > 0:
+            gaussian_taps(config.signal.smooth_std, config.signal.smooth_size)
+    except ValueError as error:  # ConfigError is one
+        raise ConversionError(f"{source} gives no usable configuration: {error}") from error
+    return ReadArgs(config, tuple(notes))
+
+
+def _reader(key: str) -> Callable[[Any], Any]:
+    """How to read a published setting, by the type of the key that it becomes."""
+    section, name = key.split(".")
+    kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
+    return {int: _whole, float: _number, str: _text}.get(kind, _names)
+
+
+def _read(value: Any, read: Callable[[Any], Any], path: str, source: str) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ConversionError(f"{source}: {path} is {_short(value)}; {error}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _without_equivalent(
+    flat: Mapping[str, Any], values: Mapping[str, Any], source: str
+) -> list[tuple[str, Any, str]]:
+    """(setting, value, why there is no equivalent) of every setting that is not understood."""
+    found = []
+    for key, (needed, reason) in _FIXED.items():
+        value = flat.get(key)
+        if isinstance(needed, bool) and value is not None:
+            value = _read(value, _truth, key, source)
+        if value not in (needed, None, []):
+            found.append((key, value, reason))
+    if values[_DT + "random_walk_std"] > 0 and values[_WALK_AXIS] not in (-1, 2):
+        found.append((_WALK_AXIS, values[_WALK_AXIS], "the walk runs over channels (-1) here"))
+    days, batch = values["dataset.days_per_batch"], values[_BATCH]
+    if min(days, batch) < 1:
+        raise ConversionError(
+            f"{source}: {_BATCH} is {batch}, dataset.days_per_batch {days}; needed at least 1"
+        )
+    if batch % days:
+        found.append((_BATCH, batch, f"each of {days} days gives as many trials here"))
+    known = {*values, *_WITHOUT_EFFECT, *_FIXED}
+    unknown = "the published code has no such setting"
+    found += [
+        (key, value, unknown)
+        for key, value in flat.items()
+        if key not in known and value is not None
+    ]
+    return found
+
+
+def _as_config(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    config: dict[str, dict[str, Any]] = {
+        "data": {
+            "trials_per_day": math.ceil(values[_BATCH] / values["dataset.days_per_batch"]),
+            "eval_batch_size": values[_BATCH],
+            "buckets": _BUCKETS,
+        },
+        "signal": {"eval_padding": "same"},
+        "model": {"day_layer": True, "dtype": "auto" if values[_AMP] else "float32"},
+        "optimizer": {},
+        "train": {"save_every": _SAVE_EVERY},
+    }
+    for path, key, _ in _SAME:
+        section, name = key.split(".")
+        config[section][name] = values[path]
+    if not values[_SMOOTH]:
+        config["signal"]["smooth_std"] = 0.0
+    # 0 and 1 both mean: no cut. Without patches the stride is not used, and may be 0.
+    config["signal"]["random_cut"] = max(config["signal"]["random_cut"], 1)
+    if config["model"]["patch_size"] == 0:
+        config["model"]["patch_stride"] = 1
+    return config
+
+
+_CONSTANT: dict[str, Any] = {
+    "model.rnn_trainable": True,
+    "model.input_network.n_input_layers": 1,
+    "model.input_network.input_trainable": True,
+    "gpu_number": "0",
+    "mode": "train",
+    "output_dir": "trained_models/from_b2txt_jax",
+    "checkpoint_dir": "trained_models/from_b2txt_jax/checkpoint",
+    "init_from_checkpoint": False,
+    "init_checkpoint_path": "None",
+    "save_best_checkpoint": True,
+    "save_all_val_steps": False,
+    "save_final_model": False,
+    "save_val_metrics": True,
+    "early_stopping": False,
+    "early_stopping_val_steps": 20,
+    "lr_scheduler_type": "cosine",
+    "batches_per_save": 0,
+    "log_individual_day_val_PER": True,
+    "log_val_skip_logs": False,
+    "save_val_logits": True,
+    "save_val_data": False,
+    _WALK_AXIS: -1,
+    "dataset.max_seq_elements": 500,
+    "dataset.seed": 1,
+    "dataset.num_dataloader_workers": 4,
+    "dataset.loader_shuffle": False,
+    "dataset.must_include_days": None,
+    "dataset.test_percentage": 0.1,
+    "dataset.feature_subset": None,
+    "dataset.bad_trials_dict": None,
+}
+"""What the published code reads besides, as in its own rnn_args.yaml."""
+
+
+def args_from_config(config: Config, validated: Collection[str]) -> dict[str, Any]:
+    """A configuration -> the nested settings of a published args.yaml, every one of them.
+
+    Args:
+      config: of the run.
+      validated: sessions that the published trainer shall validate on.
+
+    Raises:
+      ConversionError: the published code cannot build such a model.
+    """
+    if not config.model.day_layer:
+        raise ConversionError(
+            "model.day_layer is False; the published model has one input layer per session. Use "
+            "--to-safetensors to take these weights elsewhere"
+        )
+    sections = dataclasses.asdict(config)
+    flat: dict[str, Any] = {}
+    for path, key, _ in _SAME:
+        section, name = key.split(".")
+        flat[path] = sections[section][name]
+    sessions, features = config.data.sessions, config.data.feature_count
+    flat |= _CONSTANT | {
+        "dataset.sessions": list(sessions),
+        "dataset.dataset_probability_val": [int(name in validated) for name in sessions],
+        "dataset.neural_dim": features,
+        "model.input_network.input_layer_sizes": [features],
+        _BATCH: config.data.days_per_batch * config.data.trials_per_day,
+        _AMP: config.model.dtype != "float32",
+        _SMOOTH: config.signal.smooth_std > 0,
+        # The published evaluation script smooths in any case, and cannot with 0.
+        _DT + "smooth_kernel_std": config.signal.smooth_std or 2.0,
+    }
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return nested

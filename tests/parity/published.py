@@ -25,9 +25,8 @@ class PublishedDecoder(nn.Module):
         self.day_weights = nn.ParameterList(torch.eye(features) for _ in range(days))
         self.day_biases = nn.ParameterList(torch.zeros(1, features) for _ in range(days))
         width = features * max(model.patch_size, 1)
-        self.gru = nn.GRU(
-            width, model.units, model.layers, batch_first=True, dropout=model.rnn_dropout
-        )
+        dropout = model.rnn_dropout if model.layers > 1 else 0.0
+        self.gru = nn.GRU(width, model.units, model.layers, batch_first=True, dropout=dropout)
         for name, parameter in self.gru.named_parameters():
             if "weight_hh" in name:
                 nn.init.orthogonal_(parameter)

@@ -1,7 +1,6 @@
 """The optimizer against torch's AdamW, LambdaLR and clip_grad_norm_, written as the recipe says."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from published import optimizer_and_schedule, rate_factor
 
 from b2txt_jax.config import load_config
 from b2txt_jax.model.decoder import init_params
@@ -20,31 +20,14 @@ from b2txt_jax.training.optimizer import (
 )
 
 CONFIG = load_config("configs/nejm_baseline.py")
-RECIPE = dataclasses.replace(
-    CONFIG.optimizer,
-    warmup_steps=5,
-    decay_steps=30,
-    day_warmup_steps=8,
-    day_decay_steps=20,
-    day_learning_rate=0.002,
-    clip_norm=1.0,
-)
-
-
-def published_rate(step, peak, floor, warmup, decay):
-    if step < warmup:
-        return peak * step / max(1, warmup)
-    if step < decay:
-        progress = (step - warmup) / max(1, decay - warmup)
-        ratio = floor / peak
-        return peak * max(ratio, ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
-    return floor
 
 
 @pytest.mark.parametrize("step", [0, 1, 999, 1000, 1001, 60_000, 119_999, 120_000, 200_000])
 def test_the_learning_rate_is_the_published_one(step):
     rate = warmup_cosine(0.005, 0.0001, 1000, 120_000)(jnp.asarray(step))
-    assert float(rate) == pytest.approx(published_rate(step, 0.005, 0.0001, 1000, 120_000), 1e-4)
+    assert float(rate) == pytest.approx(
+        0.005 * rate_factor(step, 0.0001 / 0.005, 1000, 120_000), 1e-4
+    )
 
 
 def test_every_parameter_has_exactly_one_group():
@@ -65,42 +48,123 @@ def test_every_parameter_has_exactly_one_group():
     assert by_path["h0"] == "weights"
 
 
-def test_thirty_steps_equal_torch_adamw_with_three_groups_and_clipping():
+DAYS, FEATURES, CLASSES = 6, 5, 4
+TARGET = dataclasses.replace(
+    CONFIG.optimizer,
+    learning_rate=0.05,
+    learning_rate_min=0.001,
+    warmup_steps=20,
+    decay_steps=180,
+    day_learning_rate=0.02,
+    day_learning_rate_min=0.002,
+    day_warmup_steps=30,
+    day_decay_steps=150,
+    weight_decay=0.1,
+    day_weight_decay=0.05,
+    clip_norm=2.0,
+)
+
+
+def problem(steps):
+    """A regression through the day layers; each step has trials of two of six days."""
     rng = np.random.default_rng(0)
-    shapes = {"day": {"weight": (2, 3, 3)}, "head": {"weight": (4, 3), "bias": (4,)}}
-    params = jax.tree.map(
-        lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda s: type(s) is tuple
-    )
-    leaves = [params["head"]["bias"], params["day"]["weight"], params["head"]["weight"]]
-    mirror = [torch.tensor(leaf, requires_grad=True) for leaf in leaves]
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [mirror[0]], "weight_decay": 0.0},
-            {"params": [mirror[1]], "weight_decay": RECIPE.day_weight_decay},
-            {"params": [mirror[2]], "weight_decay": RECIPE.weight_decay},
-        ],
-        lr=1.0,
-        betas=(RECIPE.beta1, RECIPE.beta2),
-        eps=RECIPE.epsilon,
-    )
-    optimizer = make_optimizer(RECIPE)
-    state = optimizer.init(params)
-    for step in range(30):
-        gradient = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), params)
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        for leaf, value in zip(
-            mirror,
-            (gradient["head"]["bias"], gradient["day"]["weight"], gradient["head"]["weight"]),
-            strict=True,
-        ):
-            leaf.grad = torch.tensor(value)
-        torch.nn.utils.clip_grad_norm_(mirror, RECIPE.clip_norm)
-        main = published_rate(step, 0.005, 0.0001, 5, 30)
-        day = published_rate(step, 0.002, 0.0001, 8, 20)
-        for group, rate in zip(adamw.param_groups, (main, day, main), strict=True):
-            group["lr"] = rate
+    params = {
+        "day": {
+            "weight": np.tile(np.eye(FEATURES), (DAYS, 1, 1)),
+            "bias": np.zeros((DAYS, FEATURES)),
+        },
+        "head": {"weight": rng.normal(size=(CLASSES, FEATURES)), "bias": rng.normal(size=CLASSES)},
+        "h0": rng.normal(size=(1, 1, FEATURES)),
+    }
+    data = [
+        (
+            rng.normal(size=(4, FEATURES)),
+            np.repeat(rng.choice(DAYS, 2, replace=False), 2),
+            3 * rng.normal(size=(4, CLASSES)),
+        )
+        for _ in range(steps)
+    ]
+    return jax.tree.map(lambda a: a.astype(np.float32), params), data
+
+
+def torch_run(params, data, config):
+    """Parameters after the steps and how many of these were clipped; a parameter per day."""
+    rows = {
+        name: [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in values]
+        for name, values in params["day"].items()
+    }
+    rest = [
+        torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for value in (params["head"]["weight"], params["head"]["bias"], params["h0"])
+    ]
+    weight, bias, h0 = rest
+    days = [*rows["weight"], *rows["bias"]]
+    adamw, schedule = optimizer_and_schedule(config, [bias], days, [weight, h0])
+    clipped = 0
+    for x, day, target in data:
+        adamw.zero_grad()
+        mixed = torch.stack(
+            [
+                torch.tensor(row) @ rows["weight"][d] + rows["bias"][d]
+                for row, d in zip(x, day, strict=True)
+            ]
+        )
+        states = torch.nn.functional.softsign(mixed) + h0[0]
+        (states @ weight.T + bias - torch.tensor(target)).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_([*days, *rest], config.clip_norm)
+        clipped += bool(norm > config.clip_norm)
         adamw.step()
-    ours = (params["head"]["bias"], params["day"]["weight"], params["head"]["weight"])
-    for got, expected in zip(ours, mirror, strict=True):
-        np.testing.assert_allclose(got, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+        schedule.step()
+    days_after = {name: torch.stack(values) for name, values in rows.items()}
+    after = {"day": days_after, "head": {"weight": weight, "bias": bias}, "h0": h0}
+    return jax.tree.map(lambda value: value.detach().numpy(), after), clipped
+
+
+def our_run(params, data, config):
+    optimizer = make_optimizer(config)
+
+    def loss(params, x, day, target):
+        mixed = jnp.einsum("bd,bdk->bk", x, params["day"]["weight"][day])
+        states = jax.nn.soft_sign(mixed + params["day"]["bias"][day]) + params["h0"][0]
+        outputs = states @ params["head"]["weight"].T + params["head"]["bias"]
+        return jnp.square(outputs - target).sum()
+
+    @jax.jit
+    def step(params, state, batch):
+        updates, state = optimizer.update(jax.grad(loss)(params, *batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for x, day, target in data:
+        params, state = step(params, state, (x.astype(np.float32), day, target.astype(np.float32)))
+    return params
+
+
+@pytest.mark.parametrize("clip_norm", [60.0, 0.5], ids=["clipped at times", "always clipped"])
+def test_two_hundred_steps_equal_torch_adamw_with_three_groups_and_clipping(clip_norm):
+    config = dataclasses.replace(TARGET, clip_norm=clip_norm)
+    params, data = problem(200)
+    expected, clipped = torch_run(params, data, config)
+    assert 20 < clipped < 180 if clip_norm > 1 else clipped == 200
+    got = our_run(params, data, config)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=name)
+    moved = [
+        np.abs(got["day"]["weight"][d] - params["day"]["weight"][d]).max() for d in range(DAYS)
+    ]
+    assert min(moved) > 0.01
+
+
+def test_a_day_without_trials_stays_where_its_last_trial_left_it():
+    params, data = problem(60)
+    without_day_2 = [batch for batch in data[30:] if 2 not in batch[1]]
+    assert len(without_day_2) > 10
+    before = our_run(params, data[:30], TARGET)
+    after = our_run(params, [*data[:30], *without_day_2], TARGET)
+    assert np.abs(before["day"]["weight"][2] - params["day"]["weight"][2]).max() > 0.01
+    np.testing.assert_array_equal(after["day"]["weight"][2], before["day"]["weight"][2])
+    np.testing.assert_array_equal(after["day"]["bias"][2], before["day"]["bias"][2])
+    assert np.abs(after["day"]["weight"][3] - before["day"]["weight"][3]).max() > 1e-3

@@ -1,0 +1,213 @@
+"""The decoder and its parts against PyTorch in float64: values, gradients, padding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from published import PublishedDecoder, differences, fill, frames_of, losses_of
+
+from b2txt_jax.config import load_config
+from b2txt_jax.data.loader import Batch
+from b2txt_jax.model.day_layer import day_layer
+from b2txt_jax.model.decoder import init_params, make_apply
+from b2txt_jax.model.gru import gru_recurrence
+from b2txt_jax.model.patches import frame_count, patches, project_patches
+from b2txt_jax.training.step import make_eval_step
+
+FEATURES, DAYS = 6, 4
+BASELINE = load_config("configs/nejm_baseline.py")
+SMALL = dataclasses.replace(BASELINE.model, units=16, layers=3, dtype="float32")
+DAY = np.array([0, 2, 1, 1, 0])  # the last day has no trial
+
+
+def perturbed_params(model):
+    params = init_params(model, FEATURES, DAYS, jax.random.key(0))
+    return jax.tree.map(
+        lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape, a.dtype), params
+    )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        dataclasses.replace(SMALL, layers=5),
+        dataclasses.replace(SMALL, day_layer=False),
+        dataclasses.replace(SMALL, patch_size=4, patch_stride=3),
+        dataclasses.replace(SMALL, patch_size=0, layers=1),
+    ],
+    ids=["five layers", "shared input layer", "other patches", "no patches"],
+)
+def test_logits_and_gradients_equal_torch(model):
+    params = jax.jit(lambda: perturbed_params(model))()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 62, FEATURES)).astype(np.float32)
+    decoder = fill(PublishedDecoder(model, FEATURES, DAYS), params).eval()
+    mirror = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    expected = decoder(mirror, DAY.tolist())
+    weights = rng.normal(size=expected.shape)
+    (expected * torch.tensor(weights)).sum().backward()
+
+    apply = make_apply(model, FEATURES, DAYS)
+
+    @jax.jit
+    def loss_and_gradients(params, x):
+        def loss(params, x):
+            logits = apply(params, x, DAY)
+            return (logits * weights).sum(), logits
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+
+    (_, logits), (gradient, x_gradient) = loss_and_gradients(params, x)
+    np.testing.assert_allclose(logits, expected.detach(), atol=5e-6)
+    found = differences(decoder, gradient, gradients=True)
+    assert max(found.values()) < 2e-5, found
+    np.testing.assert_allclose(x_gradient, mirror.grad, atol=2e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 50])
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["usual", "saturated gates"])
+def test_the_recurrence_and_its_own_backward_pass_equal_torch(frames, scale):
+    batch, hidden = 3, 12
+    rng = np.random.default_rng(frames)
+    projected, h0, weight, bias, weights = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in (
+            (frames, batch, 3 * hidden),
+            (batch, hidden),
+            (3 * hidden, hidden),
+            (3 * hidden,),
+            (frames, batch, hidden),
+        )
+    )
+    projected *= scale
+    weight /= np.sqrt(hidden)
+    dtype = jnp.dtype("float32")
+
+    @jax.jit
+    def states_and_gradients(*values):
+        states, backward = jax.vjp(lambda *v: gru_recurrence(*v, dtype), *values)
+        return states, backward(weights)
+
+    states, gradients = states_and_gradients(projected, h0, weight, bias)
+    ours = [
+        torch.tensor(v, dtype=torch.float64, requires_grad=True)
+        for v in (projected, h0, weight, bias)
+    ]
+    # An identity as input weight makes torch's input the projection.
+    identity = torch.eye(3 * hidden, dtype=torch.float64)
+    no_bias = torch.zeros(3 * hidden, dtype=torch.float64)
+    expected, _ = torch._VF.gru(
+        ours[0],
+        ours[1][None],
+        [identity, ours[2], no_bias, ours[3]],
+        True,
+        1,
+        0.0,
+        False,
+        False,
+        False,
+    )
+    np.testing.assert_allclose(states, expected.detach(), atol=3e-6)
+    (expected * torch.tensor(weights)).sum().backward()
+    for mirror, gradient in zip(ours, gradients, strict=True):
+        np.testing.assert_allclose(gradient, mirror.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_day_layers_of_mixed_days_equal_a_linear_layer_per_trial():
+    rng = np.random.default_rng(0)
+    x, weight, bias, weights = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((5, 7, 6), (DAYS, 6, 6), (DAYS, 6), (5, 7, 6))
+    )
+    dtype = jnp.dtype("float32")
+
+    @jax.jit
+    def values_and_gradients(*values):
+        result, backward = jax.vjp(lambda x, w, b: day_layer(x, DAY, w, b, dtype), *values)
+        return result, backward(weights)
+
+    result, gradients = values_and_gradients(x, weight, bias)
+    ours = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (x, weight, bias)]
+    expected = torch.stack(
+        [
+            torch.nn.functional.softsign(torch.nn.functional.linear(row, ours[1][d].T, ours[2][d]))
+            for row, d in zip(ours[0], DAY, strict=True)
+        ]
+    )
+    np.testing.assert_allclose(result, expected.detach(), atol=1e-6)
+    (expected * torch.tensor(weights)).sum().backward()
+    for mirror, gradient in zip(ours, gradients, strict=True):
+        np.testing.assert_allclose(gradient, mirror.grad, atol=1e-5)
+    # The optimizer takes a day with a zero gradient for one without trials.
+    assert not np.asarray(gradients[1])[3].any()
+    assert not np.asarray(gradients[2])[3].any()
+
+
+@pytest.mark.parametrize(
+    ("bins", "size", "stride"), [(30, 14, 4), (14, 14, 4), (31, 4, 3), (9, 1, 1), (20, 5, 7)]
+)
+def test_patches_and_their_projection_equal_torch_unfold(bins, size, stride):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, bins, 5)).astype(np.float32)
+    weight = rng.normal(size=(7, size * 5)).astype(np.float32)
+    x64, weight64 = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (x, weight))
+    unfolded = x64.unfold(1, size, stride).transpose(2, 3).flatten(2)
+    np.testing.assert_array_equal(patches(jnp.asarray(x), size, stride), unfolded.detach().float())
+    expected = unfolded @ weight64.T
+    weights = rng.normal(size=expected.shape).astype(np.float32)
+    (expected * torch.tensor(weights)).sum().backward()
+
+    @jax.jit
+    def values_and_gradients(x, weight):
+        result, backward = jax.vjp(lambda x, w: project_patches(x, w, size, stride), x, weight)
+        return result, backward(weights)
+
+    result, gradients = values_and_gradients(x, weight)
+    assert result.shape[1] == frame_count(bins, size, stride)
+    np.testing.assert_allclose(result, expected.detach(), atol=2e-5)
+    np.testing.assert_allclose(gradients[0], x64.grad, atol=2e-5)
+    np.testing.assert_allclose(gradients[1], weight64.grad, atol=2e-5)
+
+
+def test_the_number_of_frames_is_the_published_one_for_every_length():
+    bins = np.arange(14, 3000)
+    ours = frame_count(jnp.asarray(bins), 14, 4)
+    np.testing.assert_array_equal(ours, frames_of(bins, BASELINE.model))
+    # Less than a patch gives no frame here; the published formula goes below zero.
+    assert not np.asarray(frame_count(jnp.arange(14), 14, 4)).any()
+
+
+def test_how_far_trials_are_padded_changes_neither_logits_nor_loss():
+    config = dataclasses.replace(
+        BASELINE,
+        data=dataclasses.replace(BASELINE.data, feature_count=FEATURES),
+        model=dataclasses.replace(SMALL, layers=2),
+    )
+    params = jax.jit(lambda: perturbed_params(config.model))()
+    decoder = fill(PublishedDecoder(config.model, FEATURES, DAYS), params).eval()
+    rng = np.random.default_rng(0)
+    bins = np.array([90, 61, 118, 70], np.int32)
+    size = np.array([5, 0, 9, 3], np.int32)
+    day = np.array([3, 0, 0, 2], np.int32)
+    trials = [rng.normal(size=(count, FEATURES)).astype(np.float32) for count in bins]
+    labels = rng.integers(1, 41, (4, 9)).astype(np.int32)
+
+    def batch(rows, length, longest):
+        features = np.stack([np.pad(trials[k], ((0, length - bins[k]), (0, 0))) for k in rows])
+        padded = np.pad(labels[rows], ((0, 0), (0, longest - 9)))
+        return Batch(features, bins[rows], day[rows], padded, size[rows])
+
+    step = jax.jit(make_eval_step(config, DAYS))
+    tight, loose = (step(params, batch(np.arange(4), *shape)) for shape in ((118, 9), (203, 20)))
+    for k in range(4):
+        # The reference sees each trial by itself, without a bin of padding.
+        alone = batch(np.array([k]), int(bins[k]), 9)
+        with torch.no_grad():
+            loss, logits, frames = losses_of(decoder, alone, config)
+        for output in (tight, loose):
+            assert int(output.frames[k]) == int(frames[0])
+            np.testing.assert_allclose(output.logits[k, : int(frames[0])], logits[0], atol=5e-6)
+            np.testing.assert_allclose(output.loss[k], loss[0], rtol=2e-6)

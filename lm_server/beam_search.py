@@ -32,7 +32,14 @@ from flashlight.lib.text.decoder.kenlm import KenLM
 from flashlight.lib.text.dictionary import Dictionary
 
 from lm_server.nbest import Hypothesis, rank
-from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE, ProtocolError, check_logits
+from lm_server.protocol import (
+    CLASS_COUNT,
+    LM_CLASSES,
+    MAX_MESSAGE_FRAMES,
+    SILENCE,
+    ProtocolError,
+    check_logits,
+)
 
 _BLANK_ID = 0
 _SILENCE_ID = LM_CLASSES.index(SILENCE)
@@ -43,8 +50,17 @@ _FORBIDDEN = -1e4
 `_FLOOR`."""
 _FLOOR = -1e3
 FORMAT = 1
-MAX_UTTERANCE_FRAMES = 10_000
+MAX_UTTERANCE_FRAMES = MAX_MESSAGE_FRAMES
 """Frames of 80 ms in one sentence (13 minutes): the search remembers every frame."""
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "acoustic_scale": (0.001, 100.0),
+    "blank_penalty": (0.001, 1e6),
+    "beam": (0.001, 1000.0),
+    "max_active": (1, 10_000),
+    "nbest": (1, 10_000),
+}
+"""Least and greatest value of each setting. Within them the scores of the longest sentence are
+finite, a beam cannot reach over `_FORBIDDEN`, and the search's memory stays within a machine's."""
 
 
 class SettingsError(ValueError):
@@ -78,8 +94,12 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not (math.isfinite(value) and value > 0):
-                raise SettingsError(f"{field.name} is {value}; needed a finite number above 0")
+            least, greatest = LIMITS[field.name]
+            # Written so that NaN is refused too.
+            if not least <= value <= greatest:
+                raise SettingsError(
+                    f"{field.name} is {value}; needed a number from {least:g} to {greatest:g}"
+                )
         for name in ("max_active", "nbest"):
             if getattr(self, name) != int(getattr(self, name)):
                 raise SettingsError(f"{name} is {getattr(self, name)}; needed a whole number")
@@ -162,8 +182,8 @@ class BeamSearch:
     def begin(self, settings: Settings | None = None) -> None:
         """Starts a sentence, dropping the one under way."""
         if settings is not None:
-            self.settings = settings
             self._decoder = self._make_decoder(settings)
+            self.settings = settings
         self._decoder.decode_begin()
         self.frames = 0
 

@@ -26,8 +26,9 @@ LM_CLASSES: tuple[str, ...] = (BLANK, SILENCE, *PHONEMES)
 """The same classes in the language model's order: blank, silence, 39 phonemes."""
 CLASS_COUNT = len(CLASSES)
 
-MAX_MESSAGE_FRAMES = 100_000
-"""Frames of 80 ms that one input entry may hold (16 MB); more is refused as an error entry."""
+MAX_MESSAGE_FRAMES = 10_000
+"""Frames of 80 ms that one input entry may hold, as many as a sentence (13 minutes, 1.6 MB); more
+is refused as an error entry."""
 
 _RNN_OF_LM = np.array([CLASSES.index(name) for name in LM_CLASSES])
 _LM_OF_RNN = np.array([LM_CLASSES.index(name) for name in CLASSES])

@@ -11,6 +11,7 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,7 @@ class Server:
         names = self._streams
         self._inputs = (names.reset, names.update_params, names.input, names.finalize)
         self._housekept = 0.0
+        self._failures: Counter[str] = Counter()
         self._positions = dict(zip(self._inputs, self._newest(), strict=True))
 
     def run(self, stop: threading.Event, check: Callable[[], None] = lambda: None) -> None:
@@ -224,15 +226,26 @@ class Server:
         # The position moves first: an entry whose answer cannot be sent must not be answered again
         # and again.
         self._positions[entry.stream] = entry.id
-        answers = self._session.handle(
-            entry.stream, f"{entry.id[0]}-{entry.id[1]}", entry.fields, context
-        )
-        for message in answers:
-            if message.stream == self._streams.error:
-                _log.warning("refused an entry: %s", _text(message.fields["error"]))
+        entry_id = f"{entry.id[0]}-{entry.id[1]}"
+        try:
+            answers = self._session.handle(entry.stream, entry_id, entry.fields, context)
+        except Exception as error:
+            # A fault of ours must cost its client one answer and not everybody the server.
+            self._failures[type(error).__name__] += 1
+            _log.exception(
+                "failed on entry %s of %s; failures so far: %s",
+                entry_id,
+                entry.stream,
+                dict(self._failures),
+            )
+            answers = [self._session.failed(entry.stream, entry_id, error)]
+        else:
+            for message in answers:
+                if message.stream == self._streams.error:
+                    _log.warning("refused an entry: %s", _text(message.fields["error"]))
         self._send(answers)
         if self._own:
-            self._client.xdel(entry.stream, f"{entry.id[0]}-{entry.id[1]}")
+            self._client.xdel(entry.stream, entry_id)
 
     def _send(self, messages: list[Message]) -> None:
         with self._client.pipeline(transaction=False) as pipeline:

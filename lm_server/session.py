@@ -75,8 +75,19 @@ class Session:
                 return self._update(fields)
             raise ProtocolError(f"the stream {stream!r} is none of the four that the server reads")
         except (ProtocolError, SettingsError) as error:
-            answer = {"error": str(error), "stream": stream, "entry_id": entry_id}
-            return [_message(self._streams.error, answer)]
+            return [self._refusal(stream, entry_id, str(error))]
+
+    def failed(self, stream: str, entry_id: str, error: Exception) -> Message:
+        """The answer to an entry on which `handle` failed by a fault of ours; begins anew.
+
+        The sentence under way is dropped, because nobody knows in what state its search is.
+        """
+        self._search = BeamSearch(self._model, self._settings)
+        text = (
+            f"the server failed on this entry ({type(error).__name__}: {error}) and dropped the "
+            "sentence under way: send reset, then the sentence again; its log says more"
+        )
+        return self._refusal(stream, entry_id, text)
 
     def args(self) -> Message:
         """The settings as they stand, for `remote_lm_args`, under their published names."""
@@ -126,11 +137,18 @@ class Session:
                 known = ", ".join([*_OURS, *_WITHOUT_EFFECT, *_MUST_BE_ZERO])
                 raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
         # int is what both fields are declared as; the values of the other fields are floats.
-        self._settings = replace(self._settings, **ours)  # type: ignore[arg-type]
+        settings = replace(self._settings, **ours)  # type: ignore[arg-type]
+        # A search with them, made before they are taken: what it refuses must not stay.
+        search = BeamSearch(self._model, settings)
+        self._settings = settings
         self._without_effect = without_effect
         if not self._search.frames:
-            self._search.begin(self._settings)
+            self._search = search
         return [self.args(), self._done(self._streams.done_updating_params)]
+
+    def _refusal(self, stream: str, entry_id: str, reason: str) -> Message:
+        answer = {"error": reason, "stream": stream, "entry_id": entry_id}
+        return _message(self._streams.error, answer)
 
     @staticmethod
     def _done(stream: str) -> Message:

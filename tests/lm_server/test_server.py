@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -22,9 +23,11 @@ from processes import (
 )
 from small_model import say
 
+from lm_server.beam_search import LanguageModel, Settings
 from lm_server.embedded_redis import embedded_redis, find_program
 from lm_server.protocol import decode_scoring, encode_logits
-from lm_server.server import shown_url
+from lm_server.server import Server, connect, shown_url
+from lm_server.session import Session
 
 
 class NejmClient:
@@ -141,6 +144,49 @@ def test_logits_of_the_wrong_shape_get_an_error_entry_and_the_next_sentence_its_
     assert error["stream"] == "remote_lm_input"
     assert error["entry_id"] == sent.decode()
     assert client.decode(["the", "cat", "ran"]) == ["the", "cat", "ran"]
+
+
+@pytest.mark.parametrize("value", ["1e30", "3000000000"])
+def test_a_setting_that_no_search_can_have_is_refused_and_the_server_stays(client, server, value):
+    client.redis.xadd("remote_lm_update_params", {"max_active": value})
+    assert "needed a number from 1 to 10000" in client.wait("error")["error"]
+    assert client.decode(["the", "cat", "ran"]) == ["the", "cat", "ran"]
+    assert server.process.poll() is None
+
+
+class Faulty(Session):
+    """A session that fails in the middle of every sentence of 7 frames."""
+
+    def handle(self, stream, entry_id, fields, context=""):
+        answers = super().handle(stream, entry_id, fields, context)
+        if len(fields.get("logits", b"")) == 7 * 164:
+            raise ZeroDivisionError("a fault of ours")
+        return answers
+
+
+def test_a_fault_of_ours_is_answered_and_logged_and_the_server_goes_on(model_folder, caplog):
+    stop = threading.Event()
+    with embedded_redis() as own, redis.Redis.from_url(own.url, protocol=2) as connection:
+        with connect(own.url, 5.0, stop) as side:
+            server = Server(side, Faulty(LanguageModel(model_folder), Settings()))
+            thread = threading.Thread(target=server.run, args=(stop,))
+            thread.start()
+            try:
+                client = NejmClient(connection)
+                for count in (1, 2):
+                    client.reset()
+                    sent = connection.xadd("remote_lm_input", {"logits": bytes(7 * 164)})
+                    error = client.wait("error")
+                    assert "ZeroDivisionError: a fault of ours" in error["error"]
+                    assert error["entry_id"] == sent.decode()
+                    assert f"failures so far: {{'ZeroDivisionError': {count}}}" in caplog.text
+                    # The sentence that failed is gone, also without a reset.
+                    assert client.send(say(["a", "cat"])) == "a cat"
+                    assert client.finalize()["lm_response_final"] == "a cat"
+            finally:
+                stop.set()
+                thread.join(timeout=15)
+    assert "Traceback" in caplog.text
 
 
 def test_the_context_travels_with_the_final_answer(client):

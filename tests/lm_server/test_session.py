@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_model import say
 
-from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.beam_search import LIMITS, BeamSearch, LanguageModel, Settings
 from lm_server.protocol import Streams, decode_scoring, encode_logits
 from lm_server.session import Message, Session
 
@@ -144,7 +144,14 @@ def test_parameters_changed_within_a_sentence_hold_from_the_next(session):
     [
         ({"acoustic_scale": b"fast"}, "acoustic_scale is b'fast'; needed a number"),
         ({"acoustic_scale": b"nan"}, "finite"),
-        ({"acoustic_scale": b"-1"}, "acoustic_scale is -1.0; needed a finite number above 0"),
+        ({"acoustic_scale": b"-1"}, "acoustic_scale is -1.0; needed a number from 0.001 to 100"),
+        ({"acoustic_scale": b"1e30"}, "acoustic_scale is 1e+30; needed a number from 0.001 to 100"),
+        ({"acoustic_scale": b"1e-30"}, "acoustic_scale is 1e-30"),
+        ({"blank_penalty": b"1e300"}, "blank_penalty is 1e+300"),
+        ({"beam": b"1e300"}, "beam is 1e+300; needed a number from 0.001 to 1000"),
+        ({"max_active": b"1e30"}, "needed a number from 1 to 10000"),
+        ({"max_active": b"3000000000"}, "max_active is 3000000000; needed a number from 1"),
+        ({"nbest": b"1e30"}, "needed a number from 1 to 10000"),
         ({"blank_penalty": b"0"}, "blank_penalty is 0.0"),
         ({"nbest": b"2.5"}, "nbest is 2.5; needed a whole number"),
         ({"nbest": b"inf"}, "finite"),
@@ -189,6 +196,22 @@ def test_bad_logits_are_answered_on_the_error_stream_and_the_sentence_goes_on(
     assert reason in answer.fields["error"].decode()
     send(session, say(["cat"]))
     assert finalize(session)[0].fields["lm_response_final"] == b"the cat"
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["least", "greatest"])
+def test_scores_stay_finite_at_the_ends_of_every_setting(session, end):
+    # The memory's limits do not bear on scores and would only make this slow.
+    scored = ("acoustic_scale", "blank_penalty", "beam")
+    assert len(update(session, **{name: LIMITS[name][end] for name in scored})) == 2
+    reset(session)
+    for _ in range(5):
+        # As wrong as logits can be: in every frame another class is certain.
+        send(session, 1e30 * np.eye(41, dtype=np.float32)[np.arange(400) % 41])
+    final, _ = finalize(session)
+    candidates = decode_scoring(final.fields["scoring"].decode())
+    assert candidates
+    for one in candidates:
+        assert np.isfinite([one.acoustic, one.ngram, one.total]).all()
 
 
 def test_an_unknown_stream_is_an_error_entry(session):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    for before, after in itertools.pairwise([*arguments, ""]):
+        if before.startswith("--config.") and "=" not in before:
+            parser.error(f"found {before} {after}; needed {before}=VALUE")
     args = parser.parse_args([argument for argument in arguments if argument not in overrides])
     if overrides and not COMMANDS[args.command][2]:
         parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (UserError, ProtocolError) as error:
+    except (UserError, ProtocolError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status

@@ -14,14 +14,19 @@ import difflib
 import importlib.util
 import io
 import json
+import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from b2txt_jax.errors import UserError
+from lm_server.protocol import CLASS_COUNT
+
+CONFIG_FILE = "config.json"
+"""Name of the written configuration in a run's folder."""
 
 
 class ConfigError(UserError, ValueError):
@@ -142,7 +147,10 @@ def read_config_file(path: str | Path) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ConfigError(f"configuration file {path} is not a Python file (*.py)")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"configuration file {path} is not valid Python: {error}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(
             f"configuration file {path} has no get_config() that returns a ConfigDict"
@@ -158,20 +166,34 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       ConfigError: the file cannot be used, a key is unknown, or a value does not fit.
     """
     config = read_config_file(path)
+    freeze(config.to_dict())  # the file's own mistakes are told first
     for override in overrides:
         _apply(config, override)
     return freeze(config.to_dict())
 
 
-def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+def with_overrides(
+    config: Config, overrides: Sequence[str], allowed: Collection[str] | None = None
+) -> Config:
     """A frozen configuration with overrides such as `--config.data.root=DIR` applied.
 
+    Args:
+      config: to start from; unchanged.
+      overrides: as on the command line.
+      allowed: keys that may be changed; None: all.
+
     Raises:
-      ConfigError: a key is unknown, or a value does not fit.
+      ConfigError: a key is unknown or may not be changed, or a value does not fit.
     """
     changed = ConfigDict(dataclasses.asdict(config))
     for override in overrides:
         _apply(changed, override)
+        key = override.partition("=")[0].removeprefix("--config.")
+        if allowed is not None and key not in allowed:
+            raise ConfigError(
+                f"configuration key {key} belongs to the trained model and cannot be changed here; "
+                f"these can: {', '.join(sorted(allowed))}"
+            )
     return freeze(changed.to_dict())
 
 
@@ -248,35 +270,81 @@ def _to_tuple(value: Any, key: str) -> tuple[Any, ...]:
     return tuple(_to_tuple(item, key) if isinstance(item, list | tuple) else item for item in value)
 
 
+# Smallest values; whole numbers and rates alike.
+_LEAST: dict[str, float] = {
+    "data.feature_count": 1,
+    "data.days_per_batch": 1,
+    "data.trials_per_day": 1,
+    "data.eval_batch_size": 1,
+    "signal.static_gain_std": 0,
+    "signal.white_noise_std": 0,
+    "signal.constant_offset_std": 0,
+    "signal.random_walk_std": 0,
+    "signal.random_cut": 1,
+    "signal.smooth_std": 0,
+    "signal.smooth_size": 1,
+    "model.units": 1,
+    "model.layers": 1,
+    "model.patch_size": 0,
+    "model.patch_stride": 1,
+    "optimizer.learning_rate": 0,
+    "optimizer.learning_rate_min": 0,
+    "optimizer.decay_steps": 1,
+    "optimizer.warmup_steps": 0,
+    "optimizer.day_learning_rate": 0,
+    "optimizer.day_learning_rate_min": 0,
+    "optimizer.day_decay_steps": 1,
+    "optimizer.day_warmup_steps": 0,
+    "optimizer.epsilon": 1e-12,
+    "optimizer.weight_decay": 0,
+    "optimizer.day_weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "train.seed": 0,
+    "train.steps": 1,
+    "train.log_every": 1,
+    "train.validate_every": 1,
+    "train.save_every": 1,
+}
+_SHARES = ("model.input_dropout", "model.rnn_dropout", "optimizer.beta1", "optimizer.beta2")
+
+
 def _check(config: Config) -> None:
-    data, signal, model, train = config.data, config.signal, config.model, config.train
-    positive = {
-        "data.feature_count": data.feature_count,
-        "data.days_per_batch": data.days_per_batch,
-        "data.trials_per_day": data.trials_per_day,
-        "data.eval_batch_size": data.eval_batch_size,
-        "signal.random_cut": signal.random_cut,
-        "model.units": model.units,
-        "model.layers": model.layers,
-        "model.patch_stride": model.patch_stride,
-        "train.steps": train.steps,
-        "train.log_every": train.log_every,
-        "train.validate_every": train.validate_every,
-        "train.save_every": train.save_every,
+    values = {
+        f"{section.name}.{field.name}": getattr(getattr(config, section.name), field.name)
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(getattr(config, section.name))
     }
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"configuration key {key} is {value}; needed at least 1")
-    for key, rate in (("input_dropout", model.input_dropout), ("rnn_dropout", model.rnn_dropout)):
-        if not 0 <= rate < 1:
-            raise ConfigError(f"configuration key model.{key} is {rate}; needed 0 <= rate < 1")
-    _check_choice("signal.eval_padding", signal.eval_padding, ("same", "valid"))
-    _check_choice("model.dtype", model.dtype, ("auto", "float32", "bfloat16"))
-    shapes = [bucket for bucket in data.buckets if isinstance(bucket, tuple) and len(bucket) == 2]
-    if not shapes or len(shapes) != len(data.buckets) or shapes != sorted(shapes):
+    for key, least in _LEAST.items():
+        if not values[key] >= least:
+            raise ConfigError(f"configuration key {key} is {values[key]}; needed at least {least}")
+    for key in _SHARES:
+        if not 0 <= values[key] < 1:
+            raise ConfigError(f"configuration key {key} is {values[key]}; needed 0 <= value < 1")
+    _check_choice("signal.eval_padding", config.signal.eval_padding, ("same", "valid"))
+    _check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    if config.model.classes != CLASS_COUNT:
         raise ConfigError(
-            f"configuration key data.buckets is {data.buckets}; needed ascending (bins, labels) "
-            f"pairs"
+            f"configuration key model.classes is {config.model.classes}; needed {CLASS_COUNT}: "
+            f"blank, "
+            "39 phonemes and silence"
+        )
+    sessions, buckets = config.data.sessions, config.data.buckets
+    if len(set(sessions)) != len(sessions) or not all(isinstance(name, str) for name in sessions):
+        raise ConfigError(
+            f"configuration key data.sessions is {sessions}; needed different names: each session "
+            f"has "
+            "one place in the day index"
+        )
+    pairs = [
+        bucket
+        for bucket in buckets
+        if isinstance(bucket, tuple)
+        and len(bucket) == 2
+        and all(isinstance(size, int) and size > 0 for size in bucket)
+    ]
+    if not pairs or len(pairs) != len(buckets) or pairs != sorted(pairs):
+        raise ConfigError(
+            f"configuration key data.buckets is {buckets}; needed ascending (bins, labels) pairs"
         )
 
 
@@ -288,8 +356,10 @@ def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes a Config as JSON, so that a run's folder says how it was made."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Writes a Config as JSON, whole or not at all, so that a run's folder says how it was made."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(temporary, path)
 
 
 def read_written_config(path: Path) -> Config:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from b2txt_jax.config import load_config, read_written_config
+from b2txt_jax.config import CONFIG_FILE, load_config, read_written_config
 from b2txt_jax.data.simulate import SimulationSettings, simulate
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
@@ -56,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
     """`b2txt demo`."""
     console = Console()
     out: Path = args.out
+    # A mistake in the configuration is told before the work.
+    overrides = [f"--config.data.root={out / 'data' / 'hdf5_data_final'}", *args.overrides]
+    config = load_config(args.config, overrides)
     settings = SimulationSettings(
         sessions=args.sessions,
         train=args.train,
@@ -72,8 +75,6 @@ def run(args: argparse.Namespace) -> int:
     console.rule("2 of 5: language models")
     models = {order: _language_model(out, order, console) for order in _ORDERS}
     console.rule("3 of 5: training")
-    overrides = [f"--config.data.root={out / 'data' / 'hdf5_data_final'}", *args.overrides]
-    config = load_config(args.config, overrides)
     result = train(config, out / "run", console)
     if not result.finished:
         return 130
@@ -140,14 +141,9 @@ def _summary(out: Path, evaluations: Mapping[int, Evaluation], steps: int) -> di
 
 
 def _training_seconds(workdir: Path) -> float:
-    """Seconds spent in steps, over all calls of the training."""
-    previous, seconds = 0, 0.0
-    for line in (workdir / METRICS_FILE).read_text().splitlines():
-        entry = json.loads(line)
-        if entry["kind"] == "train":
-            seconds += (entry["step"] - previous) / entry["steps_per_second"]
-            previous = entry["step"]
-    return seconds
+    """Seconds of steps and validations, over all calls of the training."""
+    lines = (workdir / METRICS_FILE).read_text().splitlines()
+    return sum(float(json.loads(line)["seconds"]) for line in lines)
 
 
 def _report_inputs(
@@ -157,7 +153,7 @@ def _report_inputs(
     trials: list[TrialLogits],
     evaluations: Mapping[int, Evaluation],
 ) -> ReportInputs:
-    config = read_written_config(out / "run" / "config.json")
+    config = read_written_config(out / "run" / CONFIG_FILE)
     shown = sorted(trials, key=lambda trial: len(trial.logits))[len(trials) // 2]
     sentences = evaluations[max(evaluations)].to_json()["sentences"]
     return ReportInputs(

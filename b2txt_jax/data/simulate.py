@@ -1,6 +1,18 @@
 """Writes simulated sessions in the published T15 layout: attempted speech as 512 features.
 
-See docs/simulator.md for what is modelled, what is not, and from which findings.
+Modelled: phonemes of real sentences with durations by class, jitter and pauses; articulation
+  (place, manner, voicing, vowel height, backness, rounding) with coarticulation, mixed onto the
+  electrodes of four arrays that differ in how much they tell, as area 6v codes articulators
+  intermixed on single electrodes (Willett et al. 2023) and sensorimotor cortex codes kinematics
+  (Bouchard et al. 2013, Chartier et al. 2018); counts of threshold crossings and spike band power;
+  private, shared and slow noise; z-scores per block; and from session to session a rotation of the
+  tuning, changed gains and baselines, dying channels, which one linear map per day can mostly undo
+  (Degenhart et al. 2020, Gallego et al. 2020; per-day layers: Card et al. 2024).
+
+Not modelled: sound, errors and fatigue of a participant, learning, single neurons, artefacts of
+movement, and any tuning but that to the current articulation. Strengths are chosen so that training
+behaves as on recordings; error rates say nothing about a participant. docs/simulator.md has the
+numbers, the references and what was measured.
 """
 
 from __future__ import annotations
@@ -242,7 +254,14 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
     path = out / _SETTINGS_FILE
     data = out / "hdf5_data_final"
     if path.is_file():
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path} is not valid JSON ({error}), so what {out} holds is unknown: choose "
+                f"another "
+                "--out"
+            ) from error
         other = sorted(k for k in {*wanted, *found} - {"sessions"} if wanted.get(k) != found.get(k))
         if found.get("sessions", 0) > settings.sessions:
             other.append("sessions")
@@ -250,7 +269,7 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
             differences = ", ".join(f"{k} {found.get(k)} (now {wanted.get(k)})" for k in other)
             raise DataError(
                 f"{out} holds sessions simulated with other settings: {differences}; choose "
-                "another --out, or replace them with --force"
+                "another --out, or replace them with `b2txt simulate --force`"
             )
         if other:
             # The old settings go last: an interrupted removal can be taken up again.

@@ -36,7 +36,13 @@ from b2txt_jax.inference.lm_client import (
     mask_password,
 )
 from b2txt_jax.inference.lm_process import serve_child
-from b2txt_jax.inference.logits import TrainedModel, TrialLogits, compute_logits, load_model
+from b2txt_jax.inference.logits import (
+    CHANGEABLE,
+    TrainedModel,
+    TrialLogits,
+    compute_logits,
+    load_model,
+)
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -49,16 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
     server.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
     parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT)")
+    keys = ", ".join(f"--config.{key}" for key in sorted(CHANGEABLE))
+    parser.epilog = f"Keys of the run's configuration that can be changed: {keys} (=value)."
 
 
 def run(args: argparse.Namespace) -> int:
     """`b2txt evaluate`; exit status 1 when trials failed."""
     console = Console()
     model = load_model(args.workdir, args.overrides)
+    out = args.out or args.workdir / args.split
+    out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before the work
     with language_model(args.redis, args.lm) as (url, name):
         trials = compute_logits(model, args.split, console)
         result = evaluate_run(model, trials, args.split, url, {"language_model": name}, console)
-    out = args.out or args.workdir / args.split
     write_results(out, result)
     print_results(result, console)
     console.print(f"written: {out / 'evaluation.json'}, {out / 'submission.csv'}", soft_wrap=True)
@@ -84,8 +93,8 @@ def language_model(redis: str | None, lm_dir: Path | None) -> Iterator[tuple[str
         if redis is not None:
             raise
         raise LanguageModelUnavailableError(
-            f"neither --redis nor --lm was given and no lm-server answers at {mask_password(url)} "
-            f"({error}). Give --lm DIR (made by `lm-server build`), and a server is started for you"
+            f"neither --redis nor --lm was given and no lm-server answers at {mask_password(url)}. "
+            "Give --lm DIR (made by `lm-server build`), and a server is started for you"
         ) from error
     yield url, mask_password(url)
 

@@ -13,13 +13,23 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from b2txt_jax.config import Config, read_written_config, with_overrides
+from b2txt_jax.config import CONFIG_FILE, Config, read_written_config, with_overrides
 from b2txt_jax.data.hdf5 import Trial, TrialRef
 from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.model.decoder import Params, init_params
 from b2txt_jax.training.checkpoint import Checkpoints
-from b2txt_jax.training.loop import CONFIG_FILE
 from b2txt_jax.training.step import EvalOutput, make_eval_step
+
+CHANGEABLE = frozenset(
+    {
+        "data.root",
+        "data.buckets",
+        "data.eval_batch_size",
+        "model.dtype",
+        "signal.eval_padding",
+    }
+)
+"""Keys of a run's configuration that may differ when its model is used; the others made it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def load_model(workdir: Path, overrides: Sequence[str] = ()) -> TrainedModel:
       ConfigError: the folder holds no run.
       CheckpointError: the run has no best checkpoint yet, or it is damaged.
     """
-    config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides)
+    config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
     days = len(config.data.sessions)
     like = jax.eval_shape(
         lambda: init_params(config.model, config.data.feature_count, days, jax.random.key(0))

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from b2txt_jax.config import ConfigError, read_written_config, write_config
+from b2txt_jax.config import CONFIG_FILE, ConfigError, read_written_config, write_config
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.interop.nejm import (
     ARGS_FILE,
@@ -26,7 +26,6 @@ from b2txt_jax.interop.safetensors_file import config_path, read_safetensors, wr
 from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.model.decoder import parameter_count
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints
-from b2txt_jax.training.loop import CONFIG_FILE
 from b2txt_jax.training.step import init_state
 
 CHECKPOINTS = "checkpoints"

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from b2txt_jax.config import ConfigError
+
 TAP_THRESHOLD = 0.01
 """Taps below this are dropped before the kernel is renormalised (NEJM reference, section 4)."""
 
@@ -19,17 +21,23 @@ def gaussian_taps(std: float, size: int) -> tuple[float, ...]:
     A Gaussian, cut at 4 std and normalised, of which the published code keeps the taps above 0.01.
 
     Raises:
-      ValueError: the window is too small for the kernel.
+      ConfigError: the window is too small for the kernel, or no tap is above the threshold.
     """
     radius = int(4 * std + 0.5)
     if size < 2 * radius + 1:
-        raise ValueError(
+        raise ConfigError(
             f"signal.smooth_size is {size} bins; a std of {std} bins needs at least "
             f"{2 * radius + 1}"
         )
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
     taps /= taps.sum()
     kept = taps[taps > TAP_THRESHOLD]
+    if not len(kept):
+        raise ConfigError(
+            f"signal.smooth_std is {std} bins: all taps of so wide a kernel are below "
+            f"{TAP_THRESHOLD} "
+            "and would be dropped; needed less than 39"
+        )
     return tuple((kept / kept.sum()).tolist())
 
 

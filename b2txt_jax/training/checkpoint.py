@@ -34,6 +34,11 @@ class BestScore:
         return other is None or (self.per, self.loss) < (other.per, other.loss)
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in `workdir` has saved a full state to go on from."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints" / "latest").glob("*"))
+
+
 class Checkpoints:
     """`WORKDIR/checkpoints/latest` and `WORKDIR/checkpoints/best`, written in the background by
     Orbax."""
@@ -56,9 +61,17 @@ class Checkpoints:
             self._latest.save(step, args=_arguments(state._asdict(), extra))
 
     def save_best(self, step: int, params: Params, best: BestScore) -> None:
-        """Saves the parameters of the best validation; returns before they are on disk."""
-        if self._best.latest_step() != step:
-            self._best.save(step, args=_arguments(params, {"best": asdict(best)}))
+        """Saves the parameters of the best validation; returns before they are on disk.
+
+        Raises:
+          CheckpointError: Orbax declined to save.
+        """
+        for stale in self._best.all_steps():
+            # Of steps that were lost when the run was killed and are now done again.
+            if stale >= step:
+                self._best.delete(stale)
+        if not self._best.save(step, args=_arguments(params, {"best": asdict(best)}), force=True):
+            raise CheckpointError(f"the best parameters of step {step} were not saved; try again")
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, BestScore | None]:
         """Restores the full state, with the shapes and placement of `like`.

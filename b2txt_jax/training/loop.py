@@ -20,11 +20,11 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from b2txt_jax.config import (
+    CONFIG_FILE,
     Config,
     ConfigError,
     differences,
@@ -37,7 +37,7 @@ from b2txt_jax.data.loader import EvaluationData, TrainingData, configured_sessi
 from b2txt_jax.errors import UserError
 from b2txt_jax.model.decoder import compute_dtype, parameter_count
 from b2txt_jax.model.patches import frame_count
-from b2txt_jax.training.checkpoint import BestScore, Checkpoints
+from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.metrics_log import MetricsLog
 from b2txt_jax.training.step import (
     StepMetrics,
@@ -47,7 +47,6 @@ from b2txt_jax.training.step import (
 )
 from b2txt_jax.training.validation import Validation, validate
 
-CONFIG_FILE = "config.json"
 _STEPS_IN_FLIGHT = 2
 # What may change between the parts of one run without making it another run.
 _RESUMABLE = {
@@ -99,43 +98,31 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result.finished else 130
 
 
-def prepare_workdir(config: Config, workdir: Path) -> Config:
-    """Creates the run's folder and its config.json, or checks that the folder belongs to the same
+def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
+    """Fills in the list of sessions and the absolute root; `resumed`: checks that it is the same
     run.
-
-    Returns the configuration with the list of sessions filled in.
 
     Raises:
       ConfigError: the folder holds a run with another configuration.
+      DataError: there are no sessions.
     """
     path = workdir / CONFIG_FILE
-    sessions = config.data.sessions
-    if path.is_file():
-        before = read_written_config(path)
-        sessions = sessions or before.data.sessions
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            config.data,
-            sessions=sessions or configured_sessions(config.data),
-            root=str(Path(config.data.root).absolute()),
-        ),
+    before = read_written_config(path) if resumed else None
+    sessions = config.data.sessions or (before.data.sessions if before else ())
+    data = dataclasses.replace(
+        config.data,
+        sessions=sessions or configured_sessions(config.data),
+        root=str(Path(config.data.root).absolute()),
     )
-    if path.is_file():
-        changed = {
-            key: pair for key, pair in differences(before, config).items() if key not in _RESUMABLE
-        }
-        if changed:
-            listed = "; ".join(
-                f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()
-            )
-            raise ConfigError(
-                f"{workdir} holds a run with another configuration: {listed}. Give a new "
-                f"--workdir, or "
-                "the same values to go on with that run"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_config(config, path)
+    config = dataclasses.replace(config, data=data)
+    changed = differences(before, config) if before else {}
+    changed = {key: pair for key, pair in changed.items() if key not in _RESUMABLE}
+    if changed:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+        raise ConfigError(
+            f"{workdir} holds a run with another configuration: {listed}. Give a new --workdir, or "
+            "the same values to go on with that run"
+        )
     return config
 
 
@@ -149,7 +136,8 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     """
     console = console or Console()
     start = time.monotonic()
-    config = prepare_workdir(config, workdir)
+    resumed = has_checkpoint(workdir)
+    config = resolve(config, workdir, resumed)
     sessions = config.data.sessions
     patch = max(config.model.patch_size, 1)
 
@@ -161,10 +149,19 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     train_step = jax.jit(make_train_step(config, len(sessions)), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(config, len(sessions)))
 
+    without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]
+    if without:
+        names = ", ".join(without)
+        console.print(f"no training trials in {names}: their day layers stay untrained")
+    # Only now: a mistake found in the data leaves no folder that another attempt would collide
+    # with.
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_config(config, workdir / CONFIG_FILE)
+
     with Checkpoints(workdir) as checkpoints, _stop_on_signals() as stopping:
         state = init_state(config, len(sessions))
         best: BestScore | None = None
-        if checkpoints.latest_step() is not None:
+        if resumed:
             state, best = checkpoints.restore_latest(state)
         first = int(state.step)
         trials = sum(len(refs) for refs in training.refs_of_day)
@@ -174,7 +171,9 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
             f"{compute_dtype(config.model)} on {jax.device_count()} {jax.default_backend()} "
             f"device(s)"
         )
-        if first:
+        if first >= config.train.steps:
+            console.print(f"{workdir} has done {first} steps; {config.train.steps} are asked for")
+        elif first:
             console.print(f"going on from step {first} of {config.train.steps} in {workdir}")
         with MetricsLog(workdir, first) as log, _progress(console) as progress:
             session = _Session(config, training, log, progress, first, best)
@@ -185,8 +184,10 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
                 done = step == config.train.steps
                 if done or step % config.train.validate_every == 0:
                     session.drain()
+                    session.pause()
+                    started = time.monotonic()
                     result = validate(eval_step, state.params, validation)
-                    if session.validated(result):
+                    if session.validated(result, time.monotonic() - started):
                         assert session.best is not None
                         checkpoints.save_best(step, state.params, session.best)
                 if done or stopping() or step % config.train.save_every == 0:
@@ -232,6 +233,7 @@ class _Session:
         self._progress = progress
         self._pending: deque[tuple[int, StepMetrics]] = deque()
         self._window: list[tuple[float, float, int]] = []
+        self._window_seconds = 0.0
         self._window_start = time.monotonic()
         self._task = progress.add_task(
             "train",
@@ -255,6 +257,11 @@ class _Session:
         while self._pending:
             self._finish(*self._pending.popleft())
 
+    def pause(self) -> None:
+        """Stops the clock of training; the next step's window starts it again."""
+        self._window_seconds += time.monotonic() - self._window_start
+        self._window_start = time.monotonic()
+
     def _finish(self, step: int, metrics: StepMetrics) -> None:
         loss, norm, infeasible, finite = (np.asarray(value).item() for value in metrics)
         if not finite:
@@ -265,7 +272,7 @@ class _Session:
                 f"parameters "
                 f"were left as before the step. Its trials: {names}. Look at their features, or "
                 f"lower "
-                "optimizer.learning_rate"
+                "optimizer.learning_rate, or raise optimizer.epsilon"
             )
         self._window.append((loss, norm, infeasible))
         self._progress.update(self._task, completed=step, loss=f"{loss:.2f}")
@@ -273,21 +280,22 @@ class _Session:
             self._log_window(step)
 
     def _log_window(self, step: int) -> None:
-        now = time.monotonic()
+        self.pause()
         losses, norms, infeasible = zip(*self._window, strict=True)
-        rate = len(self._window) / (now - self._window_start)
+        rate = len(self._window) / self._window_seconds
         values = {
             "loss": float(np.mean(losses)),
             "gradient_norm": float(np.mean(norms)),
             "infeasible": int(sum(infeasible)),
             "steps_per_second": rate,
+            "seconds": self._window_seconds,
         }
         self._log.write("train", step, values)
         self._progress.update(self._task, rate=f"{rate:.2f}")
-        self._window, self._window_start = [], now
+        self._window, self._window_seconds = [], 0.0
 
-    def validated(self, result: Validation) -> bool:
-        """Logs a validation; True when it is the best so far."""
+    def validated(self, result: Validation, seconds: float) -> bool:
+        """Logs a validation that took `seconds`; True when it is the best so far."""
         rate = result.per.rate
         if rate is None:
             raise TrainingError(
@@ -302,6 +310,7 @@ class _Session:
             "errors": result.per.errors,
             "length": result.per.length,
             "infeasible": result.infeasible,
+            "seconds": seconds,
             "per_day": {day: found.rate for day, found in result.per_day.items()},
         }
         self._log.write("val", self.step, values)
@@ -325,10 +334,9 @@ def _percent(score: BestScore | None) -> str:
 def _progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}  PER {task.fields[per]}  {task.fields[rate]} steps/s"),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,

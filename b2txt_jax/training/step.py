@@ -88,15 +88,22 @@ def make_train_step(
     apply = make_apply(config.model, config.data.feature_count, days)
     optimizer = make_optimizer(config.optimizer)
     signal = config.signal
+    if signal.smooth_std > 0:
+        gaussian_taps(signal.smooth_std, signal.smooth_size)  # tells of bad settings before tracing
 
     def loss_of(params: Params, batch: Batch, keys: StepKeys) -> tuple[jax.Array, jax.Array]:
-        x, bins = augment(keys.augment, batch.features, batch.bins, signal)
+        # Float32 whatever the features are stored as: noise and smoothing need its digits.
+        x = jnp.asarray(batch.features, jnp.float32)
+        x, bins = augment(keys.augment, x, batch.bins, signal)
         if signal.smooth_std > 0:
             x = smooth(x, signal.smooth_std, signal.smooth_size)
-        logits = apply(params, x, batch.day, keys.dropout)
+        # The names tell the parts apart in a compiled program and in a profile of it.
+        with jax.named_scope("model"):
+            logits = apply(params, x, batch.day, keys.dropout)
         frames = _frames(config, bins)
         feasible = frames_needed(batch.labels, batch.label_length) <= frames
-        losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
+        with jax.named_scope("ctc"):
+            losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
         counted = jnp.maximum(feasible.sum(), 1)
         return jnp.where(feasible, losses, 0.0).sum() / counted, (~feasible).sum()
 
@@ -105,10 +112,11 @@ def make_train_step(
         (loss, infeasible), gradient = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, batch, keys
         )
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradient)
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+            updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
         changed = TrainState(state.step + 1, params, moments)
         kept = TrainState(state.step + 1, state.params, state.optimizer)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
@@ -124,7 +132,7 @@ def make_eval_step(config: Config, days: int) -> Callable[[Params, Batch], EvalO
     signal = config.signal
 
     def eval_step(params: Params, batch: Batch) -> EvalOutput:
-        x, bins = jnp.asarray(batch.features), jnp.asarray(batch.bins)
+        x, bins = jnp.asarray(batch.features, jnp.float32), jnp.asarray(batch.bins)
         if signal.smooth_std > 0:
             x = smooth(x, signal.smooth_std, signal.smooth_size, signal.eval_padding)
             if signal.eval_padding == "valid":

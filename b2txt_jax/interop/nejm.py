@@ -150,20 +150,28 @@ def _scheduler_step(checkpoint: Mapping[str, Any], source: str) -> int:
 def _read_moments(optimizer: Any, order: Sequence[str], source: str) -> Moments | None:
     """AdamW's state by name: its parameters are numbered group after group, in the model's
     order."""
-    if not optimizer or not optimizer.get("state"):
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    if not isinstance(optimizer, dict) or not state:
         return None
-    names = [name for group in optimizer_groups(order) for name in group]
-    numbers = [len(group["params"]) for group in optimizer["param_groups"]]
-    if numbers != [len(group) for group in optimizer_groups(order)]:
+    expected = optimizer_groups(order)
+    names = [name for group in expected for name in group]
+    groups = optimizer.get("param_groups")
+    if not isinstance(state, dict) or not isinstance(groups, list):
+        raise ConversionError(
+            f"{source}: optimizer_state_dict is not AdamW's; convert the weights alone with "
+            f"--restart"
+        )
+    numbers = [len(group["params"]) for group in groups]
+    if numbers != [len(group) for group in expected]:
         raise ConversionError(
             f"{source}: the optimizer has groups of {numbers} parameters; needed "
-            f"{[len(group) for group in optimizer_groups(order)]} (biases, day layers, others). "
-            f"Convert the weights alone with --restart"
+            f"{[len(group) for group in expected]} (biases, day layers, others). Convert the "
+            f"weights alone with --restart"
         )
-    indices = [index for group in optimizer["param_groups"] for index in group["params"]]
+    indices = [index for group in groups for index in group["params"]]
     mean, square, steps = {}, {}, {}
     for index, name in zip(indices, names, strict=True):
-        entry = optimizer["state"].get(index)
+        entry = state.get(index)
         if entry is None:  # a day that no batch has had yet
             continue
         missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]

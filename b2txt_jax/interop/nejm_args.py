@@ -123,36 +123,38 @@ _OTHERS: tuple[tuple[str, Callable[[Any], Any], Any], ...] = (
     (_WALK_AXIS, _whole, -1),
 )
 
-_WITHOUT_EFFECT = {
-    "gpu_number": "the device is JAX's",
-    "mode": "the command says it",
-    "output_dir": "--workdir",
-    "checkpoint_dir": "--workdir",
-    "init_from_checkpoint": "where the run came from",
-    "init_checkpoint_path": "where the run came from",
-    "save_best_checkpoint": "the best is always saved",
-    "save_all_val_steps": "the best and the latest are saved",
-    "save_final_model": "the latest is always saved",
-    "save_val_metrics": "metrics are always saved",
-    "save_val_logits": "`b2txt infer` writes logits",
-    "save_val_data": "the data stays where it is",
-    "log_individual_day_val_PER": "always logged",
-    "log_val_skip_logs": "only a message",
-    "batches_per_save": "read by no published code",
-    "early_stopping_val_steps": "only read with early_stopping",
-    "dataset.seed": "batches are drawn from `seed`",
-    "dataset.num_dataloader_workers": "the loader has its own threads",
-    "dataset.loader_shuffle": "batches are random either way",
-    "dataset.max_seq_elements": "data.buckets limit labels",
-    "dataset.test_percentage": "read by no published code: splits are files",
-    "dataset.bad_trials_dict": "read by no published code",
-    "dataset.must_include_days": "read by no published code",
-    "dataset.neural_dim": "read by no published code: model.n_input_features counts",
-    "dataset.dataset_probability_val": "sessions that have a val file are validated",
-    "model.input_network.n_input_layers": "read by no published code",
-    "model.input_network.input_layer_sizes": "read by no published code",
-}
-"""Published settings that are left out, with the reason."""
+# Published settings that are left out, with the reason.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "gpu_number",  # the device is JAX's
+        "mode",  # the command says it
+        "output_dir",  # --workdir
+        "checkpoint_dir",  # --workdir
+        "init_from_checkpoint",  # where the run came from
+        "init_checkpoint_path",  # where the run came from
+        "save_best_checkpoint",  # the best is always saved
+        "save_all_val_steps",  # the best and the latest are saved
+        "save_final_model",  # the latest is always saved
+        "save_val_metrics",  # metrics are always saved
+        "save_val_logits",  # `b2txt infer` writes logits
+        "save_val_data",  # the data stays where it is
+        "log_individual_day_val_PER",  # always logged
+        "log_val_skip_logs",  # only a message
+        "batches_per_save",  # read by no published code
+        "early_stopping_val_steps",  # only read with early_stopping
+        "dataset.seed",  # batches are drawn from `seed`
+        "dataset.num_dataloader_workers",  # the loader has its own threads
+        "dataset.loader_shuffle",  # batches are random either way
+        "dataset.max_seq_elements",  # data.buckets limit labels
+        "dataset.test_percentage",  # read by no published code: splits are files
+        "dataset.bad_trials_dict",  # read by no published code
+        "dataset.must_include_days",  # read by no published code
+        "dataset.neural_dim",  # read by no published code: model.n_input_features counts
+        "dataset.dataset_probability_val",  # sessions that have a val file are validated
+        "model.input_network.n_input_layers",  # read by no published code
+        "model.input_network.input_layer_sizes",  # read by no published code
+    }
+)
 
 _FIXED: dict[str, tuple[Any, str]] = {
     "model.rnn_trainable": (True, "the GRU is always trained here"),
@@ -239,24 +241,23 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
         else:
             values[path] = default
             filled.append(f"{path} = {default}")
-    for key, value, reason in _without_equivalent(flat, values, source):
-        if key in _NOT_IGNORABLE or key not in ignore:
-            advice = (
-                "Logits depend on it, so this model cannot be converted"
-                if key in _NOT_IGNORABLE
-                else f"Training would differ; `--ignore {key}` converts all the same"
-            )
-            raise ConversionError(
-                f"{source}: {key} is {_short(value)}, which has no equivalent: {reason}. {advice}"
-            )
     notes = []
     if filled:
         notes.append(f"not in args.yaml, taken from the published recipe: {', '.join(filled)}")
-    found = [key for key, value in flat.items() if key not in values and value is not None]
-    without_effect = [key for key in found if key in _WITHOUT_EFFECT]
-    if without_effect:
-        notes.append(f"left out, without effect here: {', '.join(without_effect)}")
-    notes += [f"ignored: {key} = {_short(flat[key])}" for key in found if key in ignore]
+    left_out = [key for key in _WITHOUT_EFFECT if flat.get(key) is not None]
+    if left_out:
+        notes.append(f"left out, without effect here: {', '.join(sorted(left_out))}")
+    for key, value, reason in _without_equivalent(flat, values, source):
+        text = f"{key} is {_short(value)}, which has no equivalent: {reason}"
+        if key in _NOT_IGNORABLE:
+            raise ConversionError(
+                f"{source}: {text}. Logits depend on it, so this model cannot be converted"
+            )
+        if key not in ignore:
+            raise ConversionError(
+                f"{source}: {text}. Training would differ; `--ignore {key}` converts all the same"
+            )
+        notes.append(f"ignored: {text}")
     try:
         config = freeze(_as_config(values))
         if config.signal.smooth_std > 0:

@@ -1,0 +1,172 @@
+"""args.yaml becomes the configuration that trains and decodes the same way, or says why not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from nejm_run import ARGS, args_with
+
+from b2txt_jax.config import load_config, with_overrides
+from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.interop.nejm_args import args_from_config, load_args, read_args
+
+BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
+T = "dataset__data_transforms__"
+
+
+def read(tmp_path: Path, args: dict | str, ignore=()):
+    path = tmp_path / "args.yaml"
+    path.write_text(args if isinstance(args, str) else yaml.safe_dump(args))
+    return read_args(load_args(path), "args.yaml", ignore)
+
+
+def test_every_setting_reaches_its_key(tmp_path):
+    config = read(tmp_path, ARGS).config
+    data, signal, model, optimizer = config.data, config.signal, config.model, config.optimizer
+    assert data.sessions == ("t15.2023.08.11", "t15.2023.08.13", "t15.2023.08.18")
+    assert (data.root, data.feature_count) == ("somewhere/hdf5_data_final", 6)
+    assert (data.days_per_batch, data.trials_per_day, data.eval_batch_size) == (2, 2, 4)
+    assert (signal.white_noise_std, signal.constant_offset_std) == (1.0, 0.2)
+    assert (signal.smooth_std, signal.smooth_size, signal.random_cut) == (2.0, 100, 3)
+    assert (model.units, model.layers, model.patch_size, model.patch_stride) == (5, 2, 3, 2)
+    assert (model.input_dropout, model.rnn_dropout, model.classes) == (0.2, 0.4, 41)
+    assert (model.day_layer, model.dtype) == (True, "float32")
+    assert (optimizer.learning_rate, optimizer.learning_rate_min) == (0.005, 0.0001)
+    assert (optimizer.day_learning_rate, optimizer.day_learning_rate_min) == (0.003, 0.0002)
+    assert (optimizer.decay_steps, optimizer.warmup_steps) == (40, 4)
+    assert (optimizer.day_decay_steps, optimizer.day_warmup_steps) == (30, 2)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.999, 0.1)
+    assert (optimizer.weight_decay, optimizer.day_weight_decay) == (0.001, 0.0)
+    assert (optimizer.clip_norm, config.train.seed, config.train.steps) == (10.0, 10, 50)
+    assert (config.train.log_every, config.train.validate_every) == (2, 5)
+
+
+def test_the_baseline_configuration_survives_both_ways(tmp_path):
+    config = load_config(BASELINE)
+    args = args_from_config(config, validated=config.data.sessions[1:])
+    assert args["dataset"]["dataset_probability_val"] == [0] + [1] * 44
+    assert read(tmp_path, args).config == config
+    # what an args.yaml leaves open is what the published recipe, and so the baseline, has
+    needed = {
+        "model": {k: v for k, v in args["model"].items() if "n_" in k or "patch" in k},
+        "dataset": {k: args["dataset"][k] for k in ("sessions", "n_classes", "data_transforms")},
+    }
+    for name in ("input_network", "rnn_dropout", "rnn_trainable"):
+        needed["model"].pop(name, None)
+    found = read(tmp_path, needed)
+    assert found.config == config
+    assert "taken from the published recipe: model.rnn_dropout = 0.4" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "expected"),
+    [
+        ({"use_amp": True}, "model.dtype", "auto"),
+        ({"use_amp": "false"}, "model.dtype", "float32"),
+        ({T + "smooth_data": False}, "signal.smooth_std", 0.0),
+        ({T + "random_cut": 0}, "signal.random_cut", 1),
+        ({"grad_norm_clip_value": 0}, "optimizer.clip_norm", 0.0),
+        ({"lr_max": "5e-3"}, "optimizer.learning_rate", 0.005),
+        ({"num_training_batches": "120000"}, "train.steps", 120_000),
+        ({"num_training_batches": 1.0e3}, "train.steps", 1000),
+        ({"model__patch_size": 0, "model__patch_stride": 0}, "model.patch_stride", 1),
+        ({"seed": None}, "train.seed", 10),
+        ({"seed": "None"}, "train.seed", 10),
+        ({"dataset__feature_subset": "None"}, "data.feature_count", 6),
+        ({"early_stopping": "False"}, "train.steps", 50),
+    ],
+)
+def test_oddities_of_published_files_are_understood(tmp_path, changes, key, expected):
+    section, name = key.split(".")
+    config = read(tmp_path, args_with(**changes)).config
+    assert getattr(getattr(config, section), name) == expected
+
+
+def test_numbers_that_yaml_leaves_as_text_are_numbers(tmp_path):
+    # YAML 1.1 reads 1e-4, which has no point, as text
+    text = re.sub(r"lr_min: .*", "lr_min: 1e-4", yaml.safe_dump(ARGS))
+    assert read(tmp_path, text).config.optimizer.learning_rate_min == 0.0001
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__n_units": ...}, r"lacks model\.n_units; needed, since logits depend on it"),
+        ({"dataset__sessions": ...}, r"lacks dataset\.sessions"),
+        ({"dataset__sessions": []}, "needed a list of session names"),
+        ({"dataset__sessions": ["a", "b", "a"]}, "stand twice: a"),
+        ({"dataset__sessions": ["../a"]}, "not the name of a folder"),
+        ({"lr_max": "fast"}, "lr_max is 'fast'; could not convert"),
+        ({"lr_max": float("nan")}, "needed a finite number"),
+        ({"model__n_layers": 2.5}, "needed a whole number"),
+        ({"model__n_layers": True}, "needed a number"),
+        ({"use_amp": 3}, "use_amp is 3; needed true or false"),
+        ({"model__rnn_dropout": 1.5}, "no usable configuration.*rnn_dropout is 1.5"),
+        ({T + "smooth_kernel_size": 5}, "no usable configuration.*needs at least 17"),
+        ({"dataset__days_per_batch": 0}, "needed at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(tmp_path, changes, message):
+    with pytest.raises(ConversionError, match=message):
+        read(tmp_path, args_with(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type"),
+        ({"model__rnn_trainable": False}, "model.rnn_trainable"),
+        ({"model__input_network__input_trainable": "False"}, "model.input_network.input_trainable"),
+        ({"early_stopping": True}, "early_stopping"),
+        ({"dataset__batch_size": 5}, "dataset.batch_size"),
+        (
+            {T + "random_walk_std": 0.1, T + "random_walk_axis": 1},
+            "dataset.data_transforms.random_walk_axis",
+        ),
+        ({"model__extra": 3}, "model.extra"),
+    ],
+)
+def test_settings_without_an_equivalent_are_an_error_unless_ignored(tmp_path, changes, setting):
+    args = args_with(**changes)
+    with pytest.raises(ConversionError, match=rf"no equivalent.*--ignore {re.escape(setting)}`"):
+        read(tmp_path, args)
+    notes = read(tmp_path, args, ignore=[setting]).notes
+    assert any(note.startswith(f"ignored: {setting} is") for note in notes)
+
+
+def test_a_subset_of_features_can_never_be_ignored(tmp_path):
+    args = args_with(dataset__feature_subset=[0, 1, 2])
+    with pytest.raises(ConversionError, match="cannot be converted"):
+        read(tmp_path, args, ignore=["dataset.feature_subset"])
+
+
+def test_settings_that_change_nothing_are_listed(tmp_path):
+    (note,) = read(tmp_path, ARGS).notes
+    assert note.startswith("left out, without effect here: ")
+    assert "gpu_number" in note
+    assert "dataset.dataset_probability_val" in note
+    assert "lr_max" not in note
+    assert "init_checkpoint_path" not in note  # the text None is nothing
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not plain YAML"),
+        ("a: !!python/object/apply:os.system ['exit 1']", "not plain YAML.*python/object"),
+        ("", "holds no settings"),
+        ("model: {n_units: '${size}'}", r"model\.n_units is '\$\{size\}', an OmegaConf reference"),
+    ],
+)
+def test_files_that_are_not_plain_settings_are_refused(tmp_path, text, message):
+    with pytest.raises(ConversionError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_shared_day_layer_cannot_go_to_the_published_model():
+    shared = with_overrides(load_config(BASELINE), ["--config.model.day_layer=False"])
+    with pytest.raises(ConversionError, match="--to-safetensors"):
+        args_from_config(shared, ())

@@ -2,8 +2,8 @@
 
 It speaks the published NEJM protocol (`lm_server.protocol`), so it works with `lm-server` and with
 the published server alike; both serve one client at a time. Every wait also watches the error
-stream of `lm-server`, every wait ends, and a trial without a sentence is an error that names it,
-never an empty sentence.
+stream of `lm-server`, every wait ends, and a trial without an answer is an error that names it. An
+empty sentence is an answer if the server scored it: the best one where nothing was said.
 """
 
 from __future__ import annotations
@@ -333,25 +333,28 @@ class LanguageModelClient:
 def candidates_of(answer: Mapping[bytes, bytes]) -> list[Scored]:
     """Fields of a final entry -> candidates, best total first, each sentence once.
 
-    A server writes 0 for "no large language model"; where all candidates have it, `llm` is None.
+    A candidate may be the empty sentence: nothing was said. A server writes 0 for "no large
+    language model"; where all candidates have it, `llm` is None.
 
     Raises:
-      LanguageModelError: there is no sentence, or the scores cannot be read.
+      LanguageModelError: there is no candidate, or the scores cannot be read.
     """
     best = answer.get(b"lm_response_final", b"").decode()
     if b"scoring" not in answer:
-        candidates = [Scored(best, float("nan"), float("nan"), None, float("nan"))]
+        unknown = float("nan")
+        # Without scores, an empty text is what published servers send when they found nothing.
+        candidates = [Scored(best, unknown, unknown, None, unknown)] if best.strip() else []
     else:
         try:
             candidates = decode_scoring(answer[b"scoring"].decode())
         except ProtocolError as error:
             raise LanguageModelError(f"the scores of {best!r} cannot be read: {error}") from error
-    candidates = [candidate for candidate in candidates if candidate.sentence.strip()]
     if not candidates:
         raise LanguageModelError(
-            "the server found no sentence for these logits: widen its beam, or look at the "
-            "logits' scale"
+            "the server found no sentence, not even an empty one, for these logits: were there "
+            "frames? If so, widen its beam, or look at the logits' scale"
         )
+    candidates = [replace(one, sentence=one.sentence.strip()) for one in candidates]
     if all(candidate.llm == 0.0 for candidate in candidates):
         candidates = [replace(candidate, llm=None) for candidate in candidates]
     unique: dict[str, Scored] = {}

@@ -31,7 +31,8 @@ def serve_child(
 ) -> Iterator[str]:
     """Runs `lm-server serve --lm DIR` with a Redis of its own, yields its URL, stops both.
 
-    Should this process be killed, the child sees its stdin close and stops by itself.
+    Should this process be killed, the child sees that its parent is another one and stops by
+    itself (`--exit-with-parent`).
 
     Args:
       lm_dir: folder of a model, as `lm-server build --out` writes it.
@@ -57,15 +58,14 @@ def serve_child(
     # that it started.
     child = subprocess.Popen(
         full,
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
         start_new_session=True,
     )
-    assert child.stdin is not None  # all three are pipes
-    assert child.stdout is not None
+    assert child.stdout is not None  # both are pipes
     assert child.stderr is not None
     ready: queue.Queue[str | None] = queue.Queue()
     said: collections.deque[str] = collections.deque(maxlen=50)
@@ -96,7 +96,7 @@ def serve_child(
         _stop(child, stop_timeout)
         for listener in listeners:
             listener.join(timeout=2.0)
-        for stream in (child.stdin, child.stdout, child.stderr):
+        for stream in (child.stdout, child.stderr):
             with contextlib.suppress(OSError):
                 stream.close()
 

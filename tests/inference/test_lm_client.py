@@ -7,9 +7,12 @@ time, and starts at the Redis clock.
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from b2txt_jax.inference.lm_client import (
     candidates_of,
     mask_password,
 )
+from b2txt_jax.inference.lm_process import serve_child
 from lm_server.protocol import (
     LM_CLASSES,
     ProtocolError,
@@ -351,8 +355,32 @@ def test_a_published_server_without_n_best_gives_its_sentence_with_unknown_score
     assert only.llm is None
 
 
+def test_an_empty_sentence_that_is_the_best_candidate_is_the_answer() -> None:
+    scored = [Scored("", -2.0, -1.0, None, -3.0), Scored("a", -9.0, -1.0, None, -10.0)]
+    text = encode_scoring(scored).encode()
+    assert candidates_of({b"lm_response_final": b"", b"scoring": text}) == scored
+    alone = encode_scoring(scored[:1]).encode()
+    assert candidates_of({b"lm_response_final": b"", b"scoring": alone}) == scored[:1]
+
+
+def test_a_silent_trial_is_decoded_to_nothing_by_the_real_server(tmp_path: Path) -> None:
+    text, lexicon = tmp_path / "text.txt", tmp_path / "lexicon.txt"
+    text.write_text("The cat sat. A cat ran.\n" * 50)
+    lexicon.write_text("a AH\ncat K AE T\nran R AE N\nsat S AE T\nthe DH AH\n")
+    build = [sys.executable, "-m", "lm_server", "build", "--order", "2", "--text", str(text)]
+    build += ["--lexicon", str(lexicon), "--out", str(tmp_path / "lm")]
+    subprocess.run(build, check=True, capture_output=True)
+    silent = 20 * frames(*["BLANK"] * 30, *[" | "] * 5, *["BLANK"] * 20)
+    spoken = 20 * frames("K", "AE", "T", " | ", "R", "AE", "N", " | ")
+    with serve_child(tmp_path / "lm") as address:
+        results, failures, _ = run_language_model([silent, spoken], ["silent", "spoken"], address)
+    assert failures == []
+    found = [candidates and candidates[0].sentence for candidates in results]
+    assert found == ["", "cat ran"]
+
+
 @pytest.mark.parametrize("fields", [{b"scoring": b""}, {b"lm_response_final": b" "}, {}])
-def test_an_empty_answer_is_an_error_and_no_empty_sentence(fields: dict[bytes, bytes]) -> None:
+def test_an_answer_without_any_candidate_is_an_error(fields: dict[bytes, bytes]) -> None:
     with pytest.raises(LanguageModelError, match="no sentence"):
         candidates_of(fields)
 

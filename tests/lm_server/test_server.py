@@ -166,26 +166,29 @@ class Faulty(Session):
 
 def test_a_fault_of_ours_is_answered_and_logged_and_the_server_goes_on(model_folder, caplog):
     stop = threading.Event()
-    with embedded_redis() as own, redis.Redis.from_url(own.url, protocol=2) as connection:
-        with connect(own.url, 5.0, stop) as side:
-            server = Server(side, Faulty(LanguageModel(model_folder), Settings()))
-            thread = threading.Thread(target=server.run, args=(stop,))
-            thread.start()
-            try:
-                client = NejmClient(connection)
-                for count in (1, 2):
-                    client.reset()
-                    sent = connection.xadd("remote_lm_input", {"logits": bytes(7 * 164)})
-                    error = client.wait("error")
-                    assert "ZeroDivisionError: a fault of ours" in error["error"]
-                    assert error["entry_id"] == sent.decode()
-                    assert f"failures so far: {{'ZeroDivisionError': {count}}}" in caplog.text
-                    # The sentence that failed is gone, also without a reset.
-                    assert client.send(say(["a", "cat"])) == "a cat"
-                    assert client.finalize()["lm_response_final"] == "a cat"
-            finally:
-                stop.set()
-                thread.join(timeout=15)
+    with (
+        embedded_redis() as own,
+        redis.Redis.from_url(own.url, protocol=2) as connection,
+        connect(own.url, 5.0, stop) as side,
+    ):
+        server = Server(side, Faulty(LanguageModel(model_folder), Settings()))
+        thread = threading.Thread(target=server.run, args=(stop,))
+        thread.start()
+        try:
+            client = NejmClient(connection)
+            for count in (1, 2):
+                client.reset()
+                sent = connection.xadd("remote_lm_input", {"logits": bytes(7 * 164)})
+                error = client.wait("error")
+                assert "ZeroDivisionError: a fault of ours" in error["error"]
+                assert error["entry_id"] == sent.decode()
+                assert f"failures so far: {{'ZeroDivisionError': {count}}}" in caplog.text
+                # The sentence that failed is gone, also without a reset.
+                assert client.send(say(["a", "cat"])) == "a cat"
+                assert client.finalize()["lm_response_final"] == "a cat"
+        finally:
+            stop.set()
+            thread.join(timeout=15)
     assert "Traceback" in caplog.text
 
 

@@ -195,8 +195,37 @@ def test_infer_then_decode_gives_one_line_per_trial(run_folder, language_model, 
     assert main(["infer", "--workdir", str(run_folder), "--out", str(logits)]) == 0
     arguments = ["--lm", str(language_model), "--logits", str(logits), "--out", str(lines)]
     command = [sys.executable, "-m", "lm_server", "decode", *arguments]
-    status = subprocess.run(command, capture_output=True, check=False).returncode
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     decoded = [json.loads(line) for line in lines.read_text().splitlines()]
     with np.load(logits) as file:
         assert [entry["trial"] for entry in decoded] == file["trial"].tolist()
-    assert status == (1 if any("error" in entry for entry in decoded) else 0)
+    assert done.returncode == 0, done.stderr
+    assert all(entry["nbest"][0]["sentence"] == entry["sentence"] for entry in decoded)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["simulate", "--out", "{file}/x"],
+        ["train", "--config", "configs/demo.py", "--workdir", "{file}/x"],
+        ["evaluate", "--workdir", "{run}", "--lm", "{file}", "--out", "{file}/x"],
+    ],
+    ids=["simulate", "train", "evaluate"],
+)
+def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(
+    arguments, run_folder, tiny_overrides, tmp_path, capsys
+):
+    file = tmp_path / "file"
+    file.write_text("")
+    words = [word.format(file=file, run=run_folder) for word in arguments]
+    words += tiny_overrides if words[0] == "train" else []
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error
+    assert "Traceback" not in error
+
+
+def test_a_key_without_a_value_is_told_how_to_give_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "c", "--workdir", "w", "--config.model.units", "256"])
+    assert "needed --config.model.units=VALUE" in capsys.readouterr().err

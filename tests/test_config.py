@@ -17,13 +17,37 @@ BASELINE = "configs/nejm_baseline.py"
 
 
 def test_the_baseline_holds_the_published_recipe():
+    """Every value of the published rnn_args.yaml that has a meaning here."""
     config = load_config(BASELINE)
     assert len(config.data.sessions) == 45
+    assert (config.data.sessions[0], config.data.sessions[-1]) == (
+        "t15.2023.08.11",
+        "t15.2025.04.13",
+    )
     assert config.data.days_per_batch * config.data.trials_per_day == 64
-    assert (config.model.layers, config.model.units) == (5, 768)
-    assert (config.model.patch_size, config.model.patch_stride) == (14, 4)
-    assert config.train.steps == config.optimizer.decay_steps == 120_000
-    assert config.optimizer.epsilon == 0.1
+    assert (config.data.days_per_batch, config.data.feature_count) == (4, 512)
+    signal, model = config.signal, config.model
+    assert (signal.white_noise_std, signal.constant_offset_std) == (1.0, 0.2)
+    assert (signal.random_walk_std, signal.static_gain_std, signal.random_cut) == (0.0, 0.0, 3)
+    assert (signal.smooth_std, signal.smooth_size) == (2.0, 100)
+    assert (model.layers, model.units, model.classes) == (5, 768, 41)
+    assert (model.patch_size, model.patch_stride) == (14, 4)
+    assert (model.input_dropout, model.rnn_dropout, model.day_layer) == (0.2, 0.4, True)
+    for prefix in ("", "day_"):
+        rates = [
+            getattr(config.optimizer, prefix + name)
+            for name in ("learning_rate", "learning_rate_min", "warmup_steps", "decay_steps")
+        ]
+        assert rates == [0.005, 0.0001, 1000, 120_000]
+    optimizer = config.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.999, 0.1)
+    assert (optimizer.weight_decay, optimizer.day_weight_decay) == (0.001, 0.0)
+    assert optimizer.clip_norm == 10.0
+    assert (config.train.steps, config.train.validate_every, config.train.seed) == (
+        120_000,
+        2000,
+        10,
+    )
 
 
 def test_overrides_keep_each_keys_type():
@@ -53,7 +77,15 @@ def test_overrides_keep_each_keys_type():
         ("--config.model.units=wide", "invalid literal"),
         ("--config.model.units", "needed --config.section.key=value"),
         ("--config.model.units=0", "needed at least 1"),
-        ("--config.model.rnn_dropout=1.0", "needed 0 <= rate < 1"),
+        ("--config.model.rnn_dropout=1.0", "needed 0 <= value < 1"),
+        ("--config.model.patch_size=-3", "needed at least 0"),
+        ("--config.model.classes=20", "needed 41"),
+        ("--config.optimizer.learning_rate=-0.1", "needed at least 0"),
+        ("--config.optimizer.epsilon=0.0", "needed at least 1e-12"),
+        ("--config.signal.white_noise_std=-1.0", "needed at least 0"),
+        ("--config.train.seed=-1", "needed at least 0"),
+        ("--config.data.sessions=('a', 'a')", "needed different names"),
+        ("--config.data.buckets=(('a', 'b'),)", "needed ascending"),
         ("--config.model.dtype=float16", "needed one of auto, float32, bfloat16"),
         ("--config.data.buckets=((9, 9), (5, 5))", "needed ascending"),
         ("--config.data.buckets=()", "needed ascending"),
@@ -66,7 +98,15 @@ def test_a_wrong_override_says_what_is_needed(override, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("x = 1", "no get_config")],
+    [
+        (None, "does not exist"),
+        ("x = 1", "no get_config"),
+        ("def get_config(:", "not valid Python"),
+        (
+            "def get_config():\n  import ml_collections as m\n  return m.ConfigDict()",
+            "missing keys",
+        ),
+    ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, message):
     path = tmp_path / "config.py"
@@ -103,3 +143,11 @@ def test_differences_name_key_and_both_values():
     changed = with_overrides(config, ["--config.model.units=512"])
     assert differences(config, changed) == {"model.units": (768, 512)}
     assert differences(config, config) == {}
+
+
+def test_keys_that_made_a_model_cannot_be_changed_when_it_is_used():
+    config = load_config(BASELINE)
+    allowed = {"data.root"}
+    assert with_overrides(config, ["--config.data.root=/x"], allowed).data.root == "/x"
+    with pytest.raises(ConfigError, match=r"data\.sessions belongs to the trained model"):
+        with_overrides(config, ["--config.data.sessions=('b', 'a')"], allowed)

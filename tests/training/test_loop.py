@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from b2txt_jax.config import ConfigError, with_overrides
+from b2txt_jax.data.hdf5 import DataError
 from b2txt_jax.inference.logits import compute_logits, load_model, write_logits
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.loop import train
@@ -138,3 +139,37 @@ def test_the_logits_file_has_the_documented_arrays(trained, tmp_path, simulated)
         assert names[0].split("/")[1] == "trial_0000"
         for trial, frames in zip(trials, [len(t.logits) for t in trials], strict=True):
             assert frames == (trial.ref.bins - 14) // 4 + 1
+
+
+def test_a_call_that_failed_on_the_data_leaves_nothing_in_the_way_of_the_next(
+    tiny_config, tmp_path
+):
+    wrong = with_overrides(tiny_config, ["--config.data.sessions=('t15.2023.08.11','x')"])
+    with pytest.raises(DataError, match="'x'"):
+        train(wrong, tmp_path / "run")
+    short = with_overrides(tiny_config, ["--config.train.steps=2"])
+    assert train(short, tmp_path / "run").finished
+    assert len(load_model(tmp_path / "run").config.data.sessions) == 4
+
+
+def test_a_best_checkpoint_of_steps_that_were_lost_is_replaced(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, value in ((6, 6.0), (5, 5.0)):
+            score = BestScore(0.5, 1.0, step)
+            checkpoints.save_best(step, {"x": np.full(3, value, np.float32)}, score)
+            checkpoints.wait()
+        params, best = checkpoints.restore_best({"x": np.zeros(3, np.float32)})
+    assert best.step == 5
+    np.testing.assert_array_equal(params["x"], np.full(3, 5.0))
+
+
+def test_the_sessions_of_a_trained_model_cannot_be_reordered_when_it_is_used(trained):
+    with pytest.raises(ConfigError, match="belongs to the trained model"):
+        load_model(trained, ["--config.data.sessions=('b', 'a')"])
+
+
+def test_steps_per_second_count_the_time_of_steps_and_not_of_validation(trained):
+    for entry in lines_of(trained, "train"):
+        assert entry["steps_per_second"] == pytest.approx(2 / entry["seconds"])
+    with_compilation = lines_of(trained, "train")[0]["seconds"]
+    assert with_compilation > lines_of(trained, "train")[-1]["seconds"] > 0

@@ -46,7 +46,7 @@ def test_frame_count_is_the_published_formula(bins, frames):
     assert int(frame_count(jnp.asarray(bins), 14, 4)) == frames
 
 
-def test_dropout_drops_the_stated_share_between_layers_and_nothing_without_a_key():
+def test_dropout_is_on_with_a_key_and_off_without():
     params = perturbed_params(SMALL)
     x = np.random.default_rng(2).normal(size=(2, 20, FEATURES)).astype(np.float32)
     day = np.zeros(2, int)

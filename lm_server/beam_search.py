@@ -36,6 +36,7 @@ from lm_server.protocol import (
     CLASS_COUNT,
     LM_CLASSES,
     MAX_MESSAGE_FRAMES,
+    PHONEMES,
     SILENCE,
     ProtocolError,
     check_logits,
@@ -119,21 +120,10 @@ class LanguageModel:
         self.folder = folder
         self.description = _read_description(folder)
         self.order = int(str(self.description["order"]))
-        try:
-            lines = (folder / "lexicon.txt").read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelFolderError(
-                f"{folder}/lexicon.txt cannot be read ({error}): build the model again"
-            ) from error
+        self.words, spellings = _read_spellings(folder, self.description)
         self._dictionary = Dictionary()
-        spellings: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        self.words: list[str] = []
-        for line in lines:
-            word, *phones = line.split()
-            if not self.words or self.words[-1] != word:
-                self._dictionary.add_entry(word)
-                self.words.append(word)
-            spellings[tuple(phones)].append(len(self.words) - 1)
+        for word in self.words:
+            self._dictionary.add_entry(word)
         try:
             self.ngram = KenLM(str(folder / "lm.bin"), self._dictionary)
         except RuntimeError as error:
@@ -220,19 +210,24 @@ class BeamSearch:
             return ()
         closing = np.full((1, self._model.classes), _FORBIDDEN, np.float32)
         closing[0, _SILENCE_ID] = closing[0, CLASS_COUNT:] = 0.0
+        before = self._decoder.get_best_hypothesis(0).emittingModelScore
         self._decode(closing)
         self._decoder.decode_end()
         scale = self.settings.acoustic_scale
-        found = []
-        for result in self._decoder.get_all_final_hypothesis():
-            emitted = result.emittingModelScore
-            if emitted <= _FORBIDDEN / 2:
-                # Every hypothesis stood inside a word that could not end there; the closing frame
-                # forbade nothing.
-                emitted -= _FORBIDDEN
-            found.append(
-                Hypothesis(self._words(result.words), emitted / scale, result.lmScore * _LOG10)
+        results = self._decoder.get_all_final_hypothesis()
+        surplus = 0.0
+        if results and max(one.emittingModelScore for one in results) < before + _FORBIDDEN / 2:
+            # Every hypothesis stood inside a word that could not end there; the closing frame
+            # forbade nothing. (No beam reaches over `_FORBIDDEN`: it is all of them or none.)
+            surplus = _FORBIDDEN
+        found = [
+            Hypothesis(
+                self._words(one.words),
+                (one.emittingModelScore - surplus) / scale,
+                one.lmScore * _LOG10,
             )
+            for one in results
+        ]
         self.begin()
         return rank(found, scale, self.settings.nbest)
 
@@ -288,12 +283,64 @@ def _read_description(folder: Path) -> dict[str, object]:
             raise ModelFolderError(f"{folder} is no model folder, {name} is missing in it: {hint}")
     try:
         description = json.loads((folder / "lm.json").read_text())
-        found = description["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelFolderError(f"{folder}/lm.json cannot be read ({error}): {hint}") from error
+    if not isinstance(description, dict):
+        raise ModelFolderError(
+            f"{folder}/lm.json holds a {type(description).__name__}; needed an object: {hint}"
+        )
+    found = description.get("format")
     if found != FORMAT:
         raise ModelFolderError(f"{folder} has format {found}; this version reads {FORMAT}: {hint}")
+    for name in ("order", "words", "pronunciations"):
+        if not isinstance(description.get(name), int):
+            raise ModelFolderError(
+                f"{folder}/lm.json has the {name} {description.get(name)!r}; "
+                f"needed a whole number: {hint}"
+            )
     return description
+
+
+def _read_spellings(
+    folder: Path, description: Mapping[str, object]
+) -> tuple[list[str], dict[tuple[str, ...], list[int]]]:
+    """`lexicon.txt` -> words, and for each pronunciation the indices of its words, as the file has
+    them.
+
+    Raises:
+      ModelFolderError: a line is not as `lm-server build` writes it, or lines are missing.
+    """
+    path, remedy = folder / "lexicon.txt", "build the model again"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): {remedy}") from error
+    phonemes = frozenset(PHONEMES)
+    words: list[str] = []
+    known: set[str] = set()
+    spellings: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, line in enumerate(lines, 1):
+        word, *phones = line.split() or [""]
+        if not phones or not phonemes.issuperset(phones):
+            raise ModelFolderError(
+                f"{path}, line {number}, is {line!r}; needed a word and its phonemes: {remedy}"
+            )
+        if not words or words[-1] != word:
+            if word in known:
+                raise ModelFolderError(
+                    f"{path}, line {number}, has the word {word!r} for a second time; needed all "
+                    f"its pronunciations together: {remedy}"
+                )
+            known.add(word)
+            words.append(word)
+        spellings[tuple(phones)].append(len(words) - 1)
+    for name, count in (("words", len(words)), ("pronunciations", len(lines))):
+        if count != description[name]:
+            raise ModelFolderError(
+                f"{path} has {count} {name}, but lm.json says {description[name]}: it is damaged "
+                f"or cut short: {remedy}"
+            )
+    return words, spellings
 
 
 def default_workers() -> int:

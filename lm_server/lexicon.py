@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm_server.protocol import PHONEMES
-from lm_server.text import open_text
+from lm_server.text import DAMAGED_ARCHIVE, open_text
 
 _PHONEME_SET = frozenset(PHONEMES)
 _WORD = re.compile(r"(?=.*[a-z])[a-z'\-]+")
@@ -90,7 +90,8 @@ def read_lexicon(source: str | Path) -> Lexicon:
     """Reads `cmudict` (the dictionary in this package) or a file (.txt, .gz, .xz).
 
     Raises:
-      LexiconError: there is no such file, it is no UTF-8 text, or a line is wrong.
+      LexiconError: there is no such file, it is no UTF-8 text or a damaged archive, or a line is
+        wrong.
     """
     if str(source) == "cmudict":
         resource = importlib.resources.files("lm_server") / "resources" / "cmudict.txt.xz"
@@ -111,6 +112,10 @@ def _read(path: Path, name: str) -> Lexicon:
         except UnicodeDecodeError as error:
             raise LexiconError(
                 f"{name} is not UTF-8 text ({error}): convert it, for example with iconv"
+            ) from error
+        except DAMAGED_ARCHIVE as error:
+            raise LexiconError(
+                f"{name} is a damaged archive ({error}): fetch or pack it again"
             ) from error
 
 

@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,15 @@ from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
 _worker: tuple[BeamSearch, Logits] | None = None
 """What a worker process searches with; set before it is forked, so that all of them share the
 model's memory."""
+
+
+_DAMAGED = (
+    *(ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error),
+    # An array's header is read as Python; a zip's flags may ask for a password or for an unknown
+    # compression.
+    *(tokenize.TokenError, SyntaxError, RuntimeError, MemoryError, OverflowError),
+)
+"""What reading a damaged .npz file raises."""
 
 
 class LogitsFileError(ValueError):
@@ -71,7 +82,13 @@ def read_logits(path: Path) -> Logits:
     if not path.is_file():
         raise LogitsFileError(f"there is no logits file {path}: make one with `b2txt infer`")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise LogitsFileError(
+                f"{path} holds one array, as .npy files do; needed an .npz file with logits, "
+                "frames, trial: make one with `b2txt infer`"
+            )
+        with archive as file:
             missing = [name for name in ("logits", "frames", "trial") if name not in file.files]
             if missing:
                 raise LogitsFileError(
@@ -81,7 +98,7 @@ def read_logits(path: Path) -> Logits:
             logits, frames, trial = file["logits"], file["frames"], file["trial"]
     except LogitsFileError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except _DAMAGED as error:
         raise LogitsFileError(
             f"{path} is no readable .npz file ({error}): make it again with `b2txt infer`"
         ) from error
@@ -104,7 +121,12 @@ def read_logits(path: Path) -> Logits:
             f"{path}: frames add up to {int(frames.sum())}, but logits have {len(logits)} rows; "
             "needed the same: make the file again"
         )
-    names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in trial)
+    try:
+        names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in trial)
+    except UnicodeDecodeError as error:
+        raise LogitsFileError(
+            f"{path}: trial holds bytes that are not UTF-8 ({error}); needed str"
+        ) from error
     return Logits(logits.astype(np.float32, copy=False), np.cumsum(frames, dtype=np.int64), names)
 
 

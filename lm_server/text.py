@@ -12,6 +12,7 @@ import io
 import lzma
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ _ABBREVIATIONS = frozenset(
         *("e.g", "i.e"),
     )
 )
+
+
+DAMAGED_ARCHIVE = (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error)
+"""What reading a damaged .gz or .xz file raises."""
 
 
 class TextError(ValueError):
@@ -151,7 +156,7 @@ def read_words(
                 raise TextError(
                     f"{path} is not UTF-8 text ({error}): convert it, for example with iconv"
                 ) from error
-            except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+            except DAMAGED_ARCHIVE as error:
                 raise TextError(
                     f"{path} is a damaged archive ({error}): fetch or pack it again"
                 ) from error

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -65,7 +66,13 @@ def tiny(tmp_path_factory):
         for phones in said
     ]
     (folder / "lexicon.txt").write_text("".join(lines))
-    (folder / "lm.json").write_text(json.dumps({"format": 1, "order": 2}))
+    description = {
+        "format": 1,
+        "order": 2,
+        "words": len(TINY_LEXICON),
+        "pronunciations": len(lines),
+    }
+    (folder / "lm.json").write_text(json.dumps(description))
     return LanguageModel(folder)
 
 
@@ -128,7 +135,7 @@ def test_the_search_agrees_with_listing_every_path(tiny, seed):
     rng = np.random.default_rng(seed)
     logits = some_logits(rng, frames=6)
     scale, penalty = float(rng.uniform(0.3, 2.0)), float(rng.uniform(0.5, 9.0))
-    chosen = Settings(scale, penalty, beam=1e6, max_active=20_000, nbest=25)
+    chosen = Settings(scale, penalty, beam=1000.0, max_active=10_000, nbest=25)
     log_probabilities = logits - np.log(np.exp(logits.astype(float)).sum(axis=1, keepdims=True))
     log_probabilities[:, BLANK] -= math.log(penalty)
     expected = by_listing(log_probabilities, scale)[:25]
@@ -249,7 +256,8 @@ def test_all_homophones_are_found_not_only_the_six_that_a_trie_node_holds(tmp_pa
     ids = np.arange(len(unigrams), dtype=np.int32)[:, None]
     write_trie(tmp_path / "lm.bin", unigrams, [NGrams(ids, log10, np.zeros_like(log10))])
     (tmp_path / "lexicon.txt").write_text("".join(f"{word} IY\n" for word in words))
-    (tmp_path / "lm.json").write_text(json.dumps({"format": 1, "order": 1}))
+    description = {"format": 1, "order": 1, "words": len(words), "pronunciations": len(words)}
+    (tmp_path / "lm.json").write_text(json.dumps(description))
     search = BeamSearch(LanguageModel(tmp_path), Settings())
     logits = np.zeros((6, 41), np.float32)
     logits[:3, LM_CLASSES.index("IY")] = logits[3:, SIL] = 12.0
@@ -352,3 +360,44 @@ def test_a_folder_that_is_no_model_is_refused_with_the_way_to_make_one(tmp_path,
     refused("has format 99; this version reads 1")
     (tmp_path / "lm" / "lm.json").write_text("{")
     refused(r"lm\.json cannot be read")
+    (tmp_path / "lm" / "lm.json").write_text("[1]")
+    refused(r"lm\.json holds a list; needed an object")
+    whole = json.loads((model_folder / "lm.json").read_text())
+    for name in ("order", "words", "pronunciations"):
+        left = {key: value for key, value in whole.items() if key != name}
+        (tmp_path / "lm" / "lm.json").write_text(json.dumps(left))
+        refused(rf"lm\.json has the {name} None; needed a whole number: .*lm-server build")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (
+            lambda lines: lines[:9],
+            r"has \d words, but lm\.json says 20: it is damaged or cut short",
+        ),
+        (lambda lines: lines[:-1], "but lm.json says"),
+        # Cut within a word that then equals an earlier one.
+        (lambda lines: [*lines[:-1], "a"], "line 22, is 'a'; needed a word and its phonemes"),
+        (lambda lines: [*lines, "a AH"], "line 23, has the word 'a' for a second time"),
+        (lambda lines: [*lines[:3], "", *lines[3:]], "line 4, is ''; needed a word"),
+        (lambda lines: [*lines[:3], "b QQ", *lines[3:]], "line 4, is 'b QQ'; needed a word"),
+    ],
+)
+def test_a_damaged_lexicon_in_a_model_folder_is_refused_by_its_line(
+    tmp_path, model_folder, damage, reason
+):
+    shutil.copytree(model_folder, tmp_path / "lm")
+    path = tmp_path / "lm" / "lexicon.txt"
+    path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
+    with pytest.raises(ModelFolderError, match=rf"lexicon\.txt.*{reason}.*build the model again"):
+        LanguageModel(tmp_path / "lm")
+
+
+def test_the_acoustic_score_of_a_long_sentence_is_within_what_its_frames_allow(model_folder):
+    # No path is likelier than the likeliest class of every frame, here ln(1/41) in each.
+    search = BeamSearch(LanguageModel(model_folder), Settings())
+    for frames in (1000, 2000, 5000):
+        search.step(np.zeros((frames, 41), np.float32))
+        for one in search.finish():
+            assert one.acoustic <= -frames * np.log(41) * (1 - 1e-4)

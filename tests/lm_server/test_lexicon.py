@@ -1,5 +1,9 @@
 """Lexicons are read as they stand; a broken line is named."""
 
+import gzip
+import itertools
+import lzma
+
 import pytest
 
 from lm_server.lexicon import LexiconError, format_lexicon, parse_lexicon, read_lexicon
@@ -52,6 +56,22 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(LexiconError, match=r"binary\.txt is not UTF-8"):
         read_lexicon(tmp_path / "binary.txt")
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress], ids=["gz", "xz"])
+def test_a_packed_lexicon_is_read_and_a_damaged_one_refused(tmp_path, pack):
+    path = tmp_path / f"words.{'gz' if pack is gzip.compress else 'xz'}"
+    words = itertools.islice(itertools.product("abcdefghij", repeat=4), 3000)
+    text = "".join(f"{''.join(letters)} {' '.join(['AH', 'T', 'Z'])}\n" for letters in words)
+    whole = pack(text.encode())
+    path.write_bytes(whole)
+    assert len(read_lexicon(path)) == 3000
+    # Cut short; with noise where the packed data begin; not packed at all.
+    noisy = whole[:10] + b"\xff" * 8 + whole[18:]
+    for damaged in (whole[: len(whole) // 2], noisy, b"plain"):
+        path.write_bytes(damaged)
+        with pytest.raises(LexiconError, match=rf"{path.name} is a damaged archive .*pack it"):
+            read_lexicon(path)
 
 
 def test_what_is_written_reads_back_the_same(tmp_path, lexicon_file):

@@ -96,7 +96,10 @@ def test_progress_adds_up_to_the_size_of_the_files(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
+    packed = gzip.compress(b"word\n" * 1000)
     broken = {
+        # A header as it should be, and noise where the packed data begin.
+        "noise.gz": packed[:10] + b"\xff" * 8 + packed[18:],
         "absent.txt": None,
         "latin.txt": "caf\u00e9".encode("latin-1"),
         "cut.xz": lzma.compress(b"word\n" * 1000)[:-30],

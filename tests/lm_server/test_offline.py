@@ -1,6 +1,7 @@
 """`lm-server decode` from file to file."""
 
 import json
+import random
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from small_model import say
 
 from lm_server.__main__ import main
 from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.offline import LogitsFileError, read_logits
 from lm_server.protocol import to_rnn_order
 
 SENTENCES = ["the cat sat", "a dog ran", "", "the bat ate the hat", "on the mat"] * 4
@@ -127,6 +129,43 @@ def test_a_missing_truncated_or_pickled_file_is_refused(model_folder, tmp_path, 
     write(tmp_path / "logits.npz", trial=np.array(["a"] * 20, object))
     assert run(model_folder, tmp_path) == 2
     assert "is no readable .npz file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_whatever_byte_is_damaged_the_file_is_read_or_refused(tmp_path, save):
+    """Nothing but the module's own error comes out, whichever part the damage hits."""
+    path = tmp_path / "logits.npz"
+    fields = write(path, ["the cat"])
+    save(path, **fields)
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(1500):
+        damaged = bytearray(whole)
+        # The names and headers at both ends are hit as often as the data.
+        spots = (len(whole), 200, -250)
+        spot = generator.choice(spots)
+        start = len(whole) + spot if spot < 0 else 0
+        damaged[generator.randrange(start, start + abs(spot))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_logits(path)
+        except LogitsFileError:
+            refused += 1
+    assert refused > 500
+
+
+def test_a_file_of_one_array_is_refused(model_folder, tmp_path, capsys):
+    np.save(tmp_path / "array.npy", np.zeros((3, 41), np.float32))
+    (tmp_path / "array.npy").rename(tmp_path / "logits.npz")
+    assert run(model_folder, tmp_path) == 2
+    assert "holds one array, as .npy files do; needed an .npz file" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text_are_refused(model_folder, tmp_path, capsys):
+    write(tmp_path / "logits.npz", ["the"], trial=np.array([b"\xff"]))
+    assert run(model_folder, tmp_path) == 2
+    assert "trial holds bytes that are not UTF-8" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_and_bad_settings_are_refused(model_folder, tmp_path, capsys):

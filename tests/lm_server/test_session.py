@@ -214,5 +214,15 @@ def test_scores_stay_finite_at_the_ends_of_every_setting(session, end):
         assert np.isfinite([one.acoustic, one.ngram, one.total]).all()
 
 
+def test_one_entry_may_hold_a_whole_sentence_and_neither_more(session):
+    # The longest sentence, 10,000 frames: in one entry, and not a frame beyond it.
+    assert send(session, np.zeros((10_000, 41)))[0].stream == STREAMS.partial
+    (refused,) = send(session, np.zeros((1, 41)))
+    assert b"at most 10000 are possible" in refused.fields["error"]
+    reset(session)
+    (refused,) = send(session, np.zeros((10_001, 41)))
+    assert b"at most 10000 fit one entry" in refused.fields["error"]
+
+
 def test_an_unknown_stream_is_an_error_entry(session):
     assert session.handle("elsewhere", "1-0", {})[0].stream == "remote_lm_error"

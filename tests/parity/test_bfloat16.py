@@ -1,0 +1,173 @@
+"""The train step's program under bfloat16: which dtypes are where; and any mix of input dtypes."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import b2txt_jax.model.decoder
+from b2txt_jax.config import load_config
+from b2txt_jax.data.loader import Batch
+from b2txt_jax.training.ctc import ctc_loss
+from b2txt_jax.training.step import init_state, make_eval_step, make_train_step
+
+DAYS, FEATURES, LAYERS = 3, 8, 3
+BASELINE = load_config("configs/nejm_baseline.py")
+CONFIG = dataclasses.replace(
+    BASELINE,
+    data=dataclasses.replace(BASELINE.data, feature_count=FEATURES),
+    signal=dataclasses.replace(BASELINE.signal, static_gain_std=0.01),
+    model=dataclasses.replace(BASELINE.model, units=16, layers=LAYERS, dtype="bfloat16"),
+)
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
+
+
+def batch_of() -> Batch:
+    rng = np.random.default_rng(0)
+    return Batch(
+        rng.normal(size=(4, 60, FEATURES)).astype(np.float32),
+        np.array([60, 50, 40, 60], np.int32),
+        np.array([0, 2, 2, 1], np.int32),
+        rng.integers(1, 41, (4, 9)).astype(np.int32),
+        np.array([5, 3, 0, 2], np.int32),
+    )
+
+
+def equations(jaxpr, scope: str = "") -> Iterator[tuple[str, object]]:
+    """Every equation of a program and of the programs in it (loops, branches), with its scope."""
+    for equation in jaxpr.eqns:
+        name = f"{scope}/{equation.source_info.name_stack}"
+        yield name, equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner, name)
+
+
+def step_equations(config) -> list[tuple[str, object]]:
+    state = jax.eval_shape(lambda: init_state(config, DAYS))
+    return list(equations(jax.make_jaxpr(make_train_step(config, DAYS))(state, batch_of()).jaxpr))
+
+
+def dtypes(equation) -> set[str]:
+    values = [*equation.invars, *equation.outvars]
+    return {str(v.aval.dtype) for v in values if hasattr(v.aval, "dtype")}
+
+
+def forward_products(found) -> list[set[str]]:
+    """Operand dtypes of each matrix product and convolution in the model's forward pass."""
+    return [
+        {str(value.aval.dtype) for value in equation.invars}
+        for name, equation in found
+        if equation.primitive.name in PRODUCTS and "model" in name and "transpose" not in name
+    ]
+
+
+def bfloat16_in(found, scope: str) -> list[str]:
+    """Equations of a scope, forward or backward, that touch a bfloat16 value."""
+    inside = [equation for name, equation in found if scope in name]
+    assert inside, f"the program has no scope {scope}"
+    return [e.primitive.name for e in inside if "bfloat16" in dtypes(e)]
+
+
+def test_every_product_of_the_models_forward_pass_has_bfloat16_operands():
+    found = forward_products(step_equations(CONFIG))
+    # The day layer, an input and a recurrent product per layer, the head.
+    assert len(found) == 1 + 2 * LAYERS + 1
+    assert all(operands == {"bfloat16"} for operands in found), found
+
+
+def test_a_float32_product_in_the_forward_pass_is_found(monkeypatch):
+    original = b2txt_jax.model.decoder.day_layer
+
+    def without_cast(x, day, weight, bias, dtype):
+        return original(x, day, weight, bias, jnp.dtype("float32")).astype(dtype)
+
+    monkeypatch.setattr(b2txt_jax.model.decoder, "day_layer", without_cast)
+    found = forward_products(step_equations(CONFIG))
+    assert found.count({"float32"}) == 1
+    assert len(found) == 1 + 2 * LAYERS + 1
+
+
+def test_the_float32_configuration_has_no_bfloat16_anywhere():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="float32"))
+    found = step_equations(config)
+    assert forward_products(found) == [{"float32"}] * (1 + 2 * LAYERS + 1)
+    assert not [name for name, equation in found if "bfloat16" in dtypes(equation)]
+
+
+@pytest.mark.parametrize("scope", ["ctc", "optimizer"])
+def test_the_loss_and_the_optimizer_never_see_bfloat16(scope):
+    assert bfloat16_in(step_equations(CONFIG), scope) == []
+
+
+def test_bfloat16_in_the_loss_is_found():
+    batch = batch_of()
+
+    def careless(logits):
+        with jax.named_scope("ctc"):
+            halves = logits.astype(jnp.bfloat16)
+            return ctc_loss(halves, jnp.full(4, 12), batch.labels, batch.label_length).sum()
+
+    program = jax.make_jaxpr(jax.grad(careless))(jnp.zeros((4, 12, 41)))
+    assert bfloat16_in(list(equations(program.jaxpr)), "ctc")
+
+
+def test_noise_and_smoothing_are_float32():
+    found = step_equations(CONFIG)
+    outside = [e for name, e in found if "model" not in name and "ctc" not in name]
+    # Outside the model only its float32 parameters and logits are left.
+    assert not [e.primitive.name for e in outside if "bfloat16" in dtypes(e)]
+
+
+def test_parameters_gradients_and_moments_are_float32():
+    state = jax.eval_shape(lambda: init_state(CONFIG, DAYS))
+    after, metrics = jax.eval_shape(make_train_step(CONFIG, DAYS), state, batch_of())
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves((state, after))}
+    assert kinds == {"float32", "int32"}
+    assert metrics.loss.dtype == metrics.gradient_norm.dtype == jnp.float32
+
+
+MIXES = pytest.mark.parametrize(
+    ("floats", "integers", "place"),
+    [
+        (floats, integers, place)
+        for floats in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+        for integers in (np.int16, np.int32, np.int64)
+        for place in (np.asarray, jnp.asarray)
+    ],
+)
+
+
+def mixed(floats, integers, place) -> tuple[Batch, Batch]:
+    """A batch of these dtypes, and the float32 and int32 batch of the same values."""
+    batch = batch_of()
+    features = batch.features.astype(floats)
+    integer = [place(value.astype(integers)) for value in batch[1:]]
+    return Batch(place(features), *integer), batch._replace(features=features.astype(np.float32))
+
+
+@MIXES
+def test_any_mix_of_input_dtypes_is_taken_and_gives_the_same_output_dtypes(floats, integers, place):
+    batch, plain = mixed(floats, integers, place)
+    state = jax.eval_shape(lambda: init_state(CONFIG, DAYS))
+    train_step, eval_step = make_train_step(CONFIG, DAYS), make_eval_step(CONFIG, DAYS)
+    assert jax.eval_shape(train_step, state, batch) == jax.eval_shape(train_step, state, plain)
+    got = jax.eval_shape(eval_step, state.params, batch)
+    wanted = jax.eval_shape(eval_step, state.params, plain)
+    assert (got.logits, got.loss) == (wanted.logits, wanted.loss)
+
+
+@pytest.mark.parametrize(
+    ("floats", "integers", "place"),
+    [(np.float16, np.int16, jnp.asarray), (np.float64, np.int64, np.asarray)],
+)
+def test_other_input_dtypes_give_the_result_of_the_same_values_in_float32(floats, integers, place):
+    params = init_state(CONFIG, DAYS).params
+    step = jax.jit(make_eval_step(CONFIG, DAYS))
+    batch, plain = mixed(floats, integers, place)
+    for got, wanted in zip(step(params, batch), step(params, plain), strict=True):
+        np.testing.assert_array_equal(got, wanted)

@@ -21,6 +21,7 @@ from b2txt_jax.config import read_written_config
 from b2txt_jax.inference.logits import TrainedModel, compute_logits
 from b2txt_jax.interop.convert import read_workdir
 from b2txt_jax.interop.nejm import read_nejm
+from b2txt_jax.interop.nejm_args import args_from_config
 from b2txt_jax.interop.weights import moments_of, to_named
 from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.step import init_state
@@ -104,20 +105,15 @@ def test_logits_of_the_full_size_model_are_pytorchs(full_size, trials, padding):
 
 
 @pytest.fixture(scope="module")
-def small(simulated, tmp_path_factory) -> tuple[Path, Run]:
-    """A published folder of a small model for the simulated sessions, two steps old."""
-    root = simulated / "hdf5_data_final"
-    args = args_with(
-        model__n_units=8,
-        model__n_layers=1,
-        model__n_input_features=512,
-        model__patch_size=14,
-        model__patch_stride=4,
-        dataset__sessions=sorted(path.name for path in root.iterdir()),
-        dataset__dataset_dir=str(root),
-        num_training_batches=4,
-        batches_per_val_step=2,
-    )
+def small(tiny_config, tmp_path_factory) -> tuple[Path, Run]:
+    """A published folder of the tiny model for the simulated sessions, two steps old.
+
+    With the recipe of the other tests, the programs that they compile serve here too.
+    """
+    sessions = sorted(path.name for path in Path(tiny_config.data.root).iterdir())
+    data = dataclasses.replace(tiny_config.data, sessions=tuple(sessions))
+    args = args_from_config(dataclasses.replace(tiny_config, data=data), sessions)
+    args |= {"num_training_batches": 4, "batches_per_val_step": 2}
     run = Run(args)
     for step in range(2):
         run.step(run.random_gradient(step, (0, 1, 3)))
@@ -138,10 +134,10 @@ def test_from_nejm_train_and_back(small, tmp_path, capsys):
     folder, theirs = small
     workdir = tmp_path / "run"
     command = ["convert", "--from-nejm", str(folder), "--workdir", str(workdir)]
-    assert main([*command, "--config.data.buckets=((320, 80),)"]) == 0
+    assert main([*command, "--config.data.buckets=((160, 40), (320, 80))"]) == 0
     printed = capsys.readouterr()
     assert "4 sessions, step 2, validation PER 25.00 %" in printed.out
-    assert "left out, without effect here: dataset.dataset_probability_val" in printed.err
+    assert "left out, without effect here: batches_per_save, checkpoint_dir" in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert_same(to_named(read_workdir(workdir, "best").state.params), weights(theirs))
 
@@ -173,7 +169,7 @@ def test_the_latest_state_is_what_trains_on_elsewhere(small, tmp_path, capsys):
         state, best = checkpoints.restore_latest(init_state(config, 4))
         later = jax.tree.map(lambda leaf: leaf + 1, state)
         checkpoints.save_latest(3, later, best)
-    for which, step, entries in (("best", 2, 0), ("latest", 3, 15)):
+    for which, step, entries in (("best", 2, 0), ("latest", 3, 19)):
         command = ["convert", "--to-nejm", str(back), "--workdir", str(workdir), "--force"]
         assert main([*command, "--which", which]) == 0
         assert ("running means are left out" in capsys.readouterr().err) == (which == "best")

@@ -1,5 +1,5 @@
 """The published recipe in plain PyTorch, written for these tests to compare with (NEJM reference,
-sections 3 and 4): no line is shared with what is tested.
+sections 3 and 4): no line is shared with what is tested, but for the shapes of the parameters.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 from b2txt_jax.config import Config, ModelConfig, OptimizerConfig
+from b2txt_jax.model.decoder import init_params
 
 
 class PublishedDecoder(nn.Module):
@@ -53,11 +55,32 @@ class PublishedDecoder(nn.Module):
         return self.out(self.gru(x, h0)[0])
 
 
+def random_params(model: ModelConfig, features: int, days: int):
+    """Parameters of our tree, drawn by numpy: compiling the initialisers would take longer than
+    most tests."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(model, features, days, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) / math.sqrt(leaf.shape[-1])).astype(np.float32),
+        shapes,
+    )
+    params["day"]["weight"] += np.eye(features, dtype=np.float32)
+    return params
+
+
 def fill(decoder: PublishedDecoder, params) -> PublishedDecoder:
     """Copies our parameters into the PyTorch model and returns it."""
     for theirs, ours in _pairs(decoder, params):
         theirs.data.copy_(torch.tensor(np.asarray(ours)).view_as(theirs))
     return decoder
+
+
+def read(decoder: PublishedDecoder, features: int, days: int):
+    """The PyTorch model's parameters as our tree."""
+    params = random_params(decoder.model, features, days)
+    for theirs, ours in _pairs(decoder, params):
+        ours[...] = theirs.detach().numpy().reshape(ours.shape)
+    return params
 
 
 def differences(decoder: PublishedDecoder, tree, gradients: bool) -> dict[str, float]:

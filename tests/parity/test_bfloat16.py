@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from published import random_params
 
 import b2txt_jax.model.decoder
 from b2txt_jax.config import load_config
@@ -166,7 +167,7 @@ def test_any_mix_of_input_dtypes_is_taken_and_gives_the_same_output_dtypes(float
     [(np.float16, np.int16, jnp.asarray), (np.float64, np.int64, np.asarray)],
 )
 def test_other_input_dtypes_give_the_result_of_the_same_values_in_float32(floats, integers, place):
-    params = init_state(CONFIG, DAYS).params
+    params = random_params(CONFIG.model, FEATURES, DAYS)
     step = jax.jit(make_eval_step(CONFIG, DAYS))
     batch, plain = mixed(floats, integers, place)
     for got, wanted in zip(step(params, batch), step(params, plain), strict=True):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from published import PublishedDecoder, differences, fill, frames_of, losses_of
+from published import PublishedDecoder, differences, fill, frames_of, losses_of, random_params
 
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.model.day_layer import day_layer
-from b2txt_jax.model.decoder import init_params, make_apply
+from b2txt_jax.model.decoder import make_apply
 from b2txt_jax.model.gru import gru_recurrence
 from b2txt_jax.model.patches import frame_count, patches, project_patches
 from b2txt_jax.training.step import make_eval_step
@@ -21,13 +21,6 @@ FEATURES, DAYS = 6, 4
 BASELINE = load_config("configs/nejm_baseline.py")
 SMALL = dataclasses.replace(BASELINE.model, units=16, layers=3, dtype="float32")
 DAY = np.array([0, 2, 1, 1, 0])  # the last day has no trial
-
-
-def perturbed_params(model):
-    params = init_params(model, FEATURES, DAYS, jax.random.key(0))
-    return jax.tree.map(
-        lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape, a.dtype), params
-    )
 
 
 @pytest.mark.parametrize(
@@ -41,7 +34,7 @@ def perturbed_params(model):
     ids=["five layers", "shared input layer", "other patches", "no patches"],
 )
 def test_logits_and_gradients_equal_torch(model):
-    params = jax.jit(lambda: perturbed_params(model))()
+    params = random_params(model, FEATURES, DAYS)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 62, FEATURES)).astype(np.float32)
     decoder = fill(PublishedDecoder(model, FEATURES, DAYS), params).eval()
@@ -186,7 +179,7 @@ def test_how_far_trials_are_padded_changes_neither_logits_nor_loss():
         data=dataclasses.replace(BASELINE.data, feature_count=FEATURES),
         model=dataclasses.replace(SMALL, layers=2),
     )
-    params = jax.jit(lambda: perturbed_params(config.model))()
+    params = random_params(config.model, FEATURES, DAYS)
     decoder = fill(PublishedDecoder(config.model, FEATURES, DAYS), params).eval()
     rng = np.random.default_rng(0)
     bins = np.array([90, 61, 118, 70], np.int32)

@@ -10,16 +10,17 @@ from published import (
     PublishedDecoder,
     differences,
     distance,
-    fill,
     greedy,
     losses_of,
+    read,
     train,
 )
 
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total
-from b2txt_jax.training.step import init_state, make_eval_step, make_train_step
+from b2txt_jax.training.optimizer import make_optimizer
+from b2txt_jax.training.step import TrainState, make_eval_step, make_train_step
 
 DAYS, FEATURES, STEPS = 5, 12, 100
 BASELINE = load_config("configs/nejm_baseline.py")
@@ -40,8 +41,8 @@ CONFIG = dataclasses.replace(
     ),
     optimizer=dataclasses.replace(
         BASELINE.optimizer,
-        learning_rate=0.02,
-        day_learning_rate=0.01,
+        learning_rate=0.04,
+        day_learning_rate=0.02,
         warmup_steps=10,
         day_warmup_steps=15,
         decay_steps=90,
@@ -83,14 +84,16 @@ def sessions(seed: int):
 def ours_and_theirs():
     """Losses, final parameters and validation data of both, after the same hundred steps."""
     batches, held_out = sessions(0)
-    state = init_state(CONFIG, DAYS)
-    start = jax.tree.map(np.array, state.params)
+    torch.manual_seed(0)
+    decoder = PublishedDecoder(CONFIG.model, FEATURES, DAYS, torch.float32)
+    start = read(decoder, FEATURES, DAYS)
+    moments = make_optimizer(CONFIG.optimizer).init(start)
+    state = TrainState(np.zeros((), np.int32), start, moments)
     step = jax.jit(make_train_step(CONFIG, DAYS))
     losses = []
     for batch in batches:
         state, metrics = step(state, batch)
         losses.append(float(metrics.loss))
-    decoder = fill(PublishedDecoder(CONFIG.model, FEATURES, DAYS, torch.float32), start)
     return losses, state.params, decoder, train(decoder, batches, CONFIG), held_out
 
 

@@ -95,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
     write_report(out / "report.html", _report_inputs(out, summary, rows, trials, evaluations))
     _print(console, summary, rows, evaluations)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
-    return 0
+    failures = [failure for evaluation in evaluations.values() for failure in evaluation.failed]
+    for failure in failures:
+        console.print(f"failed: {failure.trial}: {failure.reason}", soft_wrap=True)
+    return 1 if failures else 0
 
 
 def wer_rows(evaluations: Mapping[int, Evaluation]) -> list[tuple[str, ErrorRate]]:

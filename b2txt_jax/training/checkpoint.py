@@ -123,7 +123,7 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
     if step is None:
         raise CheckpointError(
             f"{manager.directory} holds no checkpoint; train first, or give the run's folder as "
-            f"--workdir"
+            "--workdir"
         )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     arguments = ocp.args.Composite(
@@ -135,7 +135,6 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {manager.directory / str(step)} cannot be read ({error}); its files "
-            f"are "
-            "damaged or belong to another model: restore them, or train into a new --workdir"
+            "are damaged or belong to another model: restore them, or train into a new --workdir"
         ) from error
     return restored.tree, restored.extra

@@ -71,8 +71,6 @@ class TrainResult:
     best: BestScore | None
     finished: bool
     """False when a signal stopped it early."""
-    seconds: float
-    """Wall-clock time of this call."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +133,6 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
       TrainingError: a loss or gradient was not finite.
     """
     console = console or Console()
-    start = time.monotonic()
     resumed = has_checkpoint(workdir)
     config = resolve(config, workdir, resumed)
     sessions = config.data.sessions
@@ -197,7 +194,6 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
                     break
             session.drain()
             checkpoints.wait()
-        seconds = time.monotonic() - start
         finished = session.step >= config.train.steps
         if not finished:
             console.print(
@@ -210,7 +206,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
                 f"done: best validation PER {100 * session.best.per:.2f} % at step "
                 f"{session.best.step}; checkpoints and metrics in {workdir}"
             )
-        return TrainResult(session.step, session.best, finished, seconds)
+        return TrainResult(session.step, session.best, finished)
 
 
 class _Session:

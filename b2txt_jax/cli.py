@@ -12,6 +12,7 @@ from pathlib import Path
 
 from b2txt_jax import __version__
 from b2txt_jax.errors import UserError
+from b2txt_jax.huge_pages import restart_with_huge_pages
 from lm_server.protocol import ProtocolError
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is understood)
@@ -45,6 +46,8 @@ def make_parser(wanted: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; an error that a user can mend is one line and exit status 2."""
+    if argv is None:
+        restart_with_huge_pages()
     # Compiled programs outlive the process: a resumed run starts at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -1,16 +1,20 @@
-"""One training step of the 5 x 768 baseline on one CPU core: ours against PyTorch eager, in turn,
-in one process.
+"""One training step of the 5 x 768 baseline on one CPU core: ours against PyTorch eager.
 
 Both do the whole published step: augmentation, smoothing, forward, CTC, backward, clipping, AdamW
-with three groups.
+with three groups. Each has a process of its own on the same core, and they step in turn, so that
+both see the same neighbours. Ours runs as `b2txt` does, with memory in huge pages where Linux
+leaves that to the program; `--huge-pages both` or `neither` makes the two alike.
 
-Usage: python benchmarks/train_step.py [--batch 16] [--bins 1000] [--runs 5]
+Usage: python benchmarks/train_step.py [--batch 16] [--bins 1000] [--runs 9]
 """
 
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,6 +26,7 @@ from torch.nn import functional
 
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import Batch
+from b2txt_jax.huge_pages import huge_page_environment
 from b2txt_jax.signal.smooth import gaussian_taps
 from b2txt_jax.training.step import init_state, make_train_step
 
@@ -104,41 +109,103 @@ class Peer:
         return float(loss)
 
 
+def our_steps(config: Config, batch: Batch) -> Callable[[], float]:
+    """Compiles; each call is one step and returns the loss."""
+    state = init_state(config, DAYS)
+    step = jax.jit(make_train_step(config, DAYS), donate_argnums=0).lower(state, batch).compile()
+
+    def one() -> float:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics.loss)
+
+    return one
+
+
+def serve_steps(who: str, batch: int, bins: int) -> None:
+    """A worker: takes one step for each line of its input and prints its seconds."""
+    torch.set_num_threads(1)
+    config = load_config("configs/nejm_baseline.py", ["--config.model.dtype=float32"])
+    data = random_batch(batch, bins)
+    if who == "ours":
+        one = our_steps(config, data)
+    else:
+        peer = Peer(config)
+
+        def one() -> float:
+            return peer.step(data)
+
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        one()
+        print(time.perf_counter() - started, flush=True)
+
+
+def start(who: str, batch: int, bins: int, huge_pages: bool) -> subprocess.Popen[str]:
+    """Starts a worker and waits until it is ready."""
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        who,
+        "--batch",
+        str(batch),
+        "--bins",
+        str(bins),
+    ]
+    environment = {**os.environ, **(huge_page_environment() if huge_pages else {})}
+    pipe = subprocess.PIPE
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+    assert worker.stdout is not None
+    if worker.stdout.readline() != "ready\n":
+        raise SystemExit(f"the worker '{who}' ended before its first step; its message is above")
+    return worker
+
+
+def timed_step(worker: subprocess.Popen[str]) -> float:
+    """Seconds of one step."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return float(worker.stdout.readline())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=16, help="trials, a multiple of 4")
     parser.add_argument("--bins", type=int, default=1000, help="of 20 ms per trial")
-    parser.add_argument("--runs", type=int, default=5, help="counted steps of each, after one more")
+    parser.add_argument("--runs", type=int, default=9, help="counted steps of each, after one more")
+    parser.add_argument("--huge-pages", choices=("ours", "both", "neither"), default="ours")
+    parser.add_argument("--worker", choices=("ours", "torch"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    config = load_config("configs/nejm_baseline.py", ["--config.model.dtype=float32"])
-    batch = random_batch(args.batch, args.bins)
-    peer = Peer(config)
-    state = init_state(config, DAYS)
-    started = time.perf_counter()
-    step = jax.jit(make_train_step(config, DAYS), donate_argnums=0).lower(state, batch).compile()
-    print(f"compiled in {time.perf_counter() - started:.1f} s")
+    if args.worker:
+        serve_steps(args.worker, args.batch, args.bins)
+        return
 
-    times: dict[str, list[float]] = {"ours": [], "torch": []}
+    workers = {
+        "ours": start("ours", args.batch, args.bins, args.huge_pages != "neither"),
+        "torch": start("torch", args.batch, args.bins, args.huge_pages == "both"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in workers}
     for run in range(args.runs + 1):
-        started = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        middle = time.perf_counter()
-        peer.step(batch)
-        ended = time.perf_counter()
+        for name, worker in workers.items():
+            times[name].append(timed_step(worker))
         if run:
-            times["ours"].append(middle - started)
-            times["torch"].append(ended - middle)
             print(f"run {run}: ours {times['ours'][-1]:.2f} s, torch {times['torch'][-1]:.2f} s")
-    ours, theirs = (statistics.median(times[name]) for name in ("ours", "torch"))
-    ratio = statistics.median(t / o for o, t in zip(times["ours"], times["torch"], strict=True))
+    for worker in workers.values():
+        worker.communicate()
+    ours, theirs = (times[name][1:] for name in workers)
+    ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
     print(
-        f"B={args.batch}, T={args.bins}, float32, one core: ours {ours:.2f} s, "
-        f"PyTorch {torch.__version__} eager {theirs:.2f} s per step; "
-        f"ours is {ratio:.2f} times faster (median of {args.runs} pairs)"
+        f"B={args.batch}, T={args.bins}, float32, one core, huge pages: {args.huge_pages}: "
+        f"ours {statistics.median(ours):.2f} s (least {min(ours):.2f}), PyTorch "
+        f"{torch.__version__} eager {statistics.median(theirs):.2f} s (least {min(theirs):.2f}) "
+        f"per step; ours is {statistics.median(ratios):.2f} times faster (median of {args.runs} "
+        f"pairs, {min(ratios):.2f} to {max(ratios):.2f})"
     )
 
 

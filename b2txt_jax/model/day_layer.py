@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from b2txt_jax.model.product import contract
+
 
 def day_layer(
     x: jax.Array, day: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
@@ -14,10 +16,5 @@ def day_layer(
 
     The product runs in `dtype` with float32 sums; the result has `dtype`.
     """
-    mixed = jnp.einsum(
-        "btd,bdk->btk",
-        x.astype(dtype),
-        weight[day].astype(dtype),
-        preferred_element_type=jnp.float32,
-    )
+    mixed = contract("btd,bdk->btk", x, weight[day], dtype)
     return jax.nn.soft_sign(mixed + bias[day][:, None, :]).astype(dtype)

@@ -15,9 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-
-def _product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+from b2txt_jax.model.product import contract, recurrent, transposed
 
 
 def _gates(
@@ -25,9 +23,9 @@ def _gates(
 ) -> tuple[jax.Array, ...]:
     """One frame: projected input x [B, 3H], state h [B, H] -> r, z, n, W_hn h + b_hn, each [B, H]
     float32."""
-    recurrent = _product(h, weight.T, dtype) + bias
+    gates = recurrent(h, weight, dtype) + bias
     x_r, x_z, x_n = jnp.split(x.astype(jnp.float32), 3, axis=-1)
-    h_r, h_z, h_n = jnp.split(recurrent, 3, axis=-1)
+    h_r, h_z, h_n = jnp.split(gates, 3, axis=-1)
     r = jax.nn.sigmoid(x_r + h_r)
     z = jax.nn.sigmoid(x_z + h_z)
     n = jnp.tanh(x_n + r * h_n)
@@ -76,6 +74,7 @@ def _backward(
 ) -> tuple[jax.Array, ...]:
     states, r, z, n, h_n, h0, weight, projected_like = saved
     before = jnp.concatenate([h0[None].astype(dtype), states[:-1]])
+    weight_t = transposed(weight.astype(dtype))
 
     def step(
         d_h: jax.Array, frame: tuple[jax.Array, ...]
@@ -87,7 +86,7 @@ def _backward(
         d_z = d_h * (h - n_t) * z_t * (1 - z_t)
         d_r = d_n * h_n_t * r_t * (1 - r_t)
         d_recurrent = jnp.concatenate([d_r, d_z, d_n * r_t], axis=-1)
-        d_h = d_h * z_t + _product(d_recurrent, weight, dtype)
+        d_h = d_h * z_t + recurrent(d_recurrent, weight_t, dtype)
         return d_h, (d_n.astype(dtype), d_recurrent.astype(dtype))
 
     d_h0, (d_n, d_recurrent) = jax.lax.scan(
@@ -96,7 +95,7 @@ def _backward(
     hidden = h0.shape[-1]
     d_projected = jnp.concatenate([d_recurrent[..., : 2 * hidden], d_n], axis=-1)
     flat = d_recurrent.reshape(-1, 3 * hidden)
-    d_weight = _product(flat.T, before.reshape(-1, hidden), dtype)
+    d_weight = contract("nk,nh->kh", flat, before.reshape(-1, hidden), dtype)
     d_bias = flat.sum(0, dtype=jnp.float32)
     return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias
 

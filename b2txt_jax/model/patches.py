@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -23,19 +26,69 @@ def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
     return x[:, bins].reshape(x.shape[0], count, size * x.shape[2])
 
 
-def project_patches(x: jax.Array, weight: jax.Array, size: int, stride: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def project_patches(
+    x: jax.Array, weight: jax.Array, size: int, stride: int, dtype: jnp.dtype
+) -> jax.Array:
     """`patches(x, size, stride) @ weight.T` without building the patches: x [B, T, D], weight [K,
-    size * D] -> [B, P, K].
+    size * D] -> float32 [B, P, K].
 
     One strided convolution: the patches, 3.5 times the features at 14 bins every 4, never exist in
-    memory. Sums are float32, the result is float32.
+    memory. Operands are cast to `dtype`, forward and backward; sums are float32.
     """
-    kernel = weight.reshape(weight.shape[0], size, x.shape[2])
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
+    return _convolve(
+        x.astype(dtype),
+        _kernel(x, weight, size, dtype),
+        ("NTC", "OTI", "NTC"),
         window_strides=(stride,),
-        padding="VALID",
-        dimension_numbers=("NTC", "OTI", "NTC"),
-        preferred_element_type=jnp.float32,
     )
+
+
+def _convolve(
+    lhs: jax.Array, rhs: jax.Array, axes: tuple[str, str, str], **settings: Any
+) -> jax.Array:
+    settings = {"window_strides": (1,), "padding": [(0, 0)], **settings}
+    return jax.lax.conv_general_dilated(
+        lhs, rhs, dimension_numbers=axes, preferred_element_type=jnp.float32, **settings
+    )
+
+
+def _kernel(x: jax.Array, weight: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
+    """[K, size * D] -> [K, size, D]."""
+    return weight.reshape(weight.shape[0], size, x.shape[2]).astype(dtype)
+
+
+def _forward(
+    x: jax.Array, weight: jax.Array, size: int, stride: int, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return project_patches(x, weight, size, stride, dtype), (x.astype(dtype), weight, x[:0])
+
+
+def _backward(
+    size: int, stride: int, dtype: jnp.dtype, saved: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight, x_like = saved
+    cotangent = cotangent.astype(dtype)
+    unused = (x.shape[1] - size) % stride  # bins after the last patch
+    # Each is again one convolution (Dumoulin and Visin 2016, section 4): over the frames for the
+    # weight, over the spread-out frames with the kernel reversed for the features.
+    d_weight = _convolve(
+        x,
+        cotangent,
+        ("CTN", "ITO", "CTN"),
+        padding=[(0, -unused)],
+        rhs_dilation=(stride,),
+    )
+    d_x = _convolve(
+        cotangent,
+        _kernel(x, weight, size, dtype)[:, ::-1],
+        ("NTC", "ITO", "NTC"),
+        padding=[(size - 1, size - 1 + unused)],
+        lhs_dilation=(stride,),
+    )
+    # Laid out once: else clipping and each moment of the optimizer would read it across the grain.
+    d_weight = jax.lax.optimization_barrier(d_weight.reshape(weight.shape))
+    return d_x.astype(x_like.dtype), d_weight
+
+
+project_patches.defvjp(_forward, _backward)

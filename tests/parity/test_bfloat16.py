@@ -58,12 +58,14 @@ def dtypes(equation) -> set[str]:
     return {str(v.aval.dtype) for v in values if hasattr(v.aval, "dtype")}
 
 
-def forward_products(found) -> list[set[str]]:
-    """Operand dtypes of each matrix product and convolution in the model's forward pass."""
+def products(found, backward: bool) -> list[set[str]]:
+    """Operand dtypes of each matrix product and convolution in one pass of the model."""
     return [
         {str(value.aval.dtype) for value in equation.invars}
         for name, equation in found
-        if equation.primitive.name in PRODUCTS and "model" in name and "transpose" not in name
+        if equation.primitive.name in PRODUCTS
+        and "model" in name
+        and ("transpose(" in name) == backward
     ]
 
 
@@ -74,10 +76,16 @@ def bfloat16_in(found, scope: str) -> list[str]:
     return [e.primitive.name for e in inside if "bfloat16" in dtypes(e)]
 
 
-def test_every_product_of_the_models_forward_pass_has_bfloat16_operands():
-    found = forward_products(step_equations(CONFIG))
-    # The day layer, an input and a recurrent product per layer, the head.
-    assert len(found) == 1 + 2 * LAYERS + 1
+# The day layer, an input product and a recurrent one (in two forms, one per platform) per layer,
+# the head. Backward, each has two gradients, of which a loop holds the recurrent products' first.
+FORWARD = 1 + 3 * LAYERS + 1
+BACKWARD = 2 * 1 + (2 + 2 + 1) * LAYERS + 2 * 1
+
+
+@pytest.mark.parametrize(("backward", "count"), [(False, FORWARD), (True, BACKWARD)])
+def test_every_product_of_the_model_has_bfloat16_operands(backward, count):
+    found = products(step_equations(CONFIG), backward)
+    assert len(found) == count
     assert all(operands == {"bfloat16"} for operands in found), found
 
 
@@ -88,15 +96,16 @@ def test_a_float32_product_in_the_forward_pass_is_found(monkeypatch):
         return original(x, day, weight, bias, jnp.dtype("float32")).astype(dtype)
 
     monkeypatch.setattr(b2txt_jax.model.decoder, "day_layer", without_cast)
-    found = forward_products(step_equations(CONFIG))
+    found = products(step_equations(CONFIG), backward=False)
     assert found.count({"float32"}) == 1
-    assert len(found) == 1 + 2 * LAYERS + 1
+    assert len(found) == FORWARD
 
 
 def test_the_float32_configuration_has_no_bfloat16_anywhere():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="float32"))
     found = step_equations(config)
-    assert forward_products(found) == [{"float32"}] * (1 + 2 * LAYERS + 1)
+    assert products(found, backward=False) == [{"float32"}] * FORWARD
+    assert products(found, backward=True) == [{"float32"}] * BACKWARD
     assert not [name for name, equation in found if "bfloat16" in dtypes(equation)]
 
 

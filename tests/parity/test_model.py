@@ -155,7 +155,9 @@ def test_patches_and_their_projection_equal_torch_unfold(bins, size, stride):
 
     @jax.jit
     def values_and_gradients(x, weight):
-        result, backward = jax.vjp(lambda x, w: project_patches(x, w, size, stride), x, weight)
+        result, backward = jax.vjp(
+            lambda x, w: project_patches(x, w, size, stride, jnp.dtype("float32")), x, weight
+        )
         return result, backward(weights)
 
     result, gradients = values_and_gradients(x, weight)

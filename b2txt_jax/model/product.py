@@ -1,0 +1,79 @@
+"""Matrix products in the compute dtype, forward and backward: operands are cast, sums are float32.
+
+Automatic differentiation of a product with bfloat16 operands and a float32 result would run the
+backward products in float32, at a fraction of a matrix unit's speed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def contract(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """einsum of two operands, float32: every index of one operand is in the other or in the result.
+
+    The operands, and in the backward pass the cotangent, are cast to `dtype` first.
+    """
+    return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _forward(
+    spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    kept = a.astype(dtype), b.astype(dtype), a[:0], b[:0]
+    return contract(spec, a, b, dtype), kept
+
+
+def _backward(
+    spec: str, dtype: jnp.dtype, saved: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    a, b, a_like, b_like = saved
+    operands, out = spec.split("->")
+    of_a, of_b = operands.split(",")
+    d_a = contract(f"{out},{of_b}->{of_a}", cotangent, b, dtype)
+    d_b = contract(f"{of_a},{out}->{of_b}", a, cotangent, dtype)
+    return d_a.astype(a_like.dtype), d_b.astype(b_like.dtype)
+
+
+contract.defvjp(_forward, _backward)
+
+
+def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x @ weight.T: x [X, Y, I], weight [O, I] as PyTorch keeps it -> float32 [X, Y, O]."""
+    return contract("xyi,oi->xyo", x, weight, dtype)
+
+
+def recurrent(state: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """state @ weight.T of one frame: state [B, I], weight [O, I] -> float32 [B, O].
+
+    Not differentiable as it stands: for use inside loops with a backward pass of their own.
+    """
+
+    def columns(h: jax.Array, w: jax.Array) -> jax.Array:
+        # With the few rows of a batch on the right, a CPU reads the weight in its own order: 1.2
+        # to 2 times faster. The barrier keeps the compiler from turning it round again.
+        product = jnp.matmul(w, h.T, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(product).T
+
+    def rows(h: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.matmul(h, w.T, preferred_element_type=jnp.float32)
+
+    result: jax.Array = jax.lax.platform_dependent(
+        state.astype(dtype), weight.astype(dtype), cpu=columns, default=rows
+    )
+    return result
+
+
+def transposed(weight: jax.Array) -> jax.Array:
+    """weight.T laid out anew, once, where a loop would otherwise read it against its order."""
+
+    def copied(w: jax.Array) -> jax.Array:
+        moved: jax.Array = jax.lax.optimization_barrier(w.T)
+        return moved
+
+    result: jax.Array = jax.lax.platform_dependent(weight, cpu=copied, default=jnp.transpose)
+    return result

@@ -1,0 +1,504 @@
+"""The GRU recurrence as two Pallas TPU kernels, forward and backward: equations of gru.py.
+
+A `lax.scan` reads the recurrent weight from HBM once per frame. Here it stays in VMEM: time is the
+sequential axis of the grid, the state (backward: its cotangent) is carried in VMEM scratch, and
+the frames' inputs and results stream past in blocks. The forward kernel saves the gates; the
+backward kernel runs in reverse and gives the cotangents of both projections; the weight's gradient
+is one matrix product over all frames, outside.
+
+Rows of a batch are independent, so the kernels run on each device's rows by themselves under
+`shard_map`, and everything that sums over rows (gradients of weight and bias) stays outside of
+it, to the partitioner: summed over the devices exactly once, without differentiating a shard_map.
+
+Sizes that do not fill a tile (hidden units in 128s, rows in 8s or 16s) are padded with zeros, which
+is exact: a padded unit starts at 0, stays 0 (z = 1/2, n = 0) and has no weight to the others. The
+last block of frames is cut short by the loop over its frames, not padded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from b2txt_jax.errors import UserError
+from b2txt_jax.model.product import contract
+
+_LANES = 128
+_MOST_FRAMES = 8
+"""Frames per step of the grid: a step's own cost (about 0.35 us) is then small beside them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Core:
+    """What the kernels must know about a TPU device."""
+
+    vmem_bytes: int
+    """VMEM of one tensor core."""
+    count: int = 1
+    """Tensor cores that share a program ("megacore")."""
+
+
+SMALLEST = Core(16 << 20)
+"""Assumed where the chip is not known: fits every chip since v4."""
+
+_CORES = {
+    "TPU v4": Core(16 << 20, 2),
+    "TPU v5": Core(64 << 20, 2),
+    "TPU v5p": Core(64 << 20, 2),
+    "TPU v5 lite": Core(128 << 20),
+    "TPU v5e": Core(128 << 20),
+    "TPU v6 lite": Core(128 << 20),
+    "TPU v6e": Core(128 << 20),
+    "TPU7x": Core(64 << 20),
+}
+"""By JAX's device kind; from jax.experimental.pallas.tpu.get_tpu_info_for_chip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the kernels cut [P, B, .]: `rows` of the batch by `frames` of 80 ms."""
+
+    rows: int
+    frames: int
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def vmem_needed(blocks: Blocks, hidden: int, dtype: jnp.dtype) -> int:
+    """Bytes of VMEM that the larger of the two kernels (backward) needs, an upper bound.
+
+    The weight is held once; the blocks of frames twice, one being filled while the other is worked
+    on; sums, gates and states of one frame in float32.
+    """
+    width, item = _up(hidden, _LANES), jnp.dtype(dtype).itemsize
+    rows = _up(blocks.rows, 16)
+    weight = 3 * width * width * item
+    streamed = 2 * 12 * blocks.frames * rows * width * item
+    one_frame = 16 * rows * width * 4
+    return weight + streamed + one_frame + (1 << 20)
+
+
+def choose_blocks(
+    batch: int, hidden: int, dtype: jnp.dtype, core: Core = SMALLEST
+) -> Blocks | None:
+    """The largest blocks that fit; None when not even the smallest do.
+
+    Fewest blocks of rows first, since each goes through all frames by itself; cores that share a
+    program take one each.
+    """
+    unit = 8 * 4 // jnp.dtype(dtype).itemsize
+    rows = _up(batch, unit)
+    if core.count > 1 and rows > unit:
+        rows = _up(-(-rows // core.count), unit)
+    while True:
+        frames = _MOST_FRAMES
+        while frames:
+            blocks = Blocks(rows, frames)
+            if vmem_needed(blocks, hidden, dtype) <= core.vmem_bytes:
+                return blocks
+            frames //= 2
+        if rows <= unit:
+            return None
+        rows = _up(rows // 2, unit)
+
+
+def fits_vmem(batch: int, hidden: int, dtype: jnp.dtype, vmem_bytes: int) -> bool:
+    """Whether the kernels can run `batch` rows per device of `hidden` units in that much VMEM.
+
+    Blocks of rows shrink to fit, so that above all the weight decides: 3 hidden^2 of `dtype`.
+    """
+    return choose_blocks(batch, hidden, dtype, Core(vmem_bytes)) is not None
+
+
+def core_of(mesh: AbstractMesh | Mesh | None) -> Core:
+    """The core that a program for this mesh runs on: of the mesh's devices, else of this process's
+    first device; SMALLEST where neither is a TPU that is known."""
+    if isinstance(mesh, Mesh):
+        mesh = mesh.abstract_mesh
+    device = mesh.abstract_device if mesh is not None else None
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return _CORES.get(kind, SMALLEST)
+
+
+# ------------------------------------------------------------------------------------- kernels
+
+
+def _split(values: jax.Array, parts: int) -> list[jax.Array]:
+    width = values.shape[-1] // parts
+    return [values[..., i * width : (i + 1) * width] for i in range(parts)]
+
+
+def _forward_kernel(
+    projected: Any, h0: Any, weight_t: Any, bias: Any, *refs: Any, length: int, save: bool
+) -> None:
+    """One block: projected [F, R, 3H], h0 [R, H], weight_t [H, 3H], bias [1, 3H] -> states
+    [F, R, H], and with `save` r, z, n, W_hn h + b_hn side by side [F, R, 4H]."""
+    states, *saved, carry = refs
+    block = pl.program_id(1)
+
+    @pl.when(block == 0)
+    def _() -> None:
+        carry[...] = h0[...]
+
+    def frame(k: jax.Array, _: None) -> None:
+        h = carry[...]
+        gates = jnp.dot(h.astype(weight_t.dtype), weight_t[...], preferred_element_type=jnp.float32)
+        h_r, h_z, h_n = _split(gates + bias[...], 3)
+        x_r, x_z, x_n = _split(projected[k].astype(jnp.float32), 3)
+        r = jax.nn.sigmoid(x_r + h_r)
+        z = jax.nn.sigmoid(x_z + h_z)
+        n = jnp.tanh(x_n + r * h_n)
+        h = (1 - z) * n + z * h
+        carry[...] = h
+        states[k] = h.astype(states.dtype)
+        if save:
+            gates = jnp.concatenate([r, z, n, h_n], axis=-1)
+            saved[0][k] = gates.astype(states.dtype)
+
+    frames = jnp.minimum(projected.shape[0], length - block * projected.shape[0])
+    jax.lax.fori_loop(0, frames, frame, None)
+
+
+def _backward_kernel(
+    d_states: Any,
+    before: Any,
+    saved: Any,
+    weight: Any,
+    d_projected: Any,
+    d_recurrent: Any,
+    d_h0: Any,
+    carry: Any,
+    *,
+    length: int,
+) -> None:
+    """One block, last first: cotangent and state before each frame [F, R, H], saved gates
+    [F, R, 4H], weight [3H, H] -> cotangents of both projections [F, R, 3H], of h0 [R, H]."""
+    step, size = pl.program_id(1), d_states.shape[0]
+    block = pl.num_programs(1) - 1 - step
+    dtype = d_projected.dtype
+
+    @pl.when(step == 0)
+    def _() -> None:
+        carry[...] = jnp.zeros_like(carry)
+
+    frames = jnp.minimum(size, length - block * size)
+
+    def frame(done: jax.Array, _: None) -> None:
+        k = frames - 1 - done
+        h = before[k].astype(jnp.float32)
+        r, z, n, h_n = _split(saved[k].astype(jnp.float32), 4)
+        d_h = carry[...] + d_states[k].astype(jnp.float32)
+        d_n = d_h * (1 - z) * (1 - n * n)
+        d_z = (d_h * (h - n) * z * (1 - z)).astype(dtype)
+        d_r = (d_n * h_n * r * (1 - r)).astype(dtype)
+        both = jnp.concatenate([d_r, d_z, (d_n * r).astype(dtype)], axis=-1)
+        d_projected[k] = jnp.concatenate([d_r, d_z, d_n.astype(dtype)], axis=-1)
+        d_recurrent[k] = both
+        carry[...] = d_h * z + jnp.dot(both, weight[...], preferred_element_type=jnp.float32)
+
+    jax.lax.fori_loop(0, frames, frame, None)
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _() -> None:
+        d_h0[...] = carry[...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How to run: hashable, decided while tracing."""
+
+    dtype: jnp.dtype
+    blocks: Blocks
+    mesh: AbstractMesh | Mesh | None
+    interpret: bool
+
+
+def _call(
+    kernel: Callable[..., None],
+    plan: Plan,
+    shapes: tuple[int, int, int],
+    arrays: list[tuple[jax.Array, str]],
+    results: list[tuple[int, Any, str]],
+    *,
+    reverse: bool,
+) -> list[jax.Array]:
+    """Runs a kernel over (blocks of rows, blocks of frames).
+
+    Args:
+      kernel: takes a reference per array, per result, and the carried state.
+      plan: blocks, dtype.
+      shapes: frames, padded rows, padded hidden units.
+      arrays: each with its layout: 'stream' [P, B, .], 'rows' [B, .] or 'whole'.
+      results: width, dtype and layout of each.
+      reverse: last block of frames first.
+    """
+    length, batch, hidden = shapes
+    rows, frames = plan.blocks.rows, min(plan.blocks.frames, length)
+    steps = pl.cdiv(length, frames)
+
+    def at(step: Any) -> Any:
+        return steps - 1 - step if reverse else step
+
+    def spec(width: int, layout: str, height: int) -> pl.BlockSpec:
+        if layout == "stream":
+            return pl.BlockSpec((frames, rows, width), lambda b, t: (at(t), b, 0))
+        if layout == "rows":
+            return pl.BlockSpec((rows, width), lambda b, t: (b, 0))
+        # One buffer: it never changes, so there is nothing to fetch meanwhile.
+        once = pl.Buffered(buffer_count=1)
+        return pl.BlockSpec((height, width), lambda b, t: (0, 0), pipeline_mode=once)
+
+    shape_of = {"stream": (length, batch), "rows": (batch,)}
+    out_shape = [jax.ShapeDtypeStruct((*shape_of[at_], w), d) for w, d, at_ in results]
+    streamed = sum(a.size * a.dtype.itemsize for a, _ in arrays)
+    streamed += sum(s.size * s.dtype.itemsize for s in out_shape)
+    outputs: list[jax.Array] = pl.pallas_call(
+        kernel,
+        grid=(batch // rows, steps),
+        in_specs=[spec(a.shape[-1], layout, a.shape[-2]) for a, layout in arrays],
+        out_specs=[spec(width, layout, 0) for width, _, layout in results],
+        out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM((rows, hidden), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_needed(plan.blocks, hidden, plan.dtype),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=6 * length * batch * hidden * hidden,
+            transcendentals=0 if reverse else 3 * length * batch * hidden,
+            bytes_accessed=streamed,
+        ),
+        interpret=plan.interpret,
+        name="gru_backward" if reverse else "gru_forward",
+    )(*(a for a, _ in arrays))
+    return outputs
+
+
+# ------------------------------------------------------------------- padding and the batch axis
+
+
+def _pad_gates(values: jax.Array, parts: int, width: int) -> jax.Array:
+    """[..., parts * H] -> [..., parts * width]: zeros after each part."""
+    hidden = values.shape[-1] // parts
+    if hidden == width:
+        return values
+    apart = values.reshape(*values.shape[:-1], parts, hidden)
+    apart = jnp.pad(apart, [(0, 0)] * (apart.ndim - 1) + [(0, width - hidden)])
+    return apart.reshape(*values.shape[:-1], parts * width)
+
+
+def _cut_gates(values: jax.Array, parts: int, hidden: int) -> jax.Array:
+    """Undoes _pad_gates."""
+    width = values.shape[-1] // parts
+    if hidden == width:
+        return values
+    apart = values.reshape(*values.shape[:-1], parts, width)[..., :hidden]
+    return apart.reshape(*values.shape[:-1], parts * hidden)
+
+
+def _pad_rows(values: jax.Array, rows: int, axis: int) -> jax.Array:
+    missing = -values.shape[axis] % rows
+    if not missing:
+        return values
+    return jnp.pad(values, [(0, missing if i == axis else 0) for i in range(values.ndim)])
+
+
+def _pad_weight(weight: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array:
+    """[3H, H] -> [3 width, width] of `dtype`."""
+    return _pad_gates(_pad_gates(weight.astype(dtype), 1, width).T, 3, width).T
+
+
+def _rows_forward(
+    projected: jax.Array,
+    h0: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    *,
+    plan: Plan,
+    save: bool,
+) -> tuple[jax.Array, ...]:
+    """One device's rows -> states [P, B, H] and, with `save`, padded gates [P, B', 4H']."""
+    length, batch, hidden = *projected.shape[:2], h0.shape[-1]
+    width, rows = _up(hidden, _LANES), plan.blocks.rows
+    arrays = [
+        (_pad_rows(_pad_gates(projected.astype(plan.dtype), 3, width), rows, 1), "stream"),
+        (_pad_rows(_pad_gates(h0.astype(jnp.float32), 1, width), rows, 0), "rows"),
+        (_pad_weight(weight, width, plan.dtype).T, "whole"),
+        (_pad_gates(bias.astype(jnp.float32), 3, width)[None], "whole"),
+    ]
+    results: list[tuple[int, Any, str]] = [(width, plan.dtype, "stream")]
+    if save:
+        results.append((4 * width, plan.dtype, "stream"))
+    kernel = functools.partial(_forward_kernel, length=length, save=save)
+    shapes = length, _up(batch, rows), width
+    states, *saved = _call(kernel, plan, shapes, arrays, results, reverse=False)
+    return states[:, :batch, :hidden], *saved
+
+
+def _rows_backward(
+    d_states: jax.Array, before: jax.Array, saved: jax.Array, weight: jax.Array, *, plan: Plan
+) -> tuple[jax.Array, ...]:
+    """One device's rows -> cotangents of both projections [P, B, 3H] and of h0 [B, H]."""
+    length, batch, hidden = before.shape
+    width, rows = _up(hidden, _LANES), plan.blocks.rows
+    arrays = [
+        (_pad_rows(_pad_gates(d_states, 1, width), rows, 1), "stream"),
+        (_pad_rows(_pad_gates(before, 1, width), rows, 1), "stream"),
+        (saved, "stream"),
+        (_pad_weight(weight, width, plan.dtype), "whole"),
+    ]
+    results = [
+        (3 * width, plan.dtype, "stream"),
+        (3 * width, plan.dtype, "stream"),
+        (width, jnp.float32, "rows"),
+    ]
+    kernel = functools.partial(_backward_kernel, length=length)
+    shapes = length, _up(batch, rows), width
+    d_projected, d_recurrent, d_h0 = _call(kernel, plan, shapes, arrays, results, reverse=True)
+    return (
+        _cut_gates(d_projected[:, :batch], 3, hidden),
+        _cut_gates(d_recurrent[:, :batch], 3, hidden),
+        d_h0[:batch, :hidden],
+    )
+
+
+def _over_rows(
+    function: Callable[..., tuple[jax.Array, ...]], plan: Plan, inputs: str, outputs: str
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """`function` on each device's rows: an axis "data" at 'stream' (s) axis 1, 'rows' (r) axis 0;
+    'whole' (w) on every device. Nothing in it sums over rows, and it is never differentiated."""
+    if plan.mesh is None:
+        return function
+    data = "data" if "data" in plan.mesh.axis_names else None
+    specs = {"s": P(None, data), "r": P(data), "w": P()}
+    mapped: Callable[..., tuple[jax.Array, ...]] = jax.shard_map(
+        function,
+        mesh=plan.mesh,
+        in_specs=tuple(specs[kind] for kind in inputs),
+        out_specs=tuple(specs[kind] for kind in outputs),
+        check_vma=False,
+    )
+    return mapped
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _recurrence(
+    projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, plan: Plan
+) -> jax.Array:
+    function = functools.partial(_rows_forward, plan=plan, save=False)
+    return _over_rows(function, plan, "srww", "s")(projected, h0, weight, bias)[0]
+
+
+def _forward(
+    projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, plan: Plan
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    function = functools.partial(_rows_forward, plan=plan, save=True)
+    states, saved = _over_rows(function, plan, "srww", "ss")(projected, h0, weight, bias)
+    return states, (states, saved, h0, weight, projected[:0])
+
+
+def _backward(
+    plan: Plan, kept: tuple[jax.Array, ...], d_states: jax.Array
+) -> tuple[jax.Array, ...]:
+    states, saved, h0, weight, projected_like = kept
+    before = jnp.concatenate([h0[None].astype(plan.dtype), states[:-1]])
+    function = functools.partial(_rows_backward, plan=plan)
+    d_projected, d_recurrent, d_h0 = _over_rows(function, plan, "sssw", "ssr")(
+        d_states, before, saved, weight
+    )
+    d_weight = contract("pbk,pbh->kh", d_recurrent, before, plan.dtype)
+    d_bias = d_recurrent.sum((0, 1), dtype=jnp.float32)
+    return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias
+
+
+_recurrence.defvjp(_forward, _backward)
+
+
+def devices_mesh(mesh: AbstractMesh | Mesh | None) -> AbstractMesh | Mesh | None:
+    """The mesh that a call must be divided over: `mesh`, else that of the surrounding
+    `jax.sharding.use_abstract_mesh` or `jax.set_mesh`; None inside a shard_map, and without any."""
+    if mesh is None:
+        mesh = jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual in mesh.axis_types
+    return None if mesh.empty or manual else mesh
+
+
+def plan_for(
+    batch: int,
+    hidden: int,
+    dtype: jnp.dtype,
+    *,
+    mesh: AbstractMesh | Mesh | None = None,
+    core: Core | None = None,
+    interpret: bool = False,
+) -> Plan:
+    """Blocks for `batch` rows over all devices of `mesh`.
+
+    Raises:
+      UserError: the weight does not fit VMEM, or the rows cannot be divided over the devices.
+    """
+    mesh = devices_mesh(mesh)
+    core = core or core_of(mesh or jax.sharding.get_abstract_mesh())
+    devices = dict(mesh.shape).get("data", 1) if mesh is not None else 1
+    if batch % devices:
+        raise UserError(
+            f"the Pallas recurrence got {batch} rows for {devices} devices on the mesh's axis "
+            '"data"; give a multiple, or set model.recurrence to "scan"'
+        )
+    blocks = choose_blocks(batch // devices, hidden, dtype, core)
+    if blocks is None:
+        unit = 8 * 4 // jnp.dtype(dtype).itemsize
+        needed = vmem_needed(Blocks(unit, 1), hidden, dtype)
+        raise UserError(
+            f"the Pallas recurrence of {hidden} units in {jnp.dtype(dtype).name} needs "
+            f"{needed / 2**20:.0f} MiB of VMEM and this chip has {core.vmem_bytes / 2**20:.0f}; "
+            'set model.recurrence to "scan" or "auto", or model.dtype to "bfloat16"'
+        )
+    return Plan(jnp.dtype(dtype), blocks, mesh, interpret)
+
+
+def gru_recurrence_pallas(
+    projected: jax.Array,
+    h0: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    dtype: jnp.dtype,
+    *,
+    interpret: bool = False,
+    mesh: AbstractMesh | Mesh | None = None,
+    core: Core | None = None,
+) -> jax.Array:
+    """gru_recurrence as Pallas kernels: same arguments, same values and gradients.
+
+    Args:
+      projected: input projections with the input bias, [P, B, 3H].
+      h0: first state, float32 [B, H].
+      weight: recurrent weight, float32 [3H, H].
+      bias: recurrent bias, float32 [3H].
+      dtype: of the recurrent products' operands and of the result; gates and state stay float32.
+        Float32 operands are multiplied at `jax_default_matmul_precision`, as in the scan.
+      interpret: run the kernels as ordinary operations, slowly, on any platform.
+      mesh: whose axis "data" the rows B are divided over, weights being whole on every device;
+        without it the surrounding one (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`).
+      core: what the kernels are cut for; without it, that of the mesh's or this process's devices.
+
+    Returns:
+      States after each frame, [P, B, H] of `dtype`.
+
+    Raises:
+      UserError: the weight does not fit VMEM, or the rows cannot be divided over the devices.
+    """
+    batch, hidden = h0.shape
+    plan = plan_for(batch, hidden, dtype, mesh=mesh, core=core, interpret=interpret)
+    return _recurrence(projected, h0, weight, bias, plan)

@@ -47,7 +47,7 @@ class DataConfig:
     trials_per_day: int
     buckets: tuple[tuple[int, int], ...]
     """(bins, labels) shapes, ascending: a batch is padded to the first that holds all its
-    trials."""
+    trials; (): chosen from the lengths of the data."""
     eval_batch_size: int
 
 
@@ -84,8 +84,10 @@ class ModelConfig:
     rnn_dropout: float
     classes: int
     dtype: str
-    """Of matrix products in the forward pass: 'float32', 'bfloat16', or 'auto' (bfloat16 off the
-    CPU)."""
+    """Of matrix products: 'float32', 'bfloat16', or 'auto' (bfloat16 off the CPU)."""
+    recurrence: str = "auto"
+    """'scan', 'pallas' (a TPU kernel that keeps the weights in fast memory), or 'auto' (Pallas on a
+    TPU when the weights fit)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,17 +121,29 @@ class TrainConfig:
     log_every: int
     validate_every: int
     save_every: int
+    on_nonfinite: str = "stop"
+    """What a step with a NaN or infinite loss or gradient does, after leaving the parameters as
+    they were: 'stop' the run with an error, or 'skip' the step, naming its trials."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How devices share the work; changes no result."""
+
+    model_axis: int = 1
+    """Devices over which large parameters are split; the others split the rows of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """One experiment. Keys with a default may be left out of a file."""
 
     data: DataConfig
     signal: SignalConfig
     model: ModelConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
 
 
 def read_config_file(path: str | Path) -> ConfigDict:
@@ -239,9 +253,13 @@ def freeze(values: Mapping[str, Any]) -> Config:
     return config
 
 
+_NONE = dataclasses.MISSING
+
+
 def _freeze(kind: type, values: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    missing = sorted(set(hints) - set(values))
+    optional = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not _NONE}
+    missing = sorted(set(hints) - set(values) - set(optional))
     unknown = sorted(set(values) - set(hints))
     if missing or unknown:
         raise ConfigError(
@@ -250,6 +268,9 @@ def _freeze(kind: type, values: Mapping[str, Any], where: str) -> Any:
         )
     fields = {}
     for name, hint in hints.items():
+        if name not in values:
+            fields[name] = optional[name]
+            continue
         key, value = f"{where}{name}", values[name]
         if dataclasses.is_dataclass(hint):
             fields[name] = _freeze(typing.cast(type, hint), value, f"{key}.")
@@ -304,6 +325,7 @@ _LEAST: dict[str, float] = {
     "train.log_every": 1,
     "train.validate_every": 1,
     "train.save_every": 1,
+    "parallel.model_axis": 1,
 }
 _SHARES = ("model.input_dropout", "model.rnn_dropout", "optimizer.beta1", "optimizer.beta2")
 
@@ -322,6 +344,8 @@ def _check(config: Config) -> None:
             raise ConfigError(f"configuration key {key} is {values[key]}; needed 0 <= value < 1")
     _check_choice("signal.eval_padding", config.signal.eval_padding, ("same", "valid"))
     _check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    _check_choice("model.recurrence", config.model.recurrence, ("auto", "scan", "pallas"))
+    _check_choice("train.on_nonfinite", config.train.on_nonfinite, ("stop", "skip"))
     if config.model.classes != CLASS_COUNT:
         raise ConfigError(
             f"configuration key model.classes is {config.model.classes}; needed {CLASS_COUNT}: "
@@ -342,9 +366,10 @@ def _check(config: Config) -> None:
         and len(bucket) == 2
         and all(isinstance(size, int) and size > 0 for size in bucket)
     ]
-    if not pairs or len(pairs) != len(buckets) or pairs != sorted(pairs):
+    if len(pairs) != len(buckets) or pairs != sorted(pairs):
         raise ConfigError(
-            f"configuration key data.buckets is {buckets}; needed ascending (bins, labels) pairs"
+            f"configuration key data.buckets is {buckets}; needed ascending (bins, labels) pairs, "
+            "or () to have them chosen from the data"
         )
 
 

@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     config.data.days_per_batch = 4  # different days in a batch
     config.data.trials_per_day = 16  # drawn with replacement; NEJM: batch_size / days_per_batch
     # (bins of 20 ms, labels): a batch is padded to the first pair that holds it; one compilation
-    # each
+    # each; () has them chosen from the lengths of the data
     config.data.buckets = ((600, 64), (800, 80), (1000, 100), (1200, 120), (1600, 160), (2560, 500))
     config.data.eval_batch_size = 64  # trials
 
@@ -100,6 +100,7 @@ def get_config() -> ConfigDict:
     config.model.rnn_dropout = 0.4
     config.model.classes = 41  # NEJM: n_classes
     config.model.dtype = "auto"  # bfloat16 on a TPU or GPU, float32 on a CPU; NEJM: use_amp
+    config.model.recurrence = "auto"  # "scan", "pallas"; auto: Pallas on a TPU when it fits
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.005  # NEJM: lr_max
@@ -123,4 +124,8 @@ def get_config() -> ConfigDict:
     config.train.log_every = 200  # NEJM: batches_per_train_log
     config.train.validate_every = 2_000  # NEJM: batches_per_val_step
     config.train.save_every = 1_000  # latest checkpoint
+    config.train.on_nonfinite = "stop"  # or "skip"; a NaN or infinite step changes no parameter
+
+    config.parallel = ConfigDict()
+    config.parallel.model_axis = 1  # devices that split large parameters; the others split rows
     return config

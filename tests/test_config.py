@@ -88,7 +88,9 @@ def test_overrides_keep_each_keys_type():
         ("--config.data.buckets=(('a', 'b'),)", "needed ascending"),
         ("--config.model.dtype=float16", "needed one of auto, float32, bfloat16"),
         ("--config.data.buckets=((9, 9), (5, 5))", "needed ascending"),
-        ("--config.data.buckets=()", "needed ascending"),
+        ("--config.train.on_nonfinite=ignore", "needed one of stop, skip"),
+        ("--config.model.recurrence=lstm", "needed one of auto, scan, pallas"),
+        ("--config.parallel.model_axis=0", "needed at least 1"),
     ],
 )
 def test_a_wrong_override_says_what_is_needed(override, message):

@@ -1,0 +1,154 @@
+"""The steps, compiled ahead for every shape that batches can have, and batches on their way to the
+devices."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from b2txt_jax.config import Config
+from b2txt_jax.data.hdf5 import TrialRef
+from b2txt_jax.data.loader import Batch, bucket_of
+from b2txt_jax.model.decoder import Params
+from b2txt_jax.training.sharding import (
+    abstract_state,
+    batch_shardings,
+    check_rows,
+    jit_eval_step,
+    jit_train_step,
+    local_rows,
+    place,
+    state_shardings,
+)
+from b2txt_jax.training.step import EvalOutput, StepMetrics, TrainState
+
+_PLACED_AHEAD = 2
+
+
+def abstract_batch(
+    rows: int, bucket: tuple[int, int], features: int, dtype: Any, mesh: Mesh
+) -> Batch:
+    """Shapes of a batch with their placement."""
+    bins, labels = bucket
+    shapes = ((rows, bins, features), (rows,), (rows,), (rows, labels), (rows,))
+    dtypes = (dtype, *[np.int32] * 4)
+    arrays: Any = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+        for shape, kind, sharding in zip(shapes, dtypes, batch_shardings(mesh), strict=True)
+    )
+    return Batch(*arrays)
+
+
+def used_buckets(
+    refs: Iterable[TrialRef], buckets: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The buckets that batches drawn from these trials can fall into.
+
+    A batch's bucket is the largest of its trials' own, or, where a longer bucket holds fewer
+    labels, one beyond it.
+    """
+    own = sorted({buckets.index(bucket_of([ref], buckets)) for ref in refs})
+    if not own:
+        return []
+    labels = [count for _, count in buckets]
+    if labels == sorted(labels):
+        return [buckets[index] for index in own]
+    return list(buckets[own[0] :])
+
+
+class CompiledSteps:
+    """One program per bucket for training and one for evaluation; nothing compiles later."""
+
+    def __init__(self, config: Config, days: int, mesh: Mesh, dtype: Any = np.float32):
+        """`dtype`: of the features that batches bring.
+
+        Raises:
+          ConfigError: rows or parameters cannot be shared evenly by the devices.
+        """
+        self.mesh = mesh
+        self.train_rows = config.data.days_per_batch * config.data.trials_per_day
+        check_rows(self.train_rows, "data.days_per_batch * data.trials_per_day", mesh)
+        check_rows(config.data.eval_batch_size, "data.eval_batch_size", mesh)
+        self._config = config
+        self._days = days
+        self._dtype = dtype
+        self._train: dict[tuple[int, int], Any] = {}
+        self._eval: dict[tuple[int, int], Any] = {}
+
+    def compile(
+        self,
+        train: Sequence[tuple[int, int]],
+        evaluate: Sequence[tuple[int, int]],
+        compiled: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Compiles these buckets' programs, several at a time; tells `compiled` of each."""
+        state = abstract_state(self._config, self._days)
+        placed = state_shardings(state, self.mesh)
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            placed,
+        )
+        train_step = jit_train_step(self._config, self._days, self.mesh)
+        eval_step = jit_eval_step(self._config, self._days, self.mesh)
+
+        def batch(rows: int, bucket: tuple[int, int]) -> Batch:
+            features = self._config.data.feature_count
+            return abstract_batch(rows, bucket, features, self._dtype, self.mesh)
+
+        # Tracing is Python and takes its turn; the compiler does not, and gets all the cores.
+        lowered = [
+            (self._train, bucket, train_step.lower(state, batch(self.train_rows, bucket)))
+            for bucket in train
+        ] + [
+            (
+                self._eval,
+                bucket,
+                eval_step.lower(state.params, batch(self._config.data.eval_batch_size, bucket)),
+            )
+            for bucket in evaluate
+        ]
+
+        def finish(item: tuple[dict[tuple[int, int], Any], tuple[int, int], Any]) -> None:
+            programs, bucket, program = item
+            programs[bucket] = program.compile()
+            compiled()
+
+        # With several processes every one must compile in the same order.
+        workers = 1 if jax.process_count() > 1 else 4
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(finish, lowered))
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """One step on a placed batch; the state is donated."""
+        result: tuple[TrainState, StepMetrics] = self._train[_bucket(batch)](state, batch)
+        return result
+
+    def eval_step(self, params: Params, batch: Batch) -> EvalOutput:
+        """Logits and losses of all rows of a whole batch from the loader."""
+        rows = self._config.data.eval_batch_size
+        held = local_rows(rows, self.mesh)
+        mine: Any = (value[held] for value in batch)
+        placed = place(Batch(*mine), self.mesh, rows)
+        output: EvalOutput = self._eval[_bucket(batch)](params, placed)
+        return output
+
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """This host's rows of training batches to global arrays, some batches ahead of their
+        use."""
+        waiting: deque[Batch] = deque()
+        for batch in batches:
+            waiting.append(place(batch, self.mesh, self.train_rows))
+            if len(waiting) > _PLACED_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _bucket(batch: Batch) -> tuple[int, int]:
+    return batch.features.shape[1], batch.labels.shape[1]

@@ -1,0 +1,86 @@
+"""Several hosts: one process each, which find each other before the first use of a device."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+from jax.experimental import multihost_utils
+
+from b2txt_jax.errors import UserError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+class DistributedError(UserError, RuntimeError):
+    """The processes did not find each other."""
+
+
+def join_hosts() -> None:
+    """Joins this process to the others of a TPU slice or cluster.
+
+    JAX finds the others by itself on Cloud TPU, SLURM and Kubernetes; elsewhere the environment
+    names them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+    Raises:
+      DistributedError: there are no others to be found, or they do not answer.
+    """
+    named = {name: os.environ[name] for name in (ADDRESS, COUNT, INDEX) if name in os.environ}
+    if named and len(named) < 3:
+        missing = ", ".join(sorted({ADDRESS, COUNT, INDEX} - set(named)))
+        raise DistributedError(f"the environment has {', '.join(named)}; needed also {missing}")
+    try:
+        if named:
+            jax.distributed.initialize(named[ADDRESS], int(named[COUNT]), int(named[INDEX]))
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise DistributedError(
+            f"--distributed: the processes of this run did not find each other ({error}); needed a "
+            f"TPU slice, SLURM, or {ADDRESS}, {COUNT} and {INDEX} in the environment of every "
+            "process. A single host needs no --distributed"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[int], int | None]]:
+    """Gives `stopping(step)`: the signal that asks for a stop after this step, or None.
+
+    SIGTERM (preemption) and SIGINT let the step end and the state be saved; a second one
+    interrupts. With several hosts, all stop after the same step, whichever of them was told.
+    """
+    if jax.process_count() > 1:
+        # JAX's own handler of SIGTERM tells the other hosts and agrees on a step with them.
+        yield (
+            lambda step: (
+                signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+            )
+        )
+        return
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+    except ValueError:  # not in the main thread: signals stay the caller's
+        yield lambda step: None
+        return
+    try:
+        yield lambda step: received[0] if received else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

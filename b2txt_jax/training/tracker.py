@@ -1,0 +1,180 @@
+"""Bookkeeping of a training run: steps in flight, logs, the best score, what the user sees."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from b2txt_jax.config import Config
+from b2txt_jax.data.loader import TrainingData
+from b2txt_jax.errors import UserError
+from b2txt_jax.training.checkpoint import BestScore
+from b2txt_jax.training.metrics_log import MetricsLog
+from b2txt_jax.training.step import StepMetrics
+from b2txt_jax.training.validation import Validation
+
+_STEPS_IN_FLIGHT = 2
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on; the text names the step and the trials."""
+
+
+class Tracker:
+    """Follows one call of `train`."""
+
+    def __init__(
+        self,
+        config: Config,
+        training: TrainingData,
+        log: MetricsLog | None,
+        progress: Progress,
+        first: int,
+        best: BestScore | None,
+    ):
+        self.step = first
+        self.best = best
+        self.skipped = 0
+        self._skipped_in_window = 0
+        self._config = config
+        self._training = training
+        self._log = log
+        self._progress = progress
+        self._pending: deque[tuple[int, StepMetrics]] = deque()
+        self._window: list[tuple[float, float, int]] = []
+        self._window_seconds = 0.0
+        self._window_start = time.monotonic()
+        self._task = progress.add_task(
+            "train",
+            total=config.train.steps,
+            completed=first,
+            loss="-",
+            per=_percent(best),
+            rate="-",
+        )
+
+    def started(self, metrics: StepMetrics) -> None:
+        """A step was dispatched; reads the metrics of an older one, so that the device never waits
+        for us."""
+        self.step += 1
+        self._pending.append((self.step, metrics))
+        if len(self._pending) > _STEPS_IN_FLIGHT:
+            self._finish(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Waits for all steps in flight."""
+        while self._pending:
+            self._finish(*self._pending.popleft())
+
+    def pause(self) -> None:
+        """Stops the clock of training; the next step's window starts it again."""
+        self._window_seconds += time.monotonic() - self._window_start
+        self._window_start = time.monotonic()
+
+    def _finish(self, step: int, metrics: StepMetrics) -> None:
+        loss, norm, infeasible, finite = (np.asarray(value).item() for value in metrics)
+        if finite:
+            self._window.append((loss, norm, infeasible))
+        else:
+            self._not_finite(step, loss, norm)
+        self._progress.update(self._task, completed=step, loss=f"{loss:.2f}")
+        if step % self._config.train.log_every == 0:
+            self._log_window(step)
+
+    def _not_finite(self, step: int, loss: float, norm: float) -> None:
+        rows = self._training.rows(self._config.train.seed, step - 1)
+        names = sorted({ref.name for _, ref in rows})
+        found = (
+            f"step {step}: loss {loss}, gradient norm {norm}; needed finite numbers. The "
+            f"parameters were left as before the step. Its trials: {', '.join(names)}."
+        )
+        if self._config.train.on_nonfinite == "stop":
+            raise TrainingError(
+                f"{found} Look at their features, or lower optimizer.learning_rate, or raise "
+                "optimizer.epsilon; --config.train.on_nonfinite=skip goes on without such steps"
+            )
+        self.skipped += 1
+        self._skipped_in_window += 1
+        self._progress.console.print(f"{found} Skipped ({self.skipped} so far).")
+        self._write("skipped", step, {"loss": str(loss), "norm": str(norm), "trials": names})
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(kind, step, values)
+
+    def _log_window(self, step: int) -> None:
+        self.pause()
+        rate = (len(self._window) + self._skipped_in_window) / self._window_seconds
+        values: dict[str, Any] = {"steps_per_second": rate, "seconds": self._window_seconds}
+        if self._window:
+            losses, norms, infeasible = zip(*self._window, strict=True)
+            values |= {
+                "loss": float(np.mean(losses)),
+                "gradient_norm": float(np.mean(norms)),
+                "infeasible": int(sum(infeasible)),
+            }
+        if self._skipped_in_window:
+            values["skipped"] = self._skipped_in_window
+        self._write("train", step, values)
+        self._progress.update(self._task, rate=f"{rate:.2f}")
+        self._window, self._window_seconds, self._skipped_in_window = [], 0.0, 0
+
+    def validated(self, result: Validation, seconds: float) -> bool:
+        """Logs a validation that took `seconds`; True when it is the best so far."""
+        rate = result.per.rate
+        if rate is None:
+            raise TrainingError(
+                f"step {self.step}: the validation split has no phoneme in any label; needed "
+                f"labels to "
+                "score against: check data.root"
+            )
+        score = BestScore(rate, result.loss, self.step)
+        values: dict[str, Any] = {
+            "loss": result.loss,
+            "per": rate,
+            "errors": result.per.errors,
+            "length": result.per.length,
+            "infeasible": result.infeasible,
+            "seconds": seconds,
+            "per_day": {day: found.rate for day, found in result.per_day.items()},
+        }
+        self._write("val", self.step, values)
+        improved = score.beats(self.best)
+        if improved:
+            self.best = score
+        self._progress.update(self._task, per=_percent(score))
+        self._progress.console.print(
+            f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %"
+            f"{'  best so far' if improved else ''}"
+        )
+        # Time spent in validation is not training speed.
+        self._window_start = time.monotonic()
+        return improved
+
+
+def _percent(score: BestScore | None) -> str:
+    return "-" if score is None else f"{100 * score.per:.2f} %"
+
+
+def progress_bar(console: Console) -> Progress:
+    """Steps done and left, loss, PER and speed."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  PER {task.fields[per]}  {task.fields[rate]} steps/s"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

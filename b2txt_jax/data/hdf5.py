@@ -13,13 +13,11 @@ for. Refused is what would train or score wrongly without a word: see `read_tria
 
 from __future__ import annotations
 
-import difflib
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,39 +27,21 @@ import numpy as np
 
 from b2txt_jax.data.description import DataError as DataError
 from b2txt_jax.data.description import read_description as read_description
+from b2txt_jax.data.trial import SPLITS as SPLITS
+from b2txt_jax.data.trial import Trial as Trial
+from b2txt_jax.data.trial import TrialRef as TrialRef
+from b2txt_jax.data.trial import (
+    check_split,
+    existing_folder,
+    no_trials,
+    too_short,
+    unknown_session,
+)
+from b2txt_jax.data.trial import frames_needed as frames_needed
 from b2txt_jax.phonemes import SILENCE_ID
 
-SPLITS = ("train", "val", "test")
 _TRIAL_KEY = re.compile(r"trial_(\d+)")
 _OPEN_FILES = 16
-
-
-@dataclass(frozen=True)
-class TrialRef:
-    """Where a trial is and what its attributes say; label_length is 0 without labels."""
-
-    session: str
-    key: str
-    path: Path
-    bins: int
-    label_length: int
-    block: int
-    trial: int
-
-    @property
-    def name(self) -> str:
-        """`t15.2023.08.13/trial_0007`."""
-        return f"{self.session}/{self.key}"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial: features float32 [T, 512], labels int32 [L] unpadded, the sentence as text."""
-
-    ref: TrialRef
-    features: np.ndarray
-    labels: np.ndarray | None
-    sentence: str | None
 
 
 def find_sessions(root: Path | str) -> tuple[str, ...]:
@@ -70,7 +50,7 @@ def find_sessions(root: Path | str) -> tuple[str, ...]:
     Raises:
       DataError: `root` is not there, or holds no session.
     """
-    root = _existing(root)
+    root = existing_folder(root)
     names = tuple(sorted({path.parent.name for path in root.glob("*/data_*.hdf5")}))
     if not names:
         raise DataError(
@@ -87,8 +67,7 @@ def session_file(root: Path | str, session: str, split: str) -> Path:
     Raises:
       DataError: `split` is none of train, val, test.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
+    check_split(split)
     return Path(root) / session / f"data_{split}.hdf5"
 
 
@@ -112,7 +91,25 @@ def index_split(
     Raises:
       DataError: unknown session, no trial at all, or a trial whose shapes or attributes do not fit.
     """
-    _existing(root)
+    refs = list_trials(
+        root, sessions, split, feature_count, min_bins=min_bins, labels_needed=labels_needed
+    )
+    if not refs:
+        raise no_trials(root, split, sessions, f"data_{split}.hdf5")
+    return refs
+
+
+def list_trials(
+    root: Path | str,
+    sessions: Sequence[str],
+    split: str,
+    feature_count: int = 512,
+    *,
+    min_bins: int = 1,
+    labels_needed: bool | None = None,
+) -> list[TrialRef]:
+    """As `index_split`, but an empty list is no error."""
+    existing_folder(root)
     needed = split == "train" if labels_needed is None else labels_needed
     refs: list[TrialRef] = []
     for session in sessions:
@@ -125,12 +122,6 @@ def index_split(
                 _reference(file[key], session, path, feature_count, min_bins, needed)
                 for key in _trial_keys(file)
             ]
-    if not refs:
-        raise DataError(
-            f"{root} has no {split} trial in the {len(sessions)} sessions asked for; needed at "
-            f"least one session with a data_{split}.hdf5 that is not empty: check data.sessions "
-            "and the split"
-        )
     return refs
 
 
@@ -228,31 +219,12 @@ class SplitReader:
         return self._files[path]
 
 
-def frames_needed(labels: np.ndarray) -> int:
-    """Frames that CTC needs for `labels` [L]: one each, and a blank between equal neighbours."""
-    labels = np.asarray(labels)
-    return int(len(labels) + np.count_nonzero(labels[1:] == labels[:-1]))
-
-
-def _existing(root: Path | str) -> Path:
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(
-            f"the data folder {root} is not there; needed the folder with the sessions "
-            "(hdf5_data_final): correct data.root, or write sessions with `b2txt simulate`"
-        )
-    return root
-
-
 def _check_session(root: Path, session: str) -> None:
     """Raises DataError unless `root` has a file of some split of `session`."""
     if any(session_file(root, session, split).is_file() for split in SPLITS):
         return
-    names = find_sessions(root)
-    near = difflib.get_close_matches(session, names, n=3, cutoff=0.3) or list(names[:3])
-    raise DataError(
-        f"the session {session!r} has no data_train, data_val or data_test.hdf5 in {root}; "
-        f"nearest of its {len(names)} sessions: {', '.join(near)}: correct data.sessions"
+    raise unknown_session(
+        root, session, "data_train, data_val or data_test.hdf5", find_sessions(root)
     )
 
 
@@ -319,10 +291,7 @@ def _reference(
             "`input_features`: the trial was cut off; leave it out or copy the file again"
         )
     if bins < min_bins:
-        raise DataError(
-            f"{where}: the trial has {bins} bins; one patch needs {min_bins}: drop the trial or "
-            "lower model.patch_size"
-        )
+        raise too_short(where, bins, min_bins)
     return TrialRef(
         session,
         group.name.strip("/"),

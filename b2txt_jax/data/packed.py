@@ -1,0 +1,432 @@
+"""Reads sessions packed by `b2txt prepare`: flat files of features, read at random and checked.
+
+    ROOT/packed.json                         the manifest, written last: a folder without is none
+    ROOT/<session>/data_<split>.features     trials' features one after another, [bins, 512] each
+    ROOT/<session>/data_<split>.json         offsets, checksums, labels, sentences, numbers
+
+Why flat files and not ArrayRecord: a trial's bytes are the bytes of its rows of the batch, so one
+`preadv` puts them there without a copy, a parse or a lock, and any tool can read them. They are not
+mapped into memory: what is read counts as page cache, which the kernel bounds, and never as the
+process's own. Every trial has a CRC-32, checked when a process reads it for the first time; the
+index has one in the manifest, and the manifest one of itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.trial import (
+    Trial,
+    TrialRef,
+    check_split,
+    existing_folder,
+    no_trials,
+    too_short,
+    unknown_session,
+)
+
+MANIFEST = "packed.json"
+SUFFIX = ".features"
+FORMAT = 1
+"""Raised whenever older folders could not be read any more."""
+DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class PackedTrial:
+    """One trial of a packed split; its features are `bins * row bytes` from `offset` (bytes)."""
+
+    ref: TrialRef
+    offset: int
+    crc32: int
+    labels: np.ndarray | None
+    """int32 [L], read-only; None without labels."""
+    sentence: str | None
+
+
+@dataclass(frozen=True)
+class PackedSplit:
+    """The index of one session's split."""
+
+    path: Path
+    """Of the features."""
+    dtype: np.dtype
+    feature_count: int
+    size: int
+    """Bytes of the features' file."""
+    source: Mapping[str, Any]
+    """File name, bytes and time of change of what was packed."""
+    trials: Mapping[str, PackedTrial]
+    """By key, in the order of the source."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a packed folder holds."""
+
+    dtype: np.dtype
+    feature_count: int
+    indices: Mapping[tuple[str, str], int]
+    """(session, split) -> CRC-32 of its index."""
+    buckets: tuple[tuple[int, int], ...]
+    """(bins, labels) as chosen when it was packed."""
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Sorted names."""
+        return tuple(sorted({session for session, _ in self.indices}))
+
+
+def features_path(root: Path | str, session: str, split: str) -> Path:
+    """Where the features of a session's split are, there or not."""
+    check_split(split)
+    return Path(root) / session / f"data_{split}{SUFFIX}"
+
+
+def index_path(root: Path | str, session: str, split: str) -> Path:
+    """Where the index of a session's split is, there or not."""
+    return features_path(root, session, split).with_suffix(".json")
+
+
+def is_packed(root: Path | str) -> bool:
+    """Whether `root` was written by `b2txt prepare`.
+
+    Raises:
+      DataError: it was begun and not finished.
+    """
+    root = Path(root)
+    if (root / MANIFEST).is_file():
+        return True
+    if any(root.glob(f"*/data_*{SUFFIX}*")) and not any(root.glob("*/data_*.hdf5")):
+        raise DataError(
+            f"{root} has packed files but no {MANIFEST}, which `b2txt prepare` writes last: it was "
+            "interrupted; call it again with the same arguments, and it goes on"
+        )
+    return False
+
+
+def read_manifest(root: Path | str) -> Manifest:
+    """Reads the manifest.
+
+    Raises:
+      DataError: it is missing, damaged, or of a format that this version does not know.
+    """
+    path = Path(root) / MANIFEST
+    values = _read_json(path, None)
+    _check_format(path, values)
+    with _understood(path):
+        if values.pop("crc32") != checksum_of(values):
+            raise DataError(f"{path} does not match its checksum: {_AGAIN}")
+        return Manifest(
+            DTYPES[values["dtype"]],
+            values["feature_count"],
+            {
+                (session, split): summary["index_crc32"]
+                for session, splits in values["sessions"].items()
+                for split, summary in splits.items()
+            },
+            tuple((bins, labels) for bins, labels in values["buckets"]),
+        )
+
+
+def checksum_of(values: Mapping[str, Any]) -> int:
+    """CRC-32 of the manifest's values but for its own checksum."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+@functools.lru_cache(maxsize=1024)
+def read_split(root: Path, session: str, split: str, crc32: int | None) -> PackedSplit:
+    """As `load_split`; equal arguments give the same object, as the checksum names the content."""
+    return load_split(root, session, split, crc32)
+
+
+def load_split(root: Path, session: str, split: str, crc32: int | None) -> PackedSplit:
+    """Reads the index of a session's split.
+
+    Args:
+      root: of the packed folder.
+      session: its name.
+      split: train, val or test.
+      crc32: that the index must have; None: not checked.
+
+    Raises:
+      DataError: the index is missing or damaged.
+    """
+    path = index_path(root, session, split)
+    values = _read_json(path, crc32)
+    _check_format(path, values)
+    features = features_path(root, session, split)
+    with _understood(path):
+        return PackedSplit(
+            features,
+            DTYPES[values["dtype"]],
+            values["feature_count"],
+            values["bytes"],
+            values["source"],
+            {trial["key"]: _trial(features, session, trial) for trial in values["trials"]},
+        )
+
+
+def check_size(split: PackedSplit) -> None:
+    """Raises DataError unless the features' file has the size that its index says."""
+    try:
+        size = split.path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{split.path} is not there ({error}); {_AGAIN}") from error
+    if size == split.size:
+        return
+    row = split.feature_count * split.dtype.itemsize
+    cut = [key for key, t in split.trials.items() if t.offset + t.ref.bins * row > size]
+    first = f": {cut[0]} is the first of {len(cut)} trials cut off" if cut else ""
+    raise DataError(f"{split.path} has {size} bytes; needed {split.size}{first}; {_AGAIN}")
+
+
+def find_sessions(root: Path | str) -> tuple[str, ...]:
+    """Names of the packed sessions, sorted."""
+    return read_manifest(root).sessions
+
+
+def list_trials(
+    root: Path | str,
+    sessions: Sequence[str],
+    split: str,
+    feature_count: int = 512,
+    *,
+    min_bins: int = 1,
+    labels_needed: bool | None = None,
+) -> list[TrialRef]:
+    """As `hdf5.list_trials`, with the same errors, for a packed folder."""
+    root = existing_folder(root)
+    check_split(split)
+    manifest = read_manifest(root)
+    if manifest.feature_count != feature_count:
+        raise DataError(
+            f"{root} has {manifest.feature_count} features per bin; needed {feature_count}: these "
+            "are other features than the model's; set data.feature_count, or pack other sessions"
+        )
+    needed = split == "train" if labels_needed is None else labels_needed
+    refs: list[TrialRef] = []
+    for session in sessions:
+        if session not in manifest.sessions:
+            raise unknown_session(root, session, "packed trials", manifest.sessions)
+        if (session, split) not in manifest.indices:
+            continue
+        packed = read_split(root, session, split, manifest.indices[session, split])
+        check_size(packed)
+        for trial in packed.trials.values():
+            where = f"{packed.path} {trial.ref.key}"
+            if needed and trial.labels is None:
+                raise DataError(f"{where} has no labels; needed for this split: pack others")
+            if trial.ref.bins < min_bins:
+                raise too_short(where, trial.ref.bins, min_bins)
+            refs.append(trial.ref)
+    return refs
+
+
+def index_split(
+    root: Path | str,
+    sessions: Sequence[str],
+    split: str,
+    feature_count: int = 512,
+    *,
+    min_bins: int = 1,
+    labels_needed: bool | None = None,
+) -> list[TrialRef]:
+    """As `hdf5.index_split`, with the same errors, for a packed folder."""
+    refs = list_trials(
+        root, sessions, split, feature_count, min_bins=min_bins, labels_needed=labels_needed
+    )
+    if not refs:
+        raise no_trials(root, split, sessions, f"data_{split}{SUFFIX}")
+    return refs
+
+
+class PackedReader:
+    """Reads trials of packed folders; safe to use from several threads, which read at once."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, _OpenFile] = {}
+        self._manifests: dict[Path, Manifest] = {}
+        self._lock = threading.Lock()
+        # Not at exit: threads that read ahead may still be reading.
+        weakref.finalize(self, _close_all, self._files).atexit = False
+
+    def will_need(self, refs: Sequence[TrialRef]) -> None:
+        """Asks the kernel to fetch trials from the disk, all at once and in the background."""
+        for ref in refs:
+            file = self._file(ref.path)
+            trial = _packed_trial(file.split, ref)
+            size = trial.ref.bins * file.split.feature_count * file.split.dtype.itemsize
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.descriptor, trial.offset, size, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
+        """Reads a trial's features into the first rows of `out` [at least its bins, D].
+
+        Args:
+          ref: from `index_split`.
+          out: C-contiguous; of the packed dtype it is filled by the kernel, without a copy.
+
+        Returns:
+          The trial; its features are a view of `out`.
+
+        Raises:
+          DataError: the file ends too early, or the trial does not match its checksum.
+        """
+        file = self._file(ref.path)
+        trial = _packed_trial(file.split, ref)
+        rows = out[: trial.ref.bins]
+        direct = out.dtype == file.split.dtype
+        stored = rows if direct else np.empty(rows.shape, file.split.dtype)
+        if rows.shape != (trial.ref.bins, file.split.feature_count):
+            raise DataError(
+                f"{ref.path} {ref.key} is [{trial.ref.bins}, {file.split.feature_count}]; there is "
+                f"room for {list(out.shape)}: the folder changed since it was listed; start again"
+            )
+        octets = stored.view(np.uint8).data.cast("B")
+        _read_exactly(file.descriptor, octets, trial.offset, f"{ref.path} {ref.key}")
+        if ref.key not in file.checked:
+            if zlib.crc32(octets) != trial.crc32:
+                raise DataError(
+                    f"{ref.path} {ref.key} does not match its checksum: the file was damaged "
+                    f"after it was written; {_AGAIN}"
+                )
+            file.checked.add(ref.key)
+        if not direct:
+            rows[...] = stored
+        return Trial(trial.ref, rows, trial.labels, trial.sentence)
+
+    def close(self) -> None:
+        """Closes the files; reading again opens them again."""
+        with self._lock:
+            _close_all(self._files)
+
+    def _file(self, path: Path) -> _OpenFile:
+        found = self._files.get(path)
+        if found is not None:
+            return found
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = self._open(path)
+            return self._files[path]
+
+    def _open(self, path: Path) -> _OpenFile:
+        root, session, split = path.parent.parent, path.parent.name, path.stem.removeprefix("data_")
+        if root not in self._manifests:
+            self._manifests[root] = read_manifest(root)
+        crc32 = self._manifests[root].indices.get((session, split))
+        packed = read_split(root, session, split, crc32)
+        check_size(packed)
+        return _OpenFile(packed, os.open(path, os.O_RDONLY | os.O_CLOEXEC), set())
+
+
+@dataclass(frozen=True)
+class _OpenFile:
+    split: PackedSplit
+    descriptor: int
+    checked: set[str]
+    """Keys of the trials whose checksum was found right."""
+
+
+_AGAIN = (
+    "delete it and call `b2txt prepare` with the same arguments, which packs again what is missing "
+    "or damaged"
+)
+
+
+def _close_all(files: dict[Path, _OpenFile]) -> None:
+    while files:
+        os.close(files.popitem()[1].descriptor)
+
+
+def _packed_trial(split: PackedSplit, ref: TrialRef) -> PackedTrial:
+    if ref.key not in split.trials:
+        raise DataError(f"{ref.path} has no {ref.key}: the folder changed since it was listed")
+    return split.trials[ref.key]
+
+
+def _read_exactly(descriptor: int, octets: memoryview, offset: int, where: str) -> None:
+    done = 0
+    while done < len(octets):
+        try:
+            count = os.preadv(descriptor, [octets[done:]], offset + done)
+        except OSError as error:
+            raise DataError(
+                f"{where} cannot be read ({error}); needed a readable disk: {_AGAIN}"
+            ) from error
+        if count == 0:
+            raise DataError(
+                f"{where}: the file ends {len(octets) - done} bytes before the trial does: it was "
+                f"cut off; {_AGAIN}"
+            )
+        done += count
+
+
+def _check_format(path: Path, values: Mapping[str, Any]) -> None:
+    if values.get("format") != FORMAT:
+        raise DataError(
+            f"{path} has format {values.get('format')}; this version reads {FORMAT}: pack the "
+            "sessions again with `b2txt prepare` into another folder"
+        )
+
+
+def _trial(features: Path, session: str, values: Mapping[str, Any]) -> PackedTrial:
+    labels = None
+    if values["labels"] is not None:
+        labels = np.array(values["labels"], np.int32)
+        labels.setflags(write=False)
+    ref = TrialRef(
+        session,
+        values["key"],
+        features,
+        values["bins"],
+        0 if labels is None else len(labels),
+        values["block"],
+        values["trial"],
+    )
+    return PackedTrial(ref, values["offset"], values["crc32"], labels, values["sentence"])
+
+
+def _read_json(path: Path, crc32: int | None) -> dict[str, Any]:
+    try:
+        octets = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+    if crc32 is not None and zlib.crc32(octets) != crc32:
+        raise DataError(f"{path} does not match its checksum in {MANIFEST}: {_AGAIN}")
+    try:
+        values = json.loads(octets)
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds no table of values; {_AGAIN}")
+    return values
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Turns what a table of another make raises into an error that names its file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} lacks what was needed ({error!r}); {_AGAIN}") from error

@@ -1,0 +1,454 @@
+"""Packs sessions once into files that training reads at random, several times faster than HDF5.
+
+Writes OUT/packed.json last; until then OUT is no data folder. OUT stands in for the HDF5 folder
+wherever data.root is used. Interrupted at any moment, the same command goes on: finished files are
+checked and kept. Length buckets are chosen from all trials and printed; data.buckets = () takes
+them. float16 and bfloat16 halve disk, reading and the transfer to the device; the training step
+computes in float32 either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from b2txt_jax.config import ConfigError, load_config
+from b2txt_jax.data import hdf5
+from b2txt_jax.data.buckets import BucketChoice, buckets_of_data
+from b2txt_jax.data.description import FILE_NAME, DataError
+from b2txt_jax.data.packed import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    PackedSplit,
+    check_size,
+    checksum_of,
+    features_path,
+    index_path,
+    load_split,
+)
+from b2txt_jax.data.trial import SPLITS, Trial, TrialRef
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK = ".prepare.lock"
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What to pack and how.
+
+    Attributes:
+      dtype: of the packed features, 'float32', 'float16' or 'bfloat16'.
+      sessions: to pack; empty: all found.
+      feature_count: features per bin.
+      min_bins: bins of 20 ms that a trial must have.
+      days_per_batch: of training batches, for the choice of buckets.
+      trials_per_day: of training batches, for the choice of buckets.
+    """
+
+    dtype: str = "float32"
+    sessions: tuple[str, ...] = ()
+    feature_count: int = 512
+    min_bins: int = 1
+    days_per_batch: int = 4
+    trials_per_day: int = 16
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise DataError(f"--dtype is {self.dtype!r}; needed one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a call of `prepare` left in the folder."""
+
+    sessions: int
+    trials: int
+    kept: int
+    """Files of an earlier call that were whole."""
+    written: int
+    """Files."""
+    size: int
+    """Bytes of features."""
+    choice: BucketChoice
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `b2txt prepare`."""
+    parser.add_argument("--root", type=Path, help="folder of HDF5 sessions (default: the config's)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of the packed features; float32 (the default) packs them bit for bit",
+    )
+    parser.add_argument(
+        "--config",
+        help="configuration file: its sessions, feature count, patch size and batches are used",
+    )
+    parser.epilog = "Any key of the configuration, when one is given: --config.section.key=value."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `b2txt prepare`."""
+    settings, root = PackSettings(dtype=args.dtype), args.root
+    overrides = getattr(args, "overrides", [])
+    if args.config is not None:
+        config = load_config(args.config, overrides)
+        root = root or Path(config.data.root)
+        settings = PackSettings(
+            args.dtype,
+            config.data.sessions,
+            config.data.feature_count,
+            max(config.model.patch_size, 1),
+            config.data.days_per_batch,
+            config.data.trials_per_day,
+        )
+    elif overrides:
+        raise ConfigError(f"found {overrides[0]} without --config; needed both, or neither")
+    if root is None:
+        raise ConfigError("found neither --root nor --config; needed the folder of HDF5 sessions")
+    done = prepare(root, args.out, settings)
+    print(
+        f"{done.sessions} sessions, {done.trials} trials, {done.size / 1e9:.2f} GB as "
+        f"{settings.dtype} in {args.out} ({done.written} files written, {done.kept} kept)"
+    )
+    print(done.choice)
+    return 0
+
+
+def prepare(
+    root: Path | str, out: Path | str, settings: PackSettings, console: Console | None = None
+) -> Prepared:
+    """Packs the HDF5 sessions in `root` into `out`, going on where an earlier call stopped.
+
+    Raises:
+      DataError: a trial cannot be used; `out` holds something else; the disk is full; another call
+        is writing there.
+    """
+    root, out = Path(root), Path(out)
+    sessions = settings.sessions or hdf5.find_sessions(root)
+    _check_out(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out), _progress(console) as progress:
+        kept, todo = _sort_out(root, out, sessions, settings, progress)
+        _check_space(out, todo, settings)
+        if todo:
+            (out / MANIFEST).unlink(missing_ok=True)
+        task = progress.add_task("packing trials", total=sum(len(refs) for refs in todo.values()))
+        packed = dict(kept)
+        with hdf5.SplitReader(feature_count=settings.feature_count) as reader:
+            for (session, split), refs in todo.items():
+                packed[session, split] = write_split(
+                    out,
+                    session,
+                    split,
+                    (reader.read(ref) for ref in refs),
+                    settings,
+                    _source(hdf5.session_file(root, session, split)),
+                    lambda: progress.advance(task),
+                )
+        choice = write_manifest(out, packed, settings)
+        _copy_description(root, out)
+    return Prepared(
+        len({session for session, _ in packed}),
+        sum(len(split.trials) for split in packed.values()),
+        len(kept),
+        len(todo),
+        sum(split.size for split in packed.values()),
+        choice,
+    )
+
+
+def write_split(
+    out: Path,
+    session: str,
+    split: str,
+    trials: Iterable[Trial],
+    settings: PackSettings,
+    source: Mapping[str, Any],
+    advance: Callable[[], None] = lambda: None,
+) -> PackedSplit:
+    """Packs one session's split; its index appears last, and whole or not at all.
+
+    Args:
+      out: folder to write to.
+      session: its name.
+      split: train, val or test.
+      trials: in order, with features [T, D].
+      settings: the dtype and feature count.
+      source: what is noted about where they are from; another source is packed again.
+      advance: called after each trial.
+
+    Raises:
+      DataError: the disk is full, or a value is too large for the dtype.
+    """
+    dtype = DTYPES[settings.dtype]
+    path, index = features_path(out, session, split), index_path(out, session, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # An index of other contents must not outlive them.
+    index.unlink(missing_ok=True)
+    entries: list[dict[str, Any]] = []
+    offset = 0
+    with _whole(path) as file:
+        for trial in trials:
+            features = np.ascontiguousarray(_converted(trial, dtype))
+            octets = features.view(np.uint8).data.cast("B")
+            file.write(octets)
+            entries.append(_entry(trial, offset, zlib.crc32(octets)))
+            offset += len(octets)
+            advance()
+    values = {
+        "format": FORMAT,
+        "session": session,
+        "split": split,
+        "dtype": settings.dtype,
+        "feature_count": settings.feature_count,
+        "bytes": offset,
+        "source": dict(source),
+        "trials": entries,
+    }
+    with _whole(index) as file:
+        file.write(json.dumps(values).encode())
+    return load_split(out, session, split, None)
+
+
+def write_manifest(
+    out: Path, packed: Mapping[tuple[str, str], PackedSplit], settings: PackSettings
+) -> BucketChoice:
+    """Chooses buckets from the lengths of all trials and writes the manifest.
+
+    Raises:
+      DataError: there is no trial, or the disk is full.
+    """
+    lengths = {
+        place: [(t.ref.bins, t.ref.label_length) for t in split.trials.values()]
+        for place, split in packed.items()
+    }
+    if not any(lengths.values()):
+        raise DataError(f"found no trial to pack into {out}; needed at least one: check --root")
+    choice = buckets_of_data(
+        [found for (_, split), found in sorted(lengths.items()) if split == "train"],
+        [n for (_, split), found in sorted(lengths.items()) if split != "train" for n in found],
+        settings.days_per_batch,
+        settings.trials_per_day,
+    )
+    sessions: dict[str, dict[str, Any]] = {}
+    for (session, split), found in sorted(packed.items()):
+        bins = [length for length, _ in lengths[session, split]]
+        sessions.setdefault(session, {})[split] = {
+            "trials": len(bins),
+            "bins": sum(bins),
+            "shortest": min(bins, default=0),
+            "longest": max(bins, default=0),
+            "bytes": found.size,
+            "index_crc32": zlib.crc32(index_path(out, session, split).read_bytes()),
+        }
+    values = {
+        "format": FORMAT,
+        "dtype": settings.dtype,
+        "feature_count": settings.feature_count,
+        "days_per_batch": settings.days_per_batch,
+        "trials_per_day": settings.trials_per_day,
+        "buckets": [list(bucket) for bucket in choice.buckets],
+        "training_padding": choice.training_padding,
+        "evaluation_padding": choice.evaluation_padding,
+        "sessions": sessions,
+    }
+    with _whole(out / MANIFEST) as file:
+        file.write(json.dumps({**values, "crc32": checksum_of(values)}, indent=1).encode())
+    return choice
+
+
+def _sort_out(
+    root: Path, out: Path, sessions: Sequence[str], settings: PackSettings, progress: Progress
+) -> tuple[dict[tuple[str, str], PackedSplit], dict[tuple[str, str], list[TrialRef]]]:
+    """(session, split) -> what is packed already and whole; and the trials yet to be packed."""
+    kept: dict[tuple[str, str], PackedSplit] = {}
+    todo: dict[tuple[str, str], list[TrialRef]] = {}
+    task = progress.add_task("listing files", total=len(sessions) * len(SPLITS))
+    for session in sessions:
+        for split in SPLITS:
+            source = hdf5.session_file(root, session, split)
+            found = _kept(out, session, split, source, settings, progress)
+            if found is not None:
+                kept[session, split] = found
+            else:
+                refs = hdf5.list_trials(
+                    root, [session], split, settings.feature_count, min_bins=settings.min_bins
+                )
+                if source.is_file():
+                    todo[session, split] = refs
+            progress.advance(task)
+    return kept, todo
+
+
+def _kept(
+    out: Path, session: str, split: str, source: Path, settings: PackSettings, progress: Progress
+) -> PackedSplit | None:
+    """A session's split as packed before, if it is of this source and whole."""
+    if not source.is_file() or not index_path(out, session, split).is_file():
+        return None
+    try:
+        packed = load_split(out, session, split, None)
+        if (packed.source, packed.feature_count) != (_source(source), settings.feature_count):
+            return None
+        if any(trial.ref.bins < settings.min_bins for trial in packed.trials.values()):
+            return None  # listing the source says which trial is too short
+        check_size(packed)
+        _verify(packed)
+    except DataError as error:
+        progress.console.print(f"packing again: {error}", soft_wrap=True)
+        return None
+    return packed
+
+
+def _verify(packed: PackedSplit) -> None:
+    """Raises DataError at the first trial that does not match its checksum."""
+    row = packed.feature_count * packed.dtype.itemsize
+    with packed.path.open("rb") as file:
+        for trial in packed.trials.values():
+            file.seek(trial.offset)
+            if zlib.crc32(file.read(trial.ref.bins * row)) != trial.crc32:
+                raise DataError(f"{packed.path} {trial.ref.key} does not match its checksum")
+
+
+def _check_out(out: Path, settings: PackSettings) -> None:
+    """Raises DataError when `out` holds something that must not be mixed with what is packed."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; needed a folder: choose another --out")
+    if any(out.glob("*/data_*.hdf5")):
+        raise DataError(
+            f"{out} holds HDF5 sessions; packed ones need a folder of their own: choose another "
+            "--out"
+        )
+    for path in sorted(out.glob("*/data_*.json")):
+        try:
+            found = json.loads(path.read_bytes()).get("dtype")
+        except (OSError, ValueError, AttributeError):
+            continue  # damaged: it is packed again
+        if found != settings.dtype:
+            raise DataError(
+                f"{out} holds sessions packed as {found}; {settings.dtype} was asked for: choose "
+                "another --out, or delete that folder"
+            )
+
+
+def _check_space(
+    out: Path, todo: Mapping[tuple[str, str], Sequence[TrialRef]], settings: PackSettings
+) -> None:
+    row = settings.feature_count * DTYPES[settings.dtype].itemsize
+    needed = sum(ref.bins * row for refs in todo.values() for ref in refs)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise DataError(
+            f"the disk of {out} has {free / 1e9:.2f} GB free; needed {needed / 1e9:.2f} GB: free "
+            "space, choose another --out, or halve it with --dtype bfloat16"
+        )
+
+
+def _converted(trial: Trial, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        features = trial.features.astype(dtype, copy=False)
+    if dtype.itemsize < 4 and not np.isfinite(features.astype(np.float32)).all():
+        raise DataError(
+            f"{trial.ref.path} {trial.ref.key} has values up to {np.abs(trial.features).max():g}, "
+            f"too large for {dtype}: pack with --dtype float32"
+        )
+    return features
+
+
+def _entry(trial: Trial, offset: int, crc32: int) -> dict[str, Any]:
+    return {
+        "key": trial.ref.key,
+        "bins": len(trial.features),
+        "offset": offset,
+        "crc32": crc32,
+        "block": trial.ref.block,
+        "trial": trial.ref.trial,
+        "sentence": trial.sentence,
+        "labels": None if trial.labels is None else trial.labels.tolist(),
+    }
+
+
+def _source(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _copy_description(root: Path, out: Path) -> None:
+    """Copies the table that names the corpus of each block, where there is one."""
+    for folder in (root, root.resolve().parent):
+        if (folder / FILE_NAME).is_file():
+            with _whole(out / FILE_NAME) as file:
+                file.write((folder / FILE_NAME).read_bytes())
+            return
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Any]:
+    """Opens a file that takes its name only when it is complete and on the disk.
+
+    Raises:
+      DataError: the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            free = shutil.disk_usage(path.parent).free
+            raise DataError(
+                f"{path} cannot be written: {error.strerror}, {free / 1e9:.2f} GB free. What is "
+                "finished was kept: free space and call `b2txt prepare` again, and it goes on; "
+                "--dtype bfloat16 into another folder needs half of the space"
+            ) from error
+        raise
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps other calls out of the folder; a killed one leaves no lock behind."""
+    with (out / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"another `b2txt prepare` is writing to {out}; wait for it or choose another --out"
+            ) from error
+        yield
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )

@@ -10,16 +10,17 @@ import jax
 import numpy as np
 
 from b2txt_jax.config import DataConfig
-from b2txt_jax.data.hdf5 import (
-    DataError,
-    SplitReader,
-    Trial,
-    TrialRef,
-    find_sessions,
-    frames_needed,
-    index_split,
-)
+from b2txt_jax.data.buckets import buckets_of_data
+from b2txt_jax.data.description import DataError
 from b2txt_jax.data.plan import plan
+from b2txt_jax.data.sessions import (
+    SplitReader,
+    features_dtype,
+    find_sessions,
+    index_split,
+    split_lengths,
+)
+from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, frames_needed
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
     """
 
     features: jax.Array
-    """float32 [B, T, D], one row per 20 ms bin."""
+    """[B, T, D], one row per 20 ms bin; float32, or as packed (float16, bfloat16): steps cast."""
     bins: jax.Array
     """int32 [B], valid bins; 0 marks a row that only fills the batch."""
     day: jax.Array
@@ -71,21 +72,71 @@ def bucket_of(refs: Sequence[TrialRef], buckets: Sequence[tuple[int, int]]) -> t
     )
 
 
-def assemble(
-    trials: Sequence[Trial], days: Sequence[int], bucket: tuple[int, int], rows: int
-) -> Batch:
-    """Pads trials to a bucket and the batch to `rows`; missing rows and labels are zeros."""
-    bins, label_count = bucket
-    features = np.zeros((rows, bins, trials[0].features.shape[1]), np.float32)
-    labels = np.zeros((rows, label_count), np.int32)
-    counts = np.zeros((3, rows), np.int32)
-    for row, (trial, day) in enumerate(zip(trials, days, strict=True)):
-        label = trial.labels if trial.labels is not None else np.zeros(0, np.int32)
-        features[row, : len(trial.features)] = trial.features
-        labels[row, : len(label)] = label
-        counts[:, row] = len(trial.features), day, len(label)
-    arrays: Any = (features, counts[0], counts[1], labels, counts[2])
-    return Batch(*arrays)
+def resolve_buckets(data: DataConfig, sessions: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """The configured buckets; where there are none, those chosen from the lengths of all splits.
+
+    The choice is that of `b2txt prepare`, and the same on every host.
+
+    Args:
+      data: `buckets` may be empty.
+      sessions: in day-index order.
+
+    Raises:
+      DataError: the folder is missing or empty, or a trial cannot be used.
+    """
+    if data.buckets:
+        return data.buckets
+    lengths = {
+        split: split_lengths(data.root, sessions, split, data.feature_count) for split in SPLITS
+    }
+    held_out = [length for split in ("val", "test") for day in lengths[split] for length in day]
+    if not held_out and not any(lengths["train"]):
+        raise DataError(
+            f"{data.root} has no trial in the {len(sessions)} sessions asked for; needed some to "
+            "choose length buckets from: check data.root and data.sessions, or set data.buckets"
+        )
+    choice = buckets_of_data(lengths["train"], held_out, data.days_per_batch, data.trials_per_day)
+    return choice.buckets
+
+
+class _Loader:
+    """Fills batches: what training and evaluation share."""
+
+    def __init__(self, data: DataConfig, sessions: Sequence[str], labels_needed: bool) -> None:
+        self.features_dtype = features_dtype(data.root)
+        """Of the batches' features: float32, or as packed."""
+        self.buckets = resolve_buckets(data, sessions)
+        """(bins, labels) shapes that batches have."""
+        self._feature_count = data.feature_count
+        self._reader = SplitReader(feature_count=data.feature_count, labels_needed=labels_needed)
+
+    def fill(
+        self, rows: Sequence[tuple[int, TrialRef]], bucket: tuple[int, int], size: int
+    ) -> tuple[list[Trial], Batch]:
+        """Reads (day, trial) rows into a batch of `size` rows; missing rows are zeros.
+
+        Each trial is read straight into its row. The trials' features are views of the batch.
+        """
+        bins, label_count = bucket
+        # Zeros come from the kernel: only the pages that hold trials are written.
+        features = np.zeros((size, bins, self._feature_count), self.features_dtype)
+        labels = np.zeros((size, label_count), np.int32)
+        counts = np.zeros((3, size), np.int32)
+        self._reader.will_need([ref for _, ref in rows])
+        trials = []
+        for row, (day, ref) in enumerate(rows):
+            trial = self._reader.read_into(ref, features[row])
+            label = trial.labels if trial.labels is not None else np.zeros(0, np.int32)
+            if len(label) > label_count:
+                raise DataError(
+                    f"trial {ref.name} has {len(label)} labels, {ref.label_length} when it was "
+                    "listed: the file changed; start again"
+                )
+            labels[row, : len(label)] = label
+            counts[:, row] = len(trial.features), day, len(label)
+            trials.append(trial)
+        arrays: Any = (features, counts[0], counts[1], labels, counts[2])
+        return trials, Batch(*arrays)
 
 
 class TrainingData:
@@ -112,11 +163,16 @@ class TrainingData:
         self._data = data
         self._frames_of_bins = frames_of_bins
         refs = index_split(data.root, sessions, "train", data.feature_count, min_bins=min_bins)
+        self._loader = _Loader(data, sessions, labels_needed=True)
         for ref in refs:
-            bucket_of([ref], data.buckets)
+            bucket_of([ref], self._loader.buckets)
             self._check_alignable(ref, ref.label_length)
         self.refs_of_day = [[ref for ref in refs if ref.session == name] for name in sessions]
-        self._reader = SplitReader(feature_count=data.feature_count, labels_needed=True)
+
+    @property
+    def features_dtype(self) -> np.dtype:
+        """Of the batches' features: float32, or float16 or bfloat16 of a folder packed so."""
+        return self._loader.features_dtype
 
     def _check_alignable(self, ref: TrialRef, needed: int) -> None:
         frames = self._frames_of_bins(ref.bins)
@@ -135,25 +191,34 @@ class TrainingData:
         drawn = plan(seed, step, counts, self._data.days_per_batch, self._data.trials_per_day)
         return [(int(day), self.refs_of_day[day][trial]) for day, trial in drawn]
 
-    def batch(self, seed: int, step: int) -> Batch:
-        """Reads one batch.
+    def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
+        """Reads one batch, or some of its rows.
+
+        Args:
+          seed: of the run.
+          step: of the optimizer, from 0.
+          rows: of the global batch, those of this host; None: all. Whatever they are, the batch is
+            padded to the bucket of the global batch, so that all hosts have the same shape.
 
         Raises:
           DataError: a trial cannot be read; the text names it.
         """
-        rows = self.rows(seed, step)
-        trials = [self._reader.read(ref) for _, ref in rows]
+        drawn = self.rows(seed, step)
+        bucket = bucket_of([ref for _, ref in drawn], self._loader.buckets)
+        mine = drawn if rows is None else drawn[rows]
+        trials, batch = self._loader.fill(mine, bucket, len(mine))
         for trial in trials:
             if trial.labels is not None:
                 self._check_alignable(trial.ref, frames_needed(trial.labels))
-        bucket = bucket_of([ref for _, ref in rows], self._data.buckets)
-        return assemble(trials, [day for day, _ in rows], bucket, len(rows))
+        return batch
 
-    def batches(self, seed: int, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of steps start .. stop - 1, read ahead by background threads."""
+    def batches(
+        self, seed: int, start: int, stop: int, rows: slice | None = None
+    ) -> Iterator[Batch]:
+        """Batches of steps start .. stop - 1, read ahead by background threads; `rows` as above."""
         steps = grain.MapDataset.range(start, stop)
         return iter(
-            steps.map(lambda step: self.batch(seed, int(step))).to_iter_dataset(_READ_AHEAD)
+            steps.map(lambda step: self.batch(seed, int(step), rows)).to_iter_dataset(_READ_AHEAD)
         )
 
 
@@ -178,13 +243,13 @@ class EvaluationData:
             min_bins=min_bins,
             labels_needed=labels,
         )
-        self._reader = SplitReader(feature_count=data.feature_count, labels_needed=labels)
+        self._loader = _Loader(data, sessions, labels_needed=labels)
         self._groups = self._grouped()
 
     def _grouped(self) -> list[list[int]]:
         by_bucket: dict[tuple[int, int], list[int]] = {}
         for index, ref in enumerate(self.refs):
-            by_bucket.setdefault(bucket_of([ref], self._data.buckets), []).append(index)
+            by_bucket.setdefault(bucket_of([ref], self._loader.buckets), []).append(index)
         size = self._data.eval_batch_size
         return [
             indices[start : start + size]
@@ -197,15 +262,33 @@ class EvaluationData:
         """Batches that `batches` gives."""
         return len(self._groups)
 
-    def batches(self) -> Iterator[tuple[list[int], list[Trial], Batch]]:
-        """(indices into `refs`, their trials, padded batch); rows past the indices are filling."""
+    @property
+    def features_dtype(self) -> np.dtype:
+        """Of the batches' features: float32, or float16 or bfloat16 of a folder packed so."""
+        return self._loader.features_dtype
+
+    def batches(self, rows: slice | None = None) -> Iterator[tuple[list[int], list[Trial], Batch]]:
+        """(indices into `refs`, their trials, padded batch); rows past the indices are filling.
+
+        Args:
+          rows: of each global batch, those of this host; None: all. Indices and trials are those
+            of these rows alone, and may be none; every host gives as many batches, of the same
+            bucket.
+
+        Raises:
+          DataError: a trial cannot be read; the text names it.
+        """
+        wanted = range(self._data.eval_batch_size)[rows or slice(None)]
 
         def load(group: int) -> tuple[list[int], list[Trial], Batch]:
-            indices = self._groups[group]
-            trials = [self._reader.read(self.refs[i]) for i in indices]
-            days = [self._day[trial.ref.session] for trial in trials]
-            bucket = bucket_of([trial.ref for trial in trials], self._data.buckets)
-            return indices, trials, assemble(trials, days, bucket, self._data.eval_batch_size)
+            everything = self._groups[group]
+            bucket = bucket_of([self.refs[i] for i in everything], self._loader.buckets)
+            indices = [everything[row] for row in wanted if row < len(everything)]
+            refs = [self.refs[i] for i in indices]
+            days = [self._day[ref.session] for ref in refs]
+            pairs = list(zip(days, refs, strict=True))
+            trials, batch = self._loader.fill(pairs, bucket, len(wanted))
+            return indices, trials, batch
 
         groups = grain.MapDataset.range(len(self._groups))
         return iter(groups.map(load).to_iter_dataset(_READ_AHEAD))

@@ -143,7 +143,8 @@ def _forward_kernel(
     projected: Any, h0: Any, weight_t: Any, bias: Any, *refs: Any, length: int, save: bool
 ) -> None:
     """One block: projected [F, R, 3H], h0 [R, H], weight_t [H, 3H], bias [1, 3H] -> states
-    [F, R, H], and with `save` r, z, n, W_hn h + b_hn side by side [F, R, 4H]."""
+    [F, R, H], and with `save` the states before [F, R, H] and r, z, n, W_hn h + b_hn side by side
+    [F, R, 4H]."""
     states, *saved, carry = refs
     block = pl.program_id(1)
 
@@ -159,12 +160,13 @@ def _forward_kernel(
         r = jax.nn.sigmoid(x_r + h_r)
         z = jax.nn.sigmoid(x_z + h_z)
         n = jnp.tanh(x_n + r * h_n)
-        h = (1 - z) * n + z * h
-        carry[...] = h
-        states[k] = h.astype(states.dtype)
+        after = (1 - z) * n + z * h
+        carry[...] = after
+        states[k] = after.astype(states.dtype)
         if save:
-            gates = jnp.concatenate([r, z, n, h_n], axis=-1)
-            saved[0][k] = gates.astype(states.dtype)
+            before, gates = saved
+            before[k] = h.astype(states.dtype)
+            gates[k] = jnp.concatenate([r, z, n, h_n], axis=-1).astype(states.dtype)
 
     frames = jnp.minimum(projected.shape[0], length - block * projected.shape[0])
     jax.lax.fori_loop(0, frames, frame, None)
@@ -173,17 +175,20 @@ def _forward_kernel(
 def _backward_kernel(
     d_states: Any,
     before: Any,
-    saved: Any,
+    gates: Any,
     weight: Any,
     d_projected: Any,
-    d_recurrent: Any,
+    d_new: Any,
+    d_bias: Any,
     d_h0: Any,
     carry: Any,
     *,
     length: int,
 ) -> None:
-    """One block, last first: cotangent and state before each frame [F, R, H], saved gates
-    [F, R, 4H], weight [3H, H] -> cotangents of both projections [F, R, 3H], of h0 [R, H]."""
+    """One block, last first: cotangent of each state and the state before [F, R, H], saved gates
+    [F, R, 4H], weight [3H, H] -> cotangents of the input projection [F, R, 3H], of the recurrent
+    one where it differs, in W_hn h + b_hn [F, R, H], of bias by eighths of the rows [8, 3H], of h0
+    [R, H]."""
     step, size = pl.program_id(1), d_states.shape[0]
     block = pl.num_programs(1) - 1 - step
     dtype = d_projected.dtype
@@ -191,20 +196,23 @@ def _backward_kernel(
     @pl.when(step == 0)
     def _() -> None:
         carry[...] = jnp.zeros_like(carry)
+        d_bias[...] = jnp.zeros_like(d_bias)
 
     frames = jnp.minimum(size, length - block * size)
 
     def frame(done: jax.Array, _: None) -> None:
         k = frames - 1 - done
         h = before[k].astype(jnp.float32)
-        r, z, n, h_n = _split(saved[k].astype(jnp.float32), 4)
+        r, z, n, h_n = _split(gates[k].astype(jnp.float32), 4)
         d_h = carry[...] + d_states[k].astype(jnp.float32)
         d_n = d_h * (1 - z) * (1 - n * n)
-        d_z = (d_h * (h - n) * z * (1 - z)).astype(dtype)
-        d_r = (d_n * h_n * r * (1 - r)).astype(dtype)
-        both = jnp.concatenate([d_r, d_z, (d_n * r).astype(dtype)], axis=-1)
-        d_projected[k] = jnp.concatenate([d_r, d_z, d_n.astype(dtype)], axis=-1)
-        d_recurrent[k] = both
+        d_z = d_h * (h - n) * z * (1 - z)
+        d_r = d_n * h_n * r * (1 - r)
+        d_projected[k] = jnp.concatenate([d_r, d_z, d_n], axis=-1).astype(dtype)
+        exact = jnp.concatenate([d_r, d_z, d_n * r], axis=-1)
+        d_bias[...] += exact.reshape(-1, 8, exact.shape[-1]).sum(0)
+        both = exact.astype(dtype)
+        d_new[k] = both[..., -h.shape[-1] :]
         carry[...] = d_h * z + jnp.dot(both, weight[...], preferred_element_type=jnp.float32)
 
     jax.lax.fori_loop(0, frames, frame, None)
@@ -239,7 +247,8 @@ def _call(
       kernel: takes a reference per array, per result, and the carried state.
       plan: blocks, dtype.
       shapes: frames, padded rows, padded hidden units.
-      arrays: each with its layout: 'stream' [P, B, .], 'rows' [B, .] or 'whole'.
+      arrays: each with its layout: 'stream' [P, B, .], 'rows' [B, .], 'parts' [8 per block of
+        rows, .] or 'whole'.
       results: width, dtype and layout of each.
       reverse: last block of frames first.
     """
@@ -255,11 +264,13 @@ def _call(
             return pl.BlockSpec((frames, rows, width), lambda b, t: (at(t), b, 0))
         if layout == "rows":
             return pl.BlockSpec((rows, width), lambda b, t: (b, 0))
+        if layout == "parts":
+            return pl.BlockSpec((8, width), lambda b, t: (b, 0))
         # One buffer: it never changes, so there is nothing to fetch meanwhile.
         once = pl.Buffered(buffer_count=1)
         return pl.BlockSpec((height, width), lambda b, t: (0, 0), pipeline_mode=once)
 
-    shape_of = {"stream": (length, batch), "rows": (batch,)}
+    shape_of = {"stream": (length, batch), "rows": (batch,), "parts": (8 * batch // rows,)}
     out_shape = [jax.ShapeDtypeStruct((*shape_of[at_], w), d) for w, d, at_ in results]
     streamed = sum(a.size * a.dtype.itemsize for a, _ in arrays)
     streamed += sum(s.size * s.dtype.itemsize for s in out_shape)
@@ -328,7 +339,8 @@ def _rows_forward(
     plan: Plan,
     save: bool,
 ) -> tuple[jax.Array, ...]:
-    """One device's rows -> states [P, B, H] and, with `save`, padded gates [P, B', 4H']."""
+    """One device's rows -> states [P, B, H] and, with `save`, the states before, and padded gates
+    [P, B', 4H']."""
     length, batch, hidden = *projected.shape[:2], h0.shape[-1]
     width, rows = _up(hidden, _LANES), plan.blocks.rows
     arrays = [
@@ -339,36 +351,41 @@ def _rows_forward(
     ]
     results: list[tuple[int, Any, str]] = [(width, plan.dtype, "stream")]
     if save:
-        results.append((4 * width, plan.dtype, "stream"))
+        results += [(width, plan.dtype, "stream"), (4 * width, plan.dtype, "stream")]
     kernel = functools.partial(_forward_kernel, length=length, save=save)
     shapes = length, _up(batch, rows), width
-    states, *saved = _call(kernel, plan, shapes, arrays, results, reverse=False)
-    return states[:, :batch, :hidden], *saved
+    *states, last = _call(kernel, plan, shapes, arrays, results, reverse=False)
+    if not save:
+        return (last[:, :batch, :hidden],)
+    return *(value[:, :batch, :hidden] for value in states), last
 
 
 def _rows_backward(
-    d_states: jax.Array, before: jax.Array, saved: jax.Array, weight: jax.Array, *, plan: Plan
+    d_states: jax.Array, before: jax.Array, gates: jax.Array, weight: jax.Array, *, plan: Plan
 ) -> tuple[jax.Array, ...]:
-    """One device's rows -> cotangents of both projections [P, B, 3H] and of h0 [B, H]."""
+    """One device's rows -> cotangents of the input projection [P, B, 3H], of W_hn h + b_hn
+    [P, B, H], of bias in parts [_, 3H], of h0 [B, H]."""
     length, batch, hidden = before.shape
     width, rows = _up(hidden, _LANES), plan.blocks.rows
     arrays = [
         (_pad_rows(_pad_gates(d_states, 1, width), rows, 1), "stream"),
         (_pad_rows(_pad_gates(before, 1, width), rows, 1), "stream"),
-        (saved, "stream"),
+        (gates, "stream"),
         (_pad_weight(weight, width, plan.dtype), "whole"),
     ]
     results = [
         (3 * width, plan.dtype, "stream"),
-        (3 * width, plan.dtype, "stream"),
+        (width, plan.dtype, "stream"),
+        (3 * width, jnp.float32, "parts"),
         (width, jnp.float32, "rows"),
     ]
     kernel = functools.partial(_backward_kernel, length=length)
     shapes = length, _up(batch, rows), width
-    d_projected, d_recurrent, d_h0 = _call(kernel, plan, shapes, arrays, results, reverse=True)
+    d_projected, d_new, d_bias, d_h0 = _call(kernel, plan, shapes, arrays, results, reverse=True)
     return (
         _cut_gates(d_projected[:, :batch], 3, hidden),
-        _cut_gates(d_recurrent[:, :batch], 3, hidden),
+        d_new[:, :batch, :hidden],
+        _cut_gates(d_bias, 3, hidden),
         d_h0[:batch, :hidden],
     )
 
@@ -404,22 +421,26 @@ def _forward(
     projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, plan: Plan
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     function = functools.partial(_rows_forward, plan=plan, save=True)
-    states, saved = _over_rows(function, plan, "srww", "ss")(projected, h0, weight, bias)
-    return states, (states, saved, h0, weight, projected[:0])
+    states, before, gates = _over_rows(function, plan, "srww", "sss")(projected, h0, weight, bias)
+    return states, (before, gates, weight, projected[:0])
 
 
 def _backward(
     plan: Plan, kept: tuple[jax.Array, ...], d_states: jax.Array
 ) -> tuple[jax.Array, ...]:
-    states, saved, h0, weight, projected_like = kept
-    before = jnp.concatenate([h0[None].astype(plan.dtype), states[:-1]])
+    before, gates, weight, projected_like = kept
+    hidden = before.shape[-1]
     function = functools.partial(_rows_backward, plan=plan)
-    d_projected, d_recurrent, d_h0 = _over_rows(function, plan, "sssw", "ssr")(
-        d_states, before, saved, weight
+    d_projected, d_new, d_bias, d_h0 = _over_rows(function, plan, "sssw", "ssrr")(
+        d_states, before, gates, weight
     )
-    d_weight = contract("pbk,pbh->kh", d_recurrent, before, plan.dtype)
-    d_bias = d_recurrent.sum((0, 1), dtype=jnp.float32)
-    return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias
+    d_weight = jnp.concatenate(
+        [
+            contract("pbk,pbh->kh", d_projected[..., : 2 * hidden], before, plan.dtype),
+            contract("pbk,pbh->kh", d_new, before, plan.dtype),
+        ]
+    )
+    return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias.sum(0)
 
 
 _recurrence.defvjp(_forward, _backward)

@@ -1,0 +1,178 @@
+#!/usr/bin/env bash
+# What `tpu.sh` has every TPU VM do. It comes with the code and runs there; nobody calls it by hand.
+#
+#   on_vm.sh setup  WORKDIR DATA          huge pages, bucket, Python, packages, data
+#   on_vm.sh start  WORKDIR DATA ARG...   `b2txt train` in the background; survives the ssh session
+#   on_vm.sh status WORKDIR               b2txt-status: finished | running | exited N | absent
+#   on_vm.sh stop                         SIGTERM: the step ends, the state is saved
+#   on_vm.sh log                          the last lines that training wrote
+#
+# WORKDIR: gs://BUCKET/FOLDER or a folder of this machine. DATA: gs://BUCKET/FOLDER, or empty: it was
+# copied to ~/b2txt_data.
+set -euo pipefail
+
+code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+data_folder=$HOME/b2txt_data
+mount_point=$HOME/b2txt_bucket
+state=$HOME/.b2txt_train
+python_version=3.11 # constraints.txt is for this one; TPU images come with an older Python
+
+say() { printf '%s: %s\n' "$(hostname)" "$*"; }
+fail() {
+  printf '%s: error: %s\n' "$(hostname)" "$*" >&2
+  exit 2
+}
+
+# gs://BUCKET/FOLDER -> the same folder through the mounted bucket.
+local_path() {
+  case $1 in
+    gs://*)
+      local rest=${1#gs://}
+      printf '%s/%s' "$mount_point" "${rest#*/}"
+      ;;
+    *) printf '%s' "$1" ;;
+  esac
+}
+
+huge_pages() {
+  local setting=/sys/kernel/mm/transparent_hugepage/enabled
+  [ -e "$setting" ] || return 0
+  # The TPU runtime starts and stops faster with them on v5e and newer.
+  sudo sh -c "echo always > $setting" || say "huge pages could not be set; b2txt doctor says more"
+}
+
+mount_bucket() {
+  local bucket=${1#gs://}
+  bucket=${bucket%%/*}
+  if ! command -v gcsfuse >/dev/null; then
+    local list=/etc/apt/sources.list.d/gcsfuse.list key=/usr/share/keyrings/cloud.google.asc
+    curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
+      sudo tee "$list" >/dev/null
+    # A fresh VM may be updating itself: wait for the lock.
+    sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
+    sudo apt-get -o DPkg::Lock::Timeout=600 -qq install -y gcsfuse
+  fi
+  mkdir -p "$mount_point"
+  if ! mountpoint -q "$mount_point"; then
+    # No caching of what exists: all workers look at one folder, and the answer must be the bucket's.
+    gcsfuse --metadata-cache-ttl-secs=0 "$bucket" "$mount_point"
+  fi
+}
+
+python_environment() {
+  cd "$code"
+  if ! command -v uv >/dev/null; then
+    export PATH=$HOME/.local/bin:$PATH
+    command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+  fi
+  [ -x .venv/bin/python ] || uv venv --quiet --python "$python_version" .venv
+  uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]'
+}
+
+setup() {
+  local workdir=$1 data=$2
+  huge_pages
+  case $workdir in gs://*) mount_bucket "$workdir" ;; esac
+  python_environment
+  case $data in
+    gs://*)
+      say "copying $data"
+      mkdir -p "$data_folder"
+      gcloud storage rsync --recursive "$data" "$data_folder"
+      ;;
+  esac
+  [ -d "$data_folder" ] || fail "no data in $data_folder: give DATA=gs://... or a folder to copy"
+  say "ready"
+}
+
+start() {
+  local workdir
+  workdir=$(local_path "$1")
+  case $1 in gs://*) mount_bucket "$1" ;; esac # a VM that was restarted has lost the mount
+  shift 2
+  if alive; then
+    say "training runs already"
+    return
+  fi
+  mkdir -p "$state" "$workdir"
+  # Of an earlier, shorter run: whoever watches must not take it for this one's.
+  rm -f "$state/exit" "$state/pid" "$workdir/finished.json"
+  # Compiled programs beside the run: a VM made anew after a preemption starts at once.
+  export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/xla_cache}
+  setsid nohup bash "${BASH_SOURCE[0]}" run "$workdir" "$@" >>"$state/log" 2>&1 </dev/null &
+  for _ in $(seq 50); do
+    [ -e "$state/pid" ] && break
+    sleep 0.1
+  done
+  say "training started; its log: $state/log"
+}
+
+# The background process: holds the exit status for `status`, hands SIGTERM on.
+run() {
+  local workdir=$1
+  shift
+  cd "$code"
+  "$code/.venv/bin/b2txt" train --workdir "$workdir" \
+    --config.data.root="$data_folder" "$@" &
+  local child=$! code_=0
+  printf '%s\n' "$child" >"$state/pid.new"
+  mv "$state/pid.new" "$state/pid"
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+  # A trapped signal ends `wait` early: wait until the child is gone.
+  while :; do
+    code_=0
+    wait "$child" || code_=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  printf '%s\n' "$code_" >"$state/exit.new"
+  mv "$state/exit.new" "$state/exit"
+  rm -f "$state/pid"
+}
+
+# The name is compared too: after a restart of the VM the number may be another program's.
+alive() {
+  [ -e "$state/pid" ] && grep -qa b2txt "/proc/$(cat "$state/pid")/cmdline" 2>/dev/null
+}
+
+status() {
+  local workdir
+  workdir=$(local_path "$1")
+  if alive; then
+    echo "b2txt-status: running"
+  elif [ -e "$workdir/finished.json" ]; then
+    echo "b2txt-status: finished"
+  elif [ -e "$state/exit" ]; then
+    echo "b2txt-status: exited $(cat "$state/exit")"
+  elif [ -e "$state/pid" ]; then
+    echo "b2txt-status: exited 137" # killed together with the process that waited for it
+  else
+    echo "b2txt-status: absent"
+  fi
+}
+
+stop() {
+  alive || return 0
+  kill -TERM "$(cat "$state/pid")" 2>/dev/null || true
+  for _ in $(seq "${STOP_SECONDS:-120}"); do
+    alive || break
+    sleep 1
+  done
+  if alive; then
+    kill -KILL "$(cat "$state/pid")" 2>/dev/null || true
+  fi
+  say "stopped"
+}
+
+log() {
+  tail -n "${LINES_SHOWN:-40}" "$state/log" | tr '\r' '\n' | tail -n "${LINES_SHOWN:-40}"
+}
+
+command=${1:-}
+case $command in
+  setup | start | run | status | stop | log)
+    shift
+    "$command" "$@"
+    ;;
+  *) fail "found '$command'; needed setup, start, status, stop or log" ;;
+esac

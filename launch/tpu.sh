@@ -1,0 +1,513 @@
+#!/usr/bin/env bash
+# Trains on Cloud TPU VMs: creates them, sets them up, trains, watches, fetches, deletes.
+# `launch/tpu.sh --help` and docs/tpu.md say how. Runs on Linux and macOS (bash 3.2).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repository=$(dirname "$here")
+dry_run=no
+scratch=''
+trap 'rm -rf "$scratch"' EXIT
+
+usage() {
+  cat <<'TEXT'
+usage: launch/tpu.sh [--dry-run] [--env FILE] [--SETTING VALUE]... COMMAND [-- ARGUMENTS]
+
+commands
+  create    ask for the TPU (a queued resource) and wait until it is there
+  setup     copy the code, install it, mount the bucket, fetch the data; on all workers
+  train     start `b2txt train` in the background; on all workers
+  watch     wait for the end; make a preempted TPU anew and go on with the run
+  up        create, setup, train, watch; goes on from wherever an earlier call stopped
+  recreate  delete, create, setup, train: what `watch` does after a preemption
+  status    state of the TPU and of the training
+  log       the last lines of the training's log
+  stop      have the training save and end; the TPU stays (and costs)
+  fetch     copy the run's folder to this machine
+  delete    delete the TPU; bucket and run stay
+
+settings, as flags (--zone us-west4-a) or as lines ZONE=us-west4-a of the file given with --env
+  PROJECT          Google Cloud project
+  ZONE             zone that has the accelerator
+  NAME             name of the TPU and its queued resource
+  ACCELERATOR      v4-8, v5litepod-8, v5p-8, v6e-8 ... (v4, v5p: cores; v5litepod, v6e: chips)
+  WORKDIR          gs://BUCKET/FOLDER for the run; or a path on the VM (one VM, not spot)
+  DATA             gs://BUCKET/FOLDER with the sessions, packed or not; or a folder of this machine
+  CONFIG           configuration file in this repository, e.g. configs/nejm_baseline.py
+  SPOT             yes: cheaper, may be taken away at any time; default no
+  RUNTIME          software version of the VM; default: the one for ACCELERATOR
+  SERVICE_ACCOUNT  of the VM; default: the project's
+  NETWORK          default: default
+  OUT              where `fetch` writes; default runs/NAME
+  DELETE           yes: `watch` and `up` delete the TPU when the run is complete; default no
+  POLL_SECONDS     between two looks at the TPU; default 60
+  RETRIES          crashes, failed set-ups or failed requests in a row until `watch` gives up;
+                   default 3
+
+ARGUMENTS go to `b2txt train`, e.g. -- --config.train.steps=1000; give them to train, watch and up
+alike. --dry-run prints the commands, one per line, quoted for a shell, and runs nothing.
+TEXT
+}
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+say() { [ "$dry_run" = yes ] || printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+
+# ---------------------------------------------------------------------------------- settings
+
+settings='PROJECT ZONE NAME ACCELERATOR WORKDIR DATA CONFIG SPOT RUNTIME SERVICE_ACCOUNT NETWORK OUT
+DELETE POLL_SECONDS RETRIES'
+PROJECT='' ZONE='' NAME='' ACCELERATOR='' WORKDIR='' DATA='' CONFIG='' RUNTIME='' SERVICE_ACCOUNT=''
+OUT='' SPOT=no DELETE=no NETWORK=default POLL_SECONDS=60 RETRIES=3
+
+set_value() { # NAME VALUE WHERE
+  local known
+  for known in $settings; do
+    if [ "$known" = "$1" ]; then
+      printf -v "$1" '%s' "$2"
+      return
+    fi
+  done
+  fail "$3: unknown setting '$1'; known: $(printf '%s' "$settings" | tr '\n' ' ')"
+}
+
+read_env() { # read, not run: a settings file is data
+  local line number=0
+  [ -f "$1" ] || fail "settings file $1 does not exist; start from launch/example.env"
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    case $line in '' | '#'*) continue ;; esac
+    case $line in *=*) ;; *) fail "$1, line $number: found '$line'; needed NAME=VALUE" ;; esac
+    set_value "${line%%=*}" "${line#*=}" "$1, line $number"
+  done <"$1"
+}
+
+need() { # SETTING...
+  local name missing=''
+  for name in "$@"; do
+    [ -n "${!name}" ] || missing="$missing $name"
+  done
+  [ -z "$missing" ] ||
+    fail "not set:$missing; give them as flags (--zone ...) or in a file with --env (launch/example.env)"
+}
+
+# Hosts and software by accelerator type: https://cloud.google.com/tpu/docs/runtimes
+pod=no
+check_settings() {
+  need PROJECT ZONE NAME ACCELERATOR
+  local size=${ACCELERATOR##*-} runtime
+  case $ACCELERATOR in
+    tpu7x-*)
+      fail "ACCELERATOR is $ACCELERATOR; Google offers TPU7x through Kubernetes Engine only," \
+        "which this script does not drive: docs/tpu.md" ;;
+    v4-*) runtime=tpu-ubuntu2204-base ;;
+    v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
+    v5p-*) runtime=v2-alpha-tpuv5 ;;
+    v6e-*) runtime=v2-alpha-tpuv6e ;;
+    *) fail "ACCELERATOR is '$ACCELERATOR'; needed v4-N, v5litepod-N, v5p-N or v6e-N" ;;
+  esac
+  case $size in '' | *[!0-9]*) fail "ACCELERATOR is '$ACCELERATOR'; needed a number after the -" ;; esac
+  [ "$size" -le 8 ] || pod=yes
+  RUNTIME=${RUNTIME:-$runtime}
+  OUT=${OUT:-runs/$NAME}
+  case $SPOT in yes | no) ;; *) fail "SPOT is '$SPOT'; needed yes or no" ;; esac
+  case $DELETE in yes | no) ;; *) fail "DELETE is '$DELETE'; needed yes or no" ;; esac
+  case $RETRIES in '' | *[!0-9]*) fail "RETRIES is '$RETRIES'; needed a number" ;; esac
+}
+
+check_workdir() {
+  need WORKDIR
+  case $WORKDIR in
+    gs://*/?*) ;;
+    gs://*) fail "WORKDIR is $WORKDIR; needed a folder in the bucket: gs://BUCKET/FOLDER" ;;
+    /*)
+      [ "$SPOT" = no ] ||
+        fail "WORKDIR is $WORKDIR, on the VM's disk, which goes when a spot VM is taken away;" \
+          "needed gs://BUCKET/FOLDER with SPOT=yes"
+      [ "$pod" = no ] ||
+        fail "WORKDIR is $WORKDIR, on each VM's own disk, but the workers of $ACCELERATOR write one" \
+          "checkpoint together; needed gs://BUCKET/FOLDER"
+      ;;
+    *) fail "WORKDIR is $WORKDIR; needed gs://BUCKET/FOLDER or a path on the VM that starts with /" ;;
+  esac
+}
+
+check_training() {
+  need WORKDIR DATA CONFIG
+  check_workdir
+  case $CONFIG in
+    "$repository"/*) CONFIG=${CONFIG#"$repository"/} ;;
+    /*) fail "CONFIG is $CONFIG; needed a file inside $repository: it travels with the code" ;;
+  esac
+  [ -f "$repository/$CONFIG" ] || fail "CONFIG: there is no file $repository/$CONFIG"
+  case $DATA in
+    gs://*/?*) ;;
+    *) [ -d "$DATA" ] || fail "DATA: there is no folder $DATA; needed gs://BUCKET/FOLDER or a folder" ;;
+  esac
+}
+
+# ---------------------------------------------------------------------------------- commands
+
+show() {
+  local line
+  line=$(printf '%q ' "$@")
+  printf '%s\n' "${line% }"
+}
+run() {
+  if [ "$dry_run" = yes ]; then show "$@"; else "$@"; fi
+}
+# Answer of a command; in a dry run the command goes to the list and the answer is the first word.
+ask() { # DRY_ANSWER COMMAND...
+  local dry=$1 answer errors status=0
+  shift
+  if [ "$dry_run" = yes ]; then
+    show "$@" >&3
+    printf '%s' "$dry"
+    return
+  fi
+  errors=$(mktemp)
+  answer=$("$@" 2>"$errors") || status=$?
+  if [ "$status" = 0 ]; then
+    printf '%s' "$answer"
+  elif grep -qiE 'not[_ ]found|matched no objects|404' "$errors"; then
+    printf NONE
+  else
+    sed 's/^/  /' "$errors" >&2
+    printf UNKNOWN
+  fi
+  rm -f "$errors"
+}
+
+place=()
+queued() { run gcloud compute tpus queued-resources "$1" "$NAME" "${place[@]}" "${@:2}"; }
+queued_state() {
+  ask "${1:-ACTIVE}" gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
+    '--format=value(state.state)'
+}
+node_state() {
+  ask READY gcloud compute tpus tpu-vm describe "$NAME" "${place[@]}" '--format=value(state)'
+}
+on_workers() { # WORKER REMOTE_WORD...
+  local worker=$1 words
+  words=$(printf '%q ' "${@:2}")
+  run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="$worker" --quiet \
+    --command="bash b2txt_jax/launch/on_vm.sh ${words% }"
+}
+copy_to_workers() { # LOCAL REMOTE
+  run gcloud compute tpus tpu-vm scp --recurse "$1" "$NAME:$2" "${place[@]}" --worker=all --quiet
+}
+
+create() {
+  local more=()
+  [ "$SPOT" = no ] || more+=(--spot)
+  [ -z "$SERVICE_ACCOUNT" ] || more+=("--service-account=$SERVICE_ACCOUNT")
+  queued create --node-id="$NAME" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" \
+    --network="$NETWORK" --scopes=https://www.googleapis.com/auth/cloud-platform --quiet \
+    ${more[@]+"${more[@]}"} || return 1
+  wait_active
+}
+
+wait_active() {
+  local state before='' unknown=0
+  while :; do
+    state=$(queued_state)
+    [ "$state" = "$before" ] || say "$NAME: $state"
+    before=$state
+    case $state in
+      ACTIVE) return 0 ;;
+      FAILED | SUSPENDED | NONE) return 1 ;;
+      UNKNOWN)
+        unknown=$((unknown + 1))
+        [ "$unknown" -le "$RETRIES" ] || return 1
+        ;;
+      *) unknown=0 ;;
+    esac
+    sleep "$POLL_SECONDS"
+  done
+}
+
+# Renaming a folder must be one step, or a checkpoint that is half renamed looks whole.
+check_bucket() {
+  case $WORKDIR in gs://*) ;; *) return 0 ;; esac
+  local bucket=${WORKDIR#gs://} answer
+  bucket=gs://${bucket%%/*}
+  answer=$(ask True gcloud storage buckets describe "$bucket" --project="$PROJECT" \
+    '--format=value(hierarchical_namespace.enabled)')
+  case $answer in
+    True) ;;
+    UNKNOWN) fail "$bucket could not be looked at: see the message above" ;;
+    NONE) fail "there is no bucket $bucket; docs/tpu.md says how to make it" ;;
+    *)
+      fail "$bucket has no hierarchical namespace, so that its folders cannot be renamed in one step" \
+        "and a checkpoint cut off by a preemption could look whole. Make one with: gcloud storage" \
+        "buckets create gs://OTHER --project=$PROJECT --location=${ZONE%-*}" \
+        "--uniform-bucket-level-access --enable-hierarchical-namespace"
+      ;;
+  esac
+}
+
+setup() {
+  check_bucket
+  local archive=/tmp/b2txt_jax.tar.gz
+  if [ "$dry_run" = no ]; then
+    scratch=${scratch:-$(mktemp -d)}
+    archive=$scratch/b2txt_jax.tar.gz
+  fi
+  # What is on the disk, committed or not; without caches, data and runs.
+  run tar -czf "$archive" -C "$repository" --exclude=__pycache__ setup.cfg pyproject.toml \
+    constraints.txt README.md LICENSE b2txt_jax lm_server configs launch || return 1
+  copy_to_workers "$archive" b2txt_jax.tar.gz || return 1
+  local words remote_data=''
+  case $DATA in
+    gs://*) remote_data=$DATA ;;
+    *) # What an earlier copy left would have this one land inside it.
+      run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --quiet \
+        --command='rm -rf b2txt_data' || return 1
+      copy_to_workers "$DATA" b2txt_data || return 1
+      ;;
+  esac
+  words=$(printf '%q ' "$WORKDIR" "$remote_data")
+  run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --quiet \
+    --command="mkdir -p b2txt_jax && tar -xzf b2txt_jax.tar.gz -C b2txt_jax && bash b2txt_jax/launch/on_vm.sh setup ${words% }" ||
+    return 1
+}
+
+train_arguments=()
+train() {
+  local words=(start "$WORKDIR" "$DATA" --config "$CONFIG")
+  # On a slice every worker runs the same program and finds the others by itself.
+  [ "$pod" = no ] || words+=(--distributed)
+  on_workers all "${words[@]}" ${train_arguments[@]+"${train_arguments[@]}"}
+}
+
+remove() { queued delete --force --quiet; }
+
+recreate() {
+  if [ "$(queued_state SUSPENDED)" != NONE ]; then remove || return 1; fi
+  create && setup && train
+}
+
+# One line per worker -> finished, running, absent, saved, "broken N" or "crashed N".
+training_state() {
+  local answer codes
+  answer=$(ask "b2txt-status: running" gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" \
+    --worker=all --quiet --command="bash b2txt_jax/launch/on_vm.sh status $(printf '%q' "$WORKDIR")")
+  [ "$answer" != NONE ] || answer=UNKNOWN
+  codes=$(printf '%s\n' "$answer" | tr -d '\r' | sed -n 's/.*b2txt-status: exited //p' | sort -u)
+  case $answer in
+    UNKNOWN) echo UNKNOWN ;;
+    *'b2txt-status: finished'*) echo finished ;;
+    *) # A worker that ended takes the others down: its status counts, not theirs.
+      if printf '%s\n' "$codes" | grep -qx 2; then
+        echo 'broken 2'
+      elif printf '%s\n' "$codes" | grep -qvxE '0|130|143|'; then
+        echo "crashed $(printf '%s\n' "$codes" | grep -vxE '0|130|143|' | head -n 1)"
+      elif [ -n "$codes" ]; then
+        echo saved
+      elif printf '%s' "$answer" | grep -q 'b2txt-status: absent'; then
+        echo absent
+      elif printf '%s' "$answer" | grep -q 'b2txt-status: running'; then
+        echo running
+      else
+        echo UNKNOWN
+      fi
+      ;;
+  esac
+}
+
+# b2txt train exits 0 when complete and also when it saved after SIGTERM; only the file tells.
+complete() {
+  case $WORKDIR in gs://*) ;; *) return 1 ;; esac
+  case $(ask NONE gcloud storage ls "$WORKDIR/finished.json" --project="$PROJECT") in
+    NONE | UNKNOWN) return 1 ;;
+  esac
+}
+
+watch() {
+  local state training before='' failures=0 crashes=0
+  while :; do
+    if complete; then
+      finish
+      return
+    fi
+    state=$(queued_state)
+    [ "$state" != ACTIVE ] || state=$(node_state)
+    training=''
+    [ "$state" != READY ] || training=$(training_state)
+    if [ "$dry_run" = yes ]; then
+      echo "# when it was preempted (SUSPENDED, FAILED or PREEMPTED):"
+      recreate
+      return 0
+    fi
+    [ "$state $training" = "$before" ] || say "$NAME: $state${training:+, training $training}"
+    before="$state $training"
+    case "$state $training" in
+      'READY finished')
+        finish
+        return
+        ;;
+      'READY running') failures=0 ;;
+      'READY saved') # stopped by a signal, and the VM is still there
+        { on_workers all stop && train; } || failures=$((failures + 1))
+        ;;
+      'READY absent') { setup && train; } || failures=$((failures + 1)) ;;
+      'READY broken'*)
+        on_workers 0 log || true
+        fail "training ended with an error that trying again does not mend: see its log above"
+        ;;
+      'READY crashed'*)
+        on_workers 0 log || true
+        crashes=$((crashes + 1))
+        if [ "$crashes" -gt "$RETRIES" ]; then
+          fail "training crashed $crashes times ($training): see its log above"
+        fi
+        say "training $training: stopping all workers and going on from the last checkpoint"
+        { on_workers all stop && train; } || failures=$((failures + 1))
+        ;;
+      'SUSPENDED '* | 'FAILED '* | 'PREEMPTED '* | 'TERMINATED '* | 'STOPPED '*)
+        if [ "$SPOT" = no ]; then
+          fail "$NAME is $state, and it is not a spot TPU: look at 'gcloud compute tpus" \
+            "queued-resources describe $NAME --zone=$ZONE --project=$PROJECT', then run" \
+            "launch/tpu.sh recreate"
+        fi
+        say "$NAME is $state: making it anew; the run goes on from its last checkpoint"
+        if recreate; then failures=0 crashes=0; else failures=$((failures + 1)); fi
+        before=''
+        ;;
+      'NONE '*) fail "there is no TPU $NAME in $ZONE: create it with launch/tpu.sh up" ;;
+      *UNKNOWN*) failures=$((failures + 1)) ;;
+      *) ;; # on its way: WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDING, REPAIRING ...
+    esac
+    if [ "$failures" -gt "$RETRIES" ]; then
+      fail "$failures failures in a row with $NAME ($state): see the messages above. Nothing was" \
+        "deleted: 'launch/tpu.sh delete' ends the costs"
+    fi
+    sleep "$POLL_SECONDS"
+  done
+}
+
+finish() {
+  say "the run is complete: $WORKDIR"
+  if [ "$DELETE" = yes ]; then
+    case $WORKDIR in
+      gs://*) ;;
+      *) fetch || fail "$NAME was not deleted: the run on it could not be fetched" ;;
+    esac
+    remove || fail "$NAME could not be deleted, and costs: see the message above"
+  else
+    say "$NAME still runs and costs: launch/tpu.sh fetch, then launch/tpu.sh delete"
+  fi
+}
+
+up() {
+  case $(queued_state NONE) in
+    NONE)
+      if ! { create && setup && train; }; then
+        say "$NAME was not set up at the first attempt: see the messages above"
+      fi
+      ;;
+    UNKNOWN) fail "the state of $NAME is not known: see the message above" ;;
+    *) say "$NAME is there already: going on with it" ;;
+  esac
+  watch
+}
+
+fetch() {
+  case $WORKDIR in
+    gs://*)
+      run mkdir -p "$OUT"
+      run gcloud storage rsync --recursive '--exclude=^xla_cache/' "$WORKDIR" "$OUT"
+      ;;
+    *)
+      run mkdir -p "$(dirname "$OUT")"
+      run gcloud compute tpus tpu-vm scp --recurse "$NAME:$WORKDIR" "$OUT" "${place[@]}" --worker=0 \
+        --quiet
+      ;;
+  esac
+}
+
+tell() { [ "$dry_run" = yes ] || echo "$*"; }
+status() {
+  local state
+  state=$(queued_state)
+  tell "queued resource: $state"
+  [ "$state" = ACTIVE ] || return 0
+  state=$(node_state)
+  tell "TPU VM: $state"
+  [ "$state" = READY ] || return 0
+  state=$(training_state)
+  tell "training: $state"
+}
+
+# ---------------------------------------------------------------------------------- start
+
+command=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    --dry-run) dry_run=yes ;;
+    --)
+      shift
+      train_arguments=("$@")
+      break
+      ;;
+    --*=*)
+      name=${1%%=*}
+      value=${1#*=}
+      set -- "$name" "$value" "${@:2}"
+      continue
+      ;;
+    --env)
+      [ $# -gt 1 ] || fail "--env needs a file"
+      read_env "$2"
+      shift
+      ;;
+    --*)
+      [ $# -gt 1 ] || fail "$1 needs a value"
+      set_value "$(printf '%s' "${1#--}" | tr 'a-z-' 'A-Z_')" "$2" "$1"
+      shift
+      ;;
+    *)
+      [ -z "$command" ] || fail "found two commands, $command and $1; needed one"
+      command=$1
+      ;;
+  esac
+  shift
+done
+
+# Dry runs list what `ask` would ask, too: its standard output is the answer.
+exec 3>&1
+case $command in
+  create | status | delete | stop | log) check_settings ;;
+  fetch)
+    check_settings
+    check_workdir
+    ;;
+  setup | train | watch | up | recreate)
+    check_settings
+    check_training
+    ;;
+  '')
+    usage >&2
+    fail "no command given"
+    ;;
+  *) fail "unknown command '$command'; launch/tpu.sh --help lists them" ;;
+esac
+place=("--zone=$ZONE" "--project=$PROJECT")
+case $command in
+  create) create || fail "$NAME did not become ACTIVE: see above; launch/tpu.sh delete removes it" ;;
+  delete) remove ;;
+  stop) on_workers all stop ;;
+  log) on_workers 0 log ;;
+  setup | train | recreate) "$command" || fail "$command of $NAME failed: see the messages above" ;;
+  status)
+    need WORKDIR
+    status
+    ;;
+  *) "$command" ;;
+esac

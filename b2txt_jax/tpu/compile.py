@@ -1,0 +1,372 @@
+"""`b2txt compile`: compiles the training step of a configuration for a TPU slice, on any machine,
+and says what it will need and how long it will take.
+
+No TPU is used. The program is the one that `b2txt train` runs on such a slice: same step, same
+shardings, bfloat16 products where the configuration says auto.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from b2txt_jax.config import Config, load_config
+from b2txt_jax.data.loader import configured_sessions
+from b2txt_jax.errors import UserError
+from b2txt_jax.model.gru_pallas import fits_vmem
+from b2txt_jax.tpu.hlo_cost import Cost, program_cost
+from b2txt_jax.tpu.report import compared, described
+from b2txt_jax.tpu.roofline import StepTime, step_time
+from b2txt_jax.tpu.topologies import Topology, known_topologies, parse_topology, topology_devices
+from b2txt_jax.training.compiled import abstract_batch
+from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh, state_shardings
+
+TYPICAL_BUCKET = (1000, 100)
+"""(bins, labels) where the configuration leaves the buckets to the data."""
+VARIANTS = ("scan", "pallas")
+
+
+class CompileError(UserError, ValueError):
+    """The step cannot be compiled as asked; the text says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device's main memory."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    arguments: int
+    """The three above as the compiler lays them out, with padding."""
+    temporaries: int
+    """Activations, gradients and scratch at their peak."""
+    outputs: int
+    """Results that do not take the place of an argument."""
+    program: int
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        """What the step needs."""
+        return self.arguments + self.temporaries + self.outputs + self.program
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is there."""
+        return self.total <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What compiling told."""
+
+    topology: Topology
+    devices: int
+    model_axis: int
+    per_device_batch: int
+    """Rows of the batch per device of the data axis."""
+    rows: int
+    """Rows of the whole batch."""
+    bucket: tuple[int, int]
+    days: int
+    dtype: str
+    recurrence: str
+    compile_seconds: float
+    memory: Memory
+    cost: Cost
+    time: StepTime
+    steps: int
+    """Of the whole recipe."""
+
+    @property
+    def batches_per_hour(self) -> float:
+        """By the likely step time."""
+        return 3600 / self.time.likely
+
+    @property
+    def hours(self) -> float:
+        """Of the whole recipe, by the likely step time."""
+        return self.steps * self.time.likely / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the derived ones."""
+        values = dataclasses.asdict(self)
+        values["topology"] = self.topology.name
+        values["chips"] = self.topology.chips
+        values["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
+        values["time"] |= {"bound": self.time.bound, "likely": self.time.likely}
+        return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `b2txt compile`."""
+    parser.add_argument("--topology", required=True, help=f"the slice: {known_topologies()}")
+    parser.add_argument("--config", required=True, help="e.g. configs/nejm_baseline.py")
+    parser.add_argument(
+        "--per-device-batch",
+        type=int,
+        metavar="N",
+        help="rows per device; without it the configured batch is shared by the devices",
+    )
+    parser.add_argument(
+        "--model-axis",
+        type=int,
+        metavar="M",
+        help="devices that share the large parameters; without it parallel.model_axis",
+    )
+    parser.add_argument(
+        "--bucket",
+        metavar="BINSxLABELS",
+        help="padded shape of the batch, e.g. 2560x500; without it a middle one of the "
+        "configuration's",
+    )
+    parser.add_argument(
+        "--days", type=int, help="sessions, where the configuration names none and has no data"
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="compile each variant of the recurrence and rank them by the compiler's cycles",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.epilog = (
+        "Any key of the configuration: --config.section.key=value. Needs the tpu extra; one to "
+        "five minutes of one core."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """`b2txt compile`: 0 when the step fits the chip's memory, 1 when not."""
+    console = Console()
+    config = load_config(args.config, args.overrides)
+    topology = parse_topology(args.topology)
+    bucket = parse_bucket(args.bucket) if args.bucket else typical_bucket(config)
+    days = args.days or session_count(config)
+    variants: tuple[str | None, ...] = VARIANTS if args.compare else (None,)
+    results = []
+    for variant in variants:
+        changed = config if variant is None else with_recurrence(config, variant)
+        result = compile_step(
+            changed,
+            topology,
+            days=days,
+            bucket=bucket,
+            per_device_batch=args.per_device_batch,
+            model_axis=args.model_axis or config.parallel.model_axis,
+            console=console,
+        )
+        for line in described(result):
+            console.print(line, highlight=False, soft_wrap=True)
+        results.append(result)
+    if args.compare:
+        for line in compared(results):
+            console.print(line, highlight=False, soft_wrap=True)
+    if args.json:
+        _write_json(args.json, [result.to_json() for result in results])
+    return 0 if all(result.memory.fits for result in results) else 1
+
+
+def compile_step(
+    config: Config,
+    topology: Topology,
+    *,
+    days: int,
+    bucket: tuple[int, int],
+    per_device_batch: int | None = None,
+    model_axis: int = 1,
+    console: Console | None = None,
+) -> Result:
+    """Compiles the training step for a slice and reads the program.
+
+    Args:
+      config: the recipe; `auto` is resolved as on the slice.
+      topology: the slice.
+      days: sessions, one input layer each.
+      bucket: (bins of 20 ms, labels) that batches are padded to.
+      per_device_batch: rows per device of the data axis; None: the configured batch, shared.
+      model_axis: devices that share the large parameters.
+      console: where a line shows that it is at work; None: nowhere.
+
+    Raises:
+      CompileError: rows cannot be shared, or the compiler finds that memory does not suffice.
+      TopologyError: libtpu is missing.
+      ConfigError: the model axis does not divide the devices or a parameter.
+    """
+    devices = topology_devices(topology)
+    mesh = make_mesh(model_axis, devices)
+    shards = len(devices) // model_axis
+    rows, per_device = batch_rows(config, shards, per_device_batch)
+    config = as_on_tpu(config, topology, per_device)
+    step = jit_train_step(config, days, mesh)
+    state = abstract_state(config, days)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, mesh),
+    )
+    batch = abstract_batch(rows, bucket, config.data.feature_count, np.float32, mesh)
+    label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins, {config.model.recurrence}"
+    started = time.monotonic()
+    with _at_work(console, label), _no_compilation_cache():
+        try:
+            compiled = step.lower(placed, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise _compile_error(error, topology, per_device, bucket) from error
+    seconds = time.monotonic() - started
+    analysis = compiled.memory_analysis()
+    memory = Memory(
+        parameters=held_bytes(placed.params),
+        optimizer=held_bytes(placed.optimizer),
+        batch=held_bytes(batch),
+        arguments=analysis.argument_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        program=analysis.generated_code_size_in_bytes,
+        capacity=topology.chip.hbm_bytes // topology.chip.devices,
+    )
+    cost = program_cost(compiled.as_text(), len(devices))
+    return Result(
+        topology=topology,
+        devices=len(devices),
+        model_axis=model_axis,
+        per_device_batch=per_device,
+        rows=rows,
+        bucket=bucket,
+        days=days,
+        dtype=config.model.dtype,
+        recurrence=config.model.recurrence,
+        compile_seconds=seconds,
+        memory=memory,
+        cost=cost,
+        time=step_time(cost, topology),
+        steps=config.train.steps,
+    )
+
+
+def batch_rows(config: Config, shards: int, per_device: int | None) -> tuple[int, int]:
+    """(rows of the whole batch, rows per device).
+
+    Raises:
+      CompileError: the configured batch cannot be shared evenly.
+    """
+    if per_device is not None:
+        if per_device < 1:
+            raise CompileError(f"--per-device-batch is {per_device}; needed at least 1")
+        return per_device * shards, per_device
+    rows = config.data.days_per_batch * config.data.trials_per_day
+    if rows % shards:
+        raise CompileError(
+            f"the configured batch has {rows} rows (data.days_per_batch * data.trials_per_day), "
+            f"which {shards} devices cannot share evenly: give --per-device-batch N for a batch "
+            "that grows with the slice, change these keys, or raise --model-axis"
+        )
+    return rows, rows // shards
+
+
+def as_on_tpu(config: Config, topology: Topology, per_device: int) -> Config:
+    """The configuration with every `auto` as it is resolved on that slice, not on this machine."""
+    model = config.model
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype="bfloat16")
+    if model.recurrence == "auto":
+        fits = fits_vmem(per_device, model.units, np.dtype(model.dtype), topology.chip.vmem_bytes)
+        model = dataclasses.replace(model, recurrence="pallas" if fits else "scan")
+    return dataclasses.replace(config, model=model)
+
+
+def with_recurrence(config: Config, name: str) -> Config:
+    """The configuration with another variant of the recurrence."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, recurrence=name))
+
+
+def typical_bucket(config: Config) -> tuple[int, int]:
+    """A middle one of the configured buckets."""
+    buckets = config.data.buckets
+    return buckets[(len(buckets) - 1) // 2] if buckets else TYPICAL_BUCKET
+
+
+def parse_bucket(text: str) -> tuple[int, int]:
+    """`2560x500` -> (2560, 500).
+
+    Raises:
+      CompileError: it is not two positive numbers.
+    """
+    bins, _, labels = text.partition("x")
+    if not (bins.isdigit() and labels.isdigit() and int(bins) and int(labels)):
+        raise CompileError(f"--bucket is {text!r}; needed BINSxLABELS such as 1000x100")
+    return int(bins), int(labels)
+
+
+def session_count(config: Config) -> int:
+    """Sessions that the configuration names, or that its data folder holds."""
+    try:
+        return len(configured_sessions(config.data))
+    except UserError as error:
+        raise CompileError(
+            f"the configuration names no sessions and its data cannot be counted ({error}): give "
+            "--days N"
+        ) from error
+
+
+def held_bytes(tree: Any) -> int:
+    """What one device holds of arrays or shapes with shardings, without padding."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _compile_error(
+    error: Exception, topology: Topology, per_device: int, bucket: tuple[int, int]
+) -> CompileError:
+    text = str(error)
+    told = next((line for line in text.splitlines() if "Ran out of memory" in line), None)
+    if told is None:
+        return CompileError(f"the compiler refuses the step for {topology.name}: {text[:2000]}")
+    return CompileError(
+        f"the step does not fit {topology.name} with {per_device} rows of {bucket[0]} bins per "
+        f"device: {told}. Give fewer rows (--per-device-batch), a smaller --bucket, a larger "
+        "--model-axis, a chip with more memory, or model.recurrence=scan where VMEM is short"
+    )
+
+
+@contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """JAX's cache of compiled programs would try to load the program for devices that are not
+    here."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+@contextmanager
+def _at_work(console: Console | None, label: str) -> Iterator[None]:
+    if console is None:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(label, total=None)
+        yield
+
+
+def _write_json(path: Path, values: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)

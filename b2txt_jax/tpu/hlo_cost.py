@@ -1,0 +1,350 @@
+"""What one run of a compiled program costs a device: products, memory traffic, collectives, and the
+compiler's own estimate of cycles, each instruction counted as often as its loops run it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+from b2txt_jax.tpu.hlo_text import (
+    Array,
+    Computation,
+    Frame,
+    Instruction,
+    Module,
+    loop_frame,
+    parse_module,
+    trip_count,
+)
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+_KERNEL = "tpu_custom_call"
+# They name or order values, or are counted by what they call or by their other half.
+_FREE = {
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "while",
+    "call",
+    "conditional",
+    "after-all",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "iota",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All runs of one kind of collective over groups of one size."""
+
+    kind: str
+    group: int
+    """Devices that take part in each."""
+    count: int
+    bytes: int
+    """Of the whole array per device, summed over the runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one run of the program on one device."""
+
+    flops: int
+    """Of matrix products and convolutions, two per multiply and add."""
+    hbm_bytes: int
+    """Read from and written to the device's main memory."""
+    cycles: int
+    """Sum of the compiler's `estimated_cycles`: without kernels, collectives and waiting."""
+    loop_cycles: int
+    """The part of `cycles` inside loops."""
+    collectives: tuple[Collective, ...]
+    kernels: int
+    """Runs of Pallas kernels."""
+    kernel_flops: int
+    """As the kernels declare; they are not in `flops`."""
+    kernel_bytes: int
+    """As the kernels declare, or their operands and results; they are not in `hbm_bytes`."""
+    undeclared_kernels: int
+    """Runs of kernels that declare no cost."""
+    unknown_loops: tuple[str, ...]
+    """Loops whose number of trips cannot be told; counted once."""
+
+
+def program_cost(text: str, devices: int) -> Cost:
+    """Reads the optimised HLO of a program, `compiled.as_text()`.
+
+    Args:
+      text: the module.
+      devices: number of devices, for collectives that name no groups.
+    """
+    walk = _Walk(parse_module(text), devices)
+    entry = walk.module.computations[walk.module.entry]
+    walk.visit(Frame(entry), 1, fused=False, looped=False)
+    collectives = tuple(
+        Collective(kind, group, *numbers)
+        for (kind, group), numbers in sorted(walk.collectives.items())
+    )
+    return Cost(
+        flops=walk.flops,
+        hbm_bytes=walk.hbm_bytes,
+        cycles=walk.cycles,
+        loop_cycles=walk.loop_cycles,
+        collectives=collectives,
+        kernels=walk.kernels,
+        kernel_flops=walk.kernel_flops,
+        kernel_bytes=walk.kernel_bytes,
+        undeclared_kernels=walk.undeclared,
+        unknown_loops=tuple(walk.unknown),
+    )
+
+
+class _Walk:
+    """Sums over a module."""
+
+    def __init__(self, module: Module, devices: int):
+        self.module = module
+        self.devices = devices
+        self.flops = self.hbm_bytes = self.cycles = self.loop_cycles = 0
+        self.kernels = self.kernel_flops = self.kernel_bytes = self.undeclared = 0
+        self.collectives: dict[tuple[str, int], tuple[int, int]] = {}
+        self.unknown: list[str] = []
+
+    def visit(self, frame: Frame, times: int, *, fused: bool, looped: bool) -> None:
+        """Counts a computation that runs `times` times."""
+        computation = frame.computation
+        for instruction in computation.instructions.values():
+            opcode = instruction.opcode
+            if opcode in ("dot", "convolution"):
+                self.flops += times * product_flops(instruction, computation)
+            kind = opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._collective(kind, instruction, computation, times)
+            if not fused:
+                cycles = times * (instruction.number("estimated_cycles") or 0)
+                self.cycles += cycles
+                self.loop_cycles += cycles if looped else 0
+                if _is_kernel(instruction):
+                    self._kernel(instruction, computation, times)
+                else:
+                    self.hbm_bytes += times * hbm_traffic(instruction, computation, self.module)
+            if opcode == "while":
+                self._loop(instruction, frame, times, fused)
+            elif opcode == "conditional":
+                self._branches(instruction, times, fused, looped)
+            else:
+                inner = fused or opcode == "fusion"
+                for name in (*instruction.called("calls"), *_to_apply(instruction)):
+                    if name in self.module.computations:
+                        called = Frame(self.module.computations[name])
+                        self.visit(called, times, fused=inner, looped=looped)
+
+    def _loop(self, loop: Instruction, frame: Frame, times: int, fused: bool) -> None:
+        trips = trip_count(self.module, loop, frame)
+        if trips is None:
+            self.unknown.append(loop.name)
+            trips = 1
+        body = loop_frame(self.module, loop, frame)
+        self.visit(body, times * trips, fused=fused, looped=True)
+
+    def _branches(self, instruction: Instruction, times: int, fused: bool, looped: bool) -> None:
+        """Only the branch with the most products is counted."""
+        names = [
+            name
+            for key in ("branch_computations", "true_computation", "false_computation")
+            for name in instruction.called(key)
+        ]
+
+        def flops(name: str) -> int:
+            branch = _Walk(self.module, self.devices)
+            branch.visit(Frame(self.module.computations[name]), 1, fused=fused, looped=looped)
+            return branch.flops
+
+        if names:
+            heaviest = Frame(self.module.computations[max(names, key=flops)])
+            self.visit(heaviest, times, fused=fused, looped=looped)
+
+    def _collective(
+        self, kind: str, instruction: Instruction, computation: Computation, times: int
+    ) -> None:
+        given = _bytes(_operand_arrays(instruction, computation))
+        group = group_size(instruction.attributes, self.devices)
+        # The whole array: what each device gives, or for a gather what each one gets.
+        size = given * group if kind == "all-gather" else given
+        count, total = self.collectives.get((kind, group), (0, 0))
+        self.collectives[kind, group] = (count + times, total + times * size)
+
+    def _kernel(self, instruction: Instruction, computation: Computation, times: int) -> None:
+        declared = _declared_cost(instruction.attributes)
+        touched = _bytes(_operand_arrays(instruction, computation)) + _bytes(instruction.result)
+        self.kernels += times
+        self.kernel_flops += times * declared.get("flops", 0)
+        self.kernel_bytes += times * declared.get("bytes_accessed", touched)
+        self.undeclared += 0 if declared else times
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    target = f'custom_call_target="{_KERNEL}"'
+    return instruction.opcode == "custom-call" and target in instruction.attributes
+
+
+def _to_apply(instruction: Instruction) -> tuple[str, ...]:
+    """Only of calls: a reduction's or a sort's function is too small to count."""
+    return instruction.called("to_apply") if instruction.opcode == "call" else ()
+
+
+def _declared_cost(attributes: str) -> dict[str, int]:
+    found = re.search(r'"cost_estimate":\s*(\{[^{}]*\})', attributes)
+    if not found:
+        return {}
+    return {key: int(value) for key, value in json.loads(found.group(1)).items()}
+
+
+def _operand_arrays(instruction: Instruction, computation: Computation) -> list[Array]:
+    return [
+        array
+        for name in instruction.operands
+        if name in computation.instructions
+        for array in computation.instructions[name].result
+    ]
+
+
+def _bytes(arrays: list[Array] | tuple[Array, ...], hbm_only: bool = False) -> int:
+    return sum(array.bytes for array in arrays if not (hbm_only and array.space))
+
+
+def product_flops(instruction: Instruction, computation: Computation) -> int:
+    """FLOPs of a dot or a convolution: two per multiply and add that is not by padding."""
+    left, right = (computation.instructions[name].result[0] for name in instruction.operands[:2])
+    result = instruction.result[0]
+    if instruction.opcode == "dot":
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        summed = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
+        return 2 * result.elements * math.prod(left.dims[axis] for axis in summed)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None, f"convolution {instruction.name} has no dim_labels"
+    of_left, of_right, of_result = labels.groups()
+    products = result.dims[of_result.index("b")] * result.dims[of_result.index("f")]
+    # The kernel's input features and the result's batch are already those of one group.
+    products *= right.dims[of_right.index("i")]
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(field.split("=") for field in window.group(1).split()) if window else {}
+    for axis in range(len(of_left) - 2):
+        label = str(axis)
+        products *= _valid_positions(
+            left.dims[of_left.index(label)],
+            right.dims[of_right.index(label)],
+            result.dims[of_result.index(label)],
+            {key: value.split("x")[axis] for key, value in fields.items()},
+        )
+    return 2 * products
+
+
+def _valid_positions(size: int, kernel: int, result: int, window: dict[str, str]) -> int:
+    """Pairs of (output, kernel) positions on one axis that meet an input value, and not padding or
+    a hole between dilated inputs."""
+    stride = int(window.get("stride", 1))
+    low = int(window.get("pad", "0_0").split("_")[0])
+    of_input, of_kernel = int(window.get("lhs_dilate", 1)), int(window.get("rhs_dilate", 1))
+    last = (size - 1) * of_input
+    return sum(
+        0 <= (place := out * stride + tap * of_kernel - low) <= last and place % of_input == 0
+        for out in range(result)
+        for tap in range(kernel)
+    )
+
+
+def group_size(attributes: str, devices: int) -> int:
+    """Devices in each group of a collective."""
+    if found := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", found.group(1)))
+        axes = re.findall(r"[\w.]+", found.group(2))
+        return math.prod(int(sizes[axis]) for axis in axes)
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(found.group(2))
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(found.group(1).split(","))
+    return devices
+
+
+def hbm_traffic(instruction: Instruction, computation: Computation, module: Module) -> int:
+    """Bytes of main memory that one run of an instruction reads and writes.
+
+    A slice taken inside a fusion counts as the slice; what lives on the chip counts nothing.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done") or opcode == "custom-call":
+        return 0
+    if opcode.endswith("-start"):
+        # The result is (destination, source, ...) of a copy; others are counted inside.
+        return _bytes(instruction.result[:2], hbm_only=True) if opcode == "copy-start" else 0
+    if opcode == "fusion":
+        return _fusion_traffic(instruction, computation, module)
+    operands = [computation.instructions[name] for name in instruction.operands]
+    written = _bytes(instruction.result, hbm_only=True)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return written + (0 if operands[0].result[0].space else _bytes(instruction.result))
+    if opcode == "dynamic-update-slice":
+        update = operands[1].result
+        return _bytes(update, hbm_only=True) + (_bytes(update) if written else 0)
+    return written + sum(_bytes(operand.result, hbm_only=True) for operand in operands)
+
+
+def _fusion_traffic(instruction: Instruction, computation: Computation, module: Module) -> int:
+    inner = module.computations[instruction.called("calls")[0]]
+    total = 0
+    for number, parameter in inner.parameters.items():
+        source = computation.instructions[instruction.operands[number]]
+        if not all(array.space for array in source.result):
+            total += _read(inner, parameter)
+    roots = [inner.root]
+    if inner.root.opcode == "tuple":
+        roots = [inner.instructions[name] for name in inner.root.operands]
+    for root, array in zip(roots, instruction.result, strict=False):
+        if array.space == 0:
+            total += _written(inner, root, array)
+    return total
+
+
+def _through(inner: Computation, instruction: Instruction) -> Instruction:
+    while instruction.opcode in ("bitcast", "copy") and instruction.operands:
+        instruction = inner.instructions[instruction.operands[0]]
+    return instruction
+
+
+def _read(inner: Computation, name: str) -> int:
+    """Bytes that a fusion reads of one parameter: only slices, when it takes only slices."""
+    whole = _bytes(inner.instructions[name].result)
+    total = 0
+    for user in inner.instructions.values():
+        if name not in user.operands:
+            continue
+        if user.opcode == "bitcast":
+            total += _read(inner, user.name)
+        elif user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += _bytes(user.result)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue  # written in place
+        else:
+            return whole
+    return min(total, whole)
+
+
+def _written(inner: Computation, root: Instruction, array: Array) -> int:
+    root = _through(inner, root)
+    if root.opcode == "dynamic-update-slice":
+        return _bytes(inner.instructions[root.operands[1]].result)
+    return array.bytes

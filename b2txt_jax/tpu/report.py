@@ -1,0 +1,107 @@
+"""What `b2txt compile` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from b2txt_jax.tpu.roofline import assumptions
+
+if TYPE_CHECKING:
+    from b2txt_jax.tpu.compile import Result
+
+
+def described(result: Result) -> Iterator[str]:
+    """One result, a line at a time."""
+    topology, memory, cost, time = result.topology, result.memory, result.cost, result.time
+    yield (
+        f"{topology.name}: {topology.chips} chips, {result.devices} devices (data "
+        f"{result.devices // result.model_axis} x model {result.model_axis}); compiled in "
+        f"{result.compile_seconds:.0f} s"
+    )
+    yield (
+        f"  step     {result.rows} rows of {result.bucket[0]} bins ({result.per_device_batch} a "
+        f"device), up to {result.bucket[1]} labels, {result.days} days, products in "
+        f"{result.dtype}, recurrence {result.recurrence}"
+    )
+    yield (
+        f"  memory   per device: parameters {_mb(memory.parameters)}, optimizer "
+        f"{_mb(memory.optimizer)}, batch {_mb(memory.batch)}; together as laid out "
+        f"{_mb(memory.arguments)}; activations and temporaries {_mb(memory.temporaries)}; other "
+        f"results {_mb(memory.outputs)}; program {_mb(memory.program)}"
+    )
+    verdict = "fits" if memory.fits else "DOES NOT FIT"
+    yield (
+        f"  {verdict}     {_mb(memory.total)} of {_mb(memory.capacity)} HBM "
+        f"({100 * memory.total / memory.capacity:.0f} %)"
+    )
+    for found in cost.collectives:
+        yield (
+            f"  traffic  {found.kind} x {found.count} over {found.group} devices: "
+            f"{_mb(found.bytes)} a step"
+        )
+    if not cost.collectives:
+        yield "  traffic  no collectives"
+    yield (
+        f"  work     {(cost.flops + cost.kernel_flops) / 1e9:,.0f} GFLOP a device and step "
+        f"(matrix products, loops multiplied out{_of_kernels(result)}); HBM traffic "
+        f"{_mb(cost.hbm_bytes + cost.kernel_bytes)}; compiler's cycles {cost.cycles / 1e6:.1f} "
+        f"million, {cost.loop_cycles / 1e6:.1f} of them in loops"
+    )
+    if cost.unknown_loops:
+        yield f"  caution  loops counted once, trips unknown: {', '.join(cost.unknown_loops)}"
+    compiler = "not known" if time.compiler is None else f"{1e3 * time.compiler:.2f} ms"
+    yield (
+        f"  time     roofline {1e3 * time.bound:.2f} ms a step, limited by {time.limit} (products "
+        f"{1e3 * time.compute:.2f}, HBM {1e3 * time.hbm:.2f}, interconnect "
+        f"{1e3 * time.ici:.2f}); by the compiler's cycles {compiler}"
+    )
+    yield (
+        f"  so       about {result.batches_per_hour:,.0f} batches an hour, {result.hours:.2f} "
+        f"hours for {result.steps:,} steps, at {1e3 * time.likely:.2f} ms; at the roofline "
+        f"{result.steps * time.bound / 3600:.2f} hours"
+    )
+    yield "  assumed"
+    for line in assumptions(topology):
+        yield f"    - {line}"
+
+
+def _of_kernels(result: Result) -> str:
+    cost = result.cost
+    if not cost.kernels:
+        return ""
+    return f", {cost.kernel_flops / 1e9:,.0f} of them declared by {cost.kernels} kernel runs"
+
+
+def compared(results: Sequence[Result]) -> Iterator[str]:
+    """Variants of one step, fewest cycles outside kernels first."""
+    yield "variants by the compiler's cycles outside kernels, fewest first"
+    for place, result in enumerate(sorted(results, key=lambda found: found.cost.cycles), 1):
+        cost = result.cost
+        kernels = (
+            f"{cost.kernels} kernel runs, {cost.kernel_flops / 1e9:,.0f} GFLOP and "
+            f"{_mb(cost.kernel_bytes)} in them"
+            if cost.kernels
+            else "no kernels"
+        )
+        yield (
+            f"  {place}. {result.recurrence:<7} {cost.cycles / 1e6:8.1f} million cycles "
+            f"({cost.loop_cycles / 1e6:.1f} in loops); {kernels}; temporaries "
+            f"{_mb(result.memory.temporaries)}; roofline {1e3 * result.time.bound:.2f} ms"
+        )
+    yield (
+        "  not known: the compiler gives no cycles for custom calls (Pallas kernels). What stands "
+        "for them is what they declare, products and bytes, at the chip's peak: the time that "
+        "their frames wait for one another, and their vector work, is not in it. Only a run on the "
+        "chip can tell it."
+    )
+    for result in results:
+        if result.recurrence == "pallas" and not result.cost.kernels:
+            yield (
+                "  caution: the variant pallas has no kernel in its program: it was compiled "
+                "without one"
+            )
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,186 @@
+"""The command's parts that need no TPU compiler: shapes, memory, step time, what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from b2txt_jax.config import Config, load_config
+from b2txt_jax.tpu import compile as command
+from b2txt_jax.tpu.compile import CompileError, Memory, Result
+from b2txt_jax.tpu.hlo_cost import Collective, Cost
+from b2txt_jax.tpu.report import compared, described
+from b2txt_jax.tpu.roofline import bytes_sent, step_time
+from b2txt_jax.tpu.topologies import TopologyError, parse_topology
+from b2txt_jax.training.sharding import make_mesh
+
+BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
+NOTHING = Cost(0, 0, 0, 0, (), 0, 0, 0, 0, ())
+
+
+@pytest.fixture(scope="module")
+def baseline() -> Config:
+    return load_config(BASELINE)
+
+
+def result(
+    cost: Cost, topology: str = "v5e:2x2", recurrence: str = "scan", used: int = 1
+) -> Result:
+    slice_ = parse_topology(topology)
+    memory = Memory(10**6, 2 * 10**6, 10**5, 4 * 10**6, used, 0, 10**6, slice_.chip.hbm_bytes)
+    return Result(
+        topology=slice_,
+        devices=slice_.devices,
+        model_axis=1,
+        per_device_batch=16,
+        rows=64,
+        bucket=(1000, 100),
+        days=45,
+        dtype="bfloat16",
+        recurrence=recurrence,
+        compile_seconds=1.0,
+        memory=memory,
+        cost=cost,
+        time=step_time(cost, slice_),
+        steps=120_000,
+    )
+
+
+def test_the_configured_batch_is_shared_by_the_devices(baseline: Config) -> None:
+    assert command.batch_rows(baseline, 16, None) == (64, 4)
+    assert command.batch_rows(baseline, 16, 64) == (1024, 64)
+
+
+def test_a_batch_that_cannot_be_shared_names_the_ways_out(baseline: Config) -> None:
+    with pytest.raises(CompileError, match=r"64 rows.*256 devices.*--per-device-batch"):
+        command.batch_rows(baseline, 256, None)
+    with pytest.raises(CompileError, match="needed at least 1"):
+        command.batch_rows(baseline, 4, 0)
+
+
+def test_auto_is_resolved_as_on_the_slice_and_not_as_on_this_machine(baseline: Config) -> None:
+    model = command.as_on_tpu(baseline, parse_topology("v5e:4x4"), 4).model
+    assert model.dtype == "bfloat16"
+    assert model.recurrence == "pallas"
+    wide = dataclasses.replace(baseline, model=dataclasses.replace(baseline.model, units=7168))
+    assert command.as_on_tpu(wide, parse_topology("v5e:4x4"), 4).model.recurrence == "scan"
+    named = dataclasses.replace(baseline.model, dtype="float32", recurrence="scan")
+    chosen = dataclasses.replace(baseline, model=named)
+    assert command.as_on_tpu(chosen, parse_topology("v5e:4x4"), 4) == chosen
+
+
+def test_the_bucket_is_a_middle_one_or_as_asked(baseline: Config) -> None:
+    assert command.typical_bucket(baseline) in (baseline.data.buckets or ((1000, 100),))
+    assert command.parse_bucket("2560x500") == (2560, 500)
+    for wrong in ("2560", "x", "0x5", "axb", "10x-3"):
+        with pytest.raises(CompileError, match="BINSxLABELS"):
+            command.parse_bucket(wrong)
+
+
+def test_sessions_that_cannot_be_counted_ask_for_days(baseline: Config) -> None:
+    assert command.session_count(baseline) == 45
+    data = dataclasses.replace(baseline.data, sessions=(), root="no/such/folder")
+    with pytest.raises(CompileError, match="--days N"):
+        command.session_count(dataclasses.replace(baseline, data=data))
+
+
+def test_held_bytes_are_those_of_one_device() -> None:
+    mesh = make_mesh(1, jax.devices()[:1])
+    leaf = jax.ShapeDtypeStruct((4, 3), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+    assert command.held_bytes({"a": leaf, "b": leaf}) == 2 * 4 * 3 * 2
+
+
+def test_step_time_is_the_larger_of_products_and_memory_plus_collectives() -> None:
+    reduce = Collective("all-reduce", 4, 1, 10**9)
+    cost = dataclasses.replace(
+        NOTHING, flops=197 * 10**9, hbm_bytes=819 * 10**7, cycles=3 * 10**7, collectives=(reduce,)
+    )
+    time = step_time(cost, parse_topology("v5e:2x2"))
+    assert time.compute == pytest.approx(1e-3)
+    assert time.hbm == pytest.approx(1e-2)
+    assert time.ici == pytest.approx(2 * 1e9 * 3 / 4 / 100e9)
+    assert time.compiler == pytest.approx(3e7 / 1.5e9)
+    assert time.bound == pytest.approx(time.hbm + time.ici)
+    assert time.likely == pytest.approx(time.compiler + time.ici)
+    assert time.limit == "interconnect"
+
+
+def test_a_chip_of_two_devices_gives_each_half() -> None:
+    cost = dataclasses.replace(NOTHING, flops=10**12, hbm_bytes=10**10)
+    time = step_time(cost, parse_topology("tpu7x:2x2x1"))
+    assert time.compute == pytest.approx(1e12 / (2307e12 / 2))
+    assert time.hbm == pytest.approx(1e10 / (7380e9 / 2))
+    assert time.compiler is None
+    assert time.likely == time.bound
+
+
+def test_kernels_count_by_their_own_bound() -> None:
+    kernels = dataclasses.replace(NOTHING, kernels=10, kernel_flops=197 * 10**9)
+    time = step_time(kernels, parse_topology("v5e:1x1"))
+    assert time.compute == pytest.approx(1e-3)
+    assert time.compiler == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("all-reduce", 2 * 800 * 7 / 8),
+        ("all-gather", 800 * 7 / 8),
+        ("reduce-scatter", 800 * 7 / 8),
+        ("collective-permute", 800),
+    ],
+)
+def test_bytes_sent_around_a_ring(kind: str, sent: float) -> None:
+    assert bytes_sent(Collective(kind, 8, 1, 800)) == sent
+
+
+def test_the_report_says_whether_it_fits_and_how_long_it_takes() -> None:
+    cost = dataclasses.replace(NOTHING, cycles=15 * 10**6, unknown_loops=("while.3",))
+    text = "\n".join(described(result(cost)))
+    assert "fits" in text
+    assert "NOT" not in text
+    assert "360,000 batches an hour" in text  # 15 million cycles at 1.5 GHz: 10 ms
+    assert "0.33 hours for 120,000 steps" in text
+    assert "while.3" in text
+    assert "docs.cloud.google.com/tpu/docs/v5e" in text
+    assert "DOES NOT FIT" in "\n".join(described(result(cost, used=17 * 2**30)))
+
+
+def test_variants_are_ranked_by_cycles_and_the_unknown_is_said() -> None:
+    scan = result(dataclasses.replace(NOTHING, cycles=40 * 10**6))
+    pallas = result(
+        dataclasses.replace(NOTHING, cycles=20 * 10**6, kernels=10), recurrence="pallas"
+    )
+    text = "\n".join(compared([scan, pallas]))
+    assert text.index("pallas") < text.index("scan")
+    assert "no cycles for custom calls" in text
+    assert "caution" not in text
+    without = result(dataclasses.replace(NOTHING, cycles=1), recurrence="pallas")
+    assert "caution" in "\n".join(compared([scan, without]))
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["--config", str(BASELINE), *words])
+    args.overrides = []
+    return args
+
+
+def test_the_command_refuses_a_slice_it_does_not_know() -> None:
+    with pytest.raises(TopologyError, match="v5e:4x4"):
+        command.run(arguments("--topology", "v5e:5x5"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_the_command_says_what_to_install() -> None:
+    with pytest.raises(TopologyError, match="tpu extra"):
+        command.run(arguments("--topology", "v5e:4x4"))

@@ -41,7 +41,7 @@ settings, as flags (--zone us-west4-a) or as lines ZONE=us-west4-a of the file g
   OUT              where `fetch` writes; default runs/NAME
   DELETE           yes: `watch` and `up` delete the TPU when the run is complete; default no
   POLL_SECONDS     between two looks at the TPU; default 60
-  RETRIES          crashes, failed set-ups or failed requests in a row until `watch` gives up;
+  RETRIES          crashes, failed set-ups or failed requests in a row before `watch` gives up;
                    default 3
 
 ARGUMENTS go to `b2txt train`, e.g. -- --config.train.steps=1000; give them to train, watch and up
@@ -300,10 +300,10 @@ training_state() {
     UNKNOWN) echo UNKNOWN ;;
     *'b2txt-status: finished'*) echo finished ;;
     *) # A worker that ended takes the others down: its status counts, not theirs.
-      if printf '%s\n' "$codes" | grep -qx 2; then
+      if printf '%s\n' "$codes" | grep -qvxE '0|2|130|143|'; then
+        echo "crashed $(printf '%s\n' "$codes" | grep -vxE '0|2|130|143|' | head -n 1)"
+      elif printf '%s\n' "$codes" | grep -qx 2; then
         echo 'broken 2'
-      elif printf '%s\n' "$codes" | grep -qvxE '0|130|143|'; then
-        echo "crashed $(printf '%s\n' "$codes" | grep -vxE '0|130|143|' | head -n 1)"
       elif [ -n "$codes" ]; then
         echo saved
       elif printf '%s' "$answer" | grep -q 'b2txt-status: absent'; then
@@ -326,7 +326,7 @@ complete() {
 }
 
 watch() {
-  local state training before='' failures=0 crashes=0
+  local state training before='' failures=0 crashes=0 stops=0
   while :; do
     if complete; then
       finish
@@ -348,8 +348,14 @@ watch() {
         finish
         return
         ;;
-      'READY running') failures=0 ;;
+      'READY running') failures=0 stops=0 ;;
       'READY saved') # stopped by a signal, and the VM is still there
+        stops=$((stops + 1))
+        if [ "$stops" -gt "$RETRIES" ]; then
+          on_workers 0 log || true
+          fail "training ended $stops times at once, without an error and without completing the" \
+            "run: see its log above"
+        fi
         { on_workers all stop && train; } || failures=$((failures + 1))
         ;;
       'READY absent') { setup && train; } || failures=$((failures + 1)) ;;

@@ -497,7 +497,20 @@ def test_the_notebook_is_valid_and_calls_what_exists():
         if cell["cell_type"] == "code":
             assert cell["outputs"] == []
             assert cell["execution_count"] is None
-    code = "".join("".join(cell["source"]) + "\n" for cell in notebook["cells"])
-    called = set(re.findall(r"\bb2txt (\w+)", code))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"]]
+    code = "\n".join(
+        source
+        for cell, source in zip(notebook["cells"], sources, strict=True)
+        if cell["cell_type"] == "code"
+    )
+    # What IPython takes for a shell command, and what is left for Python.
+    shell = re.compile(r"^!((?:.*\\\n)*.*)$", re.MULTILINE)
+    settings: dict[str, object] = {}
+    exec(compile(shell.sub("", code), "notebook", "exec"), settings)
+    commands = [line.format_map(settings) for line in shell.findall(code)]
+    checked = subprocess.run(["bash", "-n"], input="\n".join(commands), text=True)
+    assert checked.returncode == 0
+    assert (REPOSITORY / str(settings["CONFIG"])).is_file()
+    called = set(re.findall(r"/b2txt (\w+)", code))
     assert "train" in called
-    assert called <= set(COMMANDS) | {"prepare", "doctor"}
+    assert called <= {*COMMANDS, "prepare", "doctor"}

@@ -5,8 +5,17 @@ import h5py
 import numpy as np
 import pytest
 
-from b2txt_jax.data.hdf5 import DataError, find_sessions
-from b2txt_jax.data.loader import EvaluationData, TrainingData, bucket_of, configured_sessions
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.loader import (
+    EvaluationData,
+    TrainingData,
+    bucket_of,
+    configured_sessions,
+    resolve_buckets,
+)
+from b2txt_jax.data.packed import read_manifest
+from b2txt_jax.data.sessions import find_sessions
+from tests.data.packing import packed
 
 
 def frames_of_bins(bins):
@@ -119,3 +128,120 @@ def test_an_error_in_the_background_reaches_the_training_loop(tiny_config, copy)
                 spoil(trial)
     with pytest.raises(DataError, match=r"NaN.* bin 3, feature 4"):
         list(training(tiny_config, copy).batches(0, 0, 3))
+
+
+@pytest.fixture(scope="module", params=["HDF5", "float32", "bfloat16"])
+def stored(request, tiny_config, tmp_path_factory):
+    """The tiny configuration's data section, with the sessions as HDF5 or packed."""
+    if request.param == "HDF5":
+        return tiny_config.data
+    out = tmp_path_factory.mktemp("packed") / request.param
+    return dataclasses.replace(
+        tiny_config.data, root=str(packed(tiny_config.data.root, out, request.param))
+    )
+
+
+def rows_of_hosts(rows, hosts):
+    return [slice(host * rows // hosts, (host + 1) * rows // hosts) for host in range(hosts)]
+
+
+def assert_concatenation(parts, whole):
+    for pieces, expected in zip(zip(*parts, strict=True), whole, strict=True):
+        np.testing.assert_array_equal(np.concatenate(pieces), expected)
+        assert {piece.dtype for piece in pieces} == {expected.dtype}
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_the_hosts_training_batches_are_the_global_batch_in_pieces(stored, hosts):
+    stored = dataclasses.replace(stored, days_per_batch=4, trials_per_day=2, buckets=())
+    whole = list(
+        TrainingData(stored, find_sessions(stored.root), 14, frames_of_bins).batches(3, 5, 25)
+    )
+    parts = [
+        TrainingData(stored, find_sessions(stored.root), 14, frames_of_bins).batches(3, 5, 25, rows)
+        for rows in rows_of_hosts(8, hosts)
+    ]
+    assert len({batch.features.shape for batch in whole}) > 1
+    for expected, *pieces in zip(whole, *parts, strict=True):
+        assert_concatenation(pieces, expected)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_the_hosts_evaluation_batches_are_the_global_batch_in_pieces(stored, hosts):
+    def data():
+        return EvaluationData(stored, find_sessions(stored.root), "val", 14, labels=True)
+
+    parts = [data().batches(rows) for rows in rows_of_hosts(4, hosts)]
+    seen = []
+    for (indices, trials, expected), *pieces in zip(data().batches(), *parts, strict=True):
+        assert_concatenation([batch for _, _, batch in pieces], expected)
+        assert [index for got, _, _ in pieces for index in got] == indices
+        assert [t.ref for _, got, _ in pieces for t in got] == [t.ref for t in trials]
+        seen += indices
+    assert sorted(seen) == list(range(12))
+
+
+def test_packed_float32_gives_the_batches_of_hdf5_bit_for_bit(tiny_config, tmp_path):
+    out = packed(tiny_config.data.root, tmp_path / "out")
+    both = [training(tiny_config, root) for root in (tiny_config.data.root, out)]
+    for step in range(12):
+        for got, expected in zip(*(data.batch(1, step) for data in both), strict=True):
+            assert (got.dtype, got.tobytes()) == (expected.dtype, expected.tobytes())
+    held_out = [
+        EvaluationData(
+            dataclasses.replace(tiny_config.data, root=str(root)),
+            find_sessions(root),
+            "test",
+            14,
+            labels=False,
+        )
+        for root in (tiny_config.data.root, out)
+    ]
+    for (_, _, got), (_, _, expected) in zip(*(data.batches() for data in held_out), strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_packed_half_precision_stays_so_until_the_step(tiny_config, tmp_path):
+    out = packed(tiny_config.data.root, tmp_path / "out", "float16")
+    half, single = training(tiny_config, out), training(tiny_config)
+    assert (half.features_dtype, single.features_dtype) == (np.float16, np.float32)
+    got, expected = half.batch(1, 0).features, single.batch(1, 0).features
+    assert got.dtype == np.float16
+    np.testing.assert_array_equal(got, expected.astype(np.float16))
+
+
+def test_without_configured_buckets_those_of_prepare_are_taken_on_either_layout(
+    tiny_config, tmp_path
+):
+    sessions = configured_sessions(tiny_config.data)
+    data = dataclasses.replace(tiny_config.data, buckets=(), days_per_batch=4, trials_per_day=16)
+    out = packed(data.root, tmp_path / "out")
+    on_packed = dataclasses.replace(data, root=str(out))
+    chosen = resolve_buckets(data, sessions)
+    assert resolve_buckets(on_packed, sessions) == chosen == read_manifest(out).buckets
+    assert 1 < len(chosen) <= 6
+    assert resolve_buckets(tiny_config.data, sessions) == tiny_config.data.buckets
+    shapes = set()
+    for step in range(30):
+        batch = TrainingData(on_packed, sessions, 14, frames_of_bins).batch(0, step)
+        shapes.add((batch.features.shape[1], batch.labels.shape[1]))
+    assert shapes <= set(chosen)
+    EvaluationData(data, sessions, "test", 14, labels=False)
+
+
+def test_no_trial_to_choose_buckets_from_is_told(tiny_config, tmp_path):
+    (tmp_path / "t15.2023.08.11").mkdir()
+    with h5py.File(tmp_path / "t15.2023.08.11" / "data_val.hdf5", "w"):
+        pass
+    data = dataclasses.replace(tiny_config.data, buckets=(), root=str(tmp_path))
+    with pytest.raises(DataError, match="has no trial in the 1 sessions"):
+        resolve_buckets(data, find_sessions(tmp_path))
+
+
+def test_a_damaged_packed_trial_is_named_to_the_training_loop(tiny_config, tmp_path):
+    out = packed(tiny_config.data.root, tmp_path / "out")
+    for path in out.rglob("data_train.features"):
+        path.write_bytes(b"\1" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"data_train.features trial_\d+ does not match its check"):
+        list(training(tiny_config, out).batches(0, 0, 3))

@@ -89,7 +89,7 @@ def load_model(workdir: Path, overrides: Sequence[str] = ()) -> TrainedModel:
     like = jax.eval_shape(
         lambda: init_params(config.model, config.data.feature_count, days, jax.random.key(0))
     )
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, read_only=True) as checkpoints:
         params, best = checkpoints.restore_best(like)
     return TrainedModel(config, params, best.step)
 

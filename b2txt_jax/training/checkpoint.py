@@ -3,6 +3,10 @@ with."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +21,7 @@ from b2txt_jax.training.step import TrainState
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing or cannot be read."""
+    """A checkpoint that is missing, cannot be read, or cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,19 @@ class Checkpoints:
     """`WORKDIR/checkpoints/latest` and `WORKDIR/checkpoints/best`, written in the background by
     Orbax."""
 
-    def __init__(self, workdir: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, create=True)
+    def __init__(self, workdir: Path, read_only: bool = False):
+        """`read_only`: leaves the folder as it is, for use beside a training."""
         folder = workdir.absolute() / "checkpoints"
-        self._latest = ocp.CheckpointManager(folder / "latest", options=options)
-        self._best = ocp.CheckpointManager(folder / "best", options=options)
+
+        def manager(name: str, kept: int) -> ocp.CheckpointManager:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=kept, create=not read_only, read_only=read_only
+            )
+            return ocp.CheckpointManager(folder / name, options=options)
+
+        # Two of the latest: when a disk damages one, the run goes on from the one before.
+        self._latest = manager("latest", 2)
+        self._best = manager("best", 1)
 
     def latest_step(self) -> int | None:
         """The step of the latest full state, if there is one."""
@@ -55,22 +67,31 @@ class Checkpoints:
         return step
 
     def save_latest(self, step: int, state: TrainState, best: BestScore | None) -> None:
-        """Saves the full state; returns before it is on disk."""
+        """Saves the full state; returns before it is on disk.
+
+        Raises:
+          CheckpointError: this save, or the one before it, failed.
+        """
         if self._latest.latest_step() != step:
             extra = {"best": asdict(best) if best else None}
-            self._latest.save(step, args=_arguments(state._asdict(), extra))
+            with _naming(step, self._latest):
+                self._latest.save(step, args=_arguments(state._asdict(), extra))
 
     def save_best(self, step: int, params: Params, best: BestScore) -> None:
         """Saves the parameters of the best validation; returns before they are on disk.
 
         Raises:
-          CheckpointError: Orbax declined to save.
+          CheckpointError: this save, or the one before it, failed.
         """
-        for stale in self._best.all_steps():
-            # Of steps that were lost when the run was killed and are now done again.
-            if stale >= step:
-                self._best.delete(stale)
-        if not self._best.save(step, args=_arguments(params, {"best": asdict(best)}), force=True):
+        with _naming(step, self._best):
+            for stale in self._best.all_steps():
+                # Of steps that were lost when the run was killed and are now done again.
+                if stale >= step:
+                    self._best.delete(stale)
+            saved = self._best.save(
+                step, args=_arguments(params, {"best": asdict(best)}), force=True
+            )
+        if not saved:
             raise CheckpointError(f"the best parameters of step {step} were not saved; try again")
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, BestScore | None]:
@@ -93,9 +114,14 @@ class Checkpoints:
         return tree, BestScore(**extra["best"])
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._latest.wait_until_finished()
-        self._best.wait_until_finished()
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+          CheckpointError: a save failed.
+        """
+        for manager in (self._latest, self._best):
+            with _naming(None, manager):
+                manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and releases Orbax's threads."""
@@ -111,7 +137,29 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # Closing tells of a failed save once more; the error that is on its way told of it already.
+        on_its_way = contextlib.nullcontext() if kind is None else contextlib.suppress(Exception)
+        with on_its_way:
+            self.close()
+
+
+@contextmanager
+def _naming(step: int | None, manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns a failed save into an error that names the step, the folder and what is left."""
+    try:
+        yield
+    # Orbax raises many kinds; each is re-raised with what a user needs to know.
+    except Exception as error:
+        folder = Path(manager.directory)
+        free = shutil.disk_usage(folder).free / 2**20
+        kept = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+        told = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{'saving step ' + str(step) if step is not None else 'the last save'} in {folder} "
+            f"failed ({type(error).__name__}: {told[0] if told else ''}); {free:.0f} MB are free "
+            f"there. Complete checkpoints that are left: steps {kept or 'none'}. Make room, then "
+            "start the same command: it goes on from the last one"
+        ) from error
 
 
 def _arguments(tree: Any, extra: dict[str, Any]) -> ocp.args.Composite:
@@ -129,12 +177,18 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
     arguments = ocp.args.Composite(
         tree=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()
     )
+    earlier = [other for other in manager.all_steps() if other < step]
+    instead = (
+        f"remove that folder to go on from step {max(earlier)}"
+        if earlier
+        else "train into a new --workdir"
+    )
     try:
         restored = manager.restore(step, args=arguments)
     # Orbax raises many kinds for damaged files; each is re-raised with the folder and what to do.
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {manager.directory / str(step)} cannot be read ({error}); its files "
-            "are damaged or belong to another model: restore them, or train into a new --workdir"
+            f"are damaged or belong to another model: restore them, or {instead}"
         ) from error
     return restored.tree, restored.extra

@@ -1,0 +1,64 @@
+"""Runs `b2txt train` on a chosen number of emulated devices and processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TRAIN = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/demo.py"]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """The environment of a process that sees so many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def start(
+    workdir: Path, overrides: Sequence[str], devices: int = 1, processes: int = 1
+) -> list[subprocess.Popen[str]]:
+    """Starts the processes of one run, `devices` in each."""
+    command = [*TRAIN, "--workdir", str(workdir), *overrides]
+    base = environment(devices)
+    several = processes > 1
+    if several:
+        command.append("--distributed")
+        base |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}"}
+        base |= {"JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            command,
+            env={**base, **({"JAX_PROCESS_ID": str(index)} if several else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def finish(runs: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """Waits for all; their outputs. Fails unless all exit 0."""
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(outputs)
+    return outputs
+
+
+def losses(workdir: Path) -> list[float]:
+    """The logged loss of every step."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    entries = [line for line in lines if line["kind"] == "train"]
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry["loss"] for entry in entries]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,144 @@
+"""The same run on other numbers of devices and hosts; where every parameter lives."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from devices import finish, losses, start
+from jax.sharding import PartitionSpec
+
+from b2txt_jax.config import ConfigError, load_config, with_overrides
+from b2txt_jax.training.checkpoint import Checkpoints
+from b2txt_jax.training.loop import train
+from b2txt_jax.training.sharding import (
+    abstract_state,
+    check_rows,
+    make_mesh,
+    rule_of,
+    sharded_state,
+    state_shardings,
+)
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_overrides):
+    """Eight rows per batch, one per device; every step logged; with dropout and augmentation."""
+    return [
+        *tiny_overrides,
+        "--config.data.trials_per_day=2",
+        "--config.data.eval_batch_size=8",
+        f"--config.train.steps={STEPS}",
+        "--config.train.log_every=1",
+        "--config.train.validate_every=10",
+        "--config.train.save_every=10",
+        "--config.optimizer.warmup_steps=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(overrides, tmp_path_factory):
+    """Losses of the run on one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    finish(start(workdir, overrides))
+    found = losses(workdir)
+    assert len(found) == STEPS
+    assert found[-1] < found[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "model_axis"),
+    [(8, 1, 1), (8, 1, 2), (4, 2, 1)],
+    ids=["8 devices", "4 x 2 devices", "2 processes of 4 devices"],
+)
+def test_the_losses_are_those_of_one_device(
+    devices, processes, model_axis, overrides, alone, tmp_path
+):
+    more = [*overrides, f"--config.parallel.model_axis={model_axis}"]
+    outputs = finish(start(tmp_path, more, devices, processes))
+    assert f"on {devices * processes} cpu" in " ".join(outputs[0].split())
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+    for silent in outputs[1:]:
+        assert "sessions" not in silent  # one process speaks for all
+
+
+def test_a_run_saved_on_eight_devices_goes_on_with_one(overrides, alone, tmp_path):
+    half = [*overrides, f"--config.train.steps={STEPS // 2}", "--config.parallel.model_axis=2"]
+    finish(start(tmp_path, half, devices=8))
+    outputs = finish(start(tmp_path, overrides))
+    assert f"going on from step {STEPS // 2}" in outputs[0]
+    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+
+
+def test_every_parameter_and_moment_of_the_baseline_has_a_rule():
+    config = load_config("configs/nejm_baseline.py")
+    state = abstract_state(config, 45)
+    shardings = state_shardings(state, make_mesh(1))
+    by_name = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
+        for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
+    }
+    assert len(by_name) == len(jax.tree.leaves(state))
+    split = {name for name, spec in by_name.items() if spec != PartitionSpec()}
+    # The day layers and their two moments; everything else is on every device.
+    assert split == {name for name in by_name if "day/weight" in name or "day/bias" in name}
+    assert len(split) == 6
+
+
+def test_a_parameter_without_a_rule_is_an_error_that_names_it():
+    with pytest.raises(KeyError, match=r"params/decoder/new_weight.*RULES"):
+        rule_of("params/decoder/new_weight")
+
+
+def test_rows_that_the_devices_cannot_share_are_refused():
+    mesh = make_mesh(1)
+    check_rows(mesh.shape["data"] * 3, "data.eval_batch_size", mesh)
+
+    class Eight:  # the shape is all that is asked for
+        shape = {"data": 8, "model": 1}  # noqa: RUF012
+
+    with pytest.raises(ConfigError, match=r"10 rows \(data.eval_batch_size\), which 8 devices"):
+        check_rows(10, "data.eval_batch_size", Eight())
+
+
+def test_a_model_axis_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(ConfigError, match=r"parallel.model_axis is 3; needed a divisor of the 1"):
+        make_mesh(3, jax.devices()[:1])
+
+
+def test_programs_are_compiled_once_per_bucket_and_none_later(tiny_config, tmp_path):
+    """Counted by JAX itself: a run of other length, over the same buckets, compiles as much."""
+    counts = []
+    for steps in (2, 9):
+        compiled: list[str] = []
+
+        def listen(event: str, _: float, compiled: list[str] = compiled, **__: object) -> None:
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(event)
+
+        jax.clear_caches()
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        config = with_overrides(
+            tiny_config, [f"--config.train.steps={steps}", "--config.train.validate_every=2"]
+        )
+        train(config, tmp_path / str(steps))
+        counts.append(len(compiled))
+    assert counts[0] == counts[1]
+
+
+def test_restoring_keeps_values_and_takes_the_new_placement(tiny_config, tmp_path):
+    config = dataclasses.replace(
+        tiny_config, data=dataclasses.replace(tiny_config.data, sessions=("a", "b"))
+    )
+    state = sharded_state(config, 2, make_mesh(1))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_latest(0, state, None)
+        checkpoints.wait()
+        like = sharded_state(config, 2, make_mesh(1))
+        restored, _ = checkpoints.restore_latest(like)
+    for ours, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+        assert ours.sharding == wanted.sharding

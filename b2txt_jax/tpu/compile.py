@@ -83,7 +83,10 @@ class Result:
     bucket: tuple[int, int]
     days: int
     dtype: str
+    wanted: str
+    """The variant of the recurrence that was asked for, or that `auto` means on the slice."""
     recurrence: str
+    """The variant that the program has: 'pallas' when there are kernels in it."""
     compile_seconds: float
     memory: Memory
     cost: Cost
@@ -247,7 +250,8 @@ def compile_step(
         bucket=bucket,
         days=days,
         dtype=config.model.dtype,
-        recurrence=config.model.recurrence,
+        wanted=config.model.recurrence,
+        recurrence="pallas" if cost.kernels else "scan",
         compile_seconds=seconds,
         memory=memory,
         cost=cost,

@@ -43,13 +43,14 @@ def described(result: Result) -> Iterator[str]:
     if not cost.collectives:
         yield "  traffic  no collectives"
     yield (
-        f"  work     {(cost.flops + cost.kernel_flops) / 1e9:,.0f} GFLOP a device and step "
+        f"  work     {_gflop(cost.flops + cost.kernel_flops)} a device and step "
         f"(matrix products, loops multiplied out{_of_kernels(result)}); HBM traffic "
         f"{_mb(cost.hbm_bytes + cost.kernel_bytes)}; compiler's cycles {cost.cycles / 1e6:.1f} "
         f"million, {cost.loop_cycles / 1e6:.1f} of them in loops"
     )
     if cost.unknown_loops:
         yield f"  caution  loops counted once, trips unknown: {', '.join(cost.unknown_loops)}"
+    yield from _caution(result)
     compiler = "not known" if time.compiler is None else f"{1e3 * time.compiler:.2f} ms"
     yield (
         f"  time     roofline {1e3 * time.bound:.2f} ms a step, limited by {time.limit} (products "
@@ -70,7 +71,7 @@ def _of_kernels(result: Result) -> str:
     cost = result.cost
     if not cost.kernels:
         return ""
-    return f", {cost.kernel_flops / 1e9:,.0f} of them declared by {cost.kernels} kernel runs"
+    return f", {_gflop(cost.kernel_flops)} of it declared by {cost.kernels} kernel runs"
 
 
 def compared(results: Sequence[Result]) -> Iterator[str]:
@@ -79,13 +80,13 @@ def compared(results: Sequence[Result]) -> Iterator[str]:
     for place, result in enumerate(sorted(results, key=lambda found: found.cost.cycles), 1):
         cost = result.cost
         kernels = (
-            f"{cost.kernels} kernel runs, {cost.kernel_flops / 1e9:,.0f} GFLOP and "
+            f"{cost.kernels} kernel runs, {_gflop(cost.kernel_flops)} and "
             f"{_mb(cost.kernel_bytes)} in them"
             if cost.kernels
             else "no kernels"
         )
         yield (
-            f"  {place}. {result.recurrence:<7} {cost.cycles / 1e6:8.1f} million cycles "
+            f"  {place}. {result.wanted:<7} {cost.cycles / 1e6:8.1f} million cycles "
             f"({cost.loop_cycles / 1e6:.1f} in loops); {kernels}; temporaries "
             f"{_mb(result.memory.temporaries)}; roofline {1e3 * result.time.bound:.2f} ms"
         )
@@ -95,12 +96,18 @@ def compared(results: Sequence[Result]) -> Iterator[str]:
         "their frames wait for one another, and their vector work, is not in it. Only a run on the "
         "chip can tell it."
     )
-    for result in results:
-        if result.recurrence == "pallas" and not result.cost.kernels:
-            yield (
-                "  caution: the variant pallas has no kernel in its program: it was compiled "
-                "without one"
-            )
+
+
+def _caution(result: Result) -> Iterator[str]:
+    if result.wanted != result.recurrence:
+        yield (
+            f"  caution  asked for the recurrence {result.wanted}, but the program has "
+            f"{'no kernels' if result.recurrence == 'scan' else 'kernels'}"
+        )
+
+
+def _gflop(count: float) -> str:
+    return f"{count / 1e9:,.{0 if count >= 1e11 else 2}f} GFLOP"
 
 
 def _mb(count: float) -> str:

@@ -31,9 +31,7 @@ def baseline() -> Config:
     return load_config(BASELINE)
 
 
-def result(
-    cost: Cost, topology: str = "v5e:2x2", recurrence: str = "scan", used: int = 1
-) -> Result:
+def result(cost: Cost, topology: str = "v5e:2x2", wanted: str = "scan", used: int = 1) -> Result:
     slice_ = parse_topology(topology)
     memory = Memory(10**6, 2 * 10**6, 10**5, 4 * 10**6, used, 0, 10**6, slice_.chip.hbm_bytes)
     return Result(
@@ -45,7 +43,8 @@ def result(
         bucket=(1000, 100),
         days=45,
         dtype="bfloat16",
-        recurrence=recurrence,
+        wanted=wanted,
+        recurrence="pallas" if cost.kernels else "scan",
         compile_seconds=1.0,
         memory=memory,
         cost=cost,
@@ -162,9 +161,12 @@ def test_variants_are_ranked_by_cycles_and_the_unknown_is_said() -> None:
     text = "\n".join(compared([scan, pallas]))
     assert text.index("pallas") < text.index("scan")
     assert "no cycles for custom calls" in text
-    assert "caution" not in text
-    without = result(dataclasses.replace(NOTHING, cycles=1), recurrence="pallas")
-    assert "caution" in "\n".join(compared([scan, without]))
+
+
+def test_a_program_without_the_kernels_that_were_asked_for_is_told() -> None:
+    kernels = dataclasses.replace(NOTHING, kernels=10)
+    assert "caution" in "\n".join(described(result(NOTHING, wanted="pallas")))
+    assert "caution" not in "\n".join(described(result(kernels, wanted="pallas")))
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -1,0 +1,138 @@
+"""A small recipe's training step compiled by the TPU compiler itself, for slices of two chips.
+
+Run by `make test-tpu`, which installs the tpu extra; elsewhere there is no compiler to ask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libtpu", reason="needs the tpu extra: make test-tpu")
+
+from b2txt_jax.config import Config, load_config
+from b2txt_jax.model.decoder import parameter_count
+from b2txt_jax.tpu import compile as command
+from b2txt_jax.tpu.compile import CompileError, Result, compile_step
+from b2txt_jax.tpu.topologies import parse_topology, topology_devices
+from b2txt_jax.training.sharding import abstract_state
+
+BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
+DAYS, BUCKET, ROWS = 3, (122, 20), 16
+UNITS, LAYERS = 128, 2
+FRAMES = (BUCKET[0] - 14) // 4 + 1
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def small() -> Config:
+    config = load_config(BASELINE)
+    model = dataclasses.replace(config.model, units=UNITS, layers=LAYERS, recurrence="scan")
+    return dataclasses.replace(config, model=model)
+
+
+def step(config: Config, topology: str, model_axis: int = 1) -> Result:
+    return compile_step(
+        config,
+        parse_topology(topology),
+        days=DAYS,
+        bucket=BUCKET,
+        per_device_batch=ROWS,
+        model_axis=model_axis,
+    )
+
+
+@pytest.fixture(scope="module")
+def on_v5e(small: Config) -> Result:
+    return step(small, "v5e:2x2")
+
+
+@pytest.fixture(scope="module")
+def on_v4(small: Config) -> Result:
+    """Large parameters shared by two devices."""
+    return step(small, "v4:2x2x1", model_axis=2)
+
+
+def products(rows: int) -> int:
+    """FLOPs of the matrix products, forward and backward, by hand."""
+    features, patch, classes = 512, 14, 41
+    day = 3 * rows * BUCKET[0] * features * features
+    gates = 3 * UNITS
+    first = 3 * rows * FRAMES * patch * features * gates
+    others = 3 * (LAYERS - 1) * rows * FRAMES * UNITS * gates
+    recurrent = 3 * LAYERS * rows * FRAMES * UNITS * gates
+    head = 3 * rows * FRAMES * UNITS * classes
+    # The CTC loss spreads log-probabilities to states and gathers posteriors by one-hot products.
+    ctc = 2 * rows * FRAMES * classes * (2 * BUCKET[1] + 1)
+    return 2 * (day + first + others + recurrent + head + ctc)
+
+
+def test_every_slice_that_is_listed_can_be_compiled_for() -> None:
+    for name in ("v4:4x4x4", "v5e:1x1", "v5e:16x16", "v5p:4x8x8", "v6e:4x8", "tpu7x:2x2x2"):
+        topology = parse_topology(name)
+        assert len(topology_devices(topology)) == topology.devices
+
+
+def test_the_step_fits_and_holds_parameters_and_two_moments(small: Config, on_v5e: Result) -> None:
+    memory = on_v5e.memory
+    assert memory.fits
+    count = parameter_count(abstract_state(small, DAYS).params)
+    assert memory.parameters == 4 * count
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-3)
+    held = memory.parameters + memory.optimizer + memory.batch
+    assert held <= memory.arguments < 1.5 * held
+    assert memory.outputs < 10_000  # the state takes the place of the old one
+
+
+def test_flops_are_those_counted_by_hand(on_v5e: Result) -> None:
+    assert on_v5e.cost.unknown_loops == ()
+    # Frames at the edges of the backward convolution meet padding; loops may run a frame more.
+    assert on_v5e.cost.flops == pytest.approx(products(ROWS), rel=0.03)
+
+
+def test_every_gradient_is_summed_over_the_devices_once_and_in_float32(on_v5e: Result) -> None:
+    reduced = sum(c.bytes for c in on_v5e.cost.collectives if c.kind == "all-reduce")
+    assert on_v5e.memory.parameters <= reduced < 1.02 * on_v5e.memory.parameters
+    assert {c.group for c in on_v5e.cost.collectives if c.kind == "all-reduce"} == {4}
+
+
+def test_loops_and_cycles_are_seen(on_v5e: Result) -> None:
+    assert 0 < on_v5e.cost.loop_cycles < on_v5e.cost.cycles
+    assert on_v5e.time.compiler is not None
+    assert on_v5e.time.likely >= on_v5e.time.bound > 0
+
+
+def test_the_model_axis_shares_the_day_layers(on_v5e: Result, on_v4: Result) -> None:
+    assert on_v4.devices == 4
+    assert on_v4.rows == 2 * ROWS
+    day = 4 * DAYS * (512 * 512 + 512)
+    assert on_v5e.memory.parameters - on_v4.memory.parameters == day // 2
+    assert on_v4.memory.fits
+
+
+def test_too_large_a_step_is_refused_with_what_to_change(small: Config) -> None:
+    with pytest.raises(CompileError, match=r"does not fit v5e:2x2 with 60000 rows.*batch"):
+        compile_step(
+            small, parse_topology("v5e:2x2"), days=DAYS, bucket=BUCKET, per_device_batch=60_000
+        )
+
+
+def test_the_command_prints_the_verdict(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = f"--topology v5e:2x2 --config {BASELINE} --days 2 --bucket 62x8 --json"
+    args = parser.parse_args([*words.split(), str(tmp_path / "out.json")])
+    args.overrides = [
+        "--config.model.units=128",
+        "--config.model.layers=1",
+        "--config.data.sessions=('a','b')",
+    ]
+    assert command.run(args) == 0
+    printed = capsys.readouterr().out
+    assert "fits" in printed
+    assert "hours for 120,000 steps" in printed
+    assert '"fits": true' in (tmp_path / "out.json").read_text()

@@ -23,6 +23,9 @@ from b2txt_jax.data.sessions import (
 from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, frames_needed
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+"""Batches in memory: at most six, one in each thread's hands and four waiting."""
+_DISK_AHEAD = 2
+"""Steps ahead of a batch that the kernel is asked to fetch from the disk, into its page cache."""
 
 
 class Batch(NamedTuple):
@@ -110,6 +113,10 @@ class _Loader:
         self._feature_count = data.feature_count
         self._reader = SplitReader(feature_count=data.feature_count, labels_needed=labels_needed)
 
+    def will_need(self, rows: Sequence[tuple[int, TrialRef]]) -> None:
+        """Starts to fetch the trials of (day, trial) rows from the disk, in the background."""
+        self._reader.will_need([ref for _, ref in rows])
+
     def fill(
         self, rows: Sequence[tuple[int, TrialRef]], bucket: tuple[int, int], size: int
     ) -> tuple[list[Trial], Batch]:
@@ -122,7 +129,7 @@ class _Loader:
         features = np.zeros((size, bins, self._feature_count), self.features_dtype)
         labels = np.zeros((size, label_count), np.int32)
         counts = np.zeros((3, size), np.int32)
-        self._reader.will_need([ref for _, ref in rows])
+        self.will_need(rows)
         trials = []
         for row, (day, ref) in enumerate(rows):
             trial = self._reader.read_into(ref, features[row])
@@ -216,10 +223,14 @@ class TrainingData:
         self, seed: int, start: int, stop: int, rows: slice | None = None
     ) -> Iterator[Batch]:
         """Batches of steps start .. stop - 1, read ahead by background threads; `rows` as above."""
+
+        def load(step: int) -> Batch:
+            if step + _DISK_AHEAD < stop:
+                self._loader.will_need(self.rows(seed, step + _DISK_AHEAD)[rows or slice(None)])
+            return self.batch(seed, step, rows)
+
         steps = grain.MapDataset.range(start, stop)
-        return iter(
-            steps.map(lambda step: self.batch(seed, int(step), rows)).to_iter_dataset(_READ_AHEAD)
-        )
+        return iter(steps.map(lambda step: load(int(step))).to_iter_dataset(_READ_AHEAD))
 
 
 class EvaluationData:

@@ -1,0 +1,216 @@
+"""How many batches per second does the input give, from a set that does not fit the page cache?
+
+    python benchmarks/input.py [--gigabytes 8] [--cache 2] [--batches 60] [--workdir runs/input]
+
+Writes simulated sessions with lengths like those of the published set (T15) straight in packed
+form, and a part of them as HDF5; reads batches of 64 trials (4 days of 16) as `b2txt train` does,
+each format in a fresh process on 2 cores; and deletes them. The process gets --cache GB of memory
+in all, page cache included, by a memory control group where there is the right to make one, so
+that most trials come from the disk. Without it the files' cache is dropped once, at the start.
+
+Printed per format: batches per second; CPU time per batch (two free cores give 2000 ms per second:
+on a busy machine this says more than the rate); GB/s of trials, padding not counted; the largest
+resident memory of the process, and what of it is anonymous; the limit. `cached` reads few enough
+trials to stay in the page cache: that is what the loader can do without the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from b2txt_jax.config import DataConfig
+from b2txt_jax.data.loader import TrainingData
+from b2txt_jax.data.packed import DTYPES
+from b2txt_jax.data.prepare import PackSettings, write_manifest, write_split
+from b2txt_jax.data.sessions import find_sessions
+from b2txt_jax.data.trial import Trial, TrialRef
+
+FEATURES = 512
+SESSIONS = 45
+_GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+def lengths(trials: int, day: int) -> np.ndarray:
+    """Bins of a day's trials: about 100 to 2,500, 800 on average, days differing."""
+    random = np.random.default_rng([1, day])
+    drawn = np.exp(random.normal(np.log(random.uniform(600, 900)), 0.4, trials))
+    return np.clip(drawn, 100, 2500).astype(int)
+
+
+def trials_of(session: str, day: int, count: int) -> Iterator[Trial]:
+    """Trials of noise with labels that fit."""
+    random = np.random.default_rng([2, day])
+    noise = random.standard_normal((5000, FEATURES), dtype=np.float32)
+    for number, bins in enumerate(lengths(count, day)):
+        start = random.integers(0, len(noise) - bins)
+        labels = random.integers(1, 41, int(bins) // 9).astype(np.int32)
+        key = f"trial_{number:04d}"
+        ref = TrialRef(session, key, Path(session), int(bins), len(labels), 1, number)
+        yield Trial(ref, noise[start : start + bins], labels, "a sentence")
+
+
+def write(folder: Path, kind: str, gigabytes: float) -> None:
+    """Sessions of about so many GB, packed as `kind` or as HDF5."""
+    itemsize = 4 if kind == "hdf5" else DTYPES[kind].itemsize
+    bins = gigabytes * 1e9 / (FEATURES * itemsize)
+    per_day = max(16, round(bins / SESSIONS / 810))
+    settings = PackSettings(dtype="float32" if kind == "hdf5" else kind)
+    packed = {}
+    for day in range(SESSIONS):
+        session = f"t15.2023.{1 + day // 28:02d}.{1 + day % 28:02d}"
+        trials = trials_of(session, day, per_day)
+        if kind != "hdf5":
+            packed[session, "train"] = write_split(folder, session, "train", trials, settings, {})
+            continue
+        (folder / session).mkdir(parents=True)
+        with h5py.File(folder / session / "data_train.hdf5", "w") as file:
+            for trial in trials:
+                assert trial.labels is not None
+                group = file.create_group(trial.ref.key)
+                group["input_features"] = trial.features
+                group["seq_class_ids"] = np.pad(trial.labels, (0, 500 - len(trial.labels)))
+                group.attrs["n_time_steps"] = len(trial.features)
+                group.attrs["seq_len"] = len(trial.labels)
+                group.attrs["block_num"], group.attrs["trial_num"] = 1, trial.ref.trial
+    if packed:
+        print(f"{kind}: {write_manifest(folder, packed, settings)}", flush=True)
+    os.sync()
+
+
+def drop_cache(folder: Path) -> None:
+    """Asks the kernel to forget the files' pages."""
+    for path in folder.rglob("data_*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def measure(folder: Path, batches: int, distinct: int) -> None:
+    """Reads batches; prints one line of JSON. `distinct`: of so many batches again and again."""
+    data = DataConfig(str(folder), (), FEATURES, 4, 16, (), 64)
+    training = TrainingData(data, find_sessions(folder), 14, lambda bins: (bins - 14) // 4 + 1)
+    if distinct:
+        for _ in training.batches(0, 0, distinct):
+            pass
+    real = padded = count = 0
+    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    while count < batches:
+        first = 0 if distinct else count
+        for batch in training.batches(0, first, first + (distinct or batches)):
+            # A device would copy from here; the shapes and sums are all that is looked at.
+            real += int(np.sum(batch.bins))
+            padded += batch.features.shape[0] * batch.features.shape[1]
+            count += 1
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    memory = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    row = FEATURES * training.features_dtype.itemsize
+    print(
+        json.dumps(
+            {
+                "rate": count / seconds,
+                "cpu": sum(
+                    getattr(after, kind) - getattr(before, kind)
+                    for kind in ("ru_utime", "ru_stime")
+                )
+                / count,
+                "gigabytes_per_second": real * row / seconds / 1e9,
+                "padding": 1 - real / padded,
+                "peak": int(memory["VmHWM"].split()[0]) / 1e6,
+                "anonymous": int(memory["RssAnon"].split()[0]) / 1e6,
+            }
+        )
+    )
+
+
+@contextlib.contextmanager
+def limited(gigabytes: float) -> Iterator[Path | None]:
+    """A memory control group that allows so much, page cache included; None without the right."""
+    group = _GROUPS / f"b2txt-input-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(int(gigabytes * 1e9)))
+    except OSError:
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of each packed set")
+    parser.add_argument("--hdf5-gigabytes", type=float, default=4.0, help="size of the HDF5 set")
+    parser.add_argument("--cache", type=float, default=2.0, help="GB of memory, cache included")
+    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/input"))
+    parser.add_argument("--kinds", nargs="+", default=["bfloat16", "float16", "float32", "hdf5"])
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        folder, batches, distinct = args.measure
+        measure(Path(folder), int(batches), int(distinct))
+        return
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(args.workdir).free / 1e9
+    if free < args.gigabytes + 5:
+        sys.exit(f"{args.workdir} has {free:.0f} GB free; needed {args.gigabytes + 5:.0f}")
+    for kind in args.kinds:
+        folder = args.workdir / kind
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            size = args.hdf5_gigabytes if kind == "hdf5" else args.gigabytes
+            write(folder, kind, size)
+            for name, distinct in (("disk", 0), ("cached", 4)):
+                drop_cache(folder)
+                # What is cached must fit: four batches of trials, and those in flight.
+                with limited(args.cache if not distinct else 3 * args.cache) as group:
+                    result = run_limited(folder, args.batches, distinct, group)
+                print(
+                    f"{kind:9s} {name:7s}{result['rate']:6.1f} batches/s "
+                    f"{1000 * result['cpu']:4.0f} ms of CPU per batch, "
+                    f"{result['gigabytes_per_second']:.2f} GB/s of trials, "
+                    f"{100 * result['padding']:.0f} % padding, resident at most "
+                    f"{result['peak']:.2f} GB ({result['anonymous']:.2f} anonymous at the end); "
+                    f"set {size:g} GB, limit "
+                    + (f"{args.cache:g} GB" if group and not distinct else "none that matters"),
+                    flush=True,
+                )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_limited(folder: Path, batches: int, distinct: int, group: Path | None) -> dict[str, float]:
+    """Measures in a fresh process inside the control group, on two cores."""
+
+    def enter() -> None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    command = [sys.executable, __file__, "--measure", str(folder), str(batches), str(distinct)]
+    done = subprocess.run(command, preexec_fn=enter, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -139,8 +139,9 @@ def check_devices(
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         found = f"JAX did not answer within {timeout:.0f} s"
-        advice = (
-            busy or "look for a process that holds the chips: sudo lsof -w /dev/accel* /dev/vfio/*"
+        advice = busy or (
+            "look for a process that holds the chips: sudo lsof -w /dev/accel* /dev/vfio/*; on a "
+            "slice, all workers must ask at the same time: launch/tpu.sh doctor"
         )
         return Finding("devices", "problem", found, advice)
     answer = [line for line in done.stdout.splitlines() if line.startswith("DEVICES ")]

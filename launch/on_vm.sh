@@ -5,6 +5,7 @@
 #   on_vm.sh start  WORKDIR DATA ARG...   `b2txt train` in the background; survives the ssh session
 #   on_vm.sh status WORKDIR               b2txt-status: finished | running | exited N | absent
 #   on_vm.sh stop                         SIGTERM: the step ends, the state is saved
+#   on_vm.sh doctor WORKDIR ARG...        `b2txt doctor`
 #   on_vm.sh log                          the last lines that training wrote
 #
 # WORKDIR: gs://BUCKET/FOLDER or a folder of this machine. DATA: gs://BUCKET/FOLDER, or empty: it was
@@ -164,15 +165,22 @@ stop() {
   say "stopped"
 }
 
+doctor() {
+  local workdir
+  workdir=$(local_path "$1")
+  cd "$code"
+  .venv/bin/b2txt doctor --workdir "$workdir" --data "$data_folder" "${@:2}"
+}
+
 log() {
   tail -n "${LINES_SHOWN:-40}" "$state/log" | tr '\r' '\n' | tail -n "${LINES_SHOWN:-40}"
 }
 
 command=${1:-}
 case $command in
-  setup | start | run | status | stop | log)
+  setup | start | run | status | stop | doctor | log)
     shift
     "$command" "$@"
     ;;
-  *) fail "found '$command'; needed setup, start, status, stop or log" ;;
+  *) fail "found '$command'; needed setup, start, status, stop, doctor or log" ;;
 esac

@@ -21,6 +21,7 @@ commands
   up        create, setup, train, watch; goes on from wherever an earlier call stopped
   recreate  delete, create, setup, train: what `watch` does after a preemption
   status    state of the TPU and of the training
+  doctor    `b2txt doctor` on all workers: what is wrong there, and how to mend it
   log       the last lines of the training's log
   stop      have the training save and end; the TPU stays (and costs)
   fetch     copy the run's folder to this machine
@@ -407,6 +408,10 @@ finish() {
   fi
 }
 
+doctor() {
+  on_workers all doctor "$WORKDIR" --config "$CONFIG"
+}
+
 up() {
   case $(queued_state NONE) in
     NONE)
@@ -494,7 +499,7 @@ case $command in
     check_settings
     check_workdir
     ;;
-  setup | train | watch | up | recreate)
+  setup | train | watch | up | recreate | doctor)
     check_settings
     check_training
     ;;

@@ -37,6 +37,8 @@ from pathlib import Path
 
 arguments = sys.argv[1:]
 workdir = Path(arguments[arguments.index("--workdir") + 1])
+if arguments[0] == "doctor":
+    print("doctor asked with", workdir); sys.exit()
 stopping = []
 signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
 saved = workdir / "step"
@@ -421,6 +423,7 @@ def test_stop_saves_and_train_goes_on_with_data_of_this_machine(cloud, tmp_path)
         assert done.returncode == 0, done.stderr
     assert (cloud.folder / "vms/0/b2txt_data/one").read_text() == "trial"
     assert "training: running" in cloud.run("status").stdout
+    assert f"doctor asked with {cloud.folder}/vms/0" in cloud.run("doctor", DATA=str(data)).stdout
     assert cloud.run("stop").returncode == 0
     step = int((cloud.workdir / "step").read_text())
     assert not (cloud.workdir / "hold").exists()

@@ -155,17 +155,16 @@ def test_the_report_says_whether_it_fits_and_how_long_it_takes() -> None:
 
 def test_variants_are_ranked_by_cycles_and_the_unknown_is_said() -> None:
     scan = result(dataclasses.replace(NOTHING, cycles=40 * 10**6))
-    pallas = result(
-        dataclasses.replace(NOTHING, cycles=20 * 10**6, kernels=10), recurrence="pallas"
-    )
+    pallas = result(dataclasses.replace(NOTHING, cycles=20 * 10**6, kernels=10), wanted="pallas")
     text = "\n".join(compared([scan, pallas]))
     assert text.index("pallas") < text.index("scan")
     assert "no cycles for custom calls" in text
 
 
 def test_a_program_without_the_kernels_that_were_asked_for_is_told() -> None:
-    kernels = dataclasses.replace(NOTHING, kernels=10)
-    assert "caution" in "\n".join(described(result(NOTHING, wanted="pallas")))
+    scan = dataclasses.replace(NOTHING, cycles=10**6)
+    kernels = dataclasses.replace(scan, kernels=10)
+    assert "caution" in "\n".join(described(result(scan, wanted="pallas")))
     assert "caution" not in "\n".join(described(result(kernels, wanted="pallas")))
 
 

@@ -50,17 +50,17 @@ class Core:
 SMALLEST = Core(16 << 20)
 """Assumed where the chip is not known: fits every chip since v4."""
 
-_CORES = {
-    "TPU v4": Core(16 << 20, 2),
-    "TPU v5": Core(64 << 20, 2),
-    "TPU v5p": Core(64 << 20, 2),
-    "TPU v5 lite": Core(128 << 20),
-    "TPU v5e": Core(128 << 20),
-    "TPU v6 lite": Core(128 << 20),
-    "TPU v6e": Core(128 << 20),
-    "TPU7x": Core(64 << 20),
+VMEM_BYTES = {
+    "TPU v4": 16 << 20,
+    "TPU v5": 64 << 20,
+    "TPU v5p": 64 << 20,
+    "TPU v5 lite": 128 << 20,
+    "TPU v5e": 128 << 20,
+    "TPU v6 lite": 128 << 20,
+    "TPU v6e": 128 << 20,
+    "TPU7x": 64 << 20,
 }
-"""By JAX's device kind; from jax.experimental.pallas.tpu.get_tpu_info_for_chip."""
+"""Of one tensor core by JAX's device kind; jax.experimental.pallas.tpu.get_tpu_info_for_chip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +124,13 @@ def fits_vmem(batch: int, hidden: int, dtype: jnp.dtype, vmem_bytes: int) -> boo
 def core_of(mesh: AbstractMesh | Mesh | None) -> Core:
     """The core that a program for this mesh runs on: of the mesh's devices, else of this process's
     first device; SMALLEST where neither is a TPU that is known."""
-    if isinstance(mesh, Mesh):
-        mesh = mesh.abstract_mesh
-    device = mesh.abstract_device if mesh is not None else None
-    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return _CORES.get(kind, SMALLEST)
+    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    device = abstract.abstract_device if abstract is not None else None
+    device = jax.devices()[0] if device is None else device
+    vmem_bytes = VMEM_BYTES.get(device.device_kind)
+    if vmem_bytes is None:
+        return SMALLEST
+    return Core(vmem_bytes, getattr(device, "num_cores", None) or 1)
 
 
 # ------------------------------------------------------------------------------------- kernels

@@ -163,7 +163,9 @@ this table has run on a TPU.**
 - roofline: lower bound in milliseconds from published peaks, collectives not overlapped.
 - by cycles: the cycles at the chip's published clock, plus kernels and collectives at their
   roofline; "?" where the clock is not published. It ranks programs and is not a timing.
-- rates and hours come from the larger of the two times. `b2txt compile` prints the assumptions.
+- rates and hours come from the larger of the two times; where the clock is not published only
+  the roofline is there, and they are no more than bounds, not to be compared with the others.
+  `b2txt compile` prints the assumptions.
 - scaling: rows a second and chip against the smallest slice of the same chip in the table.
 - recurrence: `auto` in a configuration means pallas on every slice here.
 """
@@ -233,8 +235,8 @@ def _row(found: dict[str, Any], scaling: float) -> str:
         f"{cost['cycles'] / 1e6:.1f}",
         f"{1e3 * time['bound']:.1f}",
         compiler,
-        f"{3600 / time['likely']:,.0f}",
-        f"{120_000 * time['likely'] / 3600:.2f}",
+        f"{'at most ' if found['at_best'] else ''}{3600 / time['likely']:,.0f}",
+        f"{'at least ' if found['at_best'] else ''}{120_000 * time['likely'] / 3600:.2f}",
         f"{100 * scaling:.0f} %",
     )
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -25,7 +25,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import configured_sessions
 from b2txt_jax.errors import UserError
-from b2txt_jax.model.gru_pallas import fits_vmem
 from b2txt_jax.tpu.hlo_cost import Cost, program_cost
 from b2txt_jax.tpu.report import compared, described
 from b2txt_jax.tpu.roofline import StepTime, step_time
@@ -84,7 +83,7 @@ class Result:
     days: int
     dtype: str
     wanted: str
-    """The variant of the recurrence that was asked for, or that `auto` means on the slice."""
+    """The variant of the recurrence that the configuration asks for."""
     recurrence: str
     """The variant that the program has: 'pallas' when there are kernels in it."""
     compile_seconds: float
@@ -100,6 +99,12 @@ class Result:
         return 3600 / self.time.likely
 
     @property
+    def at_best(self) -> bool:
+        """Whether the likely step time is no more than the lower bound, since the chip's clock is
+        not published."""
+        return self.time.compiler is None
+
+    @property
     def hours(self) -> float:
         """Of the whole recipe, by the likely step time."""
         return self.steps * self.time.likely / 3600
@@ -111,6 +116,7 @@ class Result:
         values["chips"] = self.topology.chips
         values["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
         values["time"] |= {"bound": self.time.bound, "likely": self.time.likely}
+        values["at_best"] = self.at_best
         return values
 
 
@@ -212,7 +218,7 @@ def compile_step(
     mesh = make_mesh(model_axis, devices)
     shards = len(devices) // model_axis
     rows, per_device = batch_rows(config, shards, per_device_batch)
-    config = as_on_tpu(config, topology, per_device)
+    config = as_on_tpu(config)
     step = jit_train_step(config, days, mesh)
     state = abstract_state(config, days)
     placed = jax.tree.map(
@@ -221,7 +227,8 @@ def compile_step(
         state_shardings(state, mesh),
     )
     batch = abstract_batch(rows, bucket, config.data.feature_count, np.float32, mesh)
-    label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins, {config.model.recurrence}"
+    kind = config.model.recurrence
+    label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins, recurrence {kind}"
     started = time.monotonic()
     with _at_work(console, label), _no_compilation_cache():
         try:
@@ -250,7 +257,7 @@ def compile_step(
         bucket=bucket,
         days=days,
         dtype=config.model.dtype,
-        wanted=config.model.recurrence,
+        wanted=kind,
         recurrence="pallas" if cost.kernels else "scan",
         compile_seconds=seconds,
         memory=memory,
@@ -280,15 +287,12 @@ def batch_rows(config: Config, shards: int, per_device: int | None) -> tuple[int
     return rows, rows // shards
 
 
-def as_on_tpu(config: Config, topology: Topology, per_device: int) -> Config:
-    """The configuration with every `auto` as it is resolved on that slice, not on this machine."""
-    model = config.model
-    if model.dtype == "auto":
-        model = dataclasses.replace(model, dtype="bfloat16")
-    if model.recurrence == "auto":
-        fits = fits_vmem(per_device, model.units, np.dtype(model.dtype), topology.chip.vmem_bytes)
-        model = dataclasses.replace(model, recurrence="pallas" if fits else "scan")
-    return dataclasses.replace(config, model=model)
+def as_on_tpu(config: Config) -> Config:
+    """The configuration with products in the dtype that `auto` means on a TPU, whatever machine
+    this is; the recurrence is chosen for the platform when the step is lowered."""
+    if config.model.dtype != "auto":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
 
 
 def with_recurrence(config: Config, name: str) -> Config:

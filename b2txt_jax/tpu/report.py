@@ -57,11 +57,15 @@ def described(result: Result) -> Iterator[str]:
         f"{1e3 * time.compute:.2f}, HBM {1e3 * time.hbm:.2f}, interconnect "
         f"{1e3 * time.ici:.2f}); by the compiler's cycles {compiler}"
     )
-    yield (
-        f"  so       about {result.batches_per_hour:,.0f} batches an hour, {result.hours:.2f} "
-        f"hours for {result.steps:,} steps, at {1e3 * time.likely:.2f} ms; at the roofline "
-        f"{result.steps * time.bound / 3600:.2f} hours"
-    )
+    rate, hours = f"{result.batches_per_hour:,.0f} batches an hour", f"{result.hours:.2f} hours"
+    if result.at_best:
+        yield f"  so       at most {rate}, at least {hours} for {result.steps:,} steps"
+    else:
+        yield (
+            f"  so       about {rate}, {hours} for {result.steps:,} steps, at "
+            f"{1e3 * time.likely:.2f} ms; at the roofline "
+            f"{result.steps * time.bound / 3600:.2f} hours"
+        )
     yield "  assumed"
     for line in assumptions(topology):
         yield f"    - {line}"
@@ -99,7 +103,7 @@ def compared(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _caution(result: Result) -> Iterator[str]:
-    if result.wanted != result.recurrence:
+    if result.wanted not in ("auto", result.recurrence):
         yield (
             f"  caution  asked for the recurrence {result.wanted}, but the program has "
             f"{'no kernels' if result.recurrence == 'scan' else 'kernels'}"

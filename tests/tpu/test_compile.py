@@ -65,15 +65,15 @@ def test_a_batch_that_cannot_be_shared_names_the_ways_out(baseline: Config) -> N
         command.batch_rows(baseline, 4, 0)
 
 
-def test_auto_is_resolved_as_on_the_slice_and_not_as_on_this_machine(baseline: Config) -> None:
-    model = command.as_on_tpu(baseline, parse_topology("v5e:4x4"), 4).model
-    assert model.dtype == "bfloat16"
-    assert model.recurrence == "pallas"
-    wide = dataclasses.replace(baseline, model=dataclasses.replace(baseline.model, units=7168))
-    assert command.as_on_tpu(wide, parse_topology("v5e:4x4"), 4).model.recurrence == "scan"
+def test_products_are_bfloat16_as_on_the_slice_and_not_as_on_this_machine(
+    baseline: Config,
+) -> None:
+    assert baseline.model.dtype == "auto"
+    resolved = command.as_on_tpu(baseline)
+    assert resolved.model == dataclasses.replace(baseline.model, dtype="bfloat16")
     named = dataclasses.replace(baseline.model, dtype="float32", recurrence="scan")
     chosen = dataclasses.replace(baseline, model=named)
-    assert command.as_on_tpu(chosen, parse_topology("v5e:4x4"), 4) == chosen
+    assert command.as_on_tpu(chosen) == chosen
 
 
 def test_the_bucket_is_a_middle_one_or_as_asked(baseline: Config) -> None:
@@ -142,7 +142,7 @@ def test_bytes_sent_around_a_ring(kind: str, sent: float) -> None:
 
 
 def test_the_report_says_whether_it_fits_and_how_long_it_takes() -> None:
-    cost = dataclasses.replace(NOTHING, cycles=15 * 10**6, unknown_loops=("while.3",))
+    cost = dataclasses.replace(NOTHING, flops=10**9, cycles=15 * 10**6, unknown_loops=("while.3",))
     text = "\n".join(described(result(cost)))
     assert "fits" in text
     assert "NOT" not in text
@@ -150,6 +150,9 @@ def test_the_report_says_whether_it_fits_and_how_long_it_takes() -> None:
     assert "0.33 hours for 120,000 steps" in text
     assert "while.3" in text
     assert "docs.cloud.google.com/tpu/docs/v5e" in text
+    unknown = "\n".join(described(result(cost, topology="v6e:2x2", used=10**10)))
+    assert "at most" in unknown
+    assert "at least" in unknown
     assert "DOES NOT FIT" in "\n".join(described(result(cost, used=17 * 2**30)))
 
 
@@ -165,7 +168,8 @@ def test_a_program_without_the_kernels_that_were_asked_for_is_told() -> None:
     scan = dataclasses.replace(NOTHING, cycles=10**6)
     kernels = dataclasses.replace(scan, kernels=10)
     assert "caution" in "\n".join(described(result(scan, wanted="pallas")))
-    assert "caution" not in "\n".join(described(result(kernels, wanted="pallas")))
+    for wanted, cost in (("pallas", kernels), ("scan", scan), ("auto", scan), ("auto", kernels)):
+        assert "caution" not in "\n".join(described(result(cost, wanted=wanted)))
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -18,9 +18,9 @@ from flax import nnx
 
 from b2txt_jax.config import ModelConfig
 from b2txt_jax.model.day_layer import day_layer
-from b2txt_jax.model.gru import gru_recurrence
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import linear
+from b2txt_jax.model.recurrence import recurrence
 
 Params = dict[str, Any]
 """Nested dict of float32 arrays; the pure form of the model's state."""
@@ -109,8 +109,13 @@ class GRUStack(nnx.Module):
                     x = _dropout(x, self.model.rnn_dropout, jax.random.fold_in(dropout_key, layer))
                 projected = linear(x, weight_ih, dtype)
             # x is time-major [P, B, .] from here on: the recurrence slices frames.
-            x = gru_recurrence(
-                (projected + bias_ih).astype(dtype), first, weight_hh, bias_hh, dtype
+            x = recurrence(
+                (projected + bias_ih).astype(dtype),
+                first,
+                weight_hh,
+                bias_hh,
+                dtype,
+                self.model.recurrence,
             )
         return x.swapaxes(0, 1)
 

@@ -26,14 +26,19 @@ from b2txt_jax.config import (
     with_overrides,
     write_config,
 )
-from b2txt_jax.data.loader import EvaluationData, TrainingData, configured_sessions
+from b2txt_jax.data.loader import (
+    EvaluationData,
+    TrainingData,
+    configured_sessions,
+    resolve_buckets,
+)
 from b2txt_jax.model.decoder import compute_dtype, parameter_count
 from b2txt_jax.model.patches import frame_count
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import is_first, join_hosts, stop_on_signals
 from b2txt_jax.training.metrics_log import MetricsLog
-from b2txt_jax.training.sharding import make_mesh, sharded_state
+from b2txt_jax.training.sharding import local_rows, make_mesh, sharded_state
 from b2txt_jax.training.tracker import Tracker, progress_bar
 from b2txt_jax.training.validation import validate
 
@@ -101,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
-    """Fills in the list of sessions and the absolute root; `resumed`: checks that it is the same
-    run.
+    """Fills in the list of sessions, the buckets and the absolute root; `resumed`: checks that it
+    is the same run.
 
     Raises:
       ConfigError: the folder holds a run with another configuration.
@@ -116,6 +121,9 @@ def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
         sessions=sessions or configured_sessions(config.data),
         root=str(Path(config.data.root).absolute()),
     )
+    if not data.buckets:
+        chosen = before.data.buckets if before else resolve_buckets(data, data.sessions)
+        data = dataclasses.replace(data, buckets=chosen)
     config = dataclasses.replace(config, data=data)
     changed = differences(before, config) if before else {}
     changed = {key: pair for key, pair in changed.items() if key not in _RESUMABLE}
@@ -148,7 +156,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     training = TrainingData(config.data, sessions, patch, frames_of_bins)
     validation = EvaluationData(config.data, sessions, "val", patch, labels=True)
     mesh = make_mesh(config.parallel.model_axis)
-    steps = CompiledSteps(config, days, mesh)
+    steps = CompiledSteps(config, days, mesh, training.features_dtype)
 
     without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]
     if without:
@@ -185,7 +193,8 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
         stopped_by = None
         with log or contextlib.nullcontext(), progress_bar(console) as progress:
             tracker = Tracker(config, training, log, progress, first, best)
-            batches = training.batches(config.train.seed, first, config.train.steps)
+            rows = local_rows(steps.train_rows, mesh)
+            batches = training.batches(config.train.seed, first, config.train.steps, rows)
             for batch in steps.ahead(batches):
                 state, metrics = steps.train_step(state, batch)
                 tracker.started(metrics)

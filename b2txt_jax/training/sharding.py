@@ -7,7 +7,7 @@ but for the order of sums: random numbers are functions of (seed, step) and posi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -152,11 +152,21 @@ def sharded_state(config: Config, days: int, mesh: Mesh) -> TrainState:
     return state
 
 
+def _on(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the parts of a step that divide their own work which devices there are."""
+
+    def on_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
+    return on_mesh
+
+
 def jit_train_step(config: Config, days: int, mesh: Mesh) -> Any:
     """The jitted (state, batch) -> (state, metrics) that `train` runs; the state is donated."""
     state = state_shardings(abstract_state(config, days), mesh)
     return jax.jit(
-        make_train_step(config, days),
+        _on(mesh, make_train_step(config, days)),
         in_shardings=(state, batch_shardings(mesh)),
         out_shardings=(state, NamedSharding(mesh, P())),
         donate_argnums=0,
@@ -167,7 +177,7 @@ def jit_eval_step(config: Config, days: int, mesh: Mesh) -> Any:
     """The jitted (params, batch) -> EvalOutput; every host gets all rows."""
     params = state_shardings(abstract_state(config, days), mesh).params
     return jax.jit(
-        make_eval_step(config, days),
+        _on(mesh, make_eval_step(config, days)),
         in_shardings=(params, batch_shardings(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )

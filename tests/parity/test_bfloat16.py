@@ -23,7 +23,9 @@ CONFIG = dataclasses.replace(
     BASELINE,
     data=dataclasses.replace(BASELINE.data, feature_count=FEATURES),
     signal=dataclasses.replace(BASELINE.signal, static_gain_std=0.01),
-    model=dataclasses.replace(BASELINE.model, units=16, layers=LAYERS, dtype="bfloat16"),
+    model=dataclasses.replace(
+        BASELINE.model, units=16, layers=LAYERS, dtype="bfloat16", recurrence="scan"
+    ),
 )
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
 

@@ -41,6 +41,7 @@ from b2txt_jax.data.trial import Trial, TrialRef
 FEATURES = 512
 SESSIONS = 45
 _GROUPS = Path("/sys/fs/cgroup/memory")
+"""Of version 1; with version 2, `systemd-run --scope -p MemoryMax=2G` around a call does it."""
 
 
 def lengths(trials: int, day: int) -> np.ndarray:
@@ -140,7 +141,9 @@ def measure(folder: Path, batches: int, distinct: int) -> None:
 @contextlib.contextmanager
 def limited(gigabytes: float) -> Iterator[Path | None]:
     """A memory control group that allows so much, page cache included; None without the right."""
-    group = _GROUPS / f"b2txt-input-{os.getpid()}"
+    places = [line.split(":") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    own = next((path for _, kind, path in places if kind == "memory"), "/")
+    group = _GROUPS / own.lstrip("/") / f"b2txt-input-{os.getpid()}"
     try:
         group.mkdir()
         (group / "memory.limit_in_bytes").write_text(str(int(gigabytes * 1e9)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import shutil
@@ -25,7 +26,7 @@ from b2txt_jax.interop.nejm import (
 from b2txt_jax.interop.safetensors_file import config_path, read_safetensors, write_safetensors
 from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.model.decoder import parameter_count
-from b2txt_jax.training.checkpoint import BestScore, Checkpoints
+from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.step import init_state
 
 CHECKPOINTS = "checkpoints"
@@ -67,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--which",
         choices=("best", "latest"),
-        default="best",
         help="--to: the best checkpoint, or the latest with its optimizer state (default: best)",
     )
     parser.add_argument(
@@ -86,9 +86,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`b2txt convert`."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    _require_applicable(args)
+    # Orbax warns of what is intended: checkpoints that are only read.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if args.from_nejm or args.from_safetensors:
         return _run_from(args, console)
     return _run_to(args, console)
+
+
+_APPLIES = {
+    "root": ("from_nejm", "from_safetensors"),
+    "restart": ("from_nejm", "from_safetensors"),
+    "ignore": ("from_nejm",),
+    "which": ("to_nejm", "to_safetensors"),
+    "compiled_names": ("to_nejm",),
+}
+"""Options that belong to some directions only."""
+
+
+def _require_applicable(args: argparse.Namespace) -> None:
+    for option, directions in _APPLIES.items():
+        if getattr(args, option) and not any(getattr(args, name) for name in directions):
+            needed = " or ".join(map(_flag, directions))
+            raise ConversionError(f"{_flag(option)} does not apply here; it goes with {needed}")
+    if args.overrides and (args.to_nejm or args.to_safetensors):
+        raise ConfigError(f"{args.overrides[0]}: configuration keys can be changed by --from only")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _run_from(args: argparse.Namespace, console: Console) -> int:
@@ -104,6 +130,12 @@ def _run_from(args: argparse.Namespace, console: Console) -> int:
         run = read_safetensors(source, overrides, args.restart)
     for note in run.notes:
         console.print(note)
+    step, steps = int(run.state.step), run.config.train.steps
+    if step >= steps:
+        console.print(
+            f"step {step} is at the end of its {steps} steps, so that train has nothing to do: "
+            f"raise --config.train.steps to go on, or convert with --restart"
+        )
     root = Path(run.config.data.root)
     if not root.is_dir():
         console.print(f"data.root {root} is not here: give --config.data.root=DIR when it is used")
@@ -113,18 +145,25 @@ def _run_from(args: argparse.Namespace, console: Console) -> int:
 
 
 def _run_to(args: argparse.Namespace, console: Console) -> int:
-    run = read_workdir(args.workdir, args.which, args.overrides)
+    if args.to_nejm:
+        folder = args.to_nejm / "checkpoint"
+        targets = [folder / CHECKPOINT_FILE, folder / ARGS_FILE]
+    else:
+        targets = [args.to_safetensors, config_path(args.to_safetensors)]
+        if targets[0] == targets[1]:
+            raise ConversionError(
+                f"{targets[0]} ends in {targets[0].suffix}, which the configuration beside the "
+                f"weights gets; needed a name such as {targets[0].with_suffix('.safetensors')}"
+            )
+    _require_new(targets, args.force)
+    run = read_workdir(args.workdir, args.which or "best", optimizer=bool(args.to_nejm))
     for note in run.notes:
         console.print(note)
     if args.to_nejm:
-        folder = args.to_nejm / "checkpoint"
-        _require_new([folder / CHECKPOINT_FILE, folder / ARGS_FILE], args.force)
         write_nejm(args.to_nejm, run, COMPILED_PREFIX if args.compiled_names else "")
-        print(f"{folder / CHECKPOINT_FILE}: {_description(run)}")
     else:
-        _require_new([args.to_safetensors, config_path(args.to_safetensors)], args.force)
         write_safetensors(args.to_safetensors, run)
-        print(f"{args.to_safetensors}: {_description(run)}")
+    print(f"{targets[0]}: {_description(run)}")
     return 0
 
 
@@ -136,11 +175,17 @@ def _description(run: Run) -> str:
     )
 
 
+def _require_folder(path: Path) -> None:
+    """A folder that is there or can be made."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConversionError(f"{there} is a file; needed a folder to write, give another one")
+
+
 def _require_free(workdir: Path, force: bool) -> None:
+    _require_folder(workdir)
     if not workdir.exists():
         return
-    if not workdir.is_dir():
-        raise ConversionError(f"{workdir} is a file; needed a folder to write, give another one")
     if any(workdir.iterdir()) and not force:
         raise ConversionError(
             f"{workdir} is not empty; needed a new or empty folder: give another --workdir, or "
@@ -149,6 +194,10 @@ def _require_free(workdir: Path, force: bool) -> None:
 
 
 def _require_new(paths: list[Path], force: bool) -> None:
+    for path in paths:
+        _require_folder(path.parent)
+        if path.is_dir():
+            raise ConversionError(f"{path} is a folder; needed the name of a file to write")
     there = [str(path) for path in paths if path.exists()]
     if there and not force:
         raise ConversionError(
@@ -180,32 +229,50 @@ def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def read_workdir(workdir: Path, which: str, overrides: list[str] | None = None) -> Run:
+def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
     """Reads a run: the `best` parameters or the `latest` state.
 
-    The best checkpoint has parameters only; the optimizer's state is the latest one's where both
-    are of the same step, and fresh otherwise.
+    The best checkpoint has parameters only; with `optimizer`, the state of the latest one is taken
+    where both are of the same step and it can be read. It is fresh otherwise.
 
     Raises:
-      ConfigError: the folder holds no run, or an override was given.
+      ConfigError: the folder holds no run.
       CheckpointError: it has no such checkpoint.
+      ConversionError: the latest state cannot be read.
     """
-    if overrides:
-        raise ConfigError(f"{overrides[0]}: configuration keys can be changed by --from only")
     config = read_written_config(workdir / CONFIG_FILE)
     like = jax.eval_shape(lambda: init_state(config, len(config.data.sessions)))
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, read_only=True) as checkpoints:
         if which == "latest":
-            state, best = checkpoints.restore_latest(like)
+            try:
+                state, best = checkpoints.restore_latest(like)
+            except CheckpointError as error:
+                raise ConversionError(
+                    f"{_first_line(error)}; or leave out --which latest to take the best parameters"
+                ) from error
             score = best if best and best.step == int(state.step) else None
             return Run(config, state, score or BestScore(math.inf, math.inf, int(state.step)))
         params, best = checkpoints.restore_best(like.params)
-        if checkpoints.latest_step() == best.step:
-            state, _ = checkpoints.restore_latest(like)
-            return Run(config, state._replace(params=params), best)
-    note = (
-        f"the best checkpoint (step {best.step}) has no optimizer state, and the latest is of "
-        f"another step: its running means are left out. To go on with training elsewhere, use "
-        f"--which latest"
-    )
-    return Run(config, fresh_state(config, params, best.step), best, (note,))
+        notes = []
+        if optimizer and checkpoints.latest_step() == best.step:
+            try:
+                state, _ = checkpoints.restore_latest(like)
+                return Run(config, state._replace(params=params), best)
+            except CheckpointError as error:
+                notes.append(
+                    f"the optimizer's running means are left out, since the latest state cannot be "
+                    f"read: {_first_line(error)}"
+                )
+        elif optimizer:
+            notes.append(
+                f"the best checkpoint (step {best.step}) has no optimizer state, and the latest is "
+                f"of another step: its running means are left out. To go on with training "
+                f"elsewhere, use --which latest"
+            )
+    return Run(config, fresh_state(config, params, best.step), best, tuple(notes))
+
+
+def _first_line(error: Exception) -> str:
+    """What Orbax says about a checkpoint of another structure is thousands of characters long."""
+    line = str(error).strip().splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:240]} [...] {line[-60:]}"

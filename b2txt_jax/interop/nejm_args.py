@@ -12,12 +12,17 @@ import math
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from b2txt_jax.config import Config, freeze
+from b2txt_jax.interop.args_file import (
+    read_names,
+    read_number,
+    read_numbers,
+    read_text,
+    read_truth,
+    read_whole,
+)
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.signal.smooth import gaussian_taps
 
@@ -27,52 +32,11 @@ _SAVE_EVERY = 1_000
 """Steps between latest checkpoints; the published trainer keeps none."""
 
 
-def _number(value: Any) -> float:
-    """A number, also one written as text, as OmegaConf and YAML 1.1 leave `1e-4`."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("needed a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError("needed a finite number")
-    return number
-
-
-def _whole(value: Any) -> int:
-    number = _number(value)
-    if number != int(number):
-        raise ValueError("needed a whole number")
-    return int(number)
-
-
-def _truth(value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise ValueError("needed true or false")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("needed text")
-    return value
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("needed a list of session names")
-    for name in value:
-        if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
-            raise ValueError(f"session {name!r} is not the name of a folder")
-    if len(set(value)) < len(value):
-        twice = sorted({name for name in value if value.count(name) > 1})
-        raise ValueError(f"sessions stand twice: {', '.join(twice)}")
-    return tuple(value)
-
-
 _REQUIRED = object()
 """In place of a default: settings that logits depend on must be there."""
 
+_SEED, _NO_SEED, _RECIPE_SEED = "seed", -1, 10
+"""The published trainer seeds nothing when its seed is -1."""
 _DT = "dataset.data_transforms."
 # (published setting, key here, value in the published recipe)
 _SAME: tuple[tuple[str, str, Any], ...] = (
@@ -108,19 +72,20 @@ _SAME: tuple[tuple[str, str, Any], ...] = (
     ("weight_decay", "optimizer.weight_decay", 0.001),
     ("weight_decay_day", "optimizer.day_weight_decay", 0.0),
     ("grad_norm_clip_value", "optimizer.clip_norm", 10.0),
-    ("seed", "train.seed", 10),
+    (_SEED, "train.seed", _RECIPE_SEED),
     ("num_training_batches", "train.steps", 120_000),
     ("batches_per_train_log", "train.log_every", 200),
     ("batches_per_val_step", "train.validate_every", 2_000),
 )
 _SMOOTH, _AMP, _BATCH = _DT + "smooth_data", "use_amp", "dataset.batch_size"
 _WALK_AXIS = _DT + "random_walk_axis"
+_VALIDATED = "dataset.dataset_probability_val"
 # Settings that become part of a key; worked out in `_as_config`.
 _OTHERS: tuple[tuple[str, Callable[[Any], Any], Any], ...] = (
-    (_SMOOTH, _truth, True),
-    (_AMP, _truth, True),
-    (_BATCH, _whole, 64),
-    (_WALK_AXIS, _whole, -1),
+    (_SMOOTH, read_truth, True),
+    (_AMP, read_truth, True),
+    (_BATCH, read_whole, 64),
+    (_WALK_AXIS, read_whole, -1),
 )
 
 # Published settings that are left out, with the reason.
@@ -150,7 +115,6 @@ _WITHOUT_EFFECT = frozenset(
         "dataset.bad_trials_dict",  # read by no published code
         "dataset.must_include_days",  # read by no published code
         "dataset.neural_dim",  # read by no published code: model.n_input_features counts
-        "dataset.dataset_probability_val",  # sessions that have a val file are validated
         "model.input_network.n_input_layers",  # read by no published code
         "model.input_network.input_layer_sizes",  # read by no published code
     }
@@ -175,48 +139,8 @@ class ReadArgs:
     config: Config
     notes: tuple[str, ...]
     """Lines on settings that were left out or filled in."""
-
-
-def load_args(path: Path) -> dict[str, Any]:
-    """Reads args.yaml as plain data: `section.name` -> value, with the text `None` as None.
-
-    Raises:
-      ConversionError: no such file, not plain YAML, or with OmegaConf interpolations in it.
-    """
-    if not path.is_file():
-        raise ConversionError(
-            f"{path} does not exist; needed the args.yaml that the published trainer writes beside "
-            f"its checkpoint: model sizes and the list of sessions stand there"
-        )
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConversionError(
-            f"{path} is not plain YAML ({' '.join(str(error).split())}); save it again with "
-            f"OmegaConf.save(OmegaConf.create(OmegaConf.to_container(args, resolve=True)), FILE)"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise ConversionError(f"{path} holds no settings; needed `model:`, `dataset:` and others")
-    flat = _flatten(loaded)
-    for key, value in flat.items():
-        if isinstance(value, str) and "${" in value:
-            raise ConversionError(
-                f"{path}: {key} is {value!r}, an OmegaConf reference; save the file with its "
-                f"references resolved: OmegaConf.to_container(args, resolve=True)"
-            )
-    return flat
-
-
-def _flatten(values: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{where}{name}"
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{key}.")
-        else:
-            empty = isinstance(value, str) and value.strip().lower() in ("none", "null")
-            flat[key] = None if empty else value
-    return flat
+    not_validated: tuple[str, ...] = ()
+    """Sessions that the published trainer left out of its validation."""
 
 
 def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()) -> ReadArgs:
@@ -228,8 +152,15 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
       ignore: settings without an equivalent that are to be left out all the same.
 
     Raises:
-      ConversionError: a setting is missing, cannot be read, or has no equivalent.
+      ConversionError: a setting is missing, cannot be read, has no equivalent, or is to be ignored
+        and not there.
     """
+    absent = sorted(key for key in ignore if key not in flat)
+    if absent:
+        raise ConversionError(
+            f"--ignore {absent[0]}: {source} has no such setting; needed the name with its "
+            f"sections, such as dataset.batch_size"
+        )
     readers = [(path, _reader(key), default) for path, key, default in _SAME]
     values: dict[str, Any] = {}
     filled = []
@@ -244,10 +175,20 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
     notes = []
     if filled:
         notes.append(f"not in args.yaml, taken from the published recipe: {', '.join(filled)}")
+    if values[_SEED] == _NO_SEED:
+        values[_SEED] = _RECIPE_SEED
+        notes.append(
+            f"seed {_NO_SEED} means unseeded there; training is always seeded here, and the "
+            f"published recipe's {_RECIPE_SEED} was taken"
+        )
     left_out = [key for key in _WITHOUT_EFFECT if flat.get(key) is not None]
     if left_out:
         notes.append(f"left out, without effect here: {', '.join(sorted(left_out))}")
-    for key, value, reason in _without_equivalent(flat, values, source):
+    refused = _without_equivalent(flat, values, source)
+    needless = sorted({*ignore} - {key for key, _, _ in refused})
+    if needless:
+        notes.append(f"--ignore {', '.join(needless)}: had no effect, nothing in it to ignore")
+    for key, value, reason in refused:
         text = f"{key} is {_short(value)}, which has no equivalent: {reason}"
         if key in _NOT_IGNORABLE:
             raise ConversionError(
@@ -260,18 +201,46 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
         notes.append(f"ignored: {text}")
     try:
         config = freeze(_as_config(values))
-        if config.signal.smooth_std > 0:
-            gaussian_taps(config.signal.smooth_std, config.signal.smooth_size)
+        _check_taps(config)
     except ValueError as error:  # ConfigError is one
         raise ConversionError(f"{source} gives no usable configuration: {error}") from error
-    return ReadArgs(config, tuple(notes))
+    return ReadArgs(config, tuple(notes), _not_validated(flat, config.data.sessions, source))
+
+
+def check_changed(config: Config) -> None:
+    """Checks a configuration after overrides as `read_args` checks the settings.
+
+    Raises:
+      ConfigError: the kernel of the smoothing has no taps.
+      ConversionError: the sessions are no names of folders.
+    """
+    _check_taps(config)
+    try:
+        read_names(list(config.data.sessions))
+    except ValueError as error:
+        raise ConversionError(f"configuration key data.sessions: {error}") from error
+
+
+def _check_taps(config: Config) -> None:
+    if config.signal.smooth_std > 0:
+        gaussian_taps(config.signal.smooth_std, config.signal.smooth_size)
+
+
+def _not_validated(
+    flat: Mapping[str, Any], sessions: tuple[str, ...], source: str
+) -> tuple[str, ...]:
+    """Sessions to which the published trainer gave a 0; those beyond its list had none."""
+    if flat.get(_VALIDATED) is None:
+        return ()
+    given = _read(flat[_VALIDATED], read_numbers, _VALIDATED, source)
+    return tuple(name for name, number in zip(sessions, given, strict=False) if number == 0)
 
 
 def _reader(key: str) -> Callable[[Any], Any]:
     """How to read a published setting, by the type of the key that it becomes."""
     section, name = key.split(".")
     kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
-    return {int: _whole, float: _number, str: _text}.get(kind, _names)
+    return {int: read_whole, float: read_number, str: read_text}.get(kind, read_names)
 
 
 def _read(value: Any, read: Callable[[Any], Any], path: str, source: str) -> Any:
@@ -294,7 +263,7 @@ def _without_equivalent(
     for key, (needed, reason) in _FIXED.items():
         value = flat.get(key)
         if isinstance(needed, bool) and value is not None:
-            value = _read(value, _truth, key, source)
+            value = _read(value, read_truth, key, source)
         if value not in (needed, None, []):
             found.append((key, value, reason))
     if values[_DT + "random_walk_std"] > 0 and values[_WALK_AXIS] not in (-1, 2):
@@ -306,7 +275,7 @@ def _without_equivalent(
         )
     if batch % days:
         found.append((_BATCH, batch, f"each of {days} days gives as many trials here"))
-    known = {*values, *_WITHOUT_EFFECT, *_FIXED}
+    known = {*values, *_WITHOUT_EFFECT, *_FIXED, _VALIDATED}
     unknown = "the published code has no such setting"
     found += [
         (key, value, unknown)
@@ -398,7 +367,7 @@ def args_from_config(config: Config, validated: Collection[str]) -> dict[str, An
     sessions, features = config.data.sessions, config.data.feature_count
     flat |= _CONSTANT | {
         "dataset.sessions": list(sessions),
-        "dataset.dataset_probability_val": [int(name in validated) for name in sessions],
+        _VALIDATED: [int(name in validated) for name in sessions],
         "dataset.neural_dim": features,
         "model.input_network.input_layer_sizes": [features],
         _BATCH: config.data.days_per_batch * config.data.trials_per_day,

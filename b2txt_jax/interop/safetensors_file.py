@@ -17,10 +17,25 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from b2txt_jax.config import Config, ConfigError, freeze, with_overrides, write_config
+from b2txt_jax.config import (
+    Config,
+    ConfigError,
+    differences,
+    freeze,
+    with_overrides,
+    write_config,
+)
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.interop.nejm import Run
-from b2txt_jax.interop.weights import checked_params, fresh_state, strip_prefixes, to_named
+from b2txt_jax.interop.nejm import Run, known_score
+from b2txt_jax.interop.nejm_args import check_changed
+from b2txt_jax.interop.nejm_optimizer import MOST_STEPS
+from b2txt_jax.interop.weights import (
+    checked_params,
+    fresh_state,
+    rounding_notes,
+    strip_prefixes,
+    to_named,
+)
 from b2txt_jax.training.checkpoint import BestScore
 
 
@@ -52,7 +67,8 @@ def read_safetensors(path: Path, overrides: Sequence[str] = (), restart: bool = 
     """Reads parameters and configuration; the optimizer has no state.
 
     Args:
-      path: the file; a file without our metadata needs the .json beside it.
+      path: the file; one without our metadata needs the .json beside it. Where it has both, they
+        must be the same configuration.
       overrides: `--config.section.key=value`, applied to the configuration.
       restart: begin the schedule at step 0.
 
@@ -70,34 +86,76 @@ def read_safetensors(path: Path, overrides: Sequence[str] = (), restart: bool = 
         raise ConversionError(
             f"{path} is not a whole safetensors file ({error}); copy or write it again"
         ) from error
-    config = with_overrides(_config(path, metadata), overrides)
-    params = checked_params(strip_prefixes(named), config, str(path))
-    step = 0 if restart else int(_number(metadata, "b2txt_step", 0))
-    best = BestScore(
-        _number(metadata, "b2txt_per", math.inf), _number(metadata, "b2txt_loss", math.inf), step
-    )
-    return Run(config, fresh_state(config, params, step), best)
+    config, notes = _config(path, metadata)
+    config = with_overrides(config, overrides)
+    check_changed(config)
+    stripped = strip_prefixes(named)
+    params = checked_params(stripped, config, str(path))
+    notes += rounding_notes(stripped)
+    step = 0 if restart else _step(metadata, path)
+    per, loss = _number(metadata, "b2txt_per", path), _number(metadata, "b2txt_loss", path)
+    best = BestScore(known_score(per), known_score(loss), step)
+    return Run(config, fresh_state(config, params, step), best, tuple(notes))
 
 
-def _config(path: Path, metadata: dict[str, str]) -> Config:
-    text, source = metadata.get("b2txt_config"), f"{path} (metadata b2txt_config)"
+def _config(path: Path, metadata: dict[str, str]) -> tuple[Config, list[str]]:
+    """The metadata's configuration, or the one beside the file; and notes."""
     beside = config_path(path)
-    if text is None and beside.is_file():
-        text, source = beside.read_text(encoding="utf-8"), str(beside)
-    if text is None:
+    text = metadata.get("b2txt_config")
+    if text is None and not beside.is_file():
         raise ConversionError(
             f"{path} has no configuration in its metadata and {beside} does not exist; needed one "
             f"of them: put a config.json of the same model there"
         )
+    if text is None:
+        return _parsed(_text_of(beside), str(beside)), []
+    inside = _parsed(text, f"{path} (metadata b2txt_config)")
+    if not beside.is_file():
+        return inside, []
+    try:
+        changed = differences(inside, _parsed(_text_of(beside), str(beside)))
+    except ConversionError as error:
+        return inside, [f"{error}; the configuration in {path.name} itself was taken"]
+    if changed:
+        key, (old, new) = next(iter(changed.items()))
+        raise ConversionError(
+            f"{beside} is not the configuration that {path.name} itself holds: {len(changed)} keys "
+            f"differ, the first is {key}, {new!r} and not {old!r}. Give changes as "
+            f"--config.{key}=VALUE, and remove {beside.name} or write the two again"
+        )
+    return inside, []
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not a configuration: {error}") from error
+
+
+def _parsed(text: str, source: str) -> Config:
     try:
         values: Any = json.loads(text)
         return freeze(values)
-    except (json.JSONDecodeError, ConfigError, TypeError, AttributeError) as error:
+    except (ValueError, ConfigError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{source} is not a configuration: {error}") from error
 
 
-def _number(metadata: dict[str, str], name: str, default: float) -> float:
+def _step(metadata: dict[str, str], path: Path) -> int:
+    text = metadata.get("b2txt_step", "0")
+    # Also digits of other scripts are decimal, and int reads them.
+    if not text.isdecimal() or len(text) > 10 or int(text) > MOST_STEPS:
+        raise ConversionError(
+            f"{path}: metadata b2txt_step is {text[:60]!r}; needed the number of steps done. "
+            f"Convert the weights alone with --restart"
+        )
+    return int(text)
+
+
+def _number(metadata: dict[str, str], name: str, path: Path) -> float:
     try:
-        return float(metadata.get(name, default))
+        return float(metadata.get(name, math.inf))
     except ValueError as error:
-        raise ConversionError(f"metadata {name} is {metadata[name]!r}; needed a number") from error
+        raise ConversionError(
+            f"{path}: metadata {name} is {metadata[name][:60]!r}; needed a number"
+        ) from error

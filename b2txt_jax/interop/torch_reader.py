@@ -84,7 +84,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise ConversionError(
             f"{path} is not in the zip format of torch.save (PyTorch 1.6 and newer); it begins "
             f"with {start!r}. If it is an older PyTorch file, save it again with a newer PyTorch: "
-            f"torch.save(torch.load(FILE, map_location='cpu'), NEW_FILE)"
+            f"torch.save(torch.load(FILE, map_location='cpu', weights_only=True), NEW_FILE)"
         ) from error
     except pickle.UnpicklingError as error:
         raise ConversionError(f"{path}: {error}") from error
@@ -298,8 +298,9 @@ class _Unpickler(pickle.Unpickler):
         except KeyError:
             raise pickle.UnpicklingError(
                 f"the pickle asks for {module}.{name}, which is not part of a checkpoint of plain "
-                f"tensors; it was not looked up and nothing was run. If you trust the file, load "
-                f"it in PyTorch and save the state_dicts alone"
+                f"tensors; it was not looked up and nothing was run. If you know what it is, load "
+                f"the file with torch.load(FILE, weights_only=True), that name allowed by "
+                f"torch.serialization.safe_globals, and save the state_dicts alone"
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:

@@ -126,10 +126,32 @@ def strip_prefixes(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shape of each published parameter of a configured model."""
-    state = jax.eval_shape(lambda: init_state(config, len(config.data.sessions)))
-    tree = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), state.params)
-    return {name: value.shape for name, value in to_named(tree).items()}
+    """Shape of each published parameter of a configured model.
+
+    By arithmetic: settings that nothing was checked against yet may be too large for arrays.
+    """
+    model, features = config.model, config.data.feature_count
+    units, days = model.units, day_layers(config)
+    shapes: dict[str, tuple[int, ...]] = {"h0": (1, 1, units)}
+    shapes |= {f"day_weights.{day}": (features, features) for day in range(days)}
+    shapes |= {f"day_biases.{day}": (1, features) for day in range(days)}
+    for layer in range(model.layers):
+        inputs = units if layer else features * max(model.patch_size, 1)
+        shapes |= {
+            f"gru.weight_ih_l{layer}": (3 * units, inputs),
+            f"gru.weight_hh_l{layer}": (3 * units, units),
+            f"gru.bias_ih_l{layer}": (3 * units,),
+            f"gru.bias_hh_l{layer}": (3 * units,),
+        }
+    return shapes | {"out.weight": (model.classes, units), "out.bias": (model.classes,)}
+
+
+def rounding_notes(named: Mapping[str, Any]) -> list[str]:
+    """A line for the user when weights are of a type that float32 cannot hold exactly."""
+    exact = {"float32", "float16", "bfloat16"}
+    types = {str(value.dtype) for value in named.values() if isinstance(value, np.ndarray)}
+    rounded = sorted(types - exact)
+    return [f"weights in {', '.join(rounded)} were rounded to float32"] if rounded else []
 
 
 def checked_params(named: Mapping[str, Any], config: Config, source: str) -> Params:
@@ -146,11 +168,22 @@ def checked_params(named: Mapping[str, Any], config: Config, source: str) -> Par
     """
     days = day_layers(config)
     found_days = sum(name.startswith("day_weights.") for name in named)
+    if found_days != days and not config.model.day_layer:
+        raise ConversionError(
+            f"{source} has {found_days} day layers (day_weights.N), and model.day_layer is False, "
+            f"which needs one that all days share; needed model.day_layer = True for these weights"
+        )
     if found_days != days:
         raise ConversionError(
             f"{source} has {found_days} day layers (day_weights.N); its configuration lists "
             f"{len(config.data.sessions)} sessions, which need {days}. The list of sessions must "
             f"be the one that the model was trained with"
+        )
+    found_layers = sum(name.startswith("gru.weight_ih_l") for name in named)
+    if found_layers != config.model.layers:  # told first: settings may ask for a million layers
+        raise ConversionError(
+            f"{source} has {found_layers} GRU layers (gru.weight_ih_lN); its configuration needs "
+            f"{config.model.layers} (n_layers). Weights and settings must belong together"
         )
     shapes = expected_shapes(config)
     missing = [name for name in shapes if name not in named]
@@ -175,11 +208,12 @@ def _check_array(value: Any, name: str, shape: tuple[int, ...], source: str) -> 
         )
     if value.dtype.kind not in "fV":  # bfloat16 counts as V
         raise ConversionError(f"{source}: {name} holds {value.dtype}; needed floating point")
-    bad = int((~np.isfinite(value.astype(np.float32))).sum())
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite and is counted
+        bad = int((~np.isfinite(value.astype(np.float32))).sum())
     if bad:
         raise ConversionError(
-            f"{source}: {name} has {bad} values that are NaN or infinite; needed finite weights: "
-            f"take an earlier checkpoint"
+            f"{source}: {name} has {bad} values that are NaN, infinite or beyond float32; needed "
+            f"finite weights: take an earlier checkpoint"
         )
 
 
@@ -233,11 +267,22 @@ def with_moments(state: TrainState, moments: Moments, config: Config, source: st
     def tree_of(found: Named) -> Params:
         arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         for name, value in found.items():
-            _check_array(value, name, shapes[name], f"{source}, optimizer state")
+            try:
+                _check_array(value, name, shapes[name], f"{source}, optimizer state")
+            except ConversionError as error:
+                raise ConversionError(
+                    f"{error}. Or convert the weights alone with --restart"
+                ) from error
             arrays[name] = value
         return from_named(arrays, layers, days)
 
     mean, square = tree_of(moments.mean), tree_of(moments.square)
+    negative = [name for name, value in moments.square.items() if (value < 0).any()]
+    if negative:
+        raise ConversionError(
+            f"{source}, optimizer state: exp_avg_sq of {_listed(negative)} has values below 0; "
+            f"needed means of squares. Convert the weights alone with --restart"
+        )
 
     def fill(leaf: Any) -> Any:
         if isinstance(leaf, optax.ScaleByAdamState):

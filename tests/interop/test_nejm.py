@@ -11,9 +11,12 @@ import pytest
 import torch
 from nejm_run import Run, args_with, save
 
+from b2txt_jax.errors import UserError
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.interop.nejm import COMPILED_PREFIX, read_nejm, write_nejm
-from b2txt_jax.interop.weights import from_named, moments_of, to_named
+from b2txt_jax.interop.weights import expected_shapes, from_named, moments_of, to_named
+from b2txt_jax.model.decoder import init_params
+from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.optimizer import make_optimizer
 
 DAYS = [(0, 1), (0, 2), (2,), (0, 1), (0,), (0, 2)]
@@ -192,7 +195,9 @@ def _set(place, key, value):
         (lambda c, m, a: _set(m, "extra", torch.ones(1)), "unknown weights extra"),
         (lambda c, m, a: _set(m, "module.h0", m["h0"]), "h0 twice, under different prefixes"),
         (lambda c, m, a: _set(a["model"], "n_units", 7), r"h0 is \(1, 1, 5\).*needs \(1, 1, 7\)"),
-        (lambda c, m, a: _set(a["model"], "n_layers", 1), "unknown weights gru.weight_ih_l1"),
+        (lambda c, m, a: _set(a["model"], "n_layers", 1), "2 GRU layers.*needs 1"),
+        (lambda c, m, a: _set(a["model"], "n_layers", 10**6), "2 GRU layers.*needs 1000000"),
+        (lambda c, m, a: _set(a["model"], "n_units", 10**12), r"h0 is \(1, 1, 5\).*10{12}\)"),
         (lambda c, m, a: a["dataset"]["sessions"].pop(), "3 day layers.*lists 2 sessions"),
         (lambda c, m, a: m["out.weight"].data.fill_(np.nan), r"out\.weight has 205 values.*NaN"),
         (lambda c, m, a: _set(m, "h0", m["h0"].long()), "h0 holds int64; needed floating"),
@@ -216,7 +221,11 @@ def _set(place, key, value):
         ),
         (
             lambda c, m, a: _set(c["optimizer_state_dict"]["state"][0], "exp_avg", torch.ones(2)),
-            r"optimizer state: gru\.bias_ih_l0 is \(2,\)",
+            r"optimizer state: gru\.bias_ih_l0 is \(2,\).*--restart",
+        ),
+        (
+            lambda c, m, a: c["optimizer_state_dict"]["state"][0]["exp_avg_sq"].fill_(-1),
+            r"exp_avg_sq of gru\.bias_ih_l0 has values below 0.*--restart",
         ),
     ],
 )
@@ -224,6 +233,103 @@ def test_faults_are_named_with_what_was_needed(tmp_path, change, message):
     folder = save(tmp_path / "theirs", *changed(change))
     with pytest.raises(ConversionError, match=message):
         read_nejm(folder)
+
+
+def _optimizer(checkpoint):
+    return checkpoint["optimizer_state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: _set(o, "param_groups", [1, 2]), "param_groups that are not AdamW's"),
+        (lambda o: _set(o, "param_groups", None), "param_groups that are not AdamW's"),
+        (lambda o: _set(o["param_groups"][0], "params", [[0], [1]]), "param_groups that are not"),
+        (lambda o: _set(o["param_groups"][1], "params", [0] * 6), "name a parameter twice"),
+        (lambda o: _set(o, "state", {0: 5}), "needed one dictionary per parameter"),
+        (lambda o: _set(o, "state", [1]), "needed one dictionary per parameter"),
+        (lambda o: _set(o["state"][0], "step", "x"), "gru.bias_ih_l0 has step 'x'"),
+        (lambda o: _set(o["state"][0], "step", torch.tensor(np.nan)), "has step nan"),
+        (lambda o: _set(o["state"][0], "step", torch.ones(2)), r"has step array\(\[1"),
+        (lambda o: _set(o["state"][0], "step", torch.tensor(2.5)), r"has step 2\.5"),
+        (lambda o: _set(o["state"][0], "step", 2**31), "has step 2147483648"),
+    ],
+)
+def test_an_optimizer_that_makes_no_sense_can_be_left_out(tmp_path, change, message):
+    checkpoint, args = changed(lambda c, m, a: change(_optimizer(c)))
+    folder = save(tmp_path / "theirs", checkpoint, args)
+    with pytest.raises(ConversionError, match=f"{message}.*--restart"):
+        read_nejm(folder)
+    assert int(read_nejm(folder, restart=True).state.step) == 0
+
+
+@pytest.mark.parametrize("step", [2**40, "5", 1.5, [1]])
+def test_a_step_that_is_none_can_be_left_out(tmp_path, step):
+    change = changed(lambda c, m, a: _set(c["scheduler_state_dict"], "last_epoch", step))
+    folder = save(tmp_path / "theirs", *change)
+    with pytest.raises(ConversionError, match=r"needed the number of steps done.*--restart"):
+        read_nejm(folder)
+    assert int(read_nejm(folder, restart=True).state.step) == 0
+
+
+@pytest.mark.parametrize("score", [np.nan, -0.1, "0.1", 10**400, torch.ones(2)])
+def test_a_score_that_is_none_is_beaten_by_any(tmp_path, score):
+    change = changed(lambda c, m, a: c.update(val_PER=score, val_loss=np.float64(np.nan)))
+    run = read_nejm(save(tmp_path / "theirs", *change))
+    assert (run.best.per, run.best.loss) == (np.inf, np.inf)
+    assert BestScore(1.0, 100.0, 2).beats(run.best)
+
+
+def test_a_score_over_other_sessions_is_not_the_one_to_beat(trained, tmp_path):
+    """Session 1 has no val file there and here; the score counts until session 2 is left out."""
+    trained.args["dataset"]["dataset_probability_val"] = [0, 1, 1]
+    assert read_nejm(trained.save(tmp_path / "all")).best.per == 0.25
+    trained.args["dataset"]["dataset_probability_val"] = [0, 0, 1]
+    run = read_nejm(trained.save(tmp_path / "fewer"))
+    assert run.best.per == np.inf
+    assert any("leaves out t15.2023.08.13, whose val files" in note for note in run.notes)
+
+
+def test_what_float32_and_adamw_cannot_hold_is_told(trained, tmp_path):
+    checkpoint = trained.checkpoint()
+    weights, state = checkpoint["model_state_dict"], _optimizer(checkpoint)["state"]
+    weights["h0"] = weights["h0"].double()
+    state[0]["max_exp_avg_sq"] = state[0]["exp_avg_sq"]
+    run = read_nejm(save(tmp_path / "theirs", checkpoint, trained.args))
+    assert "weights in float64 were rounded to float32" in run.notes
+    assert any("AMSGrad's max_exp_avg_sq" in note for note in run.notes)
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_beyond_float32_are_refused_without_a_warning(trained, tmp_path):
+    checkpoint = trained.checkpoint()
+    checkpoint["model_state_dict"]["h0"] = torch.full((1, 1, 5), 1e300, dtype=torch.float64)
+    with pytest.raises(ConversionError, match=r"h0 has 5 values.*beyond float32"):
+        read_nejm(save(tmp_path / "theirs", checkpoint, trained.args))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.signal.smooth_std=50", r"needs at least 401"),
+        ("--config.signal.smooth_size=9", r"needs at least 17"),
+        ("--config.data.sessions=('a','../b','c')", "'../b' is not the name of a folder"),
+        ("--config.model.day_layer=False", "3 day layers.*model.day_layer is False"),
+    ],
+)
+def test_overrides_are_checked_as_the_settings_are(trained, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        read_nejm(trained.save(tmp_path / "theirs"), [override])
+
+
+def test_shapes_by_arithmetic_are_those_of_the_model(trained, tmp_path):
+    run = read_nejm(trained.save(tmp_path / "theirs"))
+    for change in ({}, {"patch_size": 0, "layers": 1}, {"day_layer": False}):
+        model = dataclasses.replace(run.config.model, **change)
+        config = dataclasses.replace(run.config, model=model)
+        made = to_named(init_params(model, 6, 3 if model.day_layer else 1, jax.random.key(0)))
+        expected = {name: value.shape for name, value in made.items()}
+        assert list(expected_shapes(config).items()) == list(expected.items())
 
 
 def test_missing_files_are_named(trained, tmp_path):

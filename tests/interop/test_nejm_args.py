@@ -10,8 +10,9 @@ import yaml
 from nejm_run import ARGS, args_with
 
 from b2txt_jax.config import load_config, with_overrides
+from b2txt_jax.interop.args_file import load_args
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.interop.nejm_args import args_from_config, load_args, read_args
+from b2txt_jax.interop.nejm_args import args_from_config, read_args
 
 BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
 T = "dataset__data_transforms__"
@@ -101,6 +102,9 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers(tmp_path):
         ({"dataset__sessions": ["../a"]}, "not the name of a folder"),
         ({"lr_max": "fast"}, "lr_max is 'fast'; could not convert"),
         ({"lr_max": float("nan")}, "needed a finite number"),
+        ({"lr_max": 10**400}, "needed a finite number"),
+        ({"seed": -2}, r"no usable configuration.*train\.seed is -2"),
+        ({"dataset__dataset_probability_val": 1}, "needed a list of numbers"),
         ({"model__n_layers": 2.5}, "needed a whole number"),
         ({"model__n_layers": True}, "needed a number"),
         ({"use_amp": 3}, "use_amp is 3; needed true or false"),
@@ -137,6 +141,25 @@ def test_settings_without_an_equivalent_are_an_error_unless_ignored(tmp_path, ch
     assert any(note.startswith(f"ignored: {setting} is") for note in notes)
 
 
+def test_an_unseeded_recipe_gets_the_published_seed_and_a_note(tmp_path):
+    found = read(tmp_path, args_with(seed=-1))
+    assert found.config.train.seed == 10
+    assert any(note.startswith("seed -1 means unseeded there") for note in found.notes)
+
+
+def test_sessions_that_were_not_validated_are_told_apart(tmp_path):
+    assert read(tmp_path, ARGS).not_validated == ("t15.2023.08.11",)
+    assert read(tmp_path, args_with(dataset__dataset_probability_val=...)).not_validated == ()
+    assert read(tmp_path, args_with(dataset__dataset_probability_val=[1])).not_validated == ()
+
+
+def test_settings_to_ignore_must_be_there(tmp_path):
+    with pytest.raises(ConversionError, match=r"--ignore batch_size: args\.yaml has no such"):
+        read(tmp_path, ARGS, ignore=["batch_size"])
+    notes = read(tmp_path, ARGS, ignore=["dataset.batch_size"]).notes
+    assert any(note.startswith("--ignore dataset.batch_size: had no effect") for note in notes)
+
+
 def test_a_subset_of_features_can_never_be_ignored(tmp_path):
     args = args_with(dataset__feature_subset=[0, 1, 2])
     with pytest.raises(ConversionError, match="cannot be converted"):
@@ -147,7 +170,6 @@ def test_settings_that_change_nothing_are_listed(tmp_path):
     (note,) = read(tmp_path, ARGS).notes
     assert note.startswith("left out, without effect here: ")
     assert "gpu_number" in note
-    assert "dataset.dataset_probability_val" in note
     assert "lr_max" not in note
     assert "init_checkpoint_path" not in note  # the text None is nothing
 

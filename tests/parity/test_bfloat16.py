@@ -1,4 +1,9 @@
-"""The train step's program under bfloat16: which dtypes are where; and any mix of input dtypes."""
+"""The train step's program under bfloat16: which dtypes are where; and any mix of input dtypes.
+
+The program is the one that the compiler is given (the jaxpr), which is the same on every machine.
+What is made of it is not: backends rewrite dtypes, and a CPU, which has no bfloat16 products,
+computes them in float32.
+"""
 
 import dataclasses
 from collections.abc import Iterator

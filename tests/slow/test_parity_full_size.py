@@ -47,7 +47,7 @@ def trials(simulated):
     lengths = (100, 101, 333, 700, 1024, 2000)
     return [
         (day, np.tile(features, (length // len(features) + 1, 1))[:length])
-        for length, (day, features) in zip(lengths, found, strict=False)
+        for length, (day, features) in zip(lengths, found[: len(lengths)], strict=True)
     ]
 
 

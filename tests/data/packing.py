@@ -30,6 +30,21 @@ def deadly(function):
 
 if call == "read":
     hdf5.SplitReader.read = deadly(hdf5.SplitReader.read)
+elif call == "fill":
+    # The rest of the disk is taken by something else while trials are packed.
+    read = hdf5.SplitReader.read
+    def filling(reader, ref):
+        global count
+        count += 1
+        if count == number:
+            with open(os.path.join(os.path.dirname(out), "filler"), "wb", buffering=0) as file:
+                try:
+                    while file.write(bytes(4096)):
+                        pass
+                except OSError:
+                    pass
+        return read(reader, ref)
+    hdf5.SplitReader.read = filling
 elif call:
     setattr(os, call, deadly(getattr(os, call)))
 if limit:
@@ -45,8 +60,11 @@ except UserError as error:
 def pack_in_process(
     root: Path, out: Path, call: str = "", number: int = 0, limit: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Packs in a process that kills itself with SIGKILL before the `number`th call of `call`
-    (a function of `os`, or "read" of a trial), or may write files of at most `limit` bytes."""
+    """Packs in a process of its own, in which something happens or files have at most `limit` bytes.
+
+    Before the `number`th call of `call`, a function of `os` or "read" of a trial, it is killed with
+    SIGKILL; with "fill", before that trial is read the disk is filled.
+    """
     arguments = json.dumps([str(root), str(out), call, number, limit])
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, check=False

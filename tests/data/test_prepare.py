@@ -99,20 +99,40 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(root, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(root, tmp_path):
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MB, as many as the sessions need and a half."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", small], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("no right to mount a small file system")
-    try:
-        with pytest.raises(DataError, match=r"has 0\.00 GB free; needed 0\.\d\d GB: free space"):
-            pack(root, small / "out")
-        assert contents(small) == {}
-    finally:
-        subprocess.run(["umount", small], check=True)
+    yield small
+    subprocess.run(["umount", small], check=True)
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(root, small_disk):
+    (small_disk / "filler").write_bytes(bytes(15_000_000))
+    with pytest.raises(DataError, match=r"has 0\.0\d GB free; needed 0\.0\d GB: free space"):
+        pack(root, small_disk / "out")
+    assert contents(small_disk / "out") == {}
+
+
+def test_a_disk_that_others_fill_meanwhile_is_told_and_later_packing_goes_on(
+    root, whole, small_disk
+):
+    out = small_disk / "out"
+    result = pack_in_process(root, out, "fill", 20)
+    assert result.returncode == 2, result.stderr
+    assert "cannot be written: No space left on device" in result.stdout
+    assert not finished(out)
+    left = contents(out)
+    assert left == {name: contents(whole)[name] for name in left}
+    (small_disk / "filler").unlink()
+    assert pack_in_process(root, out).returncode == 0
+    assert contents(out) == contents(whole)
 
 
 def test_damaged_files_alone_are_packed_again(root, whole, tmp_path, capsys):

@@ -1,0 +1,74 @@
+"""The Pallas recurrence compiled by the TPU compiler itself, forward and backward, on four chips.
+
+Run by `make test-tpu`, which installs the tpu extra; elsewhere there is no compiler to ask.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("libtpu", reason="needs the tpu extra: make test-tpu")
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from b2txt_jax.model.gru_pallas import choose_blocks, core_of
+from b2txt_jax.model.recurrence import recurrence
+from b2txt_jax.tpu.topologies import parse_topology, topology_devices
+from b2txt_jax.training.sharding import make_mesh
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def compiled(topology: str, frames: int, rows: int, hidden: int, dtype: jnp.dtype) -> str:
+    """The optimised program of a gradient, `rows` on each device, its mesh the surrounding one."""
+    mesh = make_mesh(devices=topology_devices(parse_topology(topology)))
+    batch = rows * mesh.shape["data"]
+
+    def shape(spec: P, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+    arguments = (
+        shape(P(None, "data"), frames, batch, 3 * hidden),
+        shape(P("data"), batch, hidden),
+        shape(P(), 3 * hidden, hidden),
+        shape(P(), 3 * hidden),
+    )
+
+    def loss(projected: jax.Array, *others: jax.Array) -> jax.Array:
+        states = recurrence(projected.astype(dtype), *others, dtype, "auto")
+        return jnp.square(states.astype(jnp.float32)).sum()
+
+    def gradient(*arguments: jax.Array) -> tuple[jax.Array, ...]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(loss, argnums=(0, 1, 2, 3))(*arguments)
+
+    return jax.jit(gradient).lower(*arguments).compile().as_text()
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
+@pytest.mark.parametrize(
+    ("rows", "hidden", "dtype"),
+    [(8, 256, jnp.bfloat16), (3, 130, jnp.float32)],
+    ids=["whole tiles", "odd sizes"],
+)
+def test_both_kernels_compile_and_gradients_are_summed_once(
+    topology: str, rows: int, hidden: int, dtype: jnp.dtype
+) -> None:
+    program = compiled(topology, 20, rows, hidden, dtype)
+    kernels = re.findall(r"(gru_\w+ward)[.\d]* = [^\n]*tpu_custom_call", program)
+    assert sorted(kernels) == ["gru_backward", "gru_forward"]
+    collectives = re.findall(r" (all-\w+|reduce-\w+|collective-\w+)\(", program)
+    assert set(collectives) == {"all-reduce"}  # gradients of weight and bias, combined
+    assert "while(" not in program  # no scan is left
+
+
+def test_the_published_width_compiles_in_the_smallest_memory() -> None:
+    # 16 MiB of VMEM: blocks are cut to fit, or the compiler says so here.
+    mesh = make_mesh(devices=topology_devices(parse_topology("v4:2x2x1")))
+    assert choose_blocks(64, 768, jnp.dtype(jnp.bfloat16), core_of(mesh.abstract_mesh)) is not None
+    assert "gru_backward" in compiled("v4:2x2x1", 9, 64, 768, jnp.bfloat16)

@@ -13,6 +13,8 @@ import torch
 import yaml
 from torch import nn
 
+from b2txt_jax.cli import main
+
 ARGS = {
     "model": {
         "n_input_features": 6,
@@ -214,3 +216,14 @@ def save(folder: Path, checkpoint: object, args: dict) -> Path:
     torch.save(checkpoint, folder / "checkpoint/best_checkpoint")
     (folder / "checkpoint/args.yaml").write_text(yaml.safe_dump(args))
     return folder
+
+
+def error_of(capsys, *command: object) -> str:
+    """What `b2txt convert` prints as its one line of error."""
+    capsys.readouterr()
+    assert main(["convert", *map(str, command)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert len(lines[0]) < 1000
+    return lines[0]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from nejm_run import GRUDecoder, Run, args_with, save
+from nejm_run import GRUDecoder, Run, args_with, error_of, save
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter1d
@@ -21,10 +21,11 @@ from b2txt_jax.config import read_written_config
 from b2txt_jax.inference.logits import TrainedModel, compute_logits
 from b2txt_jax.interop.convert import read_workdir
 from b2txt_jax.interop.nejm import read_nejm
-from b2txt_jax.interop.nejm_args import args_from_config
 from b2txt_jax.interop.weights import moments_of, to_named
+from b2txt_jax.metrics import error_rate, greedy_decode, total
 from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.step import init_state
+from lm_server.build_lm import build
 
 SESSIONS = ["t15.2023.08.11", "t15.2023.08.13"]
 LENGTHS = {SESSIONS[0]: [100, 737], SESSIONS[1]: [2000]}
@@ -104,22 +105,6 @@ def test_logits_of_the_full_size_model_are_pytorchs(full_size, trials, padding):
         assert difference < 1e-4
 
 
-@pytest.fixture(scope="module")
-def small(tiny_config, tmp_path_factory) -> tuple[Path, Run]:
-    """A published folder of the tiny model for the simulated sessions, two steps old.
-
-    With the recipe of the other tests, the programs that they compile serve here too.
-    """
-    sessions = sorted(path.name for path in Path(tiny_config.data.root).iterdir())
-    data = dataclasses.replace(tiny_config.data, sessions=tuple(sessions))
-    args = args_from_config(dataclasses.replace(tiny_config, data=data), sessions)
-    args |= {"num_training_batches": 4, "batches_per_val_step": 2}
-    run = Run(args)
-    for step in range(2):
-        run.step(run.random_gradient(step, (0, 1, 3)))
-    return run.save(tmp_path_factory.mktemp("small") / "theirs"), run
-
-
 def weights(run: Run) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in run.model.state_dict().items()}
 
@@ -158,6 +143,24 @@ def test_from_nejm_train_and_back(small, tmp_path, capsys):
     assert int(latest.state.step) == 4
     assert max(moments_of(latest.state).steps.values()) == 4
     assert main(["infer", "--workdir", str(workdir), "--out", str(tmp_path / "logits.npz")]) == 0
+
+
+def test_a_converted_run_can_be_evaluated(small, tmp_path):
+    workdir, text, words = tmp_path / "run", tmp_path / "text.txt", tmp_path / "words.dict"
+    assert main(["convert", "--from-nejm", str(small[0]), "--workdir", str(workdir)]) == 0
+    text.write_text("The cat sat.\nA cat ran.\n" * 50)
+    words.write_text("a AH\ncat K AE T\nran R AE N\nsat S AE T\nthe DH AH\n")
+    build([text], 2, str(words), tmp_path / "lm")
+    # A model of two steps may leave a trial without a sentence: that trial is named, status 1.
+    assert main(["evaluate", "--workdir", str(workdir), "--lm", str(tmp_path / "lm")]) in (0, 1)
+    result = json.loads((workdir / "val/evaluation.json").read_text())
+    assert (result["trials"], result["settings"]["step"]) == (12, 2)
+
+    # Its phoneme error rate is that of the weights as they came.
+    found = read_nejm(small[0])
+    trials = compute_logits(TrainedModel(found.config, found.state.params, 2), "val")
+    rates = [error_rate(t.labels.tolist(), greedy_decode(t.logits).tolist()) for t in trials]
+    assert result["per"]["all"]["errors"] == total(rates).errors > 0
 
 
 def test_the_latest_state_is_what_trains_on_elsewhere(small, tmp_path, capsys):
@@ -212,13 +215,6 @@ def test_keys_can_be_changed_and_training_restarted_on_the_way_in(small, tmp_pat
         state, best = checkpoints.restore_latest(init_state(config, 4))
     assert int(state.step) == 0
     assert best is None  # the first validation replaces the best, whatever it is
-
-
-def error_of(capsys, *command: object) -> str:
-    assert main(["convert", *map(str, command)]) == 2
-    text = capsys.readouterr().err
-    assert "Traceback" not in text
-    return text
 
 
 def test_errors_end_with_one_line_and_leave_nothing_behind(small, tmp_path, capsys):

@@ -60,7 +60,7 @@ except UserError as error:
 def pack_in_process(
     root: Path, out: Path, call: str = "", number: int = 0, limit: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Packs in a process of its own, in which something happens or files have at most `limit` bytes.
+    """Packs in a process of its own, in which something happens or files are cut at `limit` bytes.
 
     Before the `number`th call of `call`, a function of `os` or "read" of a trial, it is killed with
     SIGKILL; with "fill", before that trial is read the disk is filled.

@@ -116,7 +116,6 @@ class Result:
         values["chips"] = self.topology.chips
         values["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
         values["time"] |= {"bound": self.time.bound, "likely": self.time.likely}
-        values["at_best"] = self.at_best
         return values
 
 

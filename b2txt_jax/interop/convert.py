@@ -248,7 +248,8 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
                 state, best = checkpoints.restore_latest(like)
             except CheckpointError as error:
                 raise ConversionError(
-                    f"{_first_line(error)}; or leave out --which latest to take the best parameters"
+                    f"the latest state cannot be read; leave out --which latest to take the best "
+                    f"parameters: {_first_line(error)}"
                 ) from error
             score = best if best and best.step == int(state.step) else None
             return Run(config, state, score or BestScore(math.inf, math.inf, int(state.step)))
@@ -275,4 +276,4 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
 def _first_line(error: Exception) -> str:
     """What Orbax says about a checkpoint of another structure is thousands of characters long."""
     line = str(error).strip().splitlines()[0]
-    return line if len(line) <= 300 else f"{line[:240]} [...] {line[-60:]}"
+    return line if len(line) <= 300 else f"{line[:240]} ..."

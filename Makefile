@@ -32,6 +32,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy b2txt_jax lm_server
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/shellcheck launch/*.sh
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)

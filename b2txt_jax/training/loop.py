@@ -39,7 +39,7 @@ from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import is_first, join_hosts, stop_on_signals
 from b2txt_jax.training.metrics_log import MetricsLog
 from b2txt_jax.training.sharding import local_rows, make_mesh, sharded_state
-from b2txt_jax.training.tracker import Tracker, progress_bar
+from b2txt_jax.training.tracker import Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
 
 FINISHED_FILE = "finished.json"
@@ -183,6 +183,8 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
         )
         if first >= config.train.steps:
             console.print(f"{workdir} has done {first} steps; {config.train.steps} are asked for")
+            if is_first() and not (workdir / FINISHED_FILE).exists():
+                _write_finished(workdir, first, best)  # killed between the last save and this file
             return TrainResult(first, best, finished=True)
         if first:
             console.print(f"going on from step {first} of {config.train.steps} in {workdir}")
@@ -218,7 +220,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
             checkpoints.wait()
         finished = tracker.step >= config.train.steps
         if finished and is_first():
-            _write_finished(workdir, tracker)
+            _write_finished(workdir, tracker.step, tracker.best, tracker.skipped)
         _tell_end(console, config, workdir, tracker)
         return TrainResult(tracker.step, tracker.best, finished, stopped_by)
 
@@ -248,10 +250,13 @@ def _compile(
     steps.compile(train, evaluate, compiled)
 
 
-def _write_finished(workdir: Path, tracker: Tracker) -> None:
-    values: dict[str, Any] = {"step": tracker.step, "skipped_steps": tracker.skipped}
-    if tracker.best is not None:
-        values["best"] = dataclasses.asdict(tracker.best)
+def _write_finished(
+    workdir: Path, step: int, best: BestScore | None, skipped: int | None = None
+) -> None:
+    """`skipped`: steps of this call of `train`; None: not known."""
+    values: dict[str, Any] = {"step": step, "skipped_steps": skipped}
+    if best is not None:
+        values["best"] = dataclasses.asdict(best)
     temporary = workdir / f".{FINISHED_FILE}.{os.getpid()}"
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, workdir / FINISHED_FILE)
@@ -267,6 +272,6 @@ def _tell_end(console: Console, config: Config, workdir: Path, tracker: Tracker)
         )
     elif tracker.best is not None:
         console.print(
-            f"done: best validation PER {100 * tracker.best.per:.2f} % at step "
+            f"done: best validation PER {percent(tracker.best)} at step "
             f"{tracker.best.step}; checkpoints and metrics in {workdir}"
         )

@@ -34,6 +34,8 @@ class MetricsLog:
         too."""
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
+        # A file system in a bucket sends what was appended only now, or at the end.
+        os.fsync(self._file.fileno())
         for name, value in values.items():
             nested = value.items() if isinstance(value, Mapping) else [("", value)]
             for key, number in nested:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import Any
@@ -60,7 +61,7 @@ class Tracker:
             total=config.train.steps,
             completed=first,
             loss="-",
-            per=_percent(best),
+            per=percent(best),
             rate="-",
         )
 
@@ -153,7 +154,7 @@ class Tracker:
         improved = score.beats(self.best)
         if improved:
             self.best = score
-        self._progress.update(self._task, per=_percent(score))
+        self._progress.update(self._task, per=percent(score))
         self._progress.console.print(
             f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %"
             f"{'  best so far' if improved else ''}"
@@ -163,8 +164,9 @@ class Tracker:
         return improved
 
 
-def _percent(score: BestScore | None) -> str:
-    return "-" if score is None else f"{100 * score.per:.2f} %"
+def percent(score: BestScore | None) -> str:
+    """The PER for people; unknown when there is no score, or one of unknown value."""
+    return f"{100 * score.per:.2f} %" if score and math.isfinite(score.per) else "unknown"
 
 
 def progress_bar(console: Console) -> Progress:

@@ -39,15 +39,15 @@ def compiled(topology: str, frames: int, rows: int, hidden: int, dtype: jnp.dtyp
         shape(P(), 3 * hidden),
     )
 
-    def loss(projected: jax.Array, *others: jax.Array) -> jax.Array:
-        states = recurrence(projected.astype(dtype), *others, dtype, "auto")
+    def loss(projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        states = recurrence(projected.astype(dtype), h0, weight, bias, dtype, "auto")
         return jnp.square(states.astype(jnp.float32)).sum()
 
     def gradient(*arguments: jax.Array) -> tuple[jax.Array, ...]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return jax.grad(loss, argnums=(0, 1, 2, 3))(*arguments)
 
-    return jax.jit(gradient).lower(*arguments).compile().as_text()
+    return str(jax.jit(gradient).lower(*arguments).compile().as_text())
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])

@@ -31,107 +31,8 @@ from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.errors import UserError
 from b2txt_jax.model.product import contract
-
-_LANES = 128
-_MOST_FRAMES = 8
-"""Frames per step of the grid: a step's own cost (about 0.35 us) is then small beside them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Core:
-    """What the kernels must know about a TPU device."""
-
-    vmem_bytes: int
-    """VMEM of one tensor core."""
-    count: int = 1
-    """Tensor cores that share a program ("megacore")."""
-
-
-SMALLEST = Core(16 << 20)
-"""Assumed where the chip is not known: fits every chip since v4."""
-
-VMEM_BYTES = {
-    "TPU v4": 16 << 20,
-    "TPU v5": 64 << 20,
-    "TPU v5p": 64 << 20,
-    "TPU v5 lite": 128 << 20,
-    "TPU v5e": 128 << 20,
-    "TPU v6 lite": 128 << 20,
-    "TPU v6e": 128 << 20,
-    "TPU7x": 64 << 20,
-}
-"""Of one tensor core by JAX's device kind; jax.experimental.pallas.tpu.get_tpu_info_for_chip."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How the kernels cut [P, B, .]: `rows` of the batch by `frames` of 80 ms."""
-
-    rows: int
-    frames: int
-
-
-def _up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
-def vmem_needed(blocks: Blocks, hidden: int, dtype: jnp.dtype) -> int:
-    """Bytes of VMEM that the larger of the two kernels (backward) needs, an upper bound.
-
-    The weight is held once; the blocks of frames twice, one being filled while the other is worked
-    on; sums, gates and states of one frame in float32.
-    """
-    width, item = _up(hidden, _LANES), jnp.dtype(dtype).itemsize
-    rows = _up(blocks.rows, 16)
-    weight = 3 * width * width * item
-    streamed = 2 * 12 * blocks.frames * rows * width * item
-    one_frame = 16 * rows * width * 4
-    return weight + streamed + one_frame + (1 << 20)
-
-
-def choose_blocks(
-    batch: int, hidden: int, dtype: jnp.dtype, core: Core = SMALLEST
-) -> Blocks | None:
-    """The largest blocks that fit; None when not even the smallest do.
-
-    Fewest blocks of rows first, since each goes through all frames by itself; cores that share a
-    program take one each.
-    """
-    unit = 8 * 4 // jnp.dtype(dtype).itemsize
-    rows = _up(batch, unit)
-    if core.count > 1 and rows > unit:
-        rows = _up(-(-rows // core.count), unit)
-    while True:
-        frames = _MOST_FRAMES
-        while frames:
-            blocks = Blocks(rows, frames)
-            if vmem_needed(blocks, hidden, dtype) <= core.vmem_bytes:
-                return blocks
-            frames //= 2
-        if rows <= unit:
-            return None
-        rows = _up(rows // 2, unit)
-
-
-def fits_vmem(batch: int, hidden: int, dtype: jnp.dtype, vmem_bytes: int) -> bool:
-    """Whether the kernels can run `batch` rows per device of `hidden` units in that much VMEM.
-
-    Blocks of rows shrink to fit, so that above all the weight decides: 3 hidden^2 of `dtype`.
-    """
-    return choose_blocks(batch, hidden, dtype, Core(vmem_bytes)) is not None
-
-
-def core_of(mesh: AbstractMesh | Mesh | None) -> Core:
-    """The core that a program for this mesh runs on: of the mesh's devices, else of this process's
-    first device; SMALLEST where neither is a TPU that is known."""
-    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
-    device = abstract.abstract_device if abstract is not None else None
-    device = jax.devices()[0] if device is None else device
-    vmem_bytes = VMEM_BYTES.get(device.device_kind)
-    if vmem_bytes is None:
-        return SMALLEST
-    return Core(vmem_bytes, getattr(device, "num_cores", None) or 1)
-
+from b2txt_jax.model.vmem import LANES, Blocks, Core, choose_blocks, core_of, up, vmem_needed
+from b2txt_jax.model.vmem import fits_vmem as fits_vmem
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -344,7 +245,7 @@ def _rows_forward(
     """One device's rows -> states [P, B, H] and, with `save`, the states before, and padded gates
     [P, B', 4H']."""
     length, batch, hidden = *projected.shape[:2], h0.shape[-1]
-    width, rows = _up(hidden, _LANES), plan.blocks.rows
+    width, rows = up(hidden, LANES), plan.blocks.rows
     arrays = [
         (_pad_rows(_pad_gates(projected.astype(plan.dtype), 3, width), rows, 1), "stream"),
         (_pad_rows(_pad_gates(h0.astype(jnp.float32), 1, width), rows, 0), "rows"),
@@ -355,7 +256,7 @@ def _rows_forward(
     if save:
         results += [(width, plan.dtype, "stream"), (4 * width, plan.dtype, "stream")]
     kernel = functools.partial(_forward_kernel, length=length, save=save)
-    shapes = length, _up(batch, rows), width
+    shapes = length, up(batch, rows), width
     *states, last = _call(kernel, plan, shapes, arrays, results, reverse=False)
     if not save:
         return (last[:, :batch, :hidden],)
@@ -368,7 +269,7 @@ def _rows_backward(
     """One device's rows -> cotangents of the input projection [P, B, 3H], of W_hn h + b_hn
     [P, B, H], of bias in parts [_, 3H], of h0 [B, H]."""
     length, batch, hidden = before.shape
-    width, rows = _up(hidden, _LANES), plan.blocks.rows
+    width, rows = up(hidden, LANES), plan.blocks.rows
     arrays = [
         (_pad_rows(_pad_gates(d_states, 1, width), rows, 1), "stream"),
         (_pad_rows(_pad_gates(before, 1, width), rows, 1), "stream"),
@@ -382,7 +283,7 @@ def _rows_backward(
         (width, jnp.float32, "rows"),
     ]
     kernel = functools.partial(_backward_kernel, length=length)
-    shapes = length, _up(batch, rows), width
+    shapes = length, up(batch, rows), width
     d_projected, d_new, d_bias, d_h0 = _call(kernel, plan, shapes, arrays, results, reverse=True)
     return (
         _cut_gates(d_projected[:, :batch], 3, hidden),

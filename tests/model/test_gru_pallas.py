@@ -17,19 +17,17 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from b2txt_jax.errors import UserError
 from b2txt_jax.model.gru import gru_recurrence
-from b2txt_jax.model.gru_pallas import (
+from b2txt_jax.model.gru_pallas import fits_vmem, gru_recurrence_pallas, plan_for
+from b2txt_jax.model.recurrence import recurrence
+from b2txt_jax.model.vmem import (
     SMALLEST,
     VMEM_BYTES,
     Blocks,
     Core,
     choose_blocks,
     core_of,
-    fits_vmem,
-    gru_recurrence_pallas,
-    plan_for,
     vmem_needed,
 )
-from b2txt_jax.model.recurrence import recurrence
 
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 interpreted = functools.partial(gru_recurrence_pallas, interpret=True)

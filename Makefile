@@ -5,11 +5,15 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: help setup demo test lint test-slow format clean
+TPU_VENV := .venv-tpu
+TPU_STAMP := $(TPU_VENV)/.installed
+
+.PHONY: help setup setup-tpu demo test test-tpu lint test-slow format clean
 
 help:
 	@echo "make demo       set up, then the main job end to end on simulated sessions (about 10 minutes)"
 	@echo "make test       set up, then lint and tests"
+	@echo "make test-tpu   install the TPU compiler (0.7 GB, no TPU needed) and compile for two kinds of TPU"
 	@echo "make test-slow  the checks that take minutes"
 	@echo "make lint       ruff, mypy, import rules"
 	@echo "make format     format the code"
@@ -40,9 +44,21 @@ test: lint
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow
 
+setup-tpu: $(TPU_STAMP)
+
+$(TPU_STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(TPU_VENV)/bin/python || $(PYTHON) -m venv $(TPU_VENV)
+	@echo "installing JAX with the TPU compiler into $(TPU_VENV)"
+	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu]' \
+		hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
+test-tpu: setup-tpu
+	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(TPU_VENV)/bin/pytest -n $(WORKERS) tests/tpu
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -153,13 +153,18 @@ def _naming(step: int | None, manager: ocp.CheckpointManager) -> Iterator[None]:
         folder = Path(manager.directory)
         free = shutil.disk_usage(folder).free / 2**20
         kept = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-        told = str(error).strip().splitlines()
         raise CheckpointError(
             f"{'saving step ' + str(step) if step is not None else 'the last save'} in {folder} "
-            f"failed ({type(error).__name__}: {told[0] if told else ''}); {free:.0f} MB are free "
+            f"failed ({type(error).__name__}: {_first_line(error)}); {free:.0f} MB are free "
             f"there. Complete checkpoints that are left: steps {kept or 'none'}. Make room, then "
             "start the same command: it goes on from the last one"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Orbax's texts run to thousands of characters; the first line says what is wrong."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:240] if lines else type(error).__name__
 
 
 def _arguments(tree: Any, extra: dict[str, Any]) -> ocp.args.Composite:
@@ -188,7 +193,8 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
     # Orbax raises many kinds for damaged files; each is re-raised with the folder and what to do.
     except Exception as error:
         raise CheckpointError(
-            f"the checkpoint {manager.directory / str(step)} cannot be read ({error}); its files "
+            f"the checkpoint {manager.directory / str(step)} cannot be read "
+            f"({_first_line(error)}); its files "
             f"are damaged or belong to another model: restore them, or {instead}"
         ) from error
     return restored.tree, restored.extra

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 import signal
 import time
@@ -92,8 +91,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`b2txt train`."""
-    # Orbax tells of a failed save in hundreds of lines; its exceptions reach us and say the same.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if args.distributed:
         join_hosts()
     if args.config is not None:

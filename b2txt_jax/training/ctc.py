@@ -2,8 +2,8 @@
 (Graves et al. 2006).
 
 Automatic differentiation of the forward recursion would run a second, larger loop; instead the
-backward recursion is run as the forward recursion of the reversed problem, stacked onto the batch
-of the first, so that one loop of P steps gives both and the gradient is a closed form: softmax
+backward recursion is run as the forward recursion of the reversed problem, stacked beside the
+first, so that one loop of P steps gives both and the gradient is a closed form: softmax
 minus the posterior of each class in each frame. Everything is float32: bfloat16 has too few digits
 for sums of log-probabilities.
 """
@@ -62,12 +62,12 @@ def _loss_and_posterior(
     mirrored = jnp.take_along_axis(mirrored, reversed_states[:, None, :], axis=2)
     mirrored_ids = jnp.take_along_axis(states, reversed_states, axis=1)
 
-    both = _alphas(
-        jnp.concatenate([emissions, mirrored]),
-        jnp.concatenate([states, mirrored_ids]),
-        jnp.concatenate([state_length, state_length]),
+    # On a new axis: appended rows would have to move between the devices that share the batch.
+    alphas, betas = jax.vmap(_alphas)(
+        jnp.stack([emissions, mirrored]),
+        jnp.stack([states, mirrored_ids]),
+        jnp.stack([state_length, state_length]),
     )
-    alphas, betas = jnp.split(both, 2)
     betas = jnp.take_along_axis(betas, reversed_states[:, None, :], axis=2)
     betas = jnp.take_along_axis(betas, reversed_frames[:, :, None], axis=1)
 

@@ -54,7 +54,7 @@ $(TPU_STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 test-tpu: setup-tpu
-	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(TPU_VENV)/bin/pytest -n $(WORKERS) tests/tpu
+	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(TPU_VENV)/bin/pytest -n $(WORKERS) --dist loadfile tests/tpu
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from absl import logging
 
 from b2txt_jax import __version__
 from b2txt_jax.errors import UserError
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Compiled programs outlive the process: a resumed run starts at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
     # Orbax tells of a failed save in hundreds of lines; its exceptions reach us and say the same.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.set_verbosity(logging.FATAL)
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
     overrides = [argument for argument in arguments if argument.startswith("--config.")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -99,7 +100,8 @@ def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
     assert failed.returncode == 2, message
     assert "error: " in message
     assert "Complete checkpoints that are left: steps [1, 2]" in message
-    assert "Traceback" not in message
+    # TensorStore's threads may print of their own closed loop; no traceback may be of this program.
+    assert not re.search(r'File "[^"]*/b2txt_jax/(training/|cli)', failed.stderr), failed.stderr
     finish(start(tmp_path, [*tiny_overrides, *MORE]))
     assert losses(tmp_path) == uninterrupted
 

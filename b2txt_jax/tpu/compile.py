@@ -119,19 +119,26 @@ class Result:
         return values
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}; needed a whole number of at least 1")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `b2txt compile`."""
     parser.add_argument("--topology", required=True, help=f"the slice: {known_topologies()}")
     parser.add_argument("--config", required=True, help="e.g. configs/nejm_baseline.py")
     parser.add_argument(
         "--per-device-batch",
-        type=int,
+        type=_positive,
         metavar="N",
         help="rows per device; without it the configured batch is shared by the devices",
     )
     parser.add_argument(
         "--model-axis",
-        type=int,
+        type=_positive,
         metavar="M",
         help="devices that share the large parameters; without it parallel.model_axis",
     )
@@ -142,7 +149,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "configuration's",
     )
     parser.add_argument(
-        "--days", type=int, help="sessions, where the configuration names none and has no data"
+        "--days",
+        type=_positive,
+        help="sessions, where the configuration names none and has no data",
     )
     parser.add_argument(
         "--compare",
@@ -162,6 +171,10 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     topology = parse_topology(args.topology)
     bucket = parse_bucket(args.bucket) if args.bucket else typical_bucket(config)
+    if bucket[0] < max(config.model.patch_size, 1):
+        raise CompileError(
+            f"--bucket has {bucket[0]} bins; needed at least one patch of {config.model.patch_size}"
+        )
     days = args.days or session_count(config)
     variants: tuple[str | None, ...] = VARIANTS if args.compare else (None,)
     results = []

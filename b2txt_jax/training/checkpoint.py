@@ -60,6 +60,7 @@ class Checkpoints:
         # Two of the latest: when a disk damages one, the run goes on from the one before.
         self._latest = manager("latest", 2)
         self._best = manager("best", 1)
+        self._started: dict[ocp.CheckpointManager, int] = {}
 
     def latest_step(self) -> int | None:
         """The step of the latest full state, if there is one."""
@@ -74,7 +75,7 @@ class Checkpoints:
         """
         if self._latest.latest_step() != step:
             extra = {"best": asdict(best) if best else None}
-            with _naming(step, self._latest):
+            with self._naming(step, self._latest):
                 self._latest.save(step, args=_arguments(state._asdict(), extra))
 
     def save_best(self, step: int, params: Params, best: BestScore) -> None:
@@ -83,7 +84,7 @@ class Checkpoints:
         Raises:
           CheckpointError: this save, or the one before it, failed.
         """
-        with _naming(step, self._best):
+        with self._naming(step, self._best):
             for stale in self._best.all_steps():
                 # Of steps that were lost when the run was killed and are now done again.
                 if stale >= step:
@@ -120,8 +121,33 @@ class Checkpoints:
           CheckpointError: a save failed.
         """
         for manager in (self._latest, self._best):
-            with _naming(None, manager):
+            with self._naming(None, manager):
                 manager.wait_until_finished()
+
+    @contextmanager
+    def _naming(self, step: int | None, manager: ocp.CheckpointManager) -> Iterator[None]:
+        """Turns a failed save into an error that names the step, the folder and what is left.
+
+        Saves end in the background, so that the next call tells of a failure: the step that was
+        on its way is named too. `step`: that this call starts to save; None: it only waits.
+        """
+        before = self._started.get(manager)
+        if step is not None:
+            self._started[manager] = step
+        try:
+            yield
+        # Orbax raises many kinds; each is re-raised with what a user needs to know.
+        except Exception as error:
+            folder = Path(manager.directory)
+            free = shutil.disk_usage(folder).free / 2**20
+            kept = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+            tried = sorted({at for at in (before, step) if at is not None} - set(kept))
+            raise CheckpointError(
+                f"saving step {' or '.join(map(str, tried))} in {folder} failed "
+                f"({type(error).__name__}: {_first_line(error)}); {free:.0f} MB are free there. "
+                f"Complete checkpoints that are left: steps {kept or 'none'}. Make room, then "
+                "start the same command: it goes on from the last one"
+            ) from error
 
     def close(self) -> None:
         """Waits and releases Orbax's threads."""
@@ -143,28 +169,10 @@ class Checkpoints:
             self.close()
 
 
-@contextmanager
-def _naming(step: int | None, manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns a failed save into an error that names the step, the folder and what is left."""
-    try:
-        yield
-    # Orbax raises many kinds; each is re-raised with what a user needs to know.
-    except Exception as error:
-        folder = Path(manager.directory)
-        free = shutil.disk_usage(folder).free / 2**20
-        kept = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-        raise CheckpointError(
-            f"{'saving step ' + str(step) if step is not None else 'the last save'} in {folder} "
-            f"failed ({type(error).__name__}: {_first_line(error)}); {free:.0f} MB are free "
-            f"there. Complete checkpoints that are left: steps {kept or 'none'}. Make room, then "
-            "start the same command: it goes on from the last one"
-        ) from error
-
-
 def _first_line(error: Exception) -> str:
     """Orbax's texts run to thousands of characters; the first line says what is wrong."""
     lines = str(error).strip().splitlines()
-    return lines[0][:240] if lines else type(error).__name__
+    return lines[0][:600] if lines else type(error).__name__
 
 
 def _arguments(tree: Any, extra: dict[str, Any]) -> ocp.args.Composite:

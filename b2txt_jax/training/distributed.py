@@ -54,7 +54,7 @@ def is_first() -> bool:
 def stop_on_signals() -> Iterator[Callable[[int], int | None]]:
     """Gives `stopping(step)`: the signal that asks for a stop after this step, or None.
 
-    SIGTERM (preemption) and SIGINT let the step end and the state be saved; a second one
+    SIGTERM (preemption) and SIGINT let the step end and the state be saved; a SIGINT after that
     interrupts. With several hosts, all stop after the same step, whichever of them was told.
     """
     if jax.process_count() > 1:
@@ -68,7 +68,8 @@ def stop_on_signals() -> Iterator[Callable[[int], int | None]]:
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if received:
+        # Whoever preempts may say so twice, and to the process and its group; a person means it.
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

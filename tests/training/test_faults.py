@@ -98,7 +98,8 @@ def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
     )
     message = " ".join(failed.stderr.split())
     assert failed.returncode == 2, message
-    assert "error: " in message
+    assert "error: saving step 3 " in message
+    assert "File too large" in message
     assert "Complete checkpoints that are left: steps [1, 2]" in message
     # TensorStore's threads may print of their own closed loop; no traceback may be of this program.
     assert not re.search(r'File "[^"]*/b2txt_jax/(training/|cli)', failed.stderr), failed.stderr

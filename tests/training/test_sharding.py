@@ -126,7 +126,7 @@ def test_programs_are_compiled_once_per_bucket_and_none_later(tiny_config, tmp_p
         )
         train(config, tmp_path / str(steps))
         counts.append(len(compiled))
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] > 0
 
 
 def test_restoring_keeps_values_and_takes_the_new_placement(tiny_config, tmp_path):

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         config = with_overrides(read_written_config(args.workdir / CONFIG_FILE), args.overrides)
     result = train(config, args.workdir)
     # Preemption is no failure: everything is saved. An interrupted user's command is one.
-    return 130 if result.stopped_by == signal.SIGINT else 0
+    return 130 if result.stopped_by == signal.SIGINT and not result.finished else 0
 
 
 def resolve(config: Config, workdir: Path, resumed: bool) -> Config:

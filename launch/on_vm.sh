@@ -116,6 +116,7 @@ run() {
   local workdir=$1
   shift
   cd "$code"
+  printf '%s\n' "$$" >"$state/waiter"
   "$code/.venv/bin/b2txt" train --workdir "$workdir" \
     --config.data.root="$data_folder" "$@" &
   local child=$! code_=0
@@ -134,9 +135,15 @@ run() {
   rm -f "$state/pid"
 }
 
-# The name is compared too: after a restart of the VM the number may be another program's.
+# Whether the number in a state file is that of a running process with that word in its command. The
+# name is compared too: after a restart of the VM the number may be another program's.
+runs() {
+  [ -e "$state/$1" ] && grep -qa "$2" "/proc/$(cat "$state/$1")/cmdline" 2>/dev/null
+}
+
+# Until the exit status is written, too: the process that waits for the training has yet to do that.
 alive() {
-  [ -e "$state/pid" ] && grep -qa b2txt "/proc/$(cat "$state/pid")/cmdline" 2>/dev/null
+  runs pid b2txt || { [ -e "$state/pid" ] && runs waiter on_vm.sh; }
 }
 
 status() {

@@ -1,11 +1,12 @@
 """Makes docs/tpu_table.md: memory, step time and scaling of a recipe on TPU slices, by compiling.
 
-Run:  python scripts/tpu_table.py                      (all that is missing: hours of one core)
+Run:  python scripts/tpu_table.py                      (all that is missing: an hour or two)
       python scripts/tpu_table.py --only v5e:4x4 v4:   (slices whose names begin so)
       python scripts/tpu_table.py --write              (only the table, from what is there)
 
-Each compilation leaves a JSON file in docs/tpu_table, so that the work can be done piece by piece;
---again replaces them, after a change to the step. Needs the tpu extra.
+Each compilation leaves a JSON file in docs/tpu_table and renews the table, so that the work can be
+interrupted and done piece by piece; --again replaces the files, after a change to the step. Needs
+the tpu extra.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import argparse
 import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +41,10 @@ REPOSITORY = Path(__file__).parents[1]
 BUCKET = (1000, 100)
 WEAK_ROWS = 64
 """Per device, in the table of weak scaling: the published batch on every device."""
+SIZES = (4, 16, 64, 256)
+"""Chips. Each kind of chip has a slice of each of these."""
+COMPARED = ("v5e:2x2", "v5e:4x4")
+"""Slices whose step is compiled with the scan, too: elsewhere only with what `auto` takes."""
 
 
 class Case(NamedTuple):
@@ -55,24 +62,20 @@ class Case(NamedTuple):
 
 
 def cases(rows: int) -> list[Case]:
-    """Slices of 4 to 256 chips, the smaller ones of each chip first; strong scaling as far as
+    """The plan, in its order: smaller slices of all chips first. Strong scaling goes as far as
     every device has a row."""
     found = []
-    for scaling, recurrence in itertools.product(("weak", "strong"), VARIANTS):
-        for chip, shapes in SHAPES.items():
-            for shape in shapes:
-                topology = parse_topology(f"{chip}:{shape}")
-                shared = rows % topology.devices == 0
-                if topology.chips >= 4 and (scaling == "weak" or shared):
-                    found.append(Case(topology.name, scaling, recurrence))
-    # Every second size first: 4, 16, 64, 256 chips.
-    return sorted(
-        found,
-        key=lambda case: (
-            parse_topology(case.topology).chips not in (4, 16, 64, 256),
-            parse_topology(case.topology).chips,
-        ),
-    )
+    for chip, shapes in SHAPES.items():
+        for shape in shapes:
+            topology = parse_topology(f"{chip}:{shape}")
+            if topology.chips not in SIZES:
+                continue
+            found.append(Case(topology.name, "weak", "pallas"))
+            if topology.name in COMPARED:
+                found.append(Case(topology.name, "weak", "scan"))
+            if rows % topology.devices == 0:
+                found.append(Case(topology.name, "strong", "pallas"))
+    return sorted(found, key=lambda case: parse_topology(case.topology).chips)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--recurrence", choices=VARIANTS, nargs="+")
     parser.add_argument("--again", action="store_true", help="compile what is there already, too")
     parser.add_argument("--write", action="store_true", help="compile nothing")
+    parser.add_argument(
+        "--minutes", type=float, default=15, help="a compilation that takes longer is left out"
+    )
     args = parser.parse_args(argv)
     config = load_config(args.config)
     rows = config.data.days_per_batch * config.data.trials_per_day
@@ -100,52 +106,75 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     if not args.write:
         args.folder.mkdir(parents=True, exist_ok=True)
-        _compile_all(config, wanted, args.folder)
+        for case in _compiled(wanted, args.config, args.folder, args.minutes):
+            print(f"{' '.join(case)}: {write_table(args, rows)}", flush=True)
+    print(write_table(args, rows))
+
+
+def write_table(args: argparse.Namespace, rows: int) -> str:
+    """Writes the page from the files that are there, and says how many that is."""
+    planned = cases(rows)
     results = {
         case: json.loads(case.file(args.folder).read_text())
-        for case in cases(rows)
+        for case in planned
         if case.file(args.folder).is_file()
     }
-    _replace(args.out, table(results, len(cases(rows)), args.config.name, rows))
-    print(f"{args.out}: {len(results)} of {len(cases(rows))} compilations")
+    _replace(args.out, table(results, len(planned), args.config.name, rows))
+    return f"{args.out}: {len(results)} of {len(planned)} compilations"
 
 
-def _compile_all(config: Any, wanted: list[Case], folder: Path) -> None:
-    days = session_count(config)
-    bucket = BUCKET if not config.data.buckets else typical_bucket(config)
-    console = Console()
+def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: float) -> Iterator[Case]:
+    """Compiles one after the other, each in a process of its own: it can be ended when it takes
+    too long, and gives its memory back."""
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    spawn = multiprocessing.get_context("spawn")
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=len(wanted))
         for case in wanted:
             progress.update(task, description=f"compiling for {' '.join(case)}")
-            per_device = WEAK_ROWS if case.scaling == "weak" else None
-            topology = parse_topology(case.topology)
-            try:
-                result = compile_step(
-                    with_recurrence(config, case.recurrence),
-                    topology,
-                    days=days,
-                    bucket=bucket,
-                    per_device_batch=per_device,
-                )
-                if result.recurrence != case.recurrence:
-                    console.print(f"{case}: the program has the recurrence {result.recurrence}")
-                    continue
-                values = result.to_json()
-            except CompileError as error:
-                values = {"error": str(error), "topology": case.topology, "chips": topology.chips}
-            values["scaling"] = case.scaling
-            values["versions"] = {
-                name: importlib.metadata.version(name) for name in ("jax", "libtpu")
-            }
-            _replace(case.file(folder), json.dumps(values, indent=1) + "\n")
+            process = spawn.Process(target=_compile, args=(case, config, folder), daemon=True)
+            started = time.monotonic()
+            process.start()
+            process.join(60 * minutes)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                _write(case, folder, {"skipped": f"not compiled within {minutes:g} minutes"})
+            elif process.exitcode:
+                raise SystemExit(f"{case}: the compilation ended with status {process.exitcode}")
+            progress.console.print(f"{' '.join(case)}: {time.monotonic() - started:.0f} s")
             progress.advance(task)
+            yield case
+
+
+def _compile(case: Case, config_file: Path, folder: Path) -> None:
+    config = load_config(config_file)
+    try:
+        result = compile_step(
+            with_recurrence(config, case.recurrence),
+            parse_topology(case.topology),
+            days=session_count(config),
+            bucket=BUCKET if not config.data.buckets else typical_bucket(config),
+            per_device_batch=WEAK_ROWS if case.scaling == "weak" else None,
+        )
+    except CompileError as error:
+        _write(case, folder, {"error": str(error)})
+        return
+    if result.recurrence != case.recurrence:
+        raise SystemExit(f"{case}: the program has the recurrence {result.recurrence}")
+    _write(case, folder, result.to_json())
+
+
+def _write(case: Case, folder: Path, values: dict[str, Any]) -> None:
+    values |= {"topology": case.topology, "scaling": case.scaling}
+    values["chips"] = parse_topology(case.topology).chips
+    values["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    _replace(case.file(folder), json.dumps(values, indent=1) + "\n")
 
 
 def table(results: dict[Case, dict[str, Any]], planned: int, config: str, rows: int) -> str:
     """The page, from results by case."""
-    good = [found for found in results.values() if "error" not in found]
+    good = [found for found in results.values() if "cost" in found]
     versions = sorted(
         {f"jax {f['versions']['jax']}, libtpu {f['versions']['libtpu']}" for f in good}
     )
@@ -167,13 +196,16 @@ this table has run on a TPU.**
   the roofline is there, and they are no more than bounds, not to be compared with the others.
   `b2txt compile` prints the assumptions.
 - scaling: rows a second and chip against the smallest slice of the same chip in the table.
-- recurrence: `auto` in a configuration means pallas on every slice here.
+- recurrence: `auto` in a configuration means pallas on every slice here; the scan is here for
+  comparison.
+- tpu7x shows two devices per chip, each with half of its memory and a batch of its own. Strong
+  scaling ends where devices would have no row.
 """
-    if any(_moved(found) for found in good):
-        text += """
-Rows with megabytes under "other" were compiled before the CTC loss kept each row on its device;
-the step of today moves nothing there. `scripts/tpu_table.py --again` renews them.
-"""
+    bad = {case: found for case, found in results.items() if "cost" not in found}
+    for case, found in bad.items():
+        text += (
+            f"- {' '.join(case)} is not in the tables: {found.get('error', found.get('skipped'))}\n"
+        )
     for scaling, title in (
         ("weak", f"## Weak scaling: {WEAK_ROWS} rows per device, a larger batch on a larger slice"),
         ("strong", f"## Strong scaling: the published batch of {rows} rows, shared by the devices"),
@@ -208,13 +240,7 @@ def _rows(results: dict[Case, dict[str, Any]], scaling: str) -> str:
         smallest: float | None = None
         for shape in shapes:
             found = results.get(Case(f"{chip}:{shape}", scaling, recurrence))
-            if found is None:
-                continue
-            if "error" in found:
-                rest = " | ".join([""] * (len(_HEAD) - 6))
-                lines.append(
-                    f"| {chip}:{shape} | {recurrence} | {found['chips']} |  |  | **no** | {rest} |"
-                )
+            if found is None or "cost" not in found:
                 continue
             rate = found["rows"] / found["time"]["likely"] / found["chips"]
             smallest = smallest or rate

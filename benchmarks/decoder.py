@@ -138,7 +138,8 @@ def held_out(count: int, seed: int, name: str) -> list[tuple[str, ...]]:
 def decode(folder: str, grid: list[dict[str, float]], logits: list[np.ndarray], answers) -> None:  # type: ignore[no-untyped-def]
     """Runs in a fresh process: decodes every sentence and reports times and memory."""
     started = time.perf_counter()
-    from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+    from lm_server.beam_search import BeamSearch, LanguageModel
+    from lm_server.settings import Settings
 
     model = LanguageModel(Path(folder))
     loaded = time.perf_counter() - started

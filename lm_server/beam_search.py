@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from flashlight.lib.text.decoder import (
 from flashlight.lib.text.decoder.kenlm import KenLM
 from flashlight.lib.text.dictionary import Dictionary
 
+from lm_server.errors import UserError
 from lm_server.nbest import Hypothesis, rank
 from lm_server.protocol import (
     CLASS_COUNT,
@@ -41,6 +40,7 @@ from lm_server.protocol import (
     ProtocolError,
     check_logits,
 )
+from lm_server.settings import Settings
 
 _BLANK_ID = 0
 _SILENCE_ID = LM_CLASSES.index(SILENCE)
@@ -53,57 +53,10 @@ _FLOOR = -1e3
 FORMAT = 1
 MAX_UTTERANCE_FRAMES = MAX_MESSAGE_FRAMES
 """Frames of 80 ms in one sentence (13 minutes): the search remembers every frame."""
-LIMITS: Mapping[str, tuple[float, float]] = {
-    "acoustic_scale": (0.001, 100.0),
-    "blank_penalty": (0.001, 1e6),
-    "beam": (0.001, 1000.0),
-    "max_active": (1, 10_000),
-    "nbest": (1, 10_000),
-}
-"""Least and greatest value of each setting. Within them the scores of the longest sentence are
-finite, a beam cannot reach over `_FORBIDDEN`, and the search's memory stays within a machine's."""
 
 
-class SettingsError(ValueError):
-    """A setting outside its range; says what was found and what was needed."""
-
-
-class ModelFolderError(ValueError):
+class ModelFolderError(UserError, ValueError):
     """A folder that is no model, or a damaged one; says what is missing and how to make it."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a sentence is searched.
-
-    Attributes:
-      acoustic_scale: factor of the acoustic log-probabilities, against the n-gram model's factor of
-        1.
-      blank_penalty: ln(blank_penalty) is taken from the blank's log-probability in every frame; 1
-        changes nothing.
-      beam: hypotheses worse than the best by more than this are dropped (ln of the scaled total).
-      max_active: hypotheses kept after each frame.
-      nbest: candidate sentences in an answer.
-    """
-
-    acoustic_scale: float = 1.2
-    blank_penalty: float = 4.0
-    beam: float = 18.0
-    max_active: int = 100
-    nbest: int = 100
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least, greatest = LIMITS[field.name]
-            # Written so that NaN is refused too.
-            if not least <= value <= greatest:
-                raise SettingsError(
-                    f"{field.name} is {value}; needed a number from {least:g} to {greatest:g}"
-                )
-        for name in ("max_active", "nbest"):
-            if getattr(self, name) != int(getattr(self, name)):
-                raise SettingsError(f"{name} is {getattr(self, name)}; needed a whole number")
 
 
 class LanguageModel:
@@ -341,10 +294,3 @@ def _read_spellings(
                 f"or cut short: {remedy}"
             )
     return words, spellings
-
-
-def default_workers() -> int:
-    """Cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    )

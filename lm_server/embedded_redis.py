@@ -20,6 +20,8 @@ from pathlib import Path
 
 import redis
 
+from lm_server.errors import UserError
+
 # Runs between fork and exec in a process of its own, so that threads of the parent cannot disturb
 # it: asks Linux to end the server when its parent dies, however it dies, and checks that the parent
 # has not died meanwhile.
@@ -35,7 +37,7 @@ _START_SECONDS = 20.0
 _PREFIX, _SOCKET = "lm-redis-", "redis.sock"
 
 
-class RedisStartError(RuntimeError):
+class RedisStartError(UserError, RuntimeError):
     """The embedded Redis did not start; says what was tried and what it answered."""
 
 

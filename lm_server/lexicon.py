@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lm_server.errors import UserError
 from lm_server.protocol import PHONEMES
 from lm_server.text import DAMAGED_ARCHIVE, open_text
 
@@ -24,7 +25,7 @@ _VARIANT = re.compile(r"\(\d+\)$")
 Pronunciation = tuple[str, ...]
 
 
-class LexiconError(ValueError):
+class LexiconError(UserError, ValueError):
     """A lexicon that cannot be used; names file and line, what was found and needed."""
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lm_server.errors import UserError
 from lm_server.kenlm_trie import UNKNOWN, NGrams, TrieIndex
 
 BEGIN, END = "<s>", "</s>"
@@ -30,7 +31,7 @@ _NEVER = -90.0
 """Trainers write about -99 for n-grams to which discounting leaves nothing."""
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model that cannot be built or read; says what was found, what was needed and what to do."""
 
 

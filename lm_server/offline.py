@@ -28,8 +28,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.beam_search import BeamSearch, LanguageModel
+from lm_server.errors import UserError
 from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
+from lm_server.settings import Settings
 
 _worker: tuple[BeamSearch, Logits] | None = None
 """What a worker process searches with; set before it is forked, so that all of them share the
@@ -45,7 +47,7 @@ _DAMAGED = (
 """What reading a damaged .npz file raises."""
 
 
-class LogitsFileError(ValueError):
+class LogitsFileError(UserError, ValueError):
     """A logits file that cannot be used; names file and field, what was found and needed."""
 
 

@@ -20,6 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from lm_server.errors import UserError
 from lm_server.protocol import Streams
 from lm_server.session import Message, Session
 
@@ -36,7 +37,7 @@ _log = logging.getLogger(__name__)
 EntryId = tuple[int, int]
 
 
-class RedisUnavailableError(RuntimeError):
+class RedisUnavailableError(UserError, RuntimeError):
     """Redis cannot be reached or used; says where it was looked for and what it answered."""
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lm_server.beam_search import BeamSearch, LanguageModel, Settings, SettingsError
+from lm_server.beam_search import BeamSearch, LanguageModel
 from lm_server.nbest import scored
 from lm_server.protocol import ProtocolError, Streams, decode_logits, encode_scoring
+from lm_server.settings import Settings, SettingsError
 
 _WHOLE = ("max_active", "nbest")
 _OURS = ("acoustic_scale", "blank_penalty", "beam", *_WHOLE)

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lm_server.errors import UserError
+
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00b4": "'", "`": "'"})
 _DASHES = re.compile(r"--+|[\u2013\u2014\u2015]")
 _HYPHENS = str.maketrans({"\u2010": "-", "\u2011": "-", "\u00ad": None})
@@ -37,7 +39,7 @@ DAMAGED_ARCHIVE = (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a damaged .gz or .xz file raises."""
 
 
-class TextError(ValueError):
+class TextError(UserError, ValueError):
     """Text that cannot be used; says what was found, what was needed and what to do."""
 
 

@@ -82,6 +82,10 @@ def test_overrides_keep_each_keys_type():
         ("--config.model.classes=20", "needed 41"),
         ("--config.optimizer.learning_rate=-0.1", "needed at least 0"),
         ("--config.optimizer.epsilon=0.0", "needed at least 1e-12"),
+        ("--config.optimizer.learning_rate=inf", "learning_rate is inf; needed a finite number"),
+        ("--config.optimizer.clip_norm=nan", "clip_norm is nan; needed a finite number"),
+        ("--config.optimizer.day_weight_decay=1e999", "is inf; needed a finite number"),
+        ("--config.signal.smooth_std=-inf", "smooth_std is -inf; needed a finite number"),
         ("--config.signal.white_noise_std=-1.0", "needed at least 0"),
         ("--config.train.seed=-1", "needed at least 0"),
         ("--config.data.sessions=('a', 'a')", "needed different names"),
@@ -138,6 +142,24 @@ def test_a_damaged_written_configuration_is_an_error_that_names_it(tmp_path):
     path.write_text(json.dumps({"data": {}})[:-2])
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_written_config(path)
+
+
+def test_every_number_of_a_written_configuration_must_be_finite(tmp_path):
+    values = dataclasses.asdict(load_config(BASELINE))
+    numbers = [
+        (section, name)
+        for section, keys in values.items()
+        for name, value in keys.items()
+        if isinstance(value, float)
+    ]
+    assert len(numbers) > 15
+    for section, name in numbers:
+        for wrong in (float("nan"), float("inf"), 10**400):
+            changed = {**values, section: {**values[section], name: wrong}}
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(changed))
+            with pytest.raises(ConfigError, match=rf"{section}\.{name} is .*needed a finite"):
+                read_written_config(path)
 
 
 def test_differences_name_key_and_both_values():

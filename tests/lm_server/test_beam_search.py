@@ -16,13 +16,12 @@ from lm_server.beam_search import (
     BeamSearch,
     LanguageModel,
     ModelFolderError,
-    Settings,
-    SettingsError,
     scaled_log_probabilities,
 )
 from lm_server.kenlm_trie import NGrams, write_trie
 from lm_server.ngram import read_arpa
 from lm_server.protocol import LM_CLASSES, SILENCE, ProtocolError
+from lm_server.settings import Settings, SettingsError
 
 BLANK, SIL = 0, LM_CLASSES.index(SILENCE)
 AH, T, Z = (LM_CLASSES.index(name) for name in ("AH", "T", "Z"))

@@ -14,7 +14,8 @@ MEASURE = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.beam_search import BeamSearch, LanguageModel
+from lm_server.settings import Settings
 from lm_server.protocol import LM_CLASSES, SILENCE
 
 model = LanguageModel(Path(sys.argv[1]))

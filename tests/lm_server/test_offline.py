@@ -11,9 +11,10 @@ from processes import ROOT
 from small_model import say
 
 from lm_server.__main__ import main
-from lm_server.beam_search import BeamSearch, LanguageModel, Settings
+from lm_server.beam_search import BeamSearch, LanguageModel
 from lm_server.offline import LogitsFileError, read_logits
 from lm_server.protocol import to_rnn_order
+from lm_server.settings import Settings
 
 SENTENCES = ["the cat sat", "a dog ran", "", "the bat ate the hat", "on the mat"] * 4
 

@@ -23,11 +23,12 @@ from processes import (
 )
 from small_model import say
 
-from lm_server.beam_search import LanguageModel, Settings
+from lm_server.beam_search import LanguageModel
 from lm_server.embedded_redis import embedded_redis, find_program
 from lm_server.protocol import decode_scoring, encode_logits
 from lm_server.server import Server, connect, shown_url
 from lm_server.session import Session
+from lm_server.settings import Settings
 
 
 class NejmClient:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from small_model import say
 
-from lm_server.beam_search import LIMITS, BeamSearch, LanguageModel, Settings
+from lm_server.beam_search import BeamSearch, LanguageModel
 from lm_server.protocol import Streams, decode_scoring, encode_logits
 from lm_server.session import Message, Session
+from lm_server.settings import LIMITS, Settings
 
 STREAMS = Streams()
 

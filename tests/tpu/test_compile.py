@@ -185,6 +185,21 @@ def test_the_command_refuses_a_slice_it_does_not_know() -> None:
         command.run(arguments("--topology", "v5e:5x5"))
 
 
+def test_a_place_for_the_figures_that_cannot_be_written_is_told_before_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiling(*_: object, **__: object) -> None:
+        pytest.fail("compiled first")
+
+    monkeypatch.setattr(command, "compile_step", compiling)
+    file = tmp_path / "file"
+    file.write_text("")
+    for wrong in (tmp_path, file / "out.json", Path("/proc/nowhere/out.json")):
+        with pytest.raises(CompileError, match=rf"--json {wrong} cannot be written"):
+            command.run(arguments("--topology", "v5e:2x2", "--json", str(wrong)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_the_command_says_what_to_install() -> None:
     with pytest.raises(TopologyError, match="tpu extra"):

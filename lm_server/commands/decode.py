@@ -1,0 +1,47 @@
+"""Decodes a logits file to JSON lines {trial, sentence, nbest: [{sentence, acoustic, ngram,
+total}]}.
+
+The exit code is 1 if some trials could not be decoded; the others are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm_server import settings
+from lm_server.processes import cleaning_up_when_terminated, default_workers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    parser.add_argument(
+        "--logits", type=Path, required=True, metavar="FILE", help=".npz with logits, frames, trial"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="JSON lines to write"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
+    )
+    settings.add_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Decodes the file."""
+    from lm_server.beam_search import LanguageModel
+    from lm_server.offline import decode_file, read_logits
+
+    workers = default_workers() if args.workers is None else args.workers
+    if workers < 1:
+        raise settings.SettingsError(f"--workers is {workers}; needed at least 1")
+    chosen = settings.from_options(args)
+    # The file first: a wrong one shows at once, not after the model is read.
+    logits = read_logits(args.logits)
+    with cleaning_up_when_terminated():
+        problems = decode_file(LanguageModel(args.lm), chosen, logits, args.out, workers)
+    if problems:
+        print(f"error: {problems} trials could not be decoded (named above)", file=sys.stderr)
+    return 1 if problems else 0

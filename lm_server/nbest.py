@@ -18,12 +18,14 @@ class Hypothesis:
         penalty and before the acoustic scale.
       ngram: the word n-gram model's score, sentence end included.
       llm: a large language model's score, or None when none scored it.
+      bonus: what the search added for words as such: word bonus and hot words' weights.
     """
 
     words: tuple[str, ...]
     acoustic: float
     ngram: float
     llm: float | None = None
+    bonus: float = 0.0
 
     @property
     def sentence(self) -> str:
@@ -31,8 +33,8 @@ class Hypothesis:
         return " ".join(self.words)
 
     def total(self, acoustic_scale: float) -> float:
-        """What candidates are ranked by: acoustic_scale * acoustic + ngram."""
-        return acoustic_scale * self.acoustic + self.ngram
+        """What the search ranks by: acoustic_scale * acoustic + ngram + bonus."""
+        return acoustic_scale * self.acoustic + self.ngram + self.bonus
 
 
 def rank(

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from lm_server.errors import UserError
 
+FORMAT = 1
+"""Of settings files."""
 LIMITS: Mapping[str, tuple[float, float]] = {
     "acoustic_scale": (0.001, 100.0),
     "blank_penalty": (0.001, 1e6),
     "beam": (0.001, 1000.0),
     "max_active": (1, 10_000),
     "nbest": (1, 10_000),
+    "do_opt": (0, 1),
+    "alpha": (0.0, 1.0),
+    "length_penalty": (-100.0, 100.0),
+    "top_candidates_to_augment": (0, 100),
+    "score_penalty_percent": (0.0, 1.0),
+    "confidence_temperature": (0.01, 1000.0),
 }
 """Least and greatest value of each setting. Within them the scores of the longest sentence are
 finite, a beam cannot reach over `_FORBIDDEN`, and the search's memory stays within a machine's."""
+
+WHOLE = ("max_active", "nbest", "do_opt", "top_candidates_to_augment")
+"""Settings that are whole numbers."""
 
 
 class SettingsError(UserError, ValueError):
@@ -36,6 +51,14 @@ class Settings:
       beam: hypotheses worse than the best by more than this are dropped (ln of the scaled total).
       max_active: hypotheses kept after each frame.
       nbest: candidate sentences in an answer.
+      do_opt: 1: a large language model, where one is loaded, rescores the candidates; 0: never.
+      alpha: its share of the language models' score: (1 - alpha) * ngram + alpha * llm.
+      length_penalty: taken from its score for every token (ln).
+      top_candidates_to_augment: so many of the best candidates exchange their differing words,
+        which gives new candidates; 0: none.
+      score_penalty_percent: a new candidate's scores are its parents' mean made worse by this
+        fraction (0.01 is 1 %).
+      confidence_temperature: confidences are the softmax of the candidates' totals over this.
     """
 
     acoustic_scale: float = 1.2
@@ -43,6 +66,12 @@ class Settings:
     beam: float = 18.0
     max_active: int = 100
     nbest: int = 100
+    do_opt: int = 1
+    alpha: float = 0.55
+    length_penalty: float = 0.0
+    top_candidates_to_augment: int = 20
+    score_penalty_percent: float = 0.01
+    confidence_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -53,7 +82,7 @@ class Settings:
                 raise SettingsError(
                     f"{field.name} is {value}; needed a number from {least:g} to {greatest:g}"
                 )
-        for name in ("max_active", "nbest"):
+        for name in WHOLE:
             if getattr(self, name) != int(getattr(self, name)):
                 raise SettingsError(f"{name} is {getattr(self, name)}; needed a whole number")
 
@@ -64,11 +93,24 @@ _HELP: Mapping[str, str] = {
     "beam": "hypotheses worse than the best by more than this (ln) are dropped",
     "max_active": "hypotheses kept after each frame",
     "nbest": "candidate sentences in an answer",
+    "do_opt": "1: rescore with the large language model, where one is loaded; 0: never",
+    "alpha": "the large model's share of the language models' score, 0 to 1",
+    "length_penalty": "ln taken from the large model's score for every token",
+    "top_candidates_to_augment": "best candidates that exchange their differing words; 0: none",
+    "score_penalty_percent": "fraction by which the scores of exchanged candidates are worse",
+    "confidence_temperature": "confidences are the softmax of the totals over this",
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds an option for every setting."""
+    """Adds an option for every setting, and one for a file of them."""
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="settings as `lm-server tune` writes them; the options below go before it",
+    )
     for field in fields(Settings):
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -79,12 +121,73 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def from_options(args: argparse.Namespace) -> Settings:
-    """The settings that the options of `add_options` give.
+    """The settings that the options of `add_options` give: the file's, changed by the others.
 
     Raises:
-      SettingsError: a value is outside its range.
+      SettingsError: a value is outside its range, or the file cannot be used.
     """
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    base = read_settings(args.settings) if args.settings is not None else Settings()
     return dataclasses.replace(
-        Settings(), **{name: value for name, value in given.items() if value is not None}
+        base, **{name: value for name, value in given.items() if value is not None}
     )
+
+
+def read_settings(path: Path) -> Settings:
+    """Reads a settings file: JSON {"format": 1, "settings": {name: value}, ...}; settings that it
+    lacks keep their defaults.
+
+    Raises:
+      SettingsError: the file is missing, is no settings file, or a setting is unknown or outside
+        its range.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"the settings file {path} cannot be read ({error}): make one with `lm-server tune`"
+        ) from error
+    values = found.get("settings") if isinstance(found, dict) else None
+    if not isinstance(values, dict) or found.get("format") != FORMAT:
+        raise SettingsError(
+            f"{path} is no settings file of format {FORMAT}; needed "
+            f'{{"format": {FORMAT}, "settings": {{...}}}}: make one with `lm-server tune`'
+        )
+    known: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)}
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise SettingsError(
+                f"{path} has the setting {name!r}; known are {', '.join(known)}: leave it out"
+            )
+        kind = known[name]
+        fits = (int, float) if kind is float else kind
+        if isinstance(value, bool) or not isinstance(value, fits):
+            raise SettingsError(
+                f"{path}: {name} is {value!r}; needed a "
+                f"{'number' if kind is float else 'whole number' if kind is int else 'text'}"
+            )
+        given[name] = kind(value)
+    try:
+        return Settings(**given)
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def write_settings(path: Path, settings: Settings, about: Mapping[str, Any] | None = None) -> None:
+    """Writes a settings file, whole or not at all; `about` says how they were found.
+
+    Raises:
+      SettingsError: it cannot be written.
+    """
+    content = {"format": FORMAT, "settings": dataclasses.asdict(settings), "about": about or {}}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write {path} ({error}): choose a place that you may write to"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from flashlight.lib.text.decoder.kenlm import KenLM
 from flashlight.lib.text.dictionary import Dictionary
 
 from lm_server.errors import UserError
+from lm_server.hot_words import HotWord
 from lm_server.nbest import Hypothesis, rank
 from lm_server.protocol import (
     CLASS_COUNT,
@@ -40,6 +41,7 @@ from lm_server.protocol import (
     ProtocolError,
     check_logits,
 )
+from lm_server.search import NO_HOT_WORDS
 from lm_server.settings import Settings
 
 _BLANK_ID = 0
@@ -90,6 +92,12 @@ class LanguageModel:
     def classes(self) -> int:
         """Columns of the search's emissions: the 41 classes and the copies of silence."""
         return CLASS_COUNT + self.silences - 1
+
+    def search(
+        self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
+    ) -> BeamSearch:
+        """A new search; see `lm_server.search.SearchModel`."""
+        return BeamSearch(self, settings)
 
     def _spell(self, spellings: Mapping[tuple[str, ...], list[int]]) -> Trie:
         ids = {name: index for index, name in enumerate(LM_CLASSES)}

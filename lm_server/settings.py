@@ -21,6 +21,11 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "beam": (0.001, 1000.0),
     "max_active": (1, 10_000),
     "nbest": (1, 10_000),
+    "word_bonus": (-100.0, 100.0),
+    "silence_penalty": (0.0, 1000.0),
+    "lattice_beam": (0.0, 1e6),
+    "ctc_blank_skip_threshold": (0.01, 1.0),
+    "min_active": (0, 10_000),
     "do_opt": (0, 1),
     "alpha": (0.0, 1.0),
     "length_penalty": (-100.0, 100.0),
@@ -31,8 +36,34 @@ LIMITS: Mapping[str, tuple[float, float]] = {
 """Least and greatest value of each setting. Within them the scores of the longest sentence are
 finite, a beam cannot reach over `_FORBIDDEN`, and the search's memory stays within a machine's."""
 
-WHOLE = ("max_active", "nbest", "do_opt", "top_candidates_to_augment")
+WHOLE = ("max_active", "min_active", "nbest", "do_opt", "top_candidates_to_augment")
 """Settings that are whole numbers."""
+
+ONLY_IN: Mapping[str, tuple[str, ...]] = {
+    "min_active": ("wfst",),
+    "max_active": ("flashlight", "pyctcdecode", "wfst"),
+    "nbest": ("flashlight", "pyctcdecode"),
+    "lattice_beam": ("flashlight", "pyctcdecode"),
+    "word_bonus": ("flashlight", "pyctcdecode"),
+    "silence_penalty": ("flashlight",),
+    "rescore": (),
+}
+"""Searches in which a setting has an effect, for the settings that not every search has."""
+
+
+def without_effect(name: str, backend: str) -> str | None:
+    """Why a setting or published parameter has no effect in a search, or None where it has one."""
+    if backend in ONLY_IN.get(name, (backend,)):
+        return None
+    reasons = {
+        "min_active": "it keeps at most max_active hypotheses, all within the beam",
+        "nbest": "it finds only the best sentence",
+        "lattice_beam": "it finds only the best sentence",
+        "word_bonus": "its scores are those of the graph that it reads",
+        "silence_penalty": "where a silence may be missing is written in the model that it reads",
+        "rescore": "its first pass has the whole n-gram model already",
+    }
+    return f"{name} has no effect in the search {backend}: {reasons[name]}"
 
 
 class SettingsError(UserError, ValueError):
@@ -51,6 +82,15 @@ class Settings:
       beam: hypotheses worse than the best by more than this are dropped (ln of the scaled total).
       max_active: hypotheses kept after each frame.
       nbest: candidate sentences in an answer.
+      word_bonus: added to a candidate's total for every word (ln).
+      silence_penalty: a frame without a silence can stand for one, at this cost (ln, before the
+        acoustic scale) against its likeliest class; so a silence that the model left out between
+        two words does not break the sentence. 1000 demands every silence.
+      lattice_beam: candidates whose total is worse than the best by more than this (ln) are left
+        out.
+      ctc_blank_skip_threshold: of neighbouring frames in which the blank's probability is above
+        this, only the first is searched; the others count as blank. 1 searches every frame.
+      min_active: hypotheses kept even outside the beam; only the search `wfst` has such.
       do_opt: 1: a large language model, where one is loaded, rescores the candidates; 0: never.
       alpha: its share of the language models' score: (1 - alpha) * ngram + alpha * llm.
       length_penalty: taken from its score for every token (ln).
@@ -66,6 +106,11 @@ class Settings:
     beam: float = 18.0
     max_active: int = 100
     nbest: int = 100
+    word_bonus: float = 0.0
+    silence_penalty: float = 1000.0
+    lattice_beam: float = 1e6
+    ctc_blank_skip_threshold: float = 1.0
+    min_active: int = 200
     do_opt: int = 1
     alpha: float = 0.55
     length_penalty: float = 0.0
@@ -93,6 +138,11 @@ _HELP: Mapping[str, str] = {
     "beam": "hypotheses worse than the best by more than this (ln) are dropped",
     "max_active": "hypotheses kept after each frame",
     "nbest": "candidate sentences in an answer",
+    "word_bonus": "added to the total for every word (ln)",
+    "silence_penalty": "cost (ln) of a silence between words that the logits lack; 1000: never",
+    "lattice_beam": "candidates worse than the best by more than this (ln) are left out",
+    "ctc_blank_skip_threshold": "of frames in a row with a likelier blank, search only the first",
+    "min_active": "hypotheses kept even outside the beam (search wfst only)",
     "do_opt": "1: rescore with the large language model, where one is loaded; 0: never",
     "alpha": "the large model's share of the language models' score, 0 to 1",
     "length_penalty": "ln taken from the large model's score for every token",

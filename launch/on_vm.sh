@@ -104,10 +104,9 @@ start() {
   # Compiled programs beside the run: a VM made anew after a preemption starts at once.
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/xla_cache}
   setsid nohup bash "${BASH_SOURCE[0]}" run "$workdir" "$@" >>"$state/log" 2>&1 </dev/null &
-  for _ in $(seq 50); do
-    [ -e "$state/pid" ] && break
-    sleep 0.1
-  done
+  # Known from here on, however long the machine takes to begin with it.
+  printf '%s\n' "$!" >"$state/waiter"
+  while alive && ! [ -e "$state/pid" ]; do sleep 0.1; done
   say "training started; its log: $state/log"
 }
 
@@ -116,7 +115,6 @@ run() {
   local workdir=$1
   shift
   cd "$code"
-  printf '%s\n' "$$" >"$state/waiter"
   "$code/.venv/bin/b2txt" train --workdir "$workdir" \
     --config.data.root="$data_folder" "$@" &
   local child=$! code_=0
@@ -130,20 +128,26 @@ run() {
     wait "$child" || code_=$?
     kill -0 "$child" 2>/dev/null || break
   done
+  # The exit status comes last: once it is there, the next training may start, and this process must
+  # not touch what is then that one's.
   printf '%s\n' "$code_" >"$state/exit.new"
-  mv "$state/exit.new" "$state/exit"
   rm -f "$state/pid"
+  mv "$state/exit.new" "$state/exit"
 }
 
-# Whether the number in a state file is that of a running process with that word in its command. The
-# name is compared too: after a restart of the VM the number may be another program's.
+# Whether the number in a state file is that of a running process with such a command. The command is
+# compared too: after a restart of the VM the number may be another program's.
 runs() {
-  [ -e "$state/$1" ] && grep -qa "$2" "/proc/$(cat "$state/$1")/cmdline" 2>/dev/null
+  local words
+  [ -e "$state/$1" ] || return 1
+  words=$(tr '\0' ' ' 2>/dev/null <"/proc/$(cat "$state/$1")/cmdline") || return 1
+  [[ $words =~ $2 ]]
 }
 
-# Until the exit status is written, too: the process that waits for the training has yet to do that.
+# From `start` until the exit status is written. `start` itself counts: the process that it has begun
+# is still a copy of it for a moment.
 alive() {
-  runs pid b2txt || { [ -e "$state/pid" ] && runs waiter on_vm.sh; }
+  runs pid 'b2txt' || { ! [ -e "$state/exit" ] && runs waiter 'on_vm\.sh (start|run) '; }
 }
 
 status() {
@@ -164,14 +168,23 @@ status() {
 
 stop() {
   alive || return 0
-  kill -TERM "$(cat "$state/pid")" 2>/dev/null || true
-  for _ in $(seq "${STOP_SECONDS:-120}"); do
+  # Once only: a second signal interrupts the save. A training that has just been asked for has no
+  # number yet.
+  local told=no
+  for _ in $(seq $((10 * ${STOP_SECONDS:-120}))); do
     alive || break
-    sleep 1
+    if [ "$told" = no ] && [ -e "$state/pid" ]; then
+      told=yes
+      kill -TERM "$(cat "$state/pid")" 2>/dev/null || true
+    fi
+    sleep 0.1
   done
-  if alive; then
+  for _ in $(seq 100); do
+    alive || break
     kill -KILL "$(cat "$state/pid")" 2>/dev/null || true
-  fi
+    sleep 0.1
+  done
+  ! alive || fail "the training does not end, not even by SIGKILL: restart or delete this VM"
   say "stopped"
 }
 

@@ -27,7 +27,8 @@ commands
   fetch     copy the run's folder to this machine
   delete    delete the TPU; bucket and run stay
 
-settings, as flags (--zone us-west4-a) or as lines ZONE=us-west4-a of the file given with --env
+settings, as flags (--zone us-west4-a) or as lines ZONE=us-west4-a of the file given with --env;
+there, what follows a # at the start of a line or after a space is a remark
   PROJECT          Google Cloud project
   ZONE             zone that has the accelerator
   NAME             name of the TPU and its queued resource
@@ -41,7 +42,7 @@ settings, as flags (--zone us-west4-a) or as lines ZONE=us-west4-a of the file g
   NETWORK          default: default
   OUT              where `fetch` writes; default runs/NAME
   DELETE           yes: `watch` and `up` delete the TPU when the run is complete; default no
-  POLL_SECONDS     between two looks at the TPU; default 60
+  POLL_SECONDS     between two looks at the TPU, more than 0; default 60
   RETRIES          crashes, failed set-ups or failed requests in a row before `watch` gives up;
                    default 3
 
@@ -74,14 +75,25 @@ set_value() { # NAME VALUE WHERE
   fail "$3: unknown setting '$1'; known: $(printf '%s' "$settings" | tr '\n' ' ')"
 }
 
+trimmed() { # without spaces, and the \r of Windows, at both ends
+  local text=$1
+  text=${text#"${text%%[![:space:]]*}"}
+  printf '%s' "${text%"${text##*[![:space:]]}"}"
+}
+
 read_env() { # read, not run: a settings file is data
-  local line number=0
+  local line value number=0
   [ -f "$1" ] || fail "settings file $1 does not exist; start from launch/example.env"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1))
+    line=$(trimmed "${line%%[[:space:]]#*}")
     case $line in '' | '#'*) continue ;; esac
     case $line in *=*) ;; *) fail "$1, line $number: found '$line'; needed NAME=VALUE" ;; esac
-    set_value "${line%%=*}" "${line#*=}" "$1, line $number"
+    value=$(trimmed "${line#*=}")
+    case $value in
+      \"*\" | \'*\') fail "$1, line $number: found $line; needed the value without quotes" ;;
+    esac
+    set_value "$(trimmed "${line%%=*}")" "$value" "$1, line $number"
   done <"$1"
 }
 
@@ -116,6 +128,11 @@ check_settings() {
   case $SPOT in yes | no) ;; *) fail "SPOT is '$SPOT'; needed yes or no" ;; esac
   case $DELETE in yes | no) ;; *) fail "DELETE is '$DELETE'; needed yes or no" ;; esac
   case $RETRIES in '' | *[!0-9]*) fail "RETRIES is '$RETRIES'; needed a number" ;; esac
+  case $POLL_SECONDS in
+    *[!0-9.]* | *.*.* | *. | .*) ;;
+    *[1-9]*) return 0 ;;
+  esac
+  fail "POLL_SECONDS is '$POLL_SECONDS'; needed a number above 0, such as 60"
 }
 
 check_workdir() {
@@ -148,6 +165,43 @@ check_training() {
     *) [ -d "$DATA" ] || fail "DATA: there is no folder $DATA; needed gs://BUCKET/FOLDER or a folder" ;;
   esac
 }
+
+# Number that the training gets for a key: of the arguments, else of the configuration file, else of
+# the files that this one starts from. Empty when it is no plain number there: `b2txt train` checks.
+configured() { # SECTION.KEY
+  local word file names value='' key=config.$1
+  # shellcheck disable=SC2013 # file names without spaces
+  for file in $(grep -oE '[A-Za-z0-9_]+\.py' "$repository/$CONFIG" || true) "${CONFIG##*/}"; do
+    names=$repository/$(dirname "$CONFIG")/$file
+    [ -f "$names" ] || continue
+    word=$(sed -n "s/^ *$key *= *\([^#]*\).*/\1/p" "$names" | tail -n 1)
+    [ -z "$word" ] || value=$(trimmed "$word")
+  done
+  for word in ${train_arguments[@]+"${train_arguments[@]}"}; do
+    case $word in "--$key="*) value=${word#*=} ;; esac
+  done
+  case $value in *[!0-9]* | 0) ;; *) printf '%s' "$value" ;; esac
+}
+
+check_rows() { # fail or warn
+  local devices=$((10#${ACCELERATOR##*-})) days trials held model needed
+  case $ACCELERATOR in v4-* | v5p-*) devices=$((devices / 2)) ;; esac # counted in cores
+  days=$(configured data.days_per_batch) trials=$(configured data.trials_per_day)
+  held=$(configured data.eval_batch_size) model=$(configured parallel.model_axis)
+  [ -n "$days" ] && [ -n "$trials" ] && [ -n "$held" ] && [ -n "$model" ] || return 0
+  [ "$devices" -gt 0 ] && [ $((devices % model)) = 0 ] || return 0
+  local shares=$((devices / model))
+  [ $((days * trials % shares)) != 0 ] || [ $((held % shares)) != 0 ] || return 0
+  needed=$trials
+  while [ $((days * needed % shares)) != 0 ]; do needed=$((needed + 1)); done
+  "$1" "a batch has $((days * trials)) rows (data.days_per_batch * data.trials_per_day) and one of" \
+    "validation $held (data.eval_batch_size), which $shares devices of $ACCELERATOR cannot share" \
+    "evenly; needed a smaller ACCELERATOR, or larger batches, at the end of the command:" \
+    "-- --config.data.trials_per_day=$needed" \
+    "--config.data.eval_batch_size=$(((held + shares - 1) / shares * shares))." \
+    "Larger batches are another recipe: the learning rates are for those of the configuration"
+}
+warn() { printf 'warning: %s\n' "$*" >&2; }
 
 # ---------------------------------------------------------------------------------- commands
 
@@ -341,8 +395,17 @@ watch() {
     training=''
     [ "$state" != READY ] || training=$(training_state)
     if [ "$dry_run" = yes ]; then
-      echo "# when it was preempted (SUSPENDED, FAILED or PREEMPTED):"
-      recreate
+      echo "# when training crashed, or ended by a signal:"
+      on_workers all stop
+      train
+      if [ "$SPOT" = yes ]; then
+        echo "# when it was preempted (SUSPENDED, FAILED or PREEMPTED):"
+        recreate
+      fi
+      if [ "$DELETE" = yes ]; then
+        echo "# when the run is complete:"
+        finish
+      fi
       return 0
     fi
     [ "$state $training" = "$before" ] || say "$NAME: $state${training:+, training $training}"
@@ -435,9 +498,16 @@ fetch() {
       run gcloud storage rsync --recursive '--exclude=^xla_cache/' "$WORKDIR" "$OUT"
       ;;
     *)
+      # Into a folder that is there already, scp would nest the run.
+      local target=$OUT number=1
+      while [ -e "$target" ]; do
+        number=$((number + 1))
+        target=$OUT.$number
+      done
       run mkdir -p "$(dirname "$OUT")"
-      run gcloud compute tpus tpu-vm scp --recurse "$NAME:$WORKDIR" "$OUT" "${place[@]}" --worker=0 \
-        --quiet
+      run gcloud compute tpus tpu-vm scp --recurse "$NAME:$WORKDIR" "$target" "${place[@]}" \
+        --worker=0 --quiet || return 1
+      say "the run is in $target"
       ;;
   esac
 }
@@ -494,17 +564,32 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# Dry runs list what `ask` would ask, too: its standard output is the answer.
-exec 3>&1
 case $command in
-  create | status | delete | stop | log) check_settings ;;
+  create)
+    check_settings
+    # Costs begin here.
+    if [ -n "$CONFIG" ] && [ -f "$repository/${CONFIG#"$repository"/}" ]; then
+      CONFIG=${CONFIG#"$repository"/}
+      check_rows warn
+    fi
+    ;;
+  delete | stop | log) check_settings ;;
+  status)
+    check_settings
+    need WORKDIR
+    ;;
   fetch)
     check_settings
     check_workdir
     ;;
-  setup | train | watch | up | recreate | doctor)
+  setup | doctor)
     check_settings
     check_training
+    ;;
+  train | watch | up | recreate)
+    check_settings
+    check_training
+    check_rows fail
     ;;
   '')
     usage >&2
@@ -513,15 +598,24 @@ case $command in
   *) fail "unknown command '$command'; launch/tpu.sh --help lists them" ;;
 esac
 place=("--zone=$ZONE" "--project=$PROJECT")
-case $command in
-  create) create || fail "$NAME did not become ACTIVE: see above; launch/tpu.sh delete removes it" ;;
-  delete) remove ;;
-  stop) on_workers all stop ;;
-  log) on_workers 0 log ;;
-  setup | train | recreate) "$command" || fail "$command of $NAME failed: see the messages above" ;;
-  status)
-    need WORKDIR
-    status
-    ;;
-  *) "$command" ;;
-esac
+
+start() {
+  case $command in
+    create) create || fail "$NAME did not become ACTIVE: see above; launch/tpu.sh delete removes it" ;;
+    delete) remove ;;
+    stop) on_workers all stop ;;
+    log) on_workers 0 log ;;
+    setup | train | recreate) "$command" || fail "$command of $NAME failed: see the messages above" ;;
+    *) "$command" ;;
+  esac
+}
+
+if [ "$dry_run" = yes ]; then
+  # All at once: whoever reads only the first line must not stop a part of this script alone. What
+  # `ask` would ask is listed, too: its standard output is the answer.
+  ended=0
+  listed=$(exec 3>&1 && start) || ended=$?
+  [ -z "$listed" ] || printf '%s\n' "$listed"
+  exit "$ended"
+fi
+start

@@ -5,11 +5,13 @@ the queued resource find, one per line; the last stays), `vms/<n>` (homes of the
 (buckets). Commands given to `ssh` really run, in a worker's home, with programs of `vm_bin` first
 on the path. `lost` in `states` takes the VMs away as a preemption does: processes killed, homes
 gone. It waits until the stand-in for a training is at step 10, or a real one has a checkpoint,
-and then removes the file `hold` that keeps the former from going on.
+and then removes the file `hold` that keeps the former from going on; `release` removes that file
+alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,8 +40,8 @@ def workers(arguments: list[str]) -> list[Path]:
 
 def take_vms_away() -> None:
     for pid in (CLOUD / "vms").glob("*/.b2txt_train/pid"):
-        number = int(pid.read_text())
-        os.killpg(os.getpgid(number), signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
     shutil.rmtree(CLOUD / "vms", ignore_errors=True)
 
 
@@ -71,14 +73,17 @@ def describe() -> int:
     states = (CLOUD / "states").read_text().split()
     if len(states) > 1:
         (CLOUD / "states").write_text("\n".join(states[1:]))
+    run = next((CLOUD / "gs").glob("*/runs/*"))
     if states[0] == "lost":
-        run = next((CLOUD / "gs").glob("*/runs/*"))
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300  # a busy machine compiles for long
         while not under_way(run) and time.monotonic() < end:
             time.sleep(0.02)
         take_vms_away()
         (run / "hold").unlink(missing_ok=True)
         print("SUSPENDED")
+    elif states[0] == "release":
+        (run / "hold").unlink(missing_ok=True)
+        print("ACTIVE")
     elif states[0] == "unreachable":
         return fail("Unable to connect to the server")
     else:

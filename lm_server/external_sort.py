@@ -1,0 +1,177 @@
+"""Sorting more rows than memory holds: sorted runs on disk, merged block by block.
+
+Rows are numpy structured arrays whose field `key` [columns] uint64 orders them, the first column
+first. No step loops over single rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+_COPIES = 5
+"""How often a row stands in memory while it is sorted: collected, joined, its order (with the
+sort's own buffer) and reordered."""
+_SMALLEST_BLOCK = 1 << 10
+_LARGEST_BLOCK = 1 << 18
+
+Combine = Callable[[np.ndarray], np.ndarray]
+
+
+def row_type(columns: int, *values: tuple[str, str]) -> np.dtype:
+    """The type of rows with a key of `columns` numbers and the fields `values` (name, type)."""
+    return np.dtype([("key", "<u8", (columns,)), *values])
+
+
+def sort_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows in the order of their keys."""
+    key = rows["key"]
+    if key.shape[1] == 1:
+        return rows[np.argsort(key[:, 0])]
+    return rows[np.lexsort(tuple(key[:, column] for column in reversed(range(key.shape[1]))))]
+
+
+def starts_of_groups(key: np.ndarray) -> np.ndarray:
+    """Where a key [N, columns] in order differs from the one before: indices, the first 0."""
+    if not len(key):
+        return np.zeros(0, np.intp)
+    changed = np.ones(len(key), bool)
+    changed[1:] = (key[1:] != key[:-1]).any(axis=1)
+    return np.flatnonzero(changed)
+
+
+def external_sort(
+    chunks: Iterable[np.ndarray],
+    memory: int,
+    folder: Path,
+    name: str,
+    combine: Combine = lambda rows: rows,
+) -> Iterator[np.ndarray]:
+    """Rows in any order -> blocks of rows that are in order throughout.
+
+    Args:
+      chunks: structured arrays of one type, see `row_type`; keys are unique, or `combine` makes
+        them so.
+      memory: bytes that the sort may use.
+      folder: where runs are kept when the rows do not fit; they are gone when the blocks are read.
+      name: what their files are called by.
+      combine: given rows in order, joins those of equal keys.
+    """
+    runs: list[Path] = []
+    waiting: list[np.ndarray] = []
+    count, itemsize = 0, 1
+    try:
+        for chunk in chunks:
+            itemsize = chunk.dtype.itemsize
+            most = max(memory // (_COPIES * itemsize), _SMALLEST_BLOCK)
+            # A chunk larger than the memory's share is cut, so that no buffer outgrows it.
+            for part in (chunk[i : i + most] for i in range(0, len(chunk), most)):
+                if count + len(part) > most:
+                    runs.append(folder / f"{name}.{len(runs)}.run")
+                    combine(sort_rows(np.concatenate(waiting))).tofile(runs[-1])
+                    waiting, count = [], 0
+                waiting.append(part)
+                count += len(part)
+        if not runs:
+            if waiting:
+                rows = np.concatenate(waiting)
+                waiting.clear()
+                rows = combine(sort_rows(rows))
+                for start in range(0, len(rows), _LARGEST_BLOCK):
+                    yield rows[start : start + _LARGEST_BLOCK]
+            return
+        dtype = waiting[0].dtype
+        runs.append(folder / f"{name}.{len(runs)}.run")
+        combine(sort_rows(np.concatenate(waiting))).tofile(runs[-1])
+        waiting.clear()
+        block = memory // (_COPIES * itemsize * len(runs))
+        block = min(max(block, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+        yield from _merge([_Run(path, dtype, block) for path in runs], combine)
+    finally:
+        for path in runs:
+            path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Run:
+    """A sorted file, of which one block is in memory."""
+
+    path: Path
+    dtype: np.dtype
+    block: int
+    done: int = 0
+    """Rows read so far."""
+    rows: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = self.path.stat().st_size // self.dtype.itemsize
+        self.rows = np.zeros(0, self.dtype)
+        self.fill()
+
+    @property
+    def more(self) -> bool:
+        """Whether rows remain on disk."""
+        return self.done < self.total
+
+    def fill(self) -> None:
+        """Reads the next block if none is left."""
+        if not len(self.rows) and self.more:
+            self.rows = np.fromfile(
+                self.path, self.dtype, self.block, offset=self.done * self.dtype.itemsize
+            )
+            self.done += len(self.rows)
+
+    def take(self, bound: tuple[int, ...] | None) -> np.ndarray:
+        """Removes and gives the rows in memory up to `bound`, or all of them."""
+        end = len(self.rows) if bound is None else rows_up_to(self.rows["key"], bound)
+        taken, self.rows = self.rows[:end], self.rows[end:]
+        return taken
+
+
+def rows_up_to(key: np.ndarray, bound: tuple[int, ...]) -> int:
+    """How many of the ordered keys [N, columns] are at most `bound`."""
+    low, high = 0, len(key)
+    for column, value in enumerate(bound[:-1]):
+        part = key[low:high, column]
+        low, high = (
+            low + int(np.searchsorted(part, np.uint64(value), "left")),
+            low + int(np.searchsorted(part, np.uint64(value), "right")),
+        )
+    last = key[low:high, len(bound) - 1]
+    return low + int(np.searchsorted(last, np.uint64(bound[-1]), "right"))
+
+
+def _merge(runs: list[_Run], combine: Combine) -> Iterator[np.ndarray]:
+    while any(len(run.rows) for run in runs):
+        # Up to the least of the blocks' last keys nothing is still unread.
+        last = [tuple(map(int, run.rows["key"][-1])) for run in runs if run.more]
+        bound = min(last) if last else None
+        taken = [part for run in runs if len(part := run.take(bound))]
+        yield combine(sort_rows(np.concatenate(taken)))
+        for run in runs:
+            run.fill()
+
+
+def regroup(blocks: Iterable[np.ndarray], columns: Callable[[np.ndarray], np.ndarray]) -> Iterator:
+    """Blocks of ordered rows -> blocks that never end inside a group.
+
+    Args:
+      blocks: structured arrays in order.
+      columns: gives the rows' groups as an array [N, any], equal within a group.
+    """
+    rest: np.ndarray | None = None
+    for block in itertools.chain(blocks, [None]):
+        if block is None:
+            if rest is not None and len(rest):
+                yield rest
+            return
+        rows = block if rest is None else np.concatenate([rest, block])
+        last = starts_of_groups(columns(rows))
+        cut = int(last[-1]) if len(last) else 0
+        rest = rows[cut:]
+        if cut:
+            yield rows[:cut]

@@ -1,0 +1,140 @@
+"""N-grams in the order of KenLM's tries: each below its suffix, so "a b c" is found by c, b, a.
+
+A word's id is its rank by KenLM's hash, and the n-grams of one order are sorted by their words from
+the last to the first. Arrays may be memory maps: everything here and in `kenlm_trie` reads them
+from front to back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+
+
+@dataclass(frozen=True)
+class SortedOrder:
+    """All n-grams of one order, sorted.
+
+    Attributes:
+      word: uint32 [N], the id of the first word of each.
+      parent: int64 [N] ascending, the row of its suffix in the order below; zeros for order 1.
+      log10: float32 [N], base-10 logarithm of the probability.
+      backoff: float32 [N], base-10 logarithm of the back-off weight; a zero is +0 where a longer
+        n-gram begins with this one and -0 elsewhere (KenLM drops the latter from its states).
+    """
+
+    word: np.ndarray
+    parent: np.ndarray
+    log10: np.ndarray
+    backoff: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.word)
+
+    def select(self, rows: np.ndarray) -> SortedOrder:
+        """The n-grams at `rows` (indices, ascending); their parents keep their numbers."""
+        return SortedOrder(self.word[rows], self.parent[rows], self.log10[rows], self.backoff[rows])
+
+
+@dataclass(frozen=True)
+class SortedModel:
+    """A back-off model: `words[i]` is the word with the id i, `<unk>` has 0; orders 1, 2, ...
+
+    The rows of order 1 are the words themselves.
+    """
+
+    words: Sequence[str]
+    orders: Sequence[SortedOrder]
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of n-grams per order."""
+        return [len(order) for order in self.orders]
+
+
+def murmur_hash(key: bytes) -> int:
+    """MurmurHash64A with seed 0, the hash by which KenLM knows words."""
+    mask, multiplier = (1 << 64) - 1, 0xC6A4A7935BD1E995
+    value = (len(key) * multiplier) & mask
+    whole = len(key) // 8 * 8
+    for start in range(0, whole, 8):
+        part = (int.from_bytes(key[start : start + 8], "little") * multiplier) & mask
+        part ^= part >> 47
+        value = ((value ^ (part * multiplier & mask)) * multiplier) & mask
+    if key[whole:]:
+        value = ((value ^ int.from_bytes(key[whole:], "little")) * multiplier) & mask
+    value ^= value >> 47
+    value = (value * multiplier) & mask
+    return value ^ (value >> 47)
+
+
+def hashes_of(words: Sequence[str]) -> np.ndarray:
+    """KenLM's hashes of words, uint64 [N]."""
+    return np.array([murmur_hash(word.encode()) for word in words], np.uint64)
+
+
+def in_order_of_ids(words: Sequence[str]) -> list[str]:
+    """Unique words -> word list by id: `<unk>`, then the others by their hashes."""
+    others = [word for word in words if word != UNKNOWN]
+    return [UNKNOWN, *(others[row] for row in np.argsort(hashes_of(others), kind="stable"))]
+
+
+def contexts_of(model: SortedModel, level: int, below: np.ndarray | None) -> np.ndarray:
+    """Rows in order `level` - 1 of the contexts (all words but the last) of order `level`'s
+    n-grams.
+
+    Args:
+      model: a model in which every n-gram's suffix and context stand.
+      level: 2 or more.
+      below: the same of order `level` - 1; None at level 2.
+
+    Returns:
+      int64 [N]; -1 where a context is not in the model.
+    """
+    order = model.orders[level - 1]
+    if below is None:
+        return np.asarray(order.word, np.int64)
+    count = len(model.words)
+    lower = model.orders[level - 2]
+    keys = lower.parent * count + lower.word
+    # "a b c" hangs below "b c"; its context "a b" hangs below the context of that, "b".
+    wanted = below[order.parent] * count + order.word
+    return find_rows(keys, np.where(below[order.parent] < 0, -1, wanted))
+
+
+def find_rows(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The rows of `wanted` in the ascending `keys`; -1 for those that it has not."""
+    if not len(keys):
+        return np.full(len(wanted), -1, np.int64)
+    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[rows] == wanted, rows, -1)
+
+
+def mark_contexts(model: SortedModel) -> SortedModel:
+    """The model with back-offs of zero signed as `SortedOrder` says.
+
+    Raises:
+      ValueError: an n-gram's context is not in the model.
+    """
+    orders = list(model.orders)
+    contexts: np.ndarray | None = None
+    for level in range(2, len(orders) + 2):
+        order = orders[level - 2]
+        is_context = np.zeros(len(order), bool)
+        if level <= len(orders):
+            contexts = contexts_of(model, level, contexts)
+            if (contexts < 0).any():
+                raise ValueError(
+                    f"{int((contexts < 0).sum())} n-grams of order {level - 1} stand in longer "
+                    "n-grams but not in the model; needed a model with every part of its n-grams"
+                )
+            is_context[contexts] = True
+        backoff = np.array(order.backoff, np.float32)
+        zero = backoff == 0
+        backoff[zero] = np.where(is_context[zero], np.float32(0.0), np.float32(-0.0))
+        orders[level - 2] = SortedOrder(order.word, order.parent, order.log10, backoff)
+    return SortedModel(model.words, orders)

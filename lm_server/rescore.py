@@ -1,0 +1,191 @@
+"""Rescoring beside the search: a thread that asks a large language model about finished sentences.
+
+Nothing here imports torch or transformers before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_server.answer import (
+    Answer,
+    RescoringError,
+    SentenceScorer,
+    augmented,
+    checked_scores,
+    ranked_answer,
+    sentences_to_score,
+)
+from lm_server.nbest import Hypothesis
+from lm_server.settings import Settings
+
+_LOG = logging.getLogger(__name__)
+DEFAULT_MODEL = "facebook/opt-6.7b"
+"""What `--llm` without a folder means; the published server's model."""
+TEXT_FORMS = ("auto", "plain", "sentence")
+DEVICES = ("auto", "cpu", "cuda")
+_MERGED = 8
+"""Waiting sentences that one batch takes at most, so that none waits long for the others."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --llm, --llm-device and --llm-text."""
+    parser.add_argument(
+        "--llm",
+        nargs="?",
+        const=DEFAULT_MODEL,
+        default=None,
+        metavar="DIR",
+        help="rescore with the causal language model in this folder (transformers format), or one "
+        f"of the Hugging Face cache by its name (without a value {DEFAULT_MODEL})",
+    )
+    parser.add_argument(
+        "--llm-device", choices=DEVICES, default="auto", help="where it runs (default: GPU if any)"
+    )
+    parser.add_argument(
+        "--llm-text",
+        choices=TEXT_FORMS,
+        default="auto",
+        help="what it reads: plain: the words as they are, as published for OPT; sentence: "
+        "capitalised and with a full stop (default: as its folder says, else plain)",
+    )
+
+
+def from_options(args: argparse.Namespace) -> SentenceScorer | None:
+    """The scorer that the options of `add_options` ask for; None without --llm.
+
+    Raises:
+      RescoringError: the model cannot be loaded.
+    """
+    return None if args.llm is None else load_scorer(args.llm, args.llm_device, args.llm_text)
+
+
+def load_scorer(
+    folder: Path | str, device: str = "auto", text_form: str = "auto"
+) -> SentenceScorer:
+    """Loads a causal language model; takes seconds to minutes.
+
+    Args:
+      folder: a folder in the format of transformers, or the name (owner/model) of one in the
+        Hugging Face cache. Nothing is downloaded.
+      device: auto (a GPU if there is one), cpu or cuda.
+      text_form: one of TEXT_FORMS.
+
+    Raises:
+      RescoringError: there is no such model or it cannot be used; says how to get one.
+      ModuleNotFoundError: the extra `llm` is not installed.
+    """
+    from lm_server.causal_lm import CausalLM
+
+    return CausalLM(folder, device, text_form)
+
+
+@dataclass(frozen=True)
+class _Task:
+    candidates: tuple[Hypothesis, ...]
+    settings: Settings
+    context: str
+    sentences: list[str]
+    answer: Future[Answer]
+
+
+class RescoringQueue:
+    """Completes answers in a thread of its own, in the order of submission.
+
+    What waits when a batch ends goes into the next one together, so a sentence is done at the
+    latest one batch after the batch that runs when it comes.
+    """
+
+    def __init__(self, scorer: SentenceScorer | None) -> None:
+        """Without a scorer the answers are those of the n-gram model."""
+        self._scorer = scorer
+        self._waiting: deque[_Task] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="rescoring", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, hypotheses: Sequence[Hypothesis], settings: Settings, context: str = ""
+    ) -> Future[Answer]:
+        """Takes a finished sentence's candidates; the future gives what `answer.complete` would.
+
+        A future may be cancelled while it waits.
+
+        Raises:
+          RescoringError: the queue is closed.
+        """
+        candidates = augmented(hypotheses, settings)
+        sentences = sentences_to_score(candidates, settings)
+        answer: Future[Answer] = Future()
+        task = _Task(candidates, settings, context, sentences, answer)
+        with self._changed:
+            if self._closed:
+                raise RescoringError("the rescoring queue is closed: the server is stopping")
+            self._waiting.append(task)
+            self._changed.notify()
+        return answer
+
+    @property
+    def waiting(self) -> int:
+        """Sentences that no batch has taken yet."""
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """Completes what was submitted and ends the thread; nothing can be submitted any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                count = min(len(self._waiting), _MERGED)
+                tasks = [self._waiting.popleft() for _ in range(count)]
+            if not tasks:
+                return
+            groups: dict[tuple[str, float], list[_Task]] = defaultdict(list)
+            for task in tasks:
+                if task.answer.set_running_or_notify_cancel():
+                    groups[task.context, task.settings.length_penalty].append(task)
+            for (context, length_penalty), group in groups.items():
+                self._complete(group, context, length_penalty)
+
+    def _complete(self, tasks: Sequence[_Task], context: str, length_penalty: float) -> None:
+        scores: dict[str, float] | None = None
+        problem: str | None = None
+        sentences = list(dict.fromkeys(one for task in tasks for one in task.sentences))
+        if self._scorer is not None and sentences:
+            try:
+                scores = checked_scores(self._scorer, sentences, context, length_penalty)
+            except RescoringError as error:
+                if len(tasks) > 1:
+                    # One sentence's fault must not be the others'.
+                    for task in tasks:
+                        self._complete([task], context, length_penalty)
+                    return
+                problem = str(error)
+        for task in tasks:
+            asked = bool(task.sentences)
+            try:
+                task.answer.set_result(
+                    ranked_answer(
+                        task.candidates,
+                        task.settings,
+                        scores if asked else None,
+                        problem if asked else None,
+                    )
+                )
+            # Whatever it is belongs to this sentence; the thread goes on with the others.
+            except Exception as error:
+                _LOG.exception("completing an answer failed")
+                task.answer.set_exception(error)

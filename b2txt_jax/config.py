@@ -14,6 +14,7 @@ import difflib
 import importlib.util
 import io
 import json
+import math
 import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -71,7 +72,7 @@ class SignalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The baseline GRU decoder."""
+    """The GRU decoder, alone or as a part of the triple GRU."""
 
     day_layer: bool
     """True: one input layer per day; False: one input layer that all days share."""
@@ -88,6 +89,31 @@ class ModelConfig:
     recurrence: str = "auto"
     """'scan', 'pallas' (a TPU kernel that keeps the weights in fast memory), or 'auto' (Pallas on a
     TPU when the weights fit)."""
+    kind: str = "baseline"
+    """'baseline', or 'triple_gru': the decoder above reads what a noise model leaves of the
+    patches, and another decoder tries to read the noise."""
+    noise_units: int = 0
+    """Of the noise model's GRU; 0: as wide as a patch, its states are the noise; otherwise a
+    projection makes the noise of them."""
+    noise_layers: int = 2
+    noisy_layers: int = 2
+    """Of the decoder that reads the noise."""
+    recompute_frames: int = 0
+    """Frames between the states that the noise model keeps for the backward pass, which computes
+    the others again; 0 keeps all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversaryConfig:
+    """How the triple GRU's parts are trained against each other."""
+
+    noisy_weight: float = 1.0
+    """Of the noise decoder's CTC loss in the sum; the clean one has 1."""
+    reversal: float = 1.0
+    """Largest factor lambda of the reversed gradient that the noise model gets of it."""
+    reversal_rate: float = 10.0
+    """lambda = reversal * (2 / (1 + exp(-reversal_rate * progress)) - 1), progress from 0 to 1 over
+    train.steps (Ganin and Lempitsky 2015)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +147,8 @@ class TrainConfig:
     log_every: int
     validate_every: int
     save_every: int
+    patience: int = 0
+    """Validations in a row without a better PER after which training stops; 0: never."""
     on_nonfinite: str = "stop"
     """What a step with a NaN or infinite loss or gradient does, after leaving the parameters as
     they were: 'stop' the run with an error, or 'skip' the step, naming its trials."""
@@ -144,6 +172,7 @@ class Config:
     optimizer: OptimizerConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+    adversary: AdversaryConfig = AdversaryConfig()
 
 
 def read_config_file(path: str | Path) -> ConfigDict:
@@ -276,13 +305,24 @@ def _freeze(kind: type, values: Mapping[str, Any], where: str) -> Any:
             fields[name] = _freeze(typing.cast(type, hint), value, f"{key}.")
         elif typing.get_origin(hint) is tuple:
             fields[name] = _to_tuple(value, key)
-        elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-            fields[name] = float(value)
+        elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+            fields[name] = _finite(value, key)
         elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
             fields[name] = value
         else:
             raise ConfigError(f"configuration key {key} is {value!r}; needed a {hint.__name__}")
     return kind(**fields)
+
+
+def _finite(value: int | float, key: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        # An infinite rate makes every parameter infinite at the first step.
+        raise ConfigError(f"configuration key {key} is {number}; needed a finite number")
+    return number
 
 
 def _to_tuple(value: Any, key: str) -> tuple[Any, ...]:
@@ -308,6 +348,13 @@ _LEAST: dict[str, float] = {
     "model.layers": 1,
     "model.patch_size": 0,
     "model.patch_stride": 1,
+    "model.noise_units": 0,
+    "model.noise_layers": 1,
+    "model.noisy_layers": 1,
+    "model.recompute_frames": 0,
+    "adversary.noisy_weight": 0,
+    "adversary.reversal": 0,
+    "adversary.reversal_rate": 0,
     "optimizer.learning_rate": 0,
     "optimizer.learning_rate_min": 0,
     "optimizer.decay_steps": 1,
@@ -325,6 +372,7 @@ _LEAST: dict[str, float] = {
     "train.log_every": 1,
     "train.validate_every": 1,
     "train.save_every": 1,
+    "train.patience": 0,
     "parallel.model_axis": 1,
 }
 _SHARES = ("model.input_dropout", "model.rnn_dropout", "optimizer.beta1", "optimizer.beta2")
@@ -344,6 +392,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"configuration key {key} is {values[key]}; needed 0 <= value < 1")
     _check_choice("signal.eval_padding", config.signal.eval_padding, ("same", "valid"))
     _check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    _check_choice("model.kind", config.model.kind, ("baseline", "triple_gru"))
     _check_choice("model.recurrence", config.model.recurrence, ("auto", "scan", "pallas"))
     _check_choice("train.on_nonfinite", config.train.on_nonfinite, ("stop", "skip"))
     if config.model.classes != CLASS_COUNT:

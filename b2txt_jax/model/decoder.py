@@ -18,6 +18,7 @@ from flax import nnx
 
 from b2txt_jax.config import ModelConfig
 from b2txt_jax.model.day_layer import day_layer
+from b2txt_jax.model.gru_wide import wide_recurrence
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import linear
 from b2txt_jax.model.recurrence import recurrence
@@ -25,8 +26,8 @@ from b2txt_jax.model.recurrence import recurrence
 Params = dict[str, Any]
 """Nested dict of float32 arrays; the pure form of the model's state."""
 
-_xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
-_orthogonal = jax.nn.initializers.orthogonal()
+xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
+orthogonal = jax.nn.initializers.orthogonal()
 
 
 def compute_dtype(model: ModelConfig) -> jnp.dtype:
@@ -38,12 +39,25 @@ def compute_dtype(model: ModelConfig) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def _uniform(key: jax.Array, size: int, fan_in: int) -> jax.Array:
+def patching(model: ModelConfig) -> tuple[int, int]:
+    """(size, stride) of patches in bins; (1, 1) without patches."""
+    return (model.patch_size, model.patch_stride) if model.patch_size else (1, 1)
+
+
+def first_state(key: jax.Array, units: int) -> jax.Array:
+    """A fresh h0 [1, 1, H]: Xavier as PyTorch counts it, fan-in H, fan-out H (its receptive field
+    is the last axis)."""
+    bound = math.sqrt(6 / (2 * units))
+    return jax.random.uniform(key, (1, 1, units), jnp.float32, -bound, bound)
+
+
+def uniform(key: jax.Array, size: int, fan_in: int) -> jax.Array:
+    """A fresh bias [size]: PyTorch's bound, 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, (size,), jnp.float32, -bound, bound)
 
 
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes values with probability `rate` and scales the others; the identity without a key.
 
     One random word of 32 bits serves two channels, half the width apart: random numbers are a
@@ -74,50 +88,77 @@ class DayLayer(nnx.Module):
 class GRUStack(nnx.Module):
     """GRU layers over patches; the first projection and the patches are one strided convolution."""
 
-    def __init__(self, model: ModelConfig, features: int, key: jax.Array):
+    def __init__(self, model: ModelConfig, inputs: int, layers: int, key: jax.Array):
+        """`inputs`: width of a patch."""
         self.model = model
+        self.layers = layers
         units = model.units
-        width = features * max(model.patch_size, 1)
-        for layer in range(model.layers):
+        for layer in range(layers):
             keys = jax.random.split(jax.random.fold_in(key, layer), 4)
-            inputs = width if layer == 0 else units
             parameters = {
-                "weight_ih": _xavier(keys[0], (3 * units, inputs), jnp.float32),
-                "weight_hh": _orthogonal(keys[1], (3 * units, units), jnp.float32),
-                "bias_ih": _uniform(keys[2], 3 * units, units),
-                "bias_hh": _uniform(keys[3], 3 * units, units),
+                "weight_ih": xavier(keys[0], (3 * units, units if layer else inputs), jnp.float32),
+                "weight_hh": orthogonal(keys[1], (3 * units, units), jnp.float32),
+                "bias_ih": uniform(keys[2], 3 * units, units),
+                "bias_hh": uniform(keys[3], 3 * units, units),
             }
             for name, value in parameters.items():
                 setattr(self, f"{name}_l{layer}", nnx.Param(value))
 
+    def project(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Bins x [B, T, D] -> what the first layer makes of their patches, float32 [P, B, 3H]."""
+        size, stride = patching(self.model)
+        return project_patches(x, self._parameters(0)[0], size, stride, dtype).swapaxes(0, 1)
+
+    def project_frames(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Frames as wide as a patch, x [P, B, I] -> as `project`, float32 [P, B, 3H]."""
+        return linear(x, self._parameters(0)[0], dtype)
+
     def __call__(
-        self, x: jax.Array, h0: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
+        self, projected: jax.Array, h0: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
     ) -> jax.Array:
-        """x [B, T, D], h0 [1, 1, H] -> states of the last layer, [B, P, H]."""
-        first = jnp.broadcast_to(h0[0], (x.shape[0], self.model.units))
-        for layer in range(self.model.layers):
-            weight_ih, weight_hh, bias_ih, bias_hh = (
-                getattr(self, f"{name}_l{layer}")[...]
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
-            if layer == 0:
-                size, stride = max(self.model.patch_size, 1), self.model.patch_stride
-                stride = stride if self.model.patch_size else 1
-                projected = project_patches(x, weight_ih, size, stride, dtype).swapaxes(0, 1)
-            else:
+        """Projected input [P, B, 3H], h0 [1, 1, H] -> states of the last layer, [P, B, H]."""
+        first = jnp.broadcast_to(h0[0], (projected.shape[1], self.model.units))
+        # Time-major: the recurrence slices frames.
+        x = projected
+        for layer in range(self.layers):
+            weight_ih, weight_hh, bias_ih, bias_hh = self._parameters(layer)
+            if layer:
                 if dropout_key is not None:
-                    x = _dropout(x, self.model.rnn_dropout, jax.random.fold_in(dropout_key, layer))
-                projected = linear(x, weight_ih, dtype)
-            # x is time-major [P, B, .] from here on: the recurrence slices frames.
+                    key = jax.random.fold_in(dropout_key, layer)
+                    x = dropout(x, self.model.rnn_dropout, key)
+                x = linear(x, weight_ih, dtype)
             x = recurrence(
-                (projected + bias_ih).astype(dtype),
+                (x + bias_ih).astype(dtype),
                 first,
                 weight_hh,
                 bias_hh,
                 dtype,
                 self.model.recurrence,
             )
-        return x.swapaxes(0, 1)
+        return x
+
+    def stream(
+        self, projected: jax.Array, states: jax.Array, dtype: jnp.dtype
+    ) -> tuple[jax.Array, jax.Array]:
+        """As the call, without dropout, from `states` float32 [layers, B, H] on; gives the states
+        after the last frame, too."""
+        x, after, units = projected, [], self.model.units
+        for layer in range(self.layers):
+            weight_ih, weight_hh, bias_ih, bias_hh = self._parameters(layer)
+            x = linear(x, weight_ih, dtype) if layer else x
+            x, last = wide_recurrence(
+                (x + bias_ih).astype(dtype).reshape(*x.shape[:2], 3, units),
+                states[layer],
+                weight_hh.reshape(3, units, units),
+                bias_hh.reshape(3, units),
+                dtype,
+            )
+            after.append(last)
+        return x, jnp.stack(after)
+
+    def _parameters(self, layer: int) -> tuple[jax.Array, ...]:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return tuple(getattr(self, f"{name}_l{layer}")[...] for name in names)
 
 
 class Head(nnx.Module):
@@ -125,8 +166,8 @@ class Head(nnx.Module):
 
     def __init__(self, units: int, classes: int, key: jax.Array):
         weight_key, bias_key = jax.random.split(key)
-        self.weight = nnx.Param(_xavier(weight_key, (classes, units), jnp.float32))
-        self.bias = nnx.Param(_uniform(bias_key, classes, units))
+        self.weight = nnx.Param(xavier(weight_key, (classes, units), jnp.float32))
+        self.bias = nnx.Param(uniform(bias_key, classes, units))
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """[B, P, H] -> float32 [B, P, C]."""
@@ -140,14 +181,9 @@ class Decoder(nnx.Module):
         self.model = model
         gru_key, head_key, h0_key = jax.random.split(key, 3)
         self.day = DayLayer(days if model.day_layer else 1, features)
-        self.gru = GRUStack(model, features, gru_key)
+        self.gru = GRUStack(model, features * patching(model)[0], model.layers, gru_key)
         self.head = Head(model.units, model.classes, head_key)
-        # Xavier on [1, 1, H] as PyTorch counts it: fan-in H, fan-out H (its receptive field is the
-        # last axis).
-        bound = math.sqrt(6 / (2 * model.units))
-        self.h0 = nnx.Param(
-            jax.random.uniform(h0_key, (1, 1, model.units), jnp.float32, -bound, bound)
-        )
+        self.h0 = nnx.Param(first_state(h0_key, model.units))
 
     def __call__(
         self, x: jax.Array, day: jax.Array, dropout_key: jax.Array | None = None
@@ -161,8 +197,22 @@ class Decoder(nnx.Module):
         x = self.day(x, day, dtype)
         if dropout_key is not None:
             input_key, dropout_key = jax.random.split(dropout_key)
-            x = _dropout(x, self.model.input_dropout, input_key)
-        return self.head(self.gru(x, self.h0[...], dtype, dropout_key), dtype)
+            x = dropout(x, self.model.input_dropout, input_key)
+        states = self.gru(self.gru.project(x, dtype), self.h0[...], dtype, dropout_key)
+        return self.head(states.swapaxes(0, 1), dtype)
+
+    def first_states(self, rows: int) -> dict[str, jax.Array]:
+        """What a stream starts from: each layer's state, float32 [layers, B, H]."""
+        return {"gru": jnp.tile(self.h0[...], (self.model.layers, rows, 1))}
+
+    def stream(
+        self, x: jax.Array, day: jax.Array, states: dict[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Whole patches of bins x [B, T, D] -> their logits, and the states after them."""
+        dtype = compute_dtype(self.model)
+        x = self.gru.project(self.day(x, day, dtype), dtype)
+        x, after = self.gru.stream(x, states["gru"], dtype)
+        return self.head(x.swapaxes(0, 1), dtype), {"gru": after}
 
 
 def init_params(model: ModelConfig, features: int, days: int, key: jax.Array) -> Params:

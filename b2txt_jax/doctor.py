@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `b2txt doctor`."""
     parser.add_argument("--config", help="configuration file: its data and memory are checked too")
     parser.add_argument("--workdir", type=Path, help="folder of a run, there or to be made")
-    parser.add_argument("--data", help="folder of sessions; with --config: in place of its root")
+    parser.add_argument("--data", help="folder of sessions, as --config.data.root is")
     parser.add_argument("--redis", metavar="URL", help="for example redis://:PASSWORD@host:6379/0")
     parser.add_argument("--lm", type=Path, help="folder that `lm-server build` has written")
     parser.add_argument("--opt", choices=tuple(checks.OPT_PARAMETERS), help="model to rescore with")
@@ -87,19 +87,23 @@ def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[F
     """(what, how) in order; the machine first, then what was asked for."""
     chips = checks.find_tpu_chips()
     available = checks.available_memory()
+    devices: int | None = None
+
+    def look_at_devices() -> list[Finding]:
+        nonlocal devices
+        # Only a machine with chips has anybody who could hold them.
+        finding, devices = checks.check_devices(chips, checks.find_holders() if chips.count else ())
+        return [finding]
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield "versions", lambda: [checks.check_versions(_installed(), _jax_requires(), chips)]
-    # Only a machine with chips has anybody who could hold them.
-    yield (
-        "devices",
-        lambda: [checks.check_devices(chips, checks.find_holders() if chips.count else ())],
-    )
+    yield "devices", look_at_devices
     yield "huge pages", lambda: [checks.check_huge_pages(chips.generation)]
     yield "open files", lambda: [checks.check_open_files(soft, hard)]
     yield "clock", lambda: [checks.check_clock(Path(b2txt_jax.__file__).stat().st_mtime)]
     yield "compilation cache", _compilation_cache
-    if args.config or args.data or args.workdir:
-        yield "training", lambda: check_training(args, chips.count > 0, available)
+    if args.config or args.data or args.workdir or getattr(args, "overrides", []):
+        yield "training", lambda: check_training(args, chips.count > 0, available, devices)
     if args.redis:
         yield "Redis", lambda: check_redis(args.redis)
     if args.lm:
@@ -139,9 +143,20 @@ def _compilation_cache() -> list[Finding]:
 
 
 def check_training(
-    args: argparse.Namespace, on_accelerator: bool, available: int | None
+    args: argparse.Namespace,
+    on_accelerator: bool,
+    available: int | None,
+    devices: int | None = None,
 ) -> list[Finding]:
-    """Data, memory and disk of the run that --config, --workdir, --data and overrides describe."""
+    """Data, batch, memory and disk of the run that --config, --workdir, --data and overrides
+    describe.
+
+    Args:
+      args: of the command.
+      on_accelerator: whether the step runs on a TPU or GPU.
+      available: bytes of host memory.
+      devices: that share a batch; None: not known.
+    """
     try:
         config = _config(args)
     except UserError as error:
@@ -151,8 +166,14 @@ def check_training(
     state = None
     try:
         if config is None:
-            findings.append(_sessions(args.data))
+            root, others = _root_alone(args)
+            if others:
+                unread = f"{', '.join(others)} not looked at: there is no configuration to change"
+                advice = "give --config FILE, or --workdir of a run that has begun"
+                findings.append(Finding("configuration", "warning", unread, advice))
+            findings.append(_sessions(root))
         else:
+            findings.extend(_batch(config, devices))
             found, buckets, sessions = _data(config)
             findings.append(found)
             state = _state_bytes(config, sessions)
@@ -175,6 +196,30 @@ def check_training(
         needed = 4 * state if state else 3e9
         findings.append(checks.check_disk("run's disk", args.workdir, needed))
     return findings
+
+
+def _root_alone(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """(folder of sessions, the other keys) of a command without a configuration."""
+    key = "--config.data.root="
+    overrides: list[str] = getattr(args, "overrides", [])
+    roots = [override.removeprefix(key) for override in overrides if override.startswith(key)]
+    others = [override for override in overrides if not override.startswith(key)]
+    return args.data or (roots[-1] if roots else None), others
+
+
+def _batch(config: Config, devices: int | None) -> list[Finding]:
+    if devices is None:  # a problem of its own
+        return []
+    data = config.data
+    return [
+        checks.check_rows(
+            data.days_per_batch,
+            data.trials_per_day,
+            data.eval_batch_size,
+            devices,
+            config.parallel.model_axis,
+        )
+    ]
 
 
 def _config(args: argparse.Namespace) -> Config | None:

@@ -116,7 +116,7 @@ def check_versions(
 
 _LIST_DEVICES = (
     "import json, jax; d = jax.local_devices(); "
-    "print('DEVICES ' + json.dumps([d[0].platform, len(d), d[0].device_kind]))"
+    "print('DEVICES ' + json.dumps([d[0].platform, len(d), d[0].device_kind, jax.device_count()]))"
 )
 
 
@@ -125,13 +125,14 @@ def check_devices(
     holders: Sequence[str] = (),
     command: Sequence[str] = (sys.executable, "-c", _LIST_DEVICES),
     timeout: float = 120.0,
-) -> Finding:
-    """What JAX computes on, asked of a process of its own, which gives the chips back.
+) -> tuple[Finding, int | None]:
+    """What JAX computes on, asked of a process of its own, which gives the chips back; and the
+    number of devices, of all hosts of a slice, where that is known.
 
     Args:
       chips: that the machine has.
       holders: processes that hold them, see `find_holders`.
-      command: prints `DEVICES ["platform", count, "kind"]`.
+      command: prints `DEVICES ["platform", count, "kind", count of all hosts]`.
       timeout: seconds.
     """
     busy = f"they are in use by {', '.join(holders)}: end it, or wait" if holders else ""
@@ -143,7 +144,7 @@ def check_devices(
             "look for a process that holds the chips: sudo lsof -w /dev/accel* /dev/vfio/*; on a "
             "slice, all workers must ask at the same time: launch/tpu.sh doctor"
         )
-        return Finding("devices", "problem", found, advice)
+        return Finding("devices", "problem", found, advice), None
     answer = [line for line in done.stdout.splitlines() if line.startswith("DEVICES ")]
     if done.returncode or not answer:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -154,17 +155,50 @@ def check_devices(
             if in_use
             else "mend the versions first; on a TPU VM, restart it if that does not help"
         )
-        return Finding("devices", "problem", found, advice)
-    platform, count, kind = json.loads(answer[0].removeprefix("DEVICES "))
+        return Finding("devices", "problem", found, advice), None
+    platform, count, kind, everywhere = json.loads(answer[0].removeprefix("DEVICES "))
     found = f"{count} {platform} device(s), {kind}"
+    if everywhere != count:
+        found += f"; {everywhere} on all hosts"
     if chips.count and platform != "tpu":
         found += f", though the machine has {chips.count} TPU {chips.generation} chips"
         advice = busy or (
             "pip install -e '.[tpu]'; unset JAX_PLATFORMS"
             + (f" (it is {os.environ['JAX_PLATFORMS']!r})" if "JAX_PLATFORMS" in os.environ else "")
         )
-        return Finding("devices", "problem", found, advice)
-    return Finding("devices", "ok", found)
+        return Finding("devices", "problem", found, advice), None
+    return Finding("devices", "ok", found), everywhere
+
+
+def check_rows(
+    days: int, trials: int, evaluated: int, devices: int, model_axis: int = 1
+) -> Finding:
+    """Whether all devices get as many rows of a batch.
+
+    Args:
+      days: data.days_per_batch.
+      trials: data.trials_per_day.
+      evaluated: rows of a batch of validation, data.eval_batch_size.
+      devices: of all hosts.
+      model_axis: devices that share the large parameters, and with them their rows.
+    """
+    if devices % model_axis:
+        found = f"{devices} devices cannot be grouped by parallel.model_axis, {model_axis}"
+        return Finding("batch", "problem", found, "set parallel.model_axis to a divisor")
+    shares, rows = devices // model_axis, days * trials
+    if rows % shares == 0 and evaluated % shares == 0:
+        found = f"{rows} rows, {rows // shares} for each of {shares} devices"
+        return Finding("batch", "ok", found)
+    more = next(count for count in range(trials, trials + shares) if days * count % shares == 0)
+    found = (
+        f"{shares} devices cannot share {rows} rows (data.days_per_batch * data.trials_per_day) "
+        f"and {evaluated} of validation (data.eval_batch_size) evenly"
+    )
+    advice = (
+        f"--config.data.trials_per_day={more} "
+        f"--config.data.eval_batch_size={-(-evaluated // shares) * shares}, or fewer devices"
+    )
+    return Finding("batch", "problem", found, advice)
 
 
 def find_holders(

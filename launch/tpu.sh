@@ -46,8 +46,8 @@ there, what follows a # at the start of a line or after a space is a remark
   RETRIES          crashes, failed set-ups or failed requests in a row before `watch` gives up;
                    default 3
 
-ARGUMENTS go to `b2txt train`, e.g. -- --config.train.steps=1000; give them to train, watch and up
-alike. --dry-run prints the commands, one per line, quoted for a shell, and runs nothing.
+ARGUMENTS go to `b2txt train`, e.g. -- --config.train.steps=1000; give them to train, watch, up and
+doctor alike. --dry-run prints the commands, one per line, quoted for a shell, and runs nothing.
 TEXT
 }
 
@@ -475,7 +475,11 @@ finish() {
 }
 
 doctor() {
-  on_workers all doctor "$WORKDIR" --config "$CONFIG"
+  local words=(doctor "$WORKDIR" --config "$CONFIG") word
+  for word in ${train_arguments[@]+"${train_arguments[@]}"}; do
+    case $word in --config.*) words+=("$word") ;; esac
+  done
+  on_workers all "${words[@]}"
 }
 
 up() {

@@ -96,14 +96,22 @@ def python(code: str) -> list[str]:
 
 
 def test_the_devices_are_those_of_this_machine():
-    finding = checks.check_devices(NONE)
+    finding, devices = checks.check_devices(NONE)
     assert finding.status == "ok"
+    assert f"{devices} " in finding.found
     assert "device(s)" in finding.found
+
+
+def test_devices_of_other_hosts_count_too():
+    answer = """print('DEVICES ["tpu", 4, "TPU v4", 16]')"""
+    finding, devices = checks.check_devices(TpuChips("v4", 4), (), python(answer))
+    assert finding == checks.Finding("devices", "ok", "4 tpu device(s), TPU v4; 16 on all hosts")
+    assert devices == 16
 
 
 def test_chips_that_jax_does_not_use_are_a_problem(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    finding = checks.check_devices(V5E)  # JAX runs, on the CPU
+    finding, _ = checks.check_devices(V5E)  # JAX runs, on the CPU
     assert finding.status == "problem"
     assert "machine has 8 TPU v5e chips" in finding.found
     assert "it is 'cpu'" in finding.advice
@@ -111,17 +119,17 @@ def test_chips_that_jax_does_not_use_are_a_problem(monkeypatch):
 
 def test_chips_in_use_are_a_problem_that_names_the_process():
     message = "The TPU is already in use by process with pid 4242."
-    finding = checks.check_devices(V5E, (), python(f"raise SystemExit({message!r})"))
+    finding, _ = checks.check_devices(V5E, (), python(f"raise SystemExit({message!r})"))
     assert finding.status == "problem"
     assert "pid 4242" in finding.found
     assert "end the one named" in finding.advice
-    held = checks.check_devices(V5E, ["pid 7 (python)"], python("raise SystemExit('no')"))
+    held, _ = checks.check_devices(V5E, ["pid 7 (python)"], python("raise SystemExit('no')"))
     assert "in use by pid 7 (python)" in held.advice
 
 
 def test_a_runtime_that_hangs_is_a_problem_and_ends():
     started = time.monotonic()
-    finding = checks.check_devices(V5E, (), python("import time; time.sleep(60)"), timeout=0.5)
+    finding, _ = checks.check_devices(V5E, (), python("import time; time.sleep(60)"), timeout=0.5)
     assert time.monotonic() - started < 10
     assert finding.status == "problem"
     assert "did not answer" in finding.found
@@ -363,6 +371,48 @@ def test_a_damaged_session_is_a_problem_that_names_it(capsys, simulated, tiny_ov
     assert status == 1
     assert findings["data"]["status"] == "problem"
     assert file.parent.name in findings["data"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "model_axis", "status", "advised"),
+    [
+        ((4, 16, 64), 64, 1, "ok", ""),
+        ((4, 16, 64), 128, 1, "problem", "trials_per_day=32 --config.data.eval_batch_size=128"),
+        ((4, 16, 64), 128, 2, "ok", ""),
+        ((4, 16, 64), 8, 3, "problem", "parallel.model_axis"),
+        ((4, 2, 32), 32, 1, "problem", "trials_per_day=8 --config.data.eval_batch_size=32"),
+        ((4, 2, 4), 8, 1, "problem", "trials_per_day=2 --config.data.eval_batch_size=8"),
+        ((3, 1, 8), 8, 1, "problem", "trials_per_day=8 --config.data.eval_batch_size=8"),
+    ],
+)
+def test_devices_that_cannot_share_a_batch_are_a_problem(
+    batch, devices, model_axis, status, advised
+):
+    finding = checks.check_rows(*batch, devices, model_axis)
+    assert finding.status == status
+    assert advised in finding.advice
+
+
+def test_the_batch_is_compared_with_the_devices_that_jax_has(capsys, tiny_overrides, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    config = ("--config", str(REPOSITORY / "configs/demo.py"))
+    status, findings, _ = diagnose(capsys, *config, overrides=tuple(tiny_overrides))
+    assert status == 1
+    assert "8 devices cannot share 4 rows" in findings["batch"]["found"]
+    more = ("--config.data.trials_per_day=2", "--config.data.eval_batch_size=8")
+    _, findings, _ = diagnose(capsys, *config, overrides=(*tiny_overrides, *more))
+    assert findings["batch"]["found"] == "8 rows, 1 for each of 8 devices"
+
+
+def test_a_root_without_a_configuration_is_looked_at_and_other_keys_are_named(capsys, simulated):
+    root = f"--config.data.root={simulated / 'hdf5_data_final'}"
+    status, findings, _ = diagnose(capsys, overrides=(root, "--config.model.units=3"))
+    assert status == 0
+    assert "4 sessions, 32 training trials" in findings["data"]["found"]
+    assert findings["configuration"]["status"] == "warning"
+    assert "--config.model.units=3 not looked at" in findings["configuration"]["found"]
+    status, findings, _ = diagnose(capsys, overrides=("--config.data.root=/no/such/folder",))
+    assert (status, findings["data"]["status"]) == (1, "problem")
 
 
 def test_data_alone_is_listed(capsys, simulated):

@@ -47,7 +47,7 @@ from pathlib import Path
 arguments = sys.argv[1:]
 workdir = Path(arguments[arguments.index("--workdir") + 1])
 if arguments[0] == "doctor":
-    print("doctor asked with", workdir); sys.exit()
+    print("doctor asked with", workdir, *arguments); sys.exit()
 stopping = []
 def stop(*_):
     if stopping:
@@ -639,7 +639,9 @@ def test_stop_saves_and_train_goes_on_with_data_of_this_machine(cloud, tmp_path)
     assert (cloud.folder / "vms/0/b2txt_data/one").read_text() == "trial"
     assert "training: running" in cloud.run("status").stdout
     until(lambda: (cloud.workdir / "starts.jsonl").exists())
-    assert f"doctor asked with {cloud.folder}/vms/0" in cloud.run("doctor", DATA=str(data)).stdout
+    asked = cloud.run("doctor", "--", "--config.data.workers=1", "--x", DATA=str(data)).stdout
+    assert f"doctor asked with {cloud.folder}/vms/0" in asked
+    assert asked.endswith("--config configs/demo.py --config.data.workers=1\n")
     assert cloud.run("stop").returncode == 0
     step = int((cloud.workdir / "step").read_text())
     assert not (cloud.workdir / "hold").exists()

@@ -245,6 +245,8 @@ class EvaluationData:
           DataError: a file or trial cannot be used, or one fits no bucket.
         """
         self._data = data
+        self.sessions = tuple(sessions)
+        """In day-index order."""
         self._day = {name: day for day, name in enumerate(sessions)}
         self.refs = index_split(
             data.root,

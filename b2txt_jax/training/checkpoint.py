@@ -4,7 +4,9 @@ with."""
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from b2txt_jax.errors import UserError
 from b2txt_jax.model.decoder import Params
+from b2txt_jax.training.checksum import checksums, text_checksum
 from b2txt_jax.training.step import TrainState
 
 
@@ -45,7 +48,10 @@ def has_checkpoint(workdir: Path) -> bool:
 
 class Checkpoints:
     """`WORKDIR/checkpoints/latest` and `WORKDIR/checkpoints/best`, written in the background by
-    Orbax."""
+    Orbax.
+
+    Orbax would read a flipped bit of a weight as another weight: checksums are kept beside.
+    """
 
     def __init__(self, workdir: Path, read_only: bool = False):
         """`read_only`: leaves the folder as it is, for use beside a training."""
@@ -62,6 +68,11 @@ class Checkpoints:
         self._best = manager("best", 1)
         self._started: dict[ocp.CheckpointManager, int] = {}
 
+    def prepare(self, state: TrainState) -> None:
+        """Compiles what saving needs, so that saves compile nothing."""
+        checksums(state._asdict())
+        checksums(state.params)
+
     def latest_step(self) -> int | None:
         """The step of the latest full state, if there is one."""
         step: int | None = self._latest.latest_step()
@@ -74,9 +85,9 @@ class Checkpoints:
           CheckpointError: this save, or the one before it, failed.
         """
         if self._latest.latest_step() != step:
-            extra = {"best": asdict(best) if best else None}
+            best_score = asdict(best) if best else None
             with self._naming(step, self._latest):
-                self._latest.save(step, args=_arguments(state._asdict(), extra))
+                self._latest.save(step, args=_arguments(state._asdict(), best_score))
 
     def save_best(self, step: int, params: Params, best: BestScore) -> None:
         """Saves the parameters of the best validation; returns before they are on disk.
@@ -89,9 +100,7 @@ class Checkpoints:
                 # Of steps that were lost when the run was killed and are now done again.
                 if stale >= step:
                     self._best.delete(stale)
-            saved = self._best.save(
-                step, args=_arguments(params, {"best": asdict(best)}), force=True
-            )
+            saved = self._best.save(step, args=_arguments(params, asdict(best)), force=True)
         if not saved:
             raise CheckpointError(f"the best parameters of step {step} were not saved; try again")
 
@@ -101,8 +110,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, or it cannot be read.
         """
-        tree, extra = _restore(self._latest, like._asdict())
-        best = extra["best"]
+        tree, best = _restore(self._latest, like._asdict())
         return TrainState(**tree), BestScore(**best) if best else None
 
     def restore_best(self, like: Params) -> tuple[Params, BestScore]:
@@ -111,8 +119,8 @@ class Checkpoints:
         Raises:
           CheckpointError: there are none, or they cannot be read.
         """
-        tree, extra = _restore(self._best, like)
-        return tree, BestScore(**extra["best"])
+        tree, best = _restore(self._best, like)
+        return tree, BestScore(**best)
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk.
@@ -175,11 +183,36 @@ def _first_line(error: Exception) -> str:
     return lines[0][:600] if lines else type(error).__name__
 
 
-def _arguments(tree: Any, extra: dict[str, Any]) -> ocp.args.Composite:
+def _arguments(tree: Any, best: dict[str, Any] | None) -> ocp.args.Composite:
+    extra: dict[str, Any] = {"best": best, "checksums": checksums(tree)}
+    extra["crc32"] = _crc(extra)
     return ocp.args.Composite(tree=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
 
 
-def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, Any]]:
+def _crc(extra: dict[str, Any]) -> int:
+    """Of everything but itself."""
+    rest = {key: value for key, value in extra.items() if key != "crc32"}
+    return text_checksum(json.dumps(rest, sort_keys=True))
+
+
+def _check_sums(tree: Any, extra: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError when arrays or score are not those that were saved."""
+    if "crc32" not in extra and "checksums" not in extra:
+        warnings.warn(f"{folder} was written without checksums: it is taken as it is", stacklevel=2)
+        return
+    if extra.get("crc32") != _crc(extra):
+        raise ValueError("its score and checksums are not what was saved")
+    found = checksums(tree)
+    wrong = sorted(name for name, value in extra["checksums"].items() if found.get(name) != value)
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong[:3])}{' and others' if wrong[3:] else ''}: not what was saved, by "
+            f"the checksums of {len(wrong)} of {len(found)} arrays"
+        )
+
+
+def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, Any]:
+    """The tree and the score of the last step."""
     step = manager.latest_step()
     if step is None:
         raise CheckpointError(
@@ -198,6 +231,7 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
     )
     try:
         restored = manager.restore(step, args=arguments)
+        _check_sums(restored.tree, restored.extra, Path(manager.directory / str(step)))
     # Orbax raises many kinds for damaged files; each is re-raised with the folder and what to do.
     except Exception as error:
         raise CheckpointError(
@@ -205,4 +239,4 @@ def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, dict[str, 
             f"({_first_line(error)}); its files "
             f"are damaged or belong to another model: restore them, or {instead}"
         ) from error
-    return restored.tree, restored.extra
+    return restored.tree, restored.extra["best"]

@@ -75,6 +75,10 @@ class CompiledSteps:
         self.train_rows = config.data.days_per_batch * config.data.trials_per_day
         check_rows(self.train_rows, "data.days_per_batch * data.trials_per_day", mesh)
         check_rows(config.data.eval_batch_size, "data.eval_batch_size", mesh)
+        self.local_train_rows = local_rows(self.train_rows, mesh)
+        """Of a training batch, those that this host's devices hold."""
+        self.local_eval_rows = local_rows(config.data.eval_batch_size, mesh)
+        """Of an evaluation batch."""
         self._config = config
         self._days = days
         self._dtype = dtype
@@ -131,11 +135,8 @@ class CompiledSteps:
         return result
 
     def eval_step(self, params: Params, batch: Batch) -> EvalOutput:
-        """Logits and losses of all rows of a whole batch from the loader."""
-        rows = self._config.data.eval_batch_size
-        held = local_rows(rows, self.mesh)
-        mine: Any = (value[held] for value in batch)
-        placed = place(Batch(*mine), self.mesh, rows)
+        """Logits and losses of all rows of a batch, of which this host's rows are given."""
+        placed = place(batch, self.mesh, self._config.data.eval_batch_size)
         output: EvalOutput = self._eval[_bucket(batch)](params, placed)
         return output
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from b2txt_jax.config import (
@@ -36,8 +37,9 @@ from b2txt_jax.model.patches import frame_count
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import is_first, join_hosts, stop_on_signals
+from b2txt_jax.training.lock import WorkdirInUseError, locked
 from b2txt_jax.training.metrics_log import MetricsLog
-from b2txt_jax.training.sharding import local_rows, make_mesh, sharded_state
+from b2txt_jax.training.sharding import make_mesh, sharded_state
 from b2txt_jax.training.tracker import Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
 
@@ -140,6 +142,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     Raises:
       ConfigError, DataError, PlanError, CheckpointError: see their modules.
       TrainingError: a loss or gradient was not finite.
+      WorkdirInUseError: another training runs in `workdir`.
     """
     console = console or Console(quiet=not is_first())
     resumed = has_checkpoint(workdir)
@@ -162,6 +165,28 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     # Only now: a mistake found in the data leaves no folder that another attempt would collide
     # with.
     workdir.mkdir(parents=True, exist_ok=True)
+    # One host holds the lock for all; the others wait for it at the first thing done together.
+    with locked(workdir) if is_first() else contextlib.nullcontext():
+        if has_checkpoint(workdir) != resumed:
+            raise WorkdirInUseError(
+                f"another training has just saved in {workdir}: start the same command again to go "
+                "on from there, or give another --workdir"
+            )
+        return _train_in(config, workdir, console, mesh, steps, training, validation, resumed)
+
+
+def _train_in(
+    config: Config,
+    workdir: Path,
+    console: Console,
+    mesh: Mesh,
+    steps: CompiledSteps,
+    training: TrainingData,
+    validation: EvaluationData,
+    resumed: bool,
+) -> TrainResult:
+    """`train`, once its folder is there and held."""
+    days = len(config.data.sessions)
     if is_first():
         write_config(config, workdir / CONFIG_FILE)
 
@@ -187,13 +212,14 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
             console.print(f"going on from step {first} of {config.train.steps} in {workdir}")
         if is_first():
             (workdir / FINISHED_FILE).unlink(missing_ok=True)
+        checkpoints.prepare(state)
         _compile(steps, config, training, validation, console)
         log = MetricsLog(workdir, first) if is_first() else None
         stopped_by = None
         with log or contextlib.nullcontext(), progress_bar(console) as progress:
             tracker = Tracker(config, training, log, progress, first, best)
-            rows = local_rows(steps.train_rows, mesh)
-            batches = training.batches(config.train.seed, first, config.train.steps, rows)
+            rows, steps_wanted = steps.local_train_rows, config.train.steps
+            batches = training.batches(config.train.seed, first, steps_wanted, rows)
             for batch in steps.ahead(batches):
                 state, metrics = steps.train_step(state, batch)
                 tracker.started(metrics)
@@ -204,7 +230,9 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
                     tracker.drain()
                     tracker.pause()
                     started = time.monotonic()
-                    result = validate(steps.eval_step, state.params, validation)
+                    result = validate(
+                        steps.eval_step, state.params, validation, steps.local_eval_rows
+                    )
                     if tracker.validated(result, time.monotonic() - started):
                         assert tracker.best is not None
                         checkpoints.save_best(step, state.params, tracker.best)

@@ -3,8 +3,10 @@ without repeats."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +14,13 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from b2txt_jax.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsError(UserError, RuntimeError):
+    """The metrics of a step cannot be written."""
 
 
 class MetricsLog:
@@ -27,15 +35,30 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        # TensorBoard's thread ends at a full disk; a queue with a limit would then block us.
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1, max_queue=0
+        )
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line `{kind, step, **values}`; numbers, also nested ones, go to TensorBoard
-        too."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-        # A file system in a bucket sends what was appended only now, or at the end.
-        os.fsync(self._file.fileno())
+        too.
+
+        Raises:
+          MetricsError: it cannot be written: the disk is full.
+        """
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+            # A file system in a bucket sends what was appended only now, or at the end.
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            free = shutil.disk_usage(Path(self._file.name).parent).free / 2**20
+            raise MetricsError(
+                f"writing the metrics of step {step} to {self._file.name} failed ({error}); "
+                f"{free:.0f} MB are free there. Make room, then start the same command: it goes on "
+                "from the last checkpoint"
+            ) from error
         for name, value in values.items():
             nested = value.items() if isinstance(value, Mapping) else [("", value)]
             for key, number in nested:
@@ -52,8 +75,12 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._board.close()
+        # What could not be written fails once more on closing; the error on its way told of it.
+        on_its_way = contextlib.nullcontext() if kind is None else contextlib.suppress(OSError)
+        with on_its_way:
+            self._file.close()
+        with on_its_way:
+            self._board.close()
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ but for the order of sums: random numbers are functions of (seed, step) and posi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -155,6 +156,7 @@ def sharded_state(config: Config, days: int, mesh: Mesh) -> TrainState:
 def _on(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
     """Tells the parts of a step that divide their own work which devices there are."""
 
+    @functools.wraps(step)  # its name is the program's, in logs and profiles
     def on_mesh(*arguments: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*arguments)

@@ -47,6 +47,20 @@ class StepMetrics(NamedTuple):
     """False when loss or gradient was NaN or infinite; the step then changed nothing."""
 
 
+class Rows(NamedTuple):
+    """What a batch says of its rows, without features. With several hosts, each has read some rows
+    and is told of all."""
+
+    bins: jax.Array
+    """int32 [B]; 0 marks a row that only fills the batch."""
+    day: jax.Array
+    """int32 [B]."""
+    labels: jax.Array
+    """int32 [B, L]."""
+    label_length: jax.Array
+    """int32 [B]."""
+
+
 class EvalOutput(NamedTuple):
     """Per row of an evaluation batch."""
 
@@ -56,6 +70,7 @@ class EvalOutput(NamedTuple):
     """int32 [B], valid frames of 80 ms."""
     loss: jax.Array
     """float32 [B], CTC loss (ln); +inf where no alignment can spell the label."""
+    rows: Rows
 
 
 def step_keys(seed: int, step: jax.Array) -> StepKeys:
@@ -141,6 +156,7 @@ def make_eval_step(config: Config, days: int) -> Callable[[Params, Batch], EvalO
         logits = apply(params, x, batch.day)
         frames = _frames(config, bins)
         loss = ctc_loss(logits, frames, batch.labels, batch.label_length)
-        return EvalOutput(logits, frames, loss)
+        rows = Rows(batch.bins, batch.day, batch.labels, batch.label_length)
+        return EvalOutput(logits, frames, loss, rows)
 
     return eval_step

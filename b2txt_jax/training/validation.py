@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from b2txt_jax.data.loader import Batch, EvaluationData
@@ -30,9 +31,16 @@ def validate(
     eval_step: Callable[[Params, Batch], EvalOutput],
     params: Params,
     data: EvaluationData,
-    advance: Callable[[int], None] = lambda trials: None,
+    rows: slice | None = None,
 ) -> Validation:
-    """Greedy-decodes every trial; `advance` is told the number of trials done.
+    """Greedy-decodes every trial.
+
+    Args:
+      eval_step: of this host's rows of a batch to the outputs of all of its rows.
+      params: of the model.
+      data: the split.
+      rows: of each batch, those that this host reads; None: all. The result is of all trials, the
+        same on every host and for any number of them.
 
     Raises:
       DataError: a trial cannot be read.
@@ -40,16 +48,16 @@ def validate(
     rates: list[ErrorRate] = []
     days: list[str] = []
     losses: list[float] = []
-    for indices, trials, batch in data.batches():
-        output = eval_step(params, batch)
-        logits, frames, loss = (np.asarray(value) for value in output)
-        for row, trial in enumerate(trials):
-            decoded = greedy_decode(logits[row, : frames[row]])
-            labels = trial.labels if trial.labels is not None else np.zeros(0, np.int32)
+    for _, _, batch in data.batches(rows):
+        output = jax.tree.map(np.asarray, eval_step(params, batch))
+        for row in np.flatnonzero(output.rows.bins):
+            decoded = greedy_decode(output.logits[row, : output.frames[row]])
+            labels = output.rows.labels[row, : output.rows.label_length[row]]
             rates.append(error_rate(labels.tolist(), decoded.tolist()))
-            days.append(trial.ref.session)
-            losses.append(float(loss[row]))
-        advance(len(indices))
+            days.append(data.sessions[output.rows.day[row]])
+            losses.append(float(output.loss[row]))
+    if len(rates) != len(data.refs):
+        raise RuntimeError(f"{len(rates)} trials came back of {len(data.refs)}: a fault of ours")
     finite = [loss for loss in losses if np.isfinite(loss)]
     return Validation(
         per=total(rates),

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
 from b2txt_jax.config import CONFIG_FILE, Config, read_written_config, with_overrides
 from b2txt_jax.data.hdf5 import Trial, TrialRef
 from b2txt_jax.data.loader import Batch, EvaluationData
-from b2txt_jax.model.decoder import Params, init_params
+from b2txt_jax.model.decoder import Params
 from b2txt_jax.training.checkpoint import Checkpoints
-from b2txt_jax.training.step import EvalOutput, make_eval_step
+from b2txt_jax.training.sharding import (
+    DATA,
+    abstract_state,
+    jit_eval_step,
+    make_mesh,
+    state_shardings,
+)
 
 CHANGEABLE = frozenset(
     {
@@ -85,29 +92,43 @@ def load_model(workdir: Path, overrides: Sequence[str] = ()) -> TrainedModel:
       CheckpointError: the run has no best checkpoint yet, or it is damaged.
     """
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
-    days = len(config.data.sessions)
-    like = jax.eval_shape(
-        lambda: init_params(config.model, config.data.feature_count, days, jax.random.key(0))
-    )
+    like = _abstract_params(config, make_mesh())
     with Checkpoints(workdir, read_only=True) as checkpoints:
         params, best = checkpoints.restore_best(like)
     return TrainedModel(config, params, best.step)
 
 
+def _abstract_params(config: Config, mesh: Mesh) -> Params:
+    """Shapes of the parameters, each with its place: whole on every device of `make_mesh()`,
+    however many devices trained them."""
+    state = abstract_state(config, len(config.data.sessions))
+    params: Params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state.params,
+        state_shardings(state, mesh).params,
+    )
+    return params
+
+
 def compute_logits(
-    model: TrainedModel,
-    split: str,
-    console: Console | None = None,
-    eval_step: Callable[[Params, Batch], EvalOutput] | None = None,
+    model: TrainedModel, split: str, console: Console | None = None
 ) -> list[TrialLogits]:
     """Logits of every trial of a split, in the published order: sessions, then trials.
+
+    All devices share the rows of each batch; `data.eval_batch_size` is rounded up to a multiple of
+    their number.
 
     Raises:
       DataError: a trial cannot be read.
     """
-    config = model.config
+    mesh = make_mesh()
+    shares = mesh.shape[DATA]
+    size = -(-model.config.data.eval_batch_size // shares) * shares
+    config = replace(model.config, data=replace(model.config.data, eval_batch_size=size))
     sessions = config.data.sessions
-    step = eval_step or jax.jit(make_eval_step(config, len(sessions)))
+    step = jit_eval_step(config, len(sessions), mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(config, mesh))
+    params = jax.device_put(model.params, places)
     data = EvaluationData(
         config.data, sessions, split, max(config.model.patch_size, 1), labels=split != "test"
     )
@@ -118,7 +139,7 @@ def compute_logits(
             batches, total=data.batch_count, description=f"logits of {split}", console=console
         )
     for indices, trials, batch in batches:
-        output = step(model.params, batch)
+        output = step(params, batch)
         logits, frames = np.asarray(output.logits), np.asarray(output.frames)
         for row, (index, trial) in enumerate(zip(indices, trials, strict=True)):
             results[index] = TrialLogits(

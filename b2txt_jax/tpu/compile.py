@@ -176,6 +176,8 @@ def run(args: argparse.Namespace) -> int:
             f"--bucket has {bucket[0]} bins; needed at least one patch of {config.model.patch_size}"
         )
     days = args.days or session_count(config)
+    if args.json:
+        _check_writable(args.json)  # not after minutes of compiling
     variants: tuple[str | None, ...] = VARIANTS if args.compare else (None,)
     results = []
     for variant in variants:
@@ -384,6 +386,22 @@ def _at_work(console: Console | None, label: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(label, total=None)
         yield
+
+
+def _check_writable(path: Path) -> None:
+    """Raises CompileError when a file cannot be written there; makes its folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise CompileError(
+            f"--json {path} cannot be written ({error}); needed the name of a file in a folder "
+            "that can be written to"
+        ) from error
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+
+
+def version() -> str:
+    """Version of the installed package; `unknown` where it is not installed but lies there."""
+    try:
+        return importlib.metadata.version("b2txt-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def default_workers() -> int:

@@ -2,14 +2,16 @@
 
 This is the only module that the JAX side imports from `lm_server`; it needs numpy and the standard
 library alone. The streams and their fields are those of the published NEJM server, so that either
-end can be exchanged for the published one; `Streams.error` is ours and tells a client why an entry
-was refused.
+end can be exchanged for the published one. What that lacks is added beside them: error entries,
+request ids, sessions with streams of their own, and jobs (docs/protocol.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -34,13 +36,25 @@ _RNN_OF_LM = np.array([CLASSES.index(name) for name in LM_CLASSES])
 _LM_OF_RNN = np.array([LM_CLASSES.index(name) for name in CLASSES])
 
 
+PROTOCOL_VERSION = "2"
+"""Told in `remote_lm_args` and in every status; the published server, which tells none, is 1."""
+CONTEXT_KEY = "contextual_decoding_current_context"
+REQUEST_ID = "request_id"
+"""A field that any entry may have; whatever answers the entry has it too."""
+MAX_REQUEST_ID = 200
+"""Bytes of a request id."""
+WARNING = "warning"
+"""`severity` of an error entry that comes beside an answer instead of in its place."""
+_SESSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
 class ProtocolError(ValueError):
     """A message that breaks the protocol; says what was found, what was needed, what to do."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Names of the Redis streams (published NEJM names)."""
+    """Names of the Redis streams of one session; the default session has the published names."""
 
     reset: str = "remote_lm_reset"
     input: str = "remote_lm_input"
@@ -53,6 +67,92 @@ class Streams:
     done_updating_params: str = "remote_lm_done_updating_params"
     args: str = "remote_lm_args"
     error: str = "remote_lm_error"
+    hot_words: str = "remote_lm_hot_words"
+    done_hot_words: str = "remote_lm_done_updating_hot_words"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Names of what all clients and servers on one Redis share.
+
+    Attributes:
+      requests: stream; a client asks for a session to be opened or closed.
+      answers: stream; what became of it, also when it is refused.
+      sessions: hash; open session -> JSON of its settings, hot words and idle time.
+      jobs: stream with a consumer group: sentences to decode offline.
+      workers: that group's name.
+    """
+
+    requests: str = "remote_lm_sessions"
+    answers: str = "remote_lm_sessions_answer"
+    sessions: str = "remote_lm_open_sessions"
+    jobs: str = "remote_lm_jobs"
+    workers: str = "workers"
+
+
+REGISTRY = Registry()
+DEFAULT_SESSION = ""
+
+
+def check_session(session: str) -> str:
+    """Returns the id of a session that a client may choose.
+
+    Raises:
+      ProtocolError: it is empty, too long, or holds characters that a name cannot have.
+    """
+    if not _SESSION.fullmatch(session):
+        raise ProtocolError(
+            f"the session id is {session[:80]!r}; needed 1 to 64 of the characters A-Z a-z 0-9 . _ "
+            "-: choose another"
+        )
+    return session
+
+
+def session_streams(session: str) -> Streams:
+    """Stream names of a session: the published ones with `:ID` after them; plain for the default
+    session, whose id is empty."""
+    if session == DEFAULT_SESSION:
+        return Streams()
+    suffix = f":{check_session(session)}"
+    return Streams(**{field.name: f"{field.default}{suffix}" for field in fields(Streams)})
+
+
+def context_key(session: str) -> str:
+    """Key of a session's context string."""
+    return f"{CONTEXT_KEY}:{session}" if session else CONTEXT_KEY
+
+
+def owner_key(session: str) -> str:
+    """Key that holds the id of the server which serves the session, for as long as that server's
+    heartbeat."""
+    return f"remote_lm_owner:{session}" if session else "remote_lm_owner"
+
+
+def state_key(session: str) -> str:
+    """Key of the hash from which another server can go on where the session's server ended."""
+    return f"remote_lm_state:{session}" if session else "remote_lm_state"
+
+
+def process_key(process: str) -> str:
+    """Key of the status hash of a server or worker; it expires soon after the process ends."""
+    return f"remote_lm_process:{process}"
+
+
+def batch_key(batch: str) -> str:
+    """Key of the hash job -> queued or done of a batch of jobs."""
+    return f"remote_lm_batch:{check_session(batch)}"
+
+
+def results_stream(batch: str) -> str:
+    """Stream of a batch's results, one for each job."""
+    return f"remote_lm_results:{check_session(batch)}"
+
+
+def request_id(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The request id of an entry as a field of its answers; none when the client gave none, or one
+    longer than `MAX_REQUEST_ID` bytes, which is cut to that."""
+    given = fields_.get(REQUEST_ID)
+    return {} if given is None else {REQUEST_ID: given[:MAX_REQUEST_ID]}
 
 
 @dataclass(frozen=True)
@@ -178,3 +278,58 @@ def decode_scoring(text: str) -> list[Scored]:
             ) from error
         candidates.append(Scored(fields[start], acoustic, ngram, llm, total))
     return candidates
+
+
+@dataclass(frozen=True)
+class HotWordEntry:
+    """A word that a session's search favours, as it travels.
+
+    Attributes:
+      weight: added to a sentence's total for each occurrence (ln).
+      pronunciations: how it is said; empty: as the lexicon says.
+    """
+
+    weight: float
+    pronunciations: tuple[tuple[str, ...], ...] = ()
+
+
+def encode_hot_words(words: Mapping[str, HotWordEntry]) -> str:
+    """Hot words -> the `words` field: JSON {word: {weight, pronunciations}}."""
+    return json.dumps(
+        {
+            word: {"weight": one.weight, "pronunciations": [list(p) for p in one.pronunciations]}
+            for word, one in words.items()
+        }
+    )
+
+
+def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
+    """The `words` field -> hot words; a plain number stands for a weight alone.
+
+    Raises:
+      ProtocolError: it is not JSON of that form. Which words and weights can be used, the
+        search says.
+    """
+    form = '{"WORD": WEIGHT, ...} or {"WORD": {"weight": W, "pronunciations": [["K", "AE", "T"]]}}'
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"words are no JSON ({error}); needed {form}") from error
+    if not isinstance(given, dict):
+        raise ProtocolError(f"words are a JSON {type(given).__name__}; needed {form}")
+    found = {}
+    for word, value in given.items():
+        value = value if isinstance(value, dict) else {"weight": value}
+        weight, pronunciations = value.get("weight"), value.get("pronunciations", [])
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ProtocolError(f"the weight of {word!r} is {weight!r}; needed a number: {form}")
+        if not isinstance(pronunciations, list) or not all(
+            isinstance(one, list) and all(isinstance(phoneme, str) for phoneme in one)
+            for one in pronunciations
+        ):
+            raise ProtocolError(
+                f"the pronunciations of {word!r} are {pronunciations!r}; needed lists of phonemes: "
+                f"{form}"
+            )
+        found[word] = HotWordEntry(float(weight), tuple(tuple(one) for one in pronunciations))
+    return found

@@ -1,270 +1,432 @@
-"""The Redis loop around a session: reads entries in the order of their ids, writes the answers.
+"""The Redis loop around the sessions: reads entries in the order of their ids, writes the answers.
 
 One blocking XREAD waits on all input streams, so an entry is taken up the moment it arrives. Ids
 are the order: Redis gives them from its clock in milliseconds. Entries of one millisecond on
-different streams are taken in the order reset, update_params, input, finalize.
+different streams of a session are taken in the order reset, update_params, hot_words, input,
+finalize.
+
+Several servers may share a Redis. A session is served by the one that holds its owner key, which
+expires soon after its last heartbeat; then another goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
-import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from lm_server.errors import UserError
-from lm_server.protocol import Streams
-from lm_server.session import Message, Session
+from lm_server import scripts
+from lm_server.connection import LOST, Backoff, EntryId, parse_id, plain, text
+from lm_server.conversation import (
+    BATCH,
+    LEASE_MS,
+    STATE_SECONDS,
+    Conversation,
+    Entry,
+    Sender,
+    newest_ids,
+)
+from lm_server.protocol import (
+    DEFAULT_SESSION,
+    REGISTRY,
+    context_key,
+    owner_key,
+    state_key,
+)
+from lm_server.registry import Registrar
+from lm_server.session import Message, Pending, Session
+from lm_server.status import Heartbeat, Meter, new_name
 
-CONTEXT_KEY = "contextual_decoding_current_context"
-OUTPUT_ENTRIES = 10_000
-"""Entries that an output stream keeps, about; older ones go."""
 _BLOCK_MS = 500
-_BATCH = 16
 _HOUSEKEEPING_SECONDS = 0.1
-_LONGEST_PAUSE = 5.0
+_ADOPTING_SECONDS = 0.5
+_ABSENT_SECONDS = 2.5
+"""An owner key must be away for so long before another server takes its session: after a FLUSHALL
+the owner writes it again within a second."""
 
 _log = logging.getLogger(__name__)
 
-EntryId = tuple[int, int]
-
-
-class RedisUnavailableError(UserError, RuntimeError):
-    """Redis cannot be reached or used; says where it was looked for and what it answered."""
-
 
 @dataclass(frozen=True)
-class _Entry:
-    stream: str
-    id: EntryId
-    fields: Mapping[str, bytes]
+class Limits:
+    """What a server takes on.
 
-
-def shown_url(url: str) -> str:
-    """The URL without its password, whichever of the two ways it is given in."""
-    shown = re.sub(r"([?&]password=)[^&]*", r"\1***", url)
-    # Up to the last @, so that an @ within the password does not show the rest of it.
-    return re.sub(r"(://[^:@/]*:).*@", r"\1***@", shown)
-
-
-def connect(url: str, wait_seconds: float, stop: threading.Event) -> redis.Redis:
-    """A client of the Redis at `url` (redis://, rediss:// or unix://, with user and password if
-    need be).
-
-    Args:
-      url: where it is.
-      wait_seconds: how long to try while nothing answers.
-      stop: ends the wait.
-
-    Raises:
-      RedisUnavailableError: the URL is wrong, the password is refused, or nothing answers in time.
+    Attributes:
+      sessions: open sessions besides the default one.
+      idle_seconds: a session without entries for so long is closed, unless it asked for less.
+      rescore_seconds: a sentence not rescored by then has the n-gram model's answer.
+      backlog: entries of one stream that may wait; more end the sentence and are dropped.
+      grace_seconds: at the stop, time for sentences under way to end.
     """
-    try:
-        # RESP2 is what every Redis since 2.0 speaks; redis-py would choose RESP3, whose XREAD has
-        # another shape. Retrying is left to the loop, which knows which commands may be sent twice.
-        client = redis.Redis.from_url(
-            url,
-            protocol=2,
-            socket_timeout=30.0,
-            socket_connect_timeout=5.0,
-            retry=Retry(NoBackoff(), 0),
-        )
-    except (ValueError, TypeError) as error:
-        raise RedisUnavailableError(
-            f"{shown_url(url)} is no Redis URL ({error}); needed redis://HOST:PORT/DB"
-        ) from error
-    deadline = time.monotonic() + wait_seconds
-    pause = 0.05
-    while True:
-        try:
-            client.ping()
-            return client
-        except (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError) as error:
-            raise RedisUnavailableError(
-                f"Redis at {shown_url(url)} refuses us ({error}): check the password"
-            ) from error
-        except redis.exceptions.ResponseError as error:
-            raise RedisUnavailableError(
-                f"Redis at {shown_url(url)} refuses us ({error}): check user and rights"
-            ) from error
-        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError) as error:
-            if stop.is_set() or time.monotonic() >= deadline:
-                raise RedisUnavailableError(
-                    f"no Redis answers at {shown_url(url)} after {wait_seconds:g} s ({error}): "
-                    "start one, or give its URL with --redis, or use --embedded-redis"
-                ) from error
-            stop.wait(pause)
-            pause = min(2 * pause, 1.0)
+
+    sessions: int = 64
+    idle_seconds: float = 600.0
+    rescore_seconds: float = 20.0
+    backlog: int = 20_000
+    grace_seconds: float = 3.0
 
 
 class Server:
-    """Serves one session on a Redis until it is told to stop."""
+    """Serves sessions on a Redis until it is told to stop."""
 
     def __init__(
         self,
         client: redis.Redis,
-        session: Session,
-        streams: Streams | None = None,
-        own: bool = False,
+        make_session: Callable[[str], Session],
+        limits: Limits | None = None,
+        name: str | None = None,
     ) -> None:
         """Prepares the server; from now on nothing that a client sends is missed.
 
         Args:
           client: connection to Redis.
-          session: what answers.
-          streams: names of the streams.
-          own: this Redis is ours alone; input entries are deleted once they are answered, to bound
-            its memory.
+          make_session: a new session of an id; the default session's is empty.
+          limits: what it takes on.
+          name: of this server; no other on this Redis may have it.
         """
+        self.name = name or new_name("server")
+        self.meter = Meter()
+        self.limits = limits or Limits()
         self._client = client
-        self._session = session
-        self._streams = streams or Streams()
-        self._own = own
-        names = self._streams
-        self._inputs = (names.reset, names.update_params, names.input, names.finalize)
-        self._housekept = 0.0
-        self._failures: Counter[str] = Counter()
-        self._positions = dict(zip(self._inputs, self._newest(), strict=True))
+        self._make = make_session
+        self._sender = Sender(client, self.name)
+        self._renewal = client.register_script(scripts.RENEW)
+        self._release = client.register_script(scripts.RELEASE)
+        self.conversations: dict[str, Conversation] = {}
+        self._registrar = Registrar(client, self.name, self)
+        self._wake = f"remote_lm_wake:{self.name}"
+        self._wake_position = "0-0"
+        self._absent: dict[str, float] = {}
+        self._housekept = self._adopted = 0.0
+        self._turn_of = 0
+        self._adopt(at_once=True)
+        if DEFAULT_SESSION not in self.conversations:
+            _log.warning(
+                "the default session is served by %s; standing by for it",
+                text(client.get(owner_key(DEFAULT_SESSION)) or b"another"),
+            )
 
     def run(self, stop: threading.Event, check: Callable[[], None] = lambda: None) -> None:
         """Answers entries until `stop` is set; a Redis that goes away is waited for.
+
+        Sentences under way may end then, for `grace_seconds`; clients of those that do not are
+        told.
 
         Args:
           stop: looked at at least twice per second.
           check: called as often; may raise to end the loop.
         """
-        pause = 0.0
-        while not stop.is_set():
-            check()
-            try:
-                self._housekeeping()
-                for entry in self._read():
-                    self._answer(entry)
+        backoff = Backoff(stop)
+        with Heartbeat(
+            self._client, self.name, "server", self.meter, self._describe, self._renew
+        ) as heartbeat:
+            deadline = None
+            while True:
+                heartbeat.alive()
+                if stop.is_set():
+                    now = time.monotonic()
+                    deadline = deadline or now + self.limits.grace_seconds
+                    busy = any(one.in_sentence for one in self.conversations.values())
+                    if not busy or now >= deadline:
+                        break
+                check()
+                try:
+                    self._round(stopping=deadline is not None)
+                    if backoff.failing:
+                        _log.info("Redis is back")
+                    backoff.worked()
+                except LOST as error:
                     if stop.is_set():
                         break
-                if pause:
-                    _log.info("Redis is back")
-                pause = 0.0
-            except (redis.exceptions.RedisError, OSError) as error:
-                if not pause:
-                    _log.error("Redis: %s; trying again until it works", error)
-                pause = min(max(2 * pause, 0.1), _LONGEST_PAUSE)
-                stop.wait(pause)
+                    if not backoff.failing:
+                        _log.error("Redis: %s; trying again until it works", error)
+                    backoff.failed()
+            with contextlib.suppress(*LOST):
+                self._leave()
 
-    def _newest(self) -> list[EntryId]:
-        """The last id that each input stream ever gave; (0, 0) for a stream that is not there."""
-        with self._client.pipeline(transaction=False) as pipeline:
-            for stream in self._inputs:
-                pipeline.xinfo_stream(stream)
-            answers = pipeline.execute(raise_on_error=False)
-        newest = []
-        for answer in answers:
-            if isinstance(answer, Exception):
-                if "no such key" not in str(answer):
-                    raise answer
-                newest.append((0, 0))
+    def _round(self, stopping: bool) -> None:
+        for conversation in list(self.conversations.values()):
+            self._flush(conversation)
+        if not stopping:
+            self._housekeeping()
+        for conversation, entry in self._read(stopping):
+            # Lost in the middle of what was read: the rest is the other server's.
+            if not conversation.lost:
+                self._answer(conversation, entry)
+                self._flush(conversation)
+        for name, conversation in list(self.conversations.items()):
+            if conversation.lost:
+                _log.warning("session %r is served by another server now; leaving it", name)
+                del self.conversations[name]
+
+    # Reading and answering
+
+    def _read(self, stopping: bool) -> list[tuple[Conversation, Entry]]:
+        """Waits for entries; gives those whose turn it is, in order within each session."""
+        heard = [
+            one
+            for one in self.conversations.values()
+            if one.listening and (one.session.frames or not stopping)
+        ]
+        positions: dict[Any, Any] = {self._wake: self._wake_position}
+        if not stopping:
+            positions[REGISTRY.requests] = self._registrar.position
+        owners = {}
+        for conversation in heard:
+            for stream, (ms, number) in conversation.positions.items():
+                positions[stream] = f"{ms}-{number}"
+                owners[stream] = conversation
+        block = 50 if stopping else _BLOCK_MS
+        deadlines = [one.unsent[0].deadline for one in self.conversations.values() if one.unsent]
+        if deadlines:
+            block = max(1, min(block, int(1000 * (min(deadlines) - time.monotonic())) + 1))
+        answer: Any = self._client.xread(positions, count=BATCH, block=block)
+        found: dict[str, dict[str, list[Entry]]] = {}
+        for name, batch in answer or []:
+            stream = text(name)
+            if stream == self._wake:
+                self._wake_position = text(batch[-1][0])
+            elif stream == REGISTRY.requests:
+                for id_, fields in batch:
+                    self._registrar.take(text(id_), plain(fields))
             else:
-                newest.append(_parse_id(_text(_plain(answer)["last-generated-id"])))
-        return newest
+                found.setdefault(owners[stream].session.name, {})[stream] = [
+                    Entry(stream, parse_id(id_), plain(fields)) for id_, fields in batch
+                ]
+        taken = []
+        for name, batches in found.items():
+            # A session that was closed by what the registry stream held is not served any more.
+            if name in self.conversations:
+                one = self.conversations[name]
+                taken += [(one, entry) for entry in one.in_order(batches)]
+        return taken
+
+    def _answer(self, conversation: Conversation, entry: Entry) -> None:
+        session = conversation.session
+        context = ""
+        if entry.stream == session.streams.finalize:
+            context = text(self._client.get(context_key(session.name)) or b"").strip()
+        answers: list[Message] | Pending
+        try:
+            answers = session.handle(entry.stream, entry.name, entry.fields, context)
+        except Exception as error:
+            # A fault of ours must cost its client one answer and not everybody the server.
+            self.meter.count(f"failed_{type(error).__name__}")
+            _log.exception(
+                "failed on entry %s of %s; failures so far: %s",
+                entry.name,
+                entry.stream,
+                self.meter.failures(),
+            )
+            answers = [session.failed(entry.stream, entry.name, entry.fields, error)]
+        if isinstance(answers, Pending):
+            answers.future.add_done_callback(self._wake_up)
+        conversation.took(entry, answers, self.limits.rescore_seconds)
+
+    def _wake_up(self, _: Future[Any]) -> None:
+        """Ends the wait of `_read`; called by the rescoring's thread."""
+        # Without Redis, the loop wakes by itself soon enough.
+        with contextlib.suppress(*LOST):
+            self._client.xadd(self._wake, {"done": 1}, maxlen=1, approximate=False)
+
+    def _flush(self, conversation: Conversation) -> None:
+        """Sends the answers that are ready, in order."""
+        while conversation.unsent and not conversation.lost:
+            one = conversation.unsent[0]
+            answers = one.answers
+            if isinstance(answers, Pending):
+                if answers.future.done():
+                    answers = answers.messages()
+                elif time.monotonic() >= one.deadline:
+                    answers.future.cancel()
+                    answers = answers.without_rescoring(
+                        f"the large language model took longer than "
+                        f"{self.limits.rescore_seconds:g} s"
+                    )
+                else:
+                    return
+                # Kept, should the sending fail: a promise must not be redeemed twice.
+                one.answers = answers
+            self._sender.send(conversation, answers, one)
+            conversation.unsent.popleft()
+            self._measure(conversation, one, answers)
+
+    def _measure(self, conversation: Conversation, one: Any, answers: list[Message]) -> None:
+        names = conversation.session.streams
+        seconds = time.monotonic() - one.started
+        for message in answers:
+            if message.stream == names.error:
+                self.meter.count("errors")
+                _log.warning(
+                    "session %r: %s",
+                    conversation.session.name,
+                    text(message.fields["error"]),
+                    extra={"session": conversation.session.name, "entry": one.entry.name},
+                )
+            elif message.stream == names.partial:
+                self.meter.count("partials")
+                self.meter.took("partial", seconds)
+            elif message.stream == names.final:
+                self.meter.count("sentences")
+                self.meter.took("final", seconds)
+
+    # Sessions: taking, keeping, leaving
 
     def _housekeeping(self) -> None:
-        """Tells the settings to clients that come after a FLUSHALL, and sees streams that began
-        anew.
-
-        A stream made anew counts from the clock, so its ids are behind our position only if the
-        clock was set back or a client made its own ids. They would never be read.
-        """
+        """Tells the settings to clients that come after a FLUSHALL, sees streams that began anew,
+        ends idle sessions, and takes over those whose server is gone."""
         now = time.monotonic()
         if now - self._housekept < _HOUSEKEEPING_SECONDS:
             return
         self._housekept = now
-        if not self._client.xlen(self._streams.args):
-            self._send([self._session.args()])
-        for stream, newest in zip(self._inputs, self._newest(), strict=True):
-            if (0, 0) < newest < self._positions[stream]:
+        # All streams of all sessions every time would be a load; they take turns.
+        others = [name for name in self.conversations if name != DEFAULT_SESSION]
+        looked_at = [DEFAULT_SESSION] if DEFAULT_SESSION in self.conversations else []
+        if others:
+            self._turn_of = (self._turn_of + 1) % len(others)
+            looked_at.append(others[self._turn_of])
+        for name in looked_at:
+            self._look_after(self.conversations[name])
+        self._registrar.housekeeping()
+        for conversation in list(self.conversations.values()):
+            idle = conversation.idle_seconds
+            if idle is not None and now - conversation.active > idle and not conversation.unsent:
+                self._registrar.close(conversation.session.name, f"idle for {idle:g} s")
+        if now - self._adopted >= _ADOPTING_SECONDS:
+            self._adopted = now
+            self._adopt()
+
+    def _look_after(self, conversation: Conversation) -> None:
+        session = conversation.session
+        if not self._client.xlen(session.streams.args):
+            self._sender.send(conversation, [session.args()])
+        newest, lengths = newest_ids(self._client, conversation.inputs)
+        for stream, last, length in zip(conversation.inputs, newest, lengths, strict=True):
+            # A stream made anew counts from the clock, so its ids are behind our position only if
+            # the clock was set back or a client made its own ids. They would never be read.
+            if (0, 0) < last < conversation.positions[stream]:
                 _log.warning(
                     "stream %s began anew behind our position; reading it from its start", stream
                 )
-                self._positions[stream] = (0, 0)
+                conversation.positions[stream] = (0, 0)
+            if length > self.limits.backlog:
+                self._drop_backlog(conversation, stream, length, last)
 
-    def _read(self) -> list[_Entry]:
-        """Waits for entries; gives those whose turn it is, in order."""
-        positions: dict[Any, Any] = {
-            stream: f"{ms}-{number}" for stream, (ms, number) in self._positions.items()
-        }
-        answer: Any = self._client.xread(positions, count=_BATCH, block=_BLOCK_MS)
-        entries: list[_Entry] = []
-        complete_to: tuple[int, int, int] | None = None
-        for name, found in answer or []:
-            parsed = [
-                _Entry(_text(name), _parse_id(_text(id_)), _plain(fields)) for id_, fields in found
-            ]
-            entries += parsed
-            # A full batch: this stream may hold more, so what comes after it elsewhere has to wait.
-            if len(found) == _BATCH:
-                last = self._turn(parsed[-1])
-                complete_to = last if complete_to is None else min(last, complete_to)
-        entries = [one for one in entries if complete_to is None or self._turn(one) <= complete_to]
-        return sorted(entries, key=self._turn)
+    def _drop_backlog(
+        self, conversation: Conversation, stream: str, length: int, last: EntryId
+    ) -> None:
+        session = conversation.session
+        self._client.xtrim(stream, maxlen=0, approximate=False)
+        conversation.positions[stream] = last
+        reason = OverflowError(
+            f"{length} entries waited; at most {self.limits.backlog} may: they are deleted"
+        )
+        refusal = session.failed(stream, f"{last[0]}-{last[1]}", {}, reason)
+        self._sender.send(conversation, [refusal])
 
-    def _turn(self, entry: _Entry) -> tuple[int, int, int]:
-        """What entries are ordered by; the number after the millisecond counts per stream."""
-        ms, number = entry.id
-        return ms, self._inputs.index(entry.stream), number
+    def _adopt(self, at_once: bool = False) -> None:
+        """Takes sessions that nobody serves: the default one, open ones whose server is gone."""
+        open_: Any = self._client.hgetall(REGISTRY.sessions)
+        descriptions = {text(name): value for name, value in open_.items()}
+        candidates = [DEFAULT_SESSION, *descriptions]
+        now = time.monotonic()
+        for name in candidates:
+            if name in self.conversations:
+                self._absent.pop(name, None)
+                continue
+            if name != DEFAULT_SESSION and len(self.conversations) > self.limits.sessions:
+                continue
+            if self._client.exists(owner_key(name)):
+                self._absent.pop(name, None)
+                continue
+            since = self._absent.setdefault(name, now)
+            if at_once or now - since >= _ABSENT_SECONDS:
+                self._absent.pop(name, None)
+                if self._client.set(owner_key(name), self.name, px=LEASE_MS, nx=True):
+                    self._begin(name, descriptions.get(name, b"{}"))
 
-    def _answer(self, entry: _Entry) -> None:
-        context = ""
-        if entry.stream == self._streams.finalize:
-            context = _text(self._client.get(CONTEXT_KEY) or b"").strip()
-        # The position moves first: an entry whose answer cannot be sent must not be answered again
-        # and again.
-        self._positions[entry.stream] = entry.id
-        entry_id = f"{entry.id[0]}-{entry.id[1]}"
+    def _begin(self, name: str, description: bytes) -> None:
+        """Serves a session from where its last server was, if that was not long ago."""
+        kept: Any = self._client.hgetall(state_key(name))
+        state = plain(kept)
+        session = self._make(name)
+        idle = None
+        if name != DEFAULT_SESSION:
+            opened = json.loads(description)
+            idle = float(opened.get("idle_seconds", self.limits.idle_seconds))
+            self._restore(session, opened["session"])
+        if "session" in state:
+            self._restore(session, state["session"])
+        conversation = Conversation(session, idle, {})
+        for stream in conversation.inputs:
+            if stream in state:
+                conversation.positions[stream] = parse_id(state[stream])
+        if not state and name == DEFAULT_SESSION:
+            # Nobody has served it lately: what was sent to nobody is not answered.
+            newest, _ = newest_ids(self._client, conversation.inputs)
+            conversation.positions.update(zip(conversation.inputs, newest, strict=True))
+        self.conversations[name] = conversation
+        if state:
+            _log.info("session %r: going on where another server ended", name)
+            if not conversation.replay(self._client, json.loads(state.get("sentence", "{}"))):
+                gone = RuntimeError("another server ended, and entries of the sentence are deleted")
+                refusal = session.failed(session.streams.input, "0-0", {}, gone)
+                self._sender.send(conversation, [refusal])
+
+    def _restore(self, session: Session, description: str | bytes | Mapping[str, Any]) -> None:
+        given = json.dumps(description) if isinstance(description, Mapping) else description
         try:
-            answers = self._session.handle(entry.stream, entry_id, entry.fields, context)
-        except Exception as error:
-            # A fault of ours must cost its client one answer and not everybody the server.
-            self._failures[type(error).__name__] += 1
-            _log.exception(
-                "failed on entry %s of %s; failures so far: %s",
-                entry_id,
-                entry.stream,
-                dict(self._failures),
-            )
-            answers = [self._session.failed(entry.stream, entry_id, error)]
-        else:
-            for message in answers:
-                if message.stream == self._streams.error:
-                    _log.warning("refused an entry: %s", _text(message.fields["error"]))
-        self._send(answers)
-        if self._own:
-            self._client.xdel(entry.stream, entry_id)
+            session.restore(given)
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("session %r: its settings cannot be used here: %s", session.name, error)
 
-    def _send(self, messages: list[Message]) -> None:
-        with self._client.pipeline(transaction=False) as pipeline:
-            for message in messages:
-                fields: dict[Any, Any] = dict(message.fields)
-                pipeline.xadd(message.stream, fields, maxlen=OUTPUT_ENTRIES, approximate=True)
-            pipeline.execute()
+    def opened(self, session: Session, idle_seconds: float) -> None:
+        """A session that a client asked for is ours."""
+        self.conversations[session.name] = Conversation(session, idle_seconds, {})
 
+    def new_session(self, name: str) -> Session:
+        """A session with this server's settings."""
+        return self._make(name)
 
-def _parse_id(text: str) -> EntryId:
-    ms, _, number = text.partition("-")
-    return int(ms), int(number or 0)
+    def _renew(self) -> None:
+        """Keeps our sessions ours; called by the heartbeat's thread."""
+        for conversation in list(self.conversations.values()):
+            arguments: list[Any] = [self.name, LEASE_MS, STATE_SECONDS]
+            if not self._renewal(keys=conversation.keys, args=arguments):
+                conversation.lost = True
+        self._client.expire(self._wake, STATE_SECONDS)
 
+    def _describe(self) -> dict[str, str]:
+        names = sorted(name or "(default)" for name in self.conversations)
+        unsent = sum(len(one.unsent) for one in list(self.conversations.values()))
+        return {
+            "sessions": str(len(names)),
+            "session_names": json.dumps(names),
+            "waiting_answers": str(unsent),
+        }
 
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _plain(fields: Mapping[Any, Any]) -> dict[str, Any]:
-    """Field names as str; an entry deleted while it was read has none."""
-    return {_text(name): value for name, value in (fields or {}).items()}
+    def _leave(self) -> None:
+        """Tells clients whose sentence is cut off, and gives all sessions back."""
+        for conversation in self.conversations.values():
+            for one in conversation.unsent:
+                one.deadline = 0.0
+            self._flush(conversation)
+            session = conversation.session
+            if session.frames:
+                text_ = (
+                    f"the server stops in the middle of a sentence of {session.frames} frames: "
+                    f"another server goes on with it if one comes within {STATE_SECONDS} s, else "
+                    "send the sentence again"
+                )
+                refusal = session.refusal(text_, session.streams.input, "0-0", {})
+                self._sender.send(conversation, [refusal])
+            self._release(keys=conversation.keys[:1], args=[self.name])
+        self._client.delete(self._wake)

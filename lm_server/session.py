@@ -1,35 +1,47 @@
-"""One client's conversation as a pure state machine: a message comes in, messages go out.
+"""One client's conversation as a state machine: an entry comes in, the entries that answer it go
+out.
 
 The messages are those of the published server (reset, input, finalize, update_params and their
-answers); a message that cannot be used is answered on the error stream and leaves the state as it
-was.
+answers) and hot words; a message that cannot be used is answered on the error stream and leaves the
+state as it was. A sentence whose rescoring takes a while is answered by a promise (`Pending`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from lm_server.beam_search import BeamSearch, LanguageModel
-from lm_server.nbest import scored
-from lm_server.protocol import ProtocolError, Streams, decode_logits, encode_scoring
-from lm_server.settings import Settings, SettingsError
+import numpy as np
 
-_WHOLE = ("max_active", "nbest")
-_OURS = ("acoustic_scale", "blank_penalty", "beam", *_WHOLE)
-_WITHOUT_EFFECT: Mapping[str, float] = {
-    "min_active": 200,
-    "lattice_beam": 8.0,
-    "ctc_blank_skip_threshold": 1.0,
-    "alpha": 0.55,
-    "top_candidates_to_augment": 20,
-    "score_penalty_percent": 0.01,
-}
-"""Published parameters of parts that this search does not have, with the published defaults: kept
-and told back."""
-_MUST_BE_ZERO = ("length_penalty", "do_opt", "rescore")
+from lm_server.answer import Answer, complete
+from lm_server.hot_words import HotWord, HotWordError
+from lm_server.nbest import Hypothesis
+from lm_server.processes import version
+from lm_server.protocol import (
+    MAX_MESSAGE_FRAMES,
+    PROTOCOL_VERSION,
+    REQUEST_ID,
+    WARNING,
+    ProtocolError,
+    decode_hot_words,
+    decode_logits,
+    encode_scoring,
+    request_id,
+    session_streams,
+)
+from lm_server.search import NO_HOT_WORDS, BackendError, SearchModel
+from lm_server.settings import WHOLE, Settings, SettingsError
+
+_OURS = tuple(field.name for field in dataclasses.fields(Settings))
+_MUST_BE_ZERO = ("rescore",)
 """Published parameters that would change the answers if they were honoured; refused unless 0,
 rather than ignored."""
+STEP_FRAMES = 100
+"""Frames searched at a time; between two of them the heartbeat's thread gets its turn."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +52,88 @@ class Message:
     fields: Mapping[str, bytes]
 
 
-class Session:
-    """State of one client: settings, and the search of the sentence under way."""
+class Finish(Protocol):
+    """How candidates become an answer: at once, or later and beside the search."""
+
+    def __call__(
+        self, hypotheses: Sequence[Hypothesis], settings: Settings, context: str
+    ) -> Answer | Future[Answer]:
+        """As `answer.complete` and `rescore.RescoringQueue.submit`."""
+
+
+class Pending:
+    """The answer to a finalize whose rescoring is not done yet."""
 
     def __init__(
-        self, model: LanguageModel, settings: Settings, streams: Streams | None = None
+        self,
+        session: Session,
+        future: Future[Answer],
+        found: tuple[Sequence[Hypothesis], Settings, str],
+        entry: tuple[str, str, Mapping[str, bytes]],
     ) -> None:
+        self.future = future
+        self._session, self._found, self._entry = session, found, entry
+
+    def messages(self) -> list[Message]:
+        """The answer, once `future` is done; the n-gram model's if the rescoring failed."""
+        try:
+            return self._session.final(self.future.result(timeout=0), self._found[2], *self._entry)
+        except Exception as error:
+            # A queue that is closed or a thread that failed; the sentence must still be answered.
+            return self.without_rescoring(f"{type(error).__name__}: {error}")
+
+    def without_rescoring(self, problem: str) -> list[Message]:
+        """The n-gram model's answer, marked so, with the reason on the error stream."""
+        hypotheses, settings, context = self._found
+        answer = replace(complete(hypotheses, settings, None, context), problem=problem)
+        return self._session.final(answer, context, *self._entry)
+
+
+class Session:
+    """State of one client: settings, hot words, and the search of the sentence under way."""
+
+    def __init__(
+        self,
+        model: SearchModel,
+        settings: Settings,
+        session: str = "",
+        finish: Finish | None = None,
+        hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
+        max_frames: int = MAX_MESSAGE_FRAMES,
+    ) -> None:
+        """Begins a conversation.
+
+        Args:
+          model: what is searched with.
+          settings: how.
+          session: the session's id; empty is the default session with the published streams.
+          finish: makes the answer of the search's candidates; None: the n-gram model's at once.
+          hot_words: words that the search favours.
+          max_frames: of one sentence, at most MAX_MESSAGE_FRAMES.
+        """
+        self.max_frames = max_frames
+        self.name = session
+        self.streams = session_streams(session)
+        self.hot_words = dict(hot_words)
         self._model = model
-        self._streams = streams or Streams()
         self._settings = settings
-        self._without_effect = dict(_WITHOUT_EFFECT)
-        self._search = BeamSearch(model, settings)
+        self._finish_search: Finish = finish or _at_once
+        self._search = model.search(settings, self.hot_words)
+        self._description: str | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the next sentence."""
+        return self._settings
+
+    @property
+    def frames(self) -> int:
+        """Frames of the sentence under way."""
+        return self._search.frames
 
     def handle(
         self, stream: str, entry_id: str, fields: Mapping[str, bytes], context: str = ""
-    ) -> list[Message]:
+    ) -> list[Message] | Pending:
         """Takes one entry and gives the entries that answer it, in the order in which they must be
         sent.
 
@@ -64,38 +143,130 @@ class Session:
           fields: its fields.
           context: the context string of this moment; a final answer carries it.
         """
+        names = self.streams
         try:
-            if stream == self._streams.reset:
+            if stream == names.reset:
                 self._search.begin(self._settings)
-                return [self._done(self._streams.done_resetting)]
-            if stream == self._streams.input:
+                return [self._done(names.done_resetting, fields)]
+            if stream == names.input:
                 return [self._step(fields)]
-            if stream == self._streams.finalize:
-                return [self._finish(context), self._done(self._streams.done_finalizing)]
-            if stream == self._streams.update_params:
+            if stream == names.finalize:
+                return self._finish(context, stream, entry_id, fields)
+            if stream == names.update_params:
                 return self._update(fields)
-            raise ProtocolError(f"the stream {stream!r} is none of the four that the server reads")
-        except (ProtocolError, SettingsError) as error:
-            return [self._refusal(stream, entry_id, str(error))]
+            if stream == names.hot_words:
+                return self._favour(fields)
+            raise ProtocolError(f"the stream {stream!r} is none of those that the server reads")
+        except (ProtocolError, SettingsError, HotWordError, BackendError) as error:
+            return [self.refusal(str(error), stream, entry_id, fields)]
 
-    def failed(self, stream: str, entry_id: str, error: Exception) -> Message:
+    def failed(
+        self, stream: str, entry_id: str, fields: Mapping[str, bytes], error: Exception
+    ) -> Message:
         """The answer to an entry on which `handle` failed by a fault of ours; begins anew.
 
         The sentence under way is dropped, because nobody knows in what state its search is.
         """
-        self._search = BeamSearch(self._model, self._settings)
+        self._search = self._model.search(self._settings, self.hot_words)
         text = (
             f"the server failed on this entry ({type(error).__name__}: {error}) and dropped the "
             "sentence under way: send reset, then the sentence again; its log says more"
         )
-        return self._refusal(stream, entry_id, text)
+        return self.refusal(text, stream, entry_id, fields)
 
     def args(self) -> Message:
         """The settings as they stand, for `remote_lm_args`, under their published names."""
-        ours = {name: getattr(self._settings, name) for name in _OURS}
-        zeros = dict.fromkeys(_MUST_BE_ZERO, 0)
-        values = {"lm_path": str(self._model.folder), **ours, **self._without_effect, **zeros}
-        return _message(self._streams.args, {name: str(value) for name, value in values.items()})
+        values = {
+            "lm_path": str(self._model.folder),
+            **{name: getattr(self._settings, name) for name in _OURS},
+            **dict.fromkeys(_MUST_BE_ZERO, 0),
+            "protocol_version": PROTOCOL_VERSION,
+            "server_version": version(),
+        }
+        return _message(self.streams.args, {name: str(value) for name, value in values.items()})
+
+    def description(self) -> str:
+        """Settings and hot words as JSON, for another server to go on with (`restore`)."""
+        # It goes out with every answer, and changes rarely.
+        if self._description is None:
+            self._description = self._describe()
+        return self._description
+
+    def _describe(self) -> str:
+        hot = {
+            word: {"weight": one.weight, "pronunciations": [list(p) for p in one.pronunciations]}
+            for word, one in self.hot_words.items()
+        }
+        return json.dumps({"settings": dataclasses.asdict(self._settings), "hot_words": hot})
+
+    def restore(self, description: str | bytes) -> None:
+        """Takes over what `description` of another server's session gave.
+
+        Raises:
+          ValueError: it cannot be used here (made by another version).
+        """
+        given = json.loads(description)
+        self.apply(Settings(**given["settings"]), _hot_words(json.dumps(given["hot_words"])))
+
+    def apply(self, settings: Settings, words: Mapping[str, HotWord]) -> None:
+        """Begins anew with other settings and hot words; refuses both or takes both.
+
+        Raises:
+          HotWordError, BackendError: a hot word cannot be used here.
+        """
+        self._search = self._model.search(settings, words)
+        self._settings, self.hot_words, self._description = settings, dict(words), None
+
+    def search_frames(self, logits: np.ndarray) -> tuple[str, ...]:
+        """Takes frames [frames, 41] of the sentence; the best words so far.
+
+        Raises:
+          ProtocolError: the sentence becomes too long; it is unchanged then.
+        """
+        if not self._search.frames:
+            self._search.begin(self._settings)
+        if self._search.frames + len(logits) > self.max_frames:
+            raise ProtocolError(
+                f"the sentence would have {self._search.frames + len(logits)} frames; at most "
+                f"{self.max_frames} are possible: send finalize or reset between sentences"
+            )
+        words: tuple[str, ...] = ()
+        for start in range(0, max(len(logits), 1), STEP_FRAMES):
+            words = self._search.step(logits[start : start + STEP_FRAMES])
+        return words
+
+    def final(
+        self,
+        answer: Answer,
+        context: str,
+        stream: str,
+        entry_id: str,
+        fields: Mapping[str, bytes],
+    ) -> list[Message]:
+        """The entries that end a sentence; a problem of the rescoring comes after them."""
+        sent = {
+            **final_fields(answer, context),
+            **request_id(fields),
+        }
+        messages = [Message(self.streams.final, sent)]
+        messages.append(self._done(self.streams.done_finalizing, fields))
+        if answer.problem:
+            text = f"not rescored: {answer.problem}"
+            messages.append(self.refusal(text, stream, entry_id, fields, WARNING))
+        return messages
+
+    def refusal(
+        self,
+        reason: str,
+        stream: str,
+        entry_id: str,
+        fields: Mapping[str, bytes],
+        severity: str = "error",
+    ) -> Message:
+        """An error entry: instead of an answer, or as a warning beside one."""
+        answer = {"error": reason, "stream": stream, "entry_id": entry_id, "severity": severity}
+        sent = {name: value.encode() for name, value in answer.items()}
+        return Message(self.streams.error, sent | request_id(fields))
 
     def _step(self, fields: Mapping[str, bytes]) -> Message:
         if "logits" not in fields:
@@ -103,57 +274,111 @@ class Session:
                 f"the entry has the fields {sorted(fields)}; needed `logits`: "
                 "float32 [frames, 41] as raw bytes"
             )
-        if not self._search.frames:
-            self._search.begin(self._settings)
-        words = self._search.step(decode_logits(fields["logits"]))
-        return _message(self._streams.partial, {"lm_response_partial": " ".join(words)})
+        words = self.search_frames(decode_logits(fields["logits"]))
+        partial = {"lm_response_partial": " ".join(words).encode(), **request_id(fields)}
+        return Message(self.streams.partial, partial)
 
-    def _finish(self, context: str) -> Message:
-        scale = self._search.settings.acoustic_scale
-        candidates = self._search.finish()
-        answer = {
-            "lm_response_final": candidates[0].sentence if candidates else "",
-            "scoring": encode_scoring([scored(candidate, scale) for candidate in candidates]),
-            "context_str": context,
-        }
-        return _message(self._streams.final, answer)
+    def _finish(
+        self, context: str, stream: str, entry_id: str, fields: Mapping[str, bytes]
+    ) -> list[Message] | Pending:
+        settings = self._search.settings
+        hypotheses = self._search.finish()
+        try:
+            answer = self._finish_search(hypotheses, settings, context)
+        except Exception as error:
+            # The search is done and its answer must not be lost with the rescoring.
+            answer = replace(
+                complete(hypotheses, settings, None, context),
+                problem=f"{type(error).__name__}: {error}",
+            )
+        if isinstance(answer, Answer):
+            return self.final(answer, context, stream, entry_id, fields)
+        found = (hypotheses, settings, context)
+        return Pending(self, answer, found, (stream, entry_id, fields))
 
     def _update(self, fields: Mapping[str, bytes]) -> list[Message]:
         # Everything is checked before anything changes: an entry is taken whole or not at all.
-        ours: dict[str, float] = {}
-        without_effect = dict(self._without_effect)
-        for name, text in fields.items():
-            value = _number(name, text)
-            if name in _OURS:
-                ours[name] = int(value) if name in _WHOLE and value == int(value) else value
-            elif name in _WITHOUT_EFFECT:
-                without_effect[name] = value
-            elif name in _MUST_BE_ZERO:
-                if value:
-                    raise ProtocolError(
-                        f"{name} is {value:g}, but this server has no such part; needed 0: "
-                        "leave it out"
-                    )
-            else:
-                known = ", ".join([*_OURS, *_WITHOUT_EFFECT, *_MUST_BE_ZERO])
-                raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
-        # int is what both fields are declared as; the values of the other fields are floats.
-        settings = replace(self._settings, **ours)  # type: ignore[arg-type]
+        settings = changed_settings(self._settings, fields)
         # A search with them, made before they are taken: what it refuses must not stay.
-        search = BeamSearch(self._model, settings)
-        self._settings = settings
-        self._without_effect = without_effect
+        search = self._model.search(settings, self.hot_words)
+        self._settings, self._description = settings, None
         if not self._search.frames:
             self._search = search
-        return [self.args(), self._done(self._streams.done_updating_params)]
+        return [self.args(), self._done(self.streams.done_updating_params, fields)]
 
-    def _refusal(self, stream: str, entry_id: str, reason: str) -> Message:
-        answer = {"error": reason, "stream": stream, "entry_id": entry_id}
-        return _message(self._streams.error, answer)
+    def _favour(self, fields: Mapping[str, bytes]) -> list[Message]:
+        if "words" not in fields:
+            raise ProtocolError(
+                f"the entry has the fields {sorted(fields)}; needed `words`: JSON of words and "
+                "weights, {} for none"
+            )
+        if self._search.frames:
+            raise ProtocolError(
+                f"a sentence of {self._search.frames} frames is under way; hot words change "
+                "between sentences: send them after finalize or reset"
+            )
+        words = _hot_words(fields["words"])
+        self._search = self._model.search(self._settings, words)
+        self.hot_words, self._description = words, None
+        return [self._done(self.streams.done_hot_words, fields)]
 
     @staticmethod
-    def _done(stream: str) -> Message:
-        return _message(stream, {"done": "1"})
+    def _done(stream: str, fields: Mapping[str, bytes]) -> Message:
+        return Message(stream, {"done": b"1", **request_id(fields)})
+
+
+def final_fields(answer: Answer, context: str) -> dict[str, bytes]:
+    """An answer as the fields of a final entry, or of a job's result."""
+    fields = {
+        "lm_response_final": answer.sentence,
+        "scoring": encode_scoring(answer.scoring()),
+        "context_str": context,
+        "rescored": str(int(answer.rescored)),
+        "word_confidences": json.dumps([round(one, 6) for one in answer.word_confidences]),
+    }
+    if answer.confidence is not None:
+        fields["confidence"] = repr(round(answer.confidence, 6))
+    if answer.problem:
+        fields["problem"] = answer.problem
+    return {name: value.encode() for name, value in fields.items()}
+
+
+def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Settings:
+    """Settings with those that an entry gives under their published names.
+
+    Raises:
+      ProtocolError: a name is unknown or a value is no number.
+      SettingsError: a value is outside its range.
+    """
+    ours: dict[str, float] = {}
+    for name, text in fields.items():
+        if name == REQUEST_ID:
+            continue
+        value = _number(name, text)
+        if name in _OURS:
+            ours[name] = int(value) if name in WHOLE and value == int(value) else value
+        elif name in _MUST_BE_ZERO:
+            if value:
+                raise ProtocolError(
+                    f"{name} is {value:g}, but this server has no such part (its first pass has "
+                    "the whole n-gram model already); needed 0: leave it out"
+                )
+        else:
+            known = ", ".join([*_OURS, *_MUST_BE_ZERO])
+            raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
+    # int is what whole settings are declared as; the values of the others are floats.
+    return replace(settings, **ours)  # type: ignore[arg-type]
+
+
+def _at_once(hypotheses: Sequence[Hypothesis], settings: Settings, context: str) -> Answer:
+    return complete(hypotheses, settings, None, context)
+
+
+def _hot_words(text: str | bytes) -> dict[str, HotWord]:
+    return {
+        word: HotWord(one.weight, one.pronunciations)
+        for word, one in decode_hot_words(text).items()
+    }
 
 
 def _number(name: str, text: bytes) -> float:

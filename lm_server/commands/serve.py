@@ -12,9 +12,14 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from lm_server import settings
+from lm_server import logs, rescore, search, settings
 from lm_server.processes import stop_with_parent
+from lm_server.protocol import MAX_MESSAGE_FRAMES
+
+if TYPE_CHECKING:
+    from lm_server.server import Limits
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -46,16 +51,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
     )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-sessions", type=int, default=64, help="besides the default one (default 64)"
+    )
+    limits.add_argument(
+        "--session-idle-seconds",
+        type=float,
+        default=600.0,
+        help="a session without entries for so long is closed (default 600)",
+    )
+    limits.add_argument(
+        "--max-sentence-frames",
+        type=int,
+        default=MAX_MESSAGE_FRAMES,
+        help=f"frames of 80 ms (default and most: {MAX_MESSAGE_FRAMES})",
+    )
+    limits.add_argument(
+        "--rescore-seconds",
+        type=float,
+        default=20.0,
+        help="a sentence not rescored by then is answered without it (default 20)",
+    )
+    limits.add_argument(
+        "--grace-seconds",
+        type=float,
+        default=3.0,
+        help="at the stop, time for sentences under way to end (default 3)",
+    )
+    logs.add_option(parser)
+    search.add_option(parser)
+    rescore.add_options(parser)
     settings.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serves until told to stop."""
-    from lm_server.beam_search import LanguageModel
+    from lm_server.connection import connect, shown_url
     from lm_server.embedded_redis import RedisStartError, embedded_redis
-    from lm_server.server import Server, connect, shown_url
+    from lm_server.server import Server
     from lm_server.session import Session
 
+    logs.use(args.log_format)
+    limits = _limits(args)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -71,8 +109,18 @@ def run(args: argparse.Namespace) -> int:
         chosen = settings.from_options(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
-        session = Session(LanguageModel(args.lm), chosen)
-        server = Server(client, session, own=own is not None)
+        model = search.load_model(args.lm, args.backend)
+        scorer = rescore.from_options(args)
+        finish = None
+        if scorer is not None:
+            queue = rescore.RescoringQueue(scorer)
+            stack.callback(queue.close)
+            finish = queue.submit
+
+        def session(name: str) -> Session:
+            return Session(model, chosen, name, finish, max_frames=args.max_sentence_frames)
+
+        server = Server(client, session, limits)
 
         def check() -> None:
             if own and not own.alive:
@@ -83,3 +131,27 @@ def run(args: argparse.Namespace) -> int:
         print(f"lm-server ready redis={shown_url(url)} lm={args.lm}", flush=True)
         server.run(stop, check)
     return 0
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from lm_server.server import Limits
+
+    if not 1 <= args.max_sentence_frames <= MAX_MESSAGE_FRAMES:
+        raise settings.SettingsError(
+            f"--max-sentence-frames is {args.max_sentence_frames}; needed 1 to {MAX_MESSAGE_FRAMES}"
+        )
+    for name, least in (("max_sessions", 0), ("rescore_seconds", 0), ("grace_seconds", 0)):
+        if not getattr(args, name) >= least:
+            raise settings.SettingsError(
+                f"--{name.replace('_', '-')} is {getattr(args, name):g}; needed {least} or more"
+            )
+    if not args.session_idle_seconds > 0:
+        raise settings.SettingsError(
+            f"--session-idle-seconds is {args.session_idle_seconds:g}; needed more than 0"
+        )
+    return Limits(
+        sessions=args.max_sessions,
+        idle_seconds=args.session_idle_seconds,
+        rescore_seconds=args.rescore_seconds,
+        grace_seconds=args.grace_seconds,
+    )

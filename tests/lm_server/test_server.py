@@ -24,9 +24,10 @@ from processes import (
 from small_model import say
 
 from lm_server.beam_search import LanguageModel
+from lm_server.connection import connect, shown_url
 from lm_server.embedded_redis import embedded_redis, find_program
 from lm_server.protocol import decode_scoring, encode_logits
-from lm_server.server import Server, connect, shown_url
+from lm_server.server import Server
 from lm_server.session import Session
 from lm_server.settings import Settings
 
@@ -172,7 +173,8 @@ def test_a_fault_of_ours_is_answered_and_logged_and_the_server_goes_on(model_fol
         redis.Redis.from_url(own.url, protocol=2) as connection,
         connect(own.url, 5.0, stop) as side,
     ):
-        server = Server(side, Faulty(LanguageModel(model_folder), Settings()))
+        model = LanguageModel(model_folder)
+        server = Server(side, lambda name: Faulty(model, Settings(), name))
         thread = threading.Thread(target=server.run, args=(stop,))
         thread.start()
         try:

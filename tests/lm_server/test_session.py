@@ -56,7 +56,9 @@ def test_a_sentence_is_answered_with_partials_a_final_and_its_end(session, model
     final, done = finalize(session, "what was said before")
     assert done == Message("remote_lm_done_finalizing", {"done": b"1"})
     assert final.stream == "remote_lm_output_final"
-    assert set(final.fields) == {"lm_response_final", "scoring", "context_str"}
+    published = {"lm_response_final", "scoring", "context_str"}
+    assert set(final.fields) == published | {"rescored", "confidence", "word_confidences"}
+    assert final.fields["rescored"] == b"0"
     assert final.fields["lm_response_final"] == b"the cat sat"
     assert final.fields["context_str"] == b"what was said before"
 
@@ -75,7 +77,8 @@ def test_no_frames_give_an_empty_final(session):
     reset(session)
     for _ in range(2):
         final, done = finalize(session)
-        assert final.fields == {"lm_response_final": b"", "scoring": b"", "context_str": b""}
+        published = {"lm_response_final": b"", "scoring": b"", "context_str": b""}
+        assert final.fields == published | {"rescored": b"0", "word_confidences": b"[]"}
         assert done.stream == STREAMS.done_finalizing
     assert send(session, np.zeros((0, 41)))[0].fields == {"lm_response_partial": b""}
     assert finalize(session)[0].fields["lm_response_final"] == b""
@@ -124,7 +127,7 @@ def test_every_published_parameter_is_taken(session):
     }
     args, _ = update(session, **published)
     assert {name: float(args.fields[name]) for name in published} == published
-    assert set(args.fields) == {*published, "lm_path"}
+    assert {*published, "lm_path", "protocol_version"} <= set(args.fields)
 
 
 def test_parameters_changed_within_a_sentence_hold_from_the_next(session):
@@ -156,8 +159,7 @@ def test_parameters_changed_within_a_sentence_hold_from_the_next(session):
         ({"blank_penalty": b"0"}, "blank_penalty is 0.0"),
         ({"nbest": b"2.5"}, "nbest is 2.5; needed a whole number"),
         ({"nbest": b"inf"}, "finite"),
-        ({"do_opt": b"1"}, "do_opt is 1, but this server has no such part"),
-        ({"length_penalty": b"0.5"}, "length_penalty"),
+        ({"rescore": b"1"}, "rescore is 1, but this server has no such part"),
         (
             {"acustic_scale": b"1"},
             "there is no parameter 'acustic_scale'; known are acoustic_scale",

@@ -1,0 +1,45 @@
+"""Logs on standard error: lines for people, or JSON objects for programs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+
+FORMATS = ("text", "json")
+_KNOWN = frozenset(vars(logging.makeLogRecord({})))
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON: time, level, message, traceback, and what `extra` gave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname,
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        extra = {key: value for key, value in vars(record).items() if key not in _KNOWN}
+        return json.dumps(line | extra, default=str)
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --log-format."""
+    parser.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="of the log on standard error (default text)",
+    )
+
+
+def use(form: str) -> None:
+    """Writes logs in that form from now on."""
+    if form == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonLines())

@@ -1,0 +1,111 @@
+"""Lua scripts: steps on Redis that must happen whole or not at all.
+
+All keys are on one Redis (no cluster). A script that is sent again because its reply was lost finds
+its own traces and changes nothing.
+"""
+
+ANSWER = """
+-- KEYS: owner of the session, state of the session
+-- ARGV: me, lease (ms), stream and id of the entry answered, seconds that the state is kept,
+--       entries an output stream keeps, number of state fields, these; number of messages, each as
+--       stream, number of fields, these; entries to delete, as stream and id
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+if not owner then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
+if ARGV[4] ~= '' and redis.call('HGET', KEYS[2], ARGV[3]) == ARGV[4] then return 1 end
+local at = 7
+local count = tonumber(ARGV[at]); at = at + 1
+for i = 1, count do
+  redis.call('HSET', KEYS[2], ARGV[at], ARGV[at + 1]); at = at + 2
+end
+if ARGV[4] ~= '' then redis.call('HSET', KEYS[2], ARGV[3], ARGV[4]) end
+redis.call('EXPIRE', KEYS[2], ARGV[5])
+count = tonumber(ARGV[at]); at = at + 1
+for i = 1, count do
+  local fields = {}
+  for j = 1, 2 * tonumber(ARGV[at + 1]) do fields[j] = ARGV[at + 1 + j] end
+  redis.call('XADD', ARGV[at], 'MAXLEN', '~', ARGV[6], '*', unpack(fields))
+  at = at + 2 + #fields
+end
+while at < #ARGV do
+  redis.call('XDEL', ARGV[at], ARGV[at + 1]); at = at + 2
+end
+return 1
+"""
+"""Sends the answers to one entry, notes that it is answered, and deletes what is done with; only
+while the session is ours. 1: done, or was done before; 0: the session is another server's."""
+
+OPEN = """
+-- KEYS: mark of this request, open sessions, owner of the session, state, answers, then its streams
+-- ARGV: me, lease (ms), session, description (JSON), number of answer fields, these, the same for a
+--       refusal
+local taken = redis.call('GET', KEYS[1])
+if taken then
+  if taken == ARGV[1] and redis.call('HEXISTS', KEYS[2], ARGV[3]) == 1 then return 1 end
+  return 0
+end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', 60)
+local at, result = 5, 1
+if redis.call('HEXISTS', KEYS[2], ARGV[3]) == 1 then
+  at = at + 1 + 2 * tonumber(ARGV[at])
+  result = 0
+else
+  for i = 4, #KEYS do if i ~= 5 then redis.call('DEL', KEYS[i]) end end
+  redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
+  redis.call('SET', KEYS[3], ARGV[1], 'PX', ARGV[2])
+end
+local fields = {}
+for j = 1, 2 * tonumber(ARGV[at]) do fields[j] = ARGV[at + j] end
+redis.call('XADD', KEYS[5], 'MAXLEN', '~', 10000, '*', unpack(fields))
+return result
+"""
+"""Opens a session and answers the request, once among all servers that read it. 1: it is ours; 0:
+it is not (refused, or another server took the request)."""
+
+ONCE = """
+-- KEYS: mark of this request, stream of the answer;  ARGV: me, fields
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', 60) then
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', 10000, '*', unpack(ARGV, 2))
+  return 1
+end
+return 0
+"""
+"""Answers a request that every server reads, once."""
+
+RENEW = """
+-- KEYS: owner, state;  ARGV: me, lease (ms), seconds that the state is kept
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+"""Keeps a session ours. 0: it is another server's."""
+
+RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+"""Gives a key back if it is ours."""
+
+
+KEEP_JOB = """
+-- KEYS: jobs;  ARGV: group, me, id
+if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) == 0 then return 0 end
+redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'JUSTID')
+return 1
+"""
+"""A heartbeat: nobody may claim the job for another lease. 0: somebody already has."""
+
+FINISH_JOB = """
+-- KEYS: jobs, batch, results;  ARGV: group, entry id, job, seconds that results are kept, fields
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+redis.call('XDEL', KEYS[1], ARGV[2])
+if redis.call('HGET', KEYS[2], ARGV[3]) == 'done' then return 0 end
+redis.call('HSET', KEYS[2], ARGV[3], 'done')
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
+redis.call('EXPIRE', KEYS[3], ARGV[4])
+return 1
+"""
+"""Writes a job's result and takes the job away. 0: it had a result."""

@@ -330,6 +330,20 @@ def test_the_example_settings_are_complete():
     assert "--spot" in done.stdout
 
 
+def test_the_runbook_has_the_settings_of_the_example_and_evaluates_what_is_fetched():
+    def settings(lines: list[str]) -> dict[str, str]:
+        lines = [line.partition(" #")[0].strip() for line in lines]
+        return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+    example = settings((REPOSITORY / "launch/example.env").read_text().splitlines())
+    runbook = (REPOSITORY / "docs/tpu.md").read_text()
+    block = next(
+        text for text in re.findall(r"```\n(.*?)```", runbook, re.DOTALL) if "WORKDIR=gs" in text
+    )
+    assert settings(block.splitlines()) == example
+    assert f"b2txt evaluate --workdir {example['OUT']} " in runbook
+
+
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [

@@ -8,9 +8,8 @@ import pytest
 from devices import finish, losses, start
 from jax.sharding import PartitionSpec
 
-from b2txt_jax.config import ConfigError, load_config, with_overrides
+from b2txt_jax.config import ConfigError, load_config
 from b2txt_jax.training.checkpoint import Checkpoints
-from b2txt_jax.training.loop import train
 from b2txt_jax.training.sharding import (
     abstract_state,
     check_rows,
@@ -107,26 +106,6 @@ def test_rows_that_the_devices_cannot_share_are_refused():
 def test_a_model_axis_that_does_not_divide_the_devices_is_refused():
     with pytest.raises(ConfigError, match=r"parallel.model_axis is 3; needed a divisor of the 1"):
         make_mesh(3, jax.devices()[:1])
-
-
-def test_programs_are_compiled_once_per_bucket_and_none_later(tiny_config, tmp_path):
-    """Counted by JAX itself: a run of other length, over the same buckets, compiles as much."""
-    counts = []
-    for steps in (2, 9):
-        compiled: list[str] = []
-
-        def listen(event: str, _: float, compiled: list[str] = compiled, **__: object) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
-                compiled.append(event)
-
-        jax.clear_caches()
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        config = with_overrides(
-            tiny_config, [f"--config.train.steps={steps}", "--config.train.validate_every=2"]
-        )
-        train(config, tmp_path / str(steps))
-        counts.append(len(compiled))
-    assert counts[0] == counts[1] > 0
 
 
 def test_restoring_keeps_values_and_takes_the_new_placement(tiny_config, tmp_path):

@@ -1,0 +1,96 @@
+"""What `train` compiles, as JAX itself logs it: a program per used bucket, and nothing later."""
+
+import logging
+import re
+from collections import Counter
+
+import h5py
+import jax
+import pytest
+from rich.console import Console
+
+from b2txt_jax.config import with_overrides
+from b2txt_jax.training.loop import train
+
+BUCKETS = ((140, 40), (320, 80), (640, 160))
+SAID, LOGGED = "said", "logged"
+
+
+class Events(logging.Handler):
+    """What the run says and what JAX logs of compiling, in one order."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def emit(self, record):
+        self.events.append((LOGGED, record.getMessage()))
+
+    def write(self, text):
+        self.events.append((SAID, text))
+
+    def flush(self):
+        pass
+
+    def split_at_end_of_warm_up(self):
+        """JAX's messages until the run says that its last program is there, and those after."""
+        ends = [
+            index
+            for index, (kind, text) in enumerate(self.events)
+            if kind == SAID and re.search(r"\b(\d+) of \1 after", text)
+        ]
+        assert len(ends) == 1, self.events
+        return [
+            [text for kind, text in part if kind == LOGGED]
+            for part in (self.events[: ends[0]], self.events[ends[0] :])
+        ]
+
+
+@pytest.fixture
+def events():
+    handler, logger = Events(), logging.getLogger("jax")
+    logger.addHandler(handler)
+    jax.config.update("jax_log_compiles", True)  # in all threads, unlike jax.log_compiles
+    yield handler
+    jax.config.update("jax_log_compiles", False)
+    logger.removeHandler(handler)
+
+
+def bins_of_used_buckets(root, split):
+    """By the files alone: each trial's first bucket of enough bins and labels."""
+    used = set()
+    for path in root.rglob(f"data_{split}.hdf5"):
+        with h5py.File(path) as file:
+            for group in file.values():
+                bins, labels = group.attrs["n_time_steps"], group.attrs["seq_len"]
+                used.add(next(b for b, most in BUCKETS if bins <= b and labels <= most))
+    return used
+
+
+def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up(
+    tiny_config, simulated, events, tmp_path
+):
+    wanted = {
+        "train_step": bins_of_used_buckets(simulated, "train"),
+        "eval_step": bins_of_used_buckets(simulated, "val"),
+    }
+    assert wanted == {"train_step": {140, 320}, "eval_step": {140}}
+    more = [f"--config.data.buckets={BUCKETS}", "--config.train.validate_every=2"]
+    for steps in (4, 9):  # from the start, and from a checkpoint
+        jax.clear_caches()
+        events.events.clear()
+        config = with_overrides(tiny_config, [*more, f"--config.train.steps={steps}"])
+        result = train(config, tmp_path, Console(file=events, width=200))
+        assert result.finished
+        warm_up, later = events.split_at_end_of_warm_up()
+
+        for step, buckets in wanted.items():
+            made = [text for text in warm_up if f"XLA compilation of jit({step})" in text]
+            assert len(made) == len(buckets), made
+            shapes = Counter(
+                int(re.findall(r"float32\[\d+,(\d+),512\]", text)[-1])  # day layers come first
+                for text in warm_up
+                if text.startswith(f"Compiling jit({step})")
+            )
+            assert shapes == Counter(buckets)
+        assert [text for text in later if "ompil" in text] == []

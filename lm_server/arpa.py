@@ -6,7 +6,7 @@ All probabilities are base-10 logarithms, as in ARPA and KenLM files.
 from __future__ import annotations
 
 import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def read_arpa(path: Path, progress: Callable[[int], None] = lambda size: None) -
             done = position()
 
         try:
-            model = _parse_arpa(path, lines, show)
+            model = _parse_arpa(path, iter(lines), show)
         except UnicodeDecodeError as error:
             raise ModelError(f"{path} is not UTF-8 text ({error}): not ARPA") from error
         except DAMAGED_ARCHIVE as error:
@@ -84,13 +84,13 @@ def read_arpa(path: Path, progress: Callable[[int], None] = lambda size: None) -
     return model
 
 
-def _parse_arpa(path: Path, lines: object, show: Callable[[], None]) -> Model:
+def _parse_arpa(path: Path, lines: Iterator[str], show: Callable[[], None]) -> Model:
     counts: list[int] = []
     orders: list[NGrams] = []
     words: list[str] = [UNKNOWN]
     ids: dict[str, int] = {UNKNOWN: 0}
-    # For loops go on where the one before stopped.
-    for line in lines:  # type: ignore[attr-defined]
+    # It is one iterator: each loop goes on where the one before stopped.
+    for line in lines:
         if line.startswith("ngram "):
             counts.append(int(line.split("=")[1]))
         elif line.startswith("\\1-grams:"):
@@ -98,7 +98,7 @@ def _parse_arpa(path: Path, lines: object, show: Callable[[], None]) -> Model:
     for order in range(1, len(counts) + 1):
         grams = array.array("i")
         log10, backoff = array.array("f"), array.array("f")
-        for number, line in enumerate(lines):  # type: ignore[arg-type, var-annotated]
+        for number, line in enumerate(lines):
             if number % 65536 == 65535:
                 show()
             fields = line.split()

@@ -1,48 +1,69 @@
-"""`lm-server build`: text and a lexicon -> a model folder.
-
-The folder holds `lm.json` (what the model is, its figures), `lm.bin` (KenLM trie) and `lexicon.txt`
-(words with their pronunciations, likelier words first). It appears whole or not at all: it is built
-beside its place and renamed.
-"""
+"""`lm-server build`: text and a lexicon -> a model folder (`model_folder`)."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import kenlm
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from lm_server import ngram, text
-from lm_server.kenlm_trie import write_trie
-from lm_server.lexicon import Lexicon, format_lexicon, read_lexicon
-from lm_server.ngram import MAX_ORDER, OUTSIDE, Model, ModelError
+from lm_server import kneser_ney, pruning, text
+from lm_server.arpa import ModelError
+from lm_server.corpus import Corpus, read_corpus, sentences, write_ids
+from lm_server.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie
+from lm_server.lexicon import read_lexicon
+from lm_server.model_folder import (
+    DESCRIPTION,
+    FORMAT,
+    LEXICON,
+    TRIE,
+    Stages,
+    folder_in_place_of,
+    measure,
+    progress_columns,
+    spread_unseen,
+    write_description,
+    write_lexicon,
+)
+from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel, in_order_of_ids
+from lm_server.vocabulary import Vocabulary, choose_vocabulary, read_word_list
 
-FORMAT = 1
-"""Version of the model folder's layout; readers refuse others."""
-DESCRIPTION, TRIE, LEXICON = "lm.json", "lm.bin", "lexicon.txt"
-_HELD_OUT_EVERY = 100
+__all__ = ["DESCRIPTION", "FORMAT", "MAX_ORDER", "ModelError", "Options", "build"]
+
+MAX_ORDER = 5
+"""Flashlight's and the `kenlm` module's readers are compiled for orders up to 6."""
+_LEAST_MEMORY = 16 << 20
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """Text ready for training, and what was seen in it."""
+class Options:
+    """How a model is built beyond its text, order and lexicon.
 
-    train: Path
-    held_out: list[tuple[str, ...]]
-    counts: text.Counts
-    seen: Counter[str]
-    outside: int
-    """Running words that the lexicon does not have."""
+    Attributes:
+      vocabulary: the text's so many most frequent words, or a file that lists words, or None for
+        the whole lexicon.
+      guess: pronounce words that the lexicon lacks by rule of thumb instead of leaving them out.
+      prune: n-grams seen no more often are left out, per order (see `kneser_ney.estimate`).
+      ngrams: at most so many n-grams of order 2 and up are kept, by entropy pruning.
+      size: the trie may have so many bytes, by entropy pruning.
+      form: the kind of KenLM trie.
+      memory: bytes that sorting may use.
+      held_out: texts to measure on; without any, every hundredth sentence is kept for that.
+    """
+
+    vocabulary: int | Path | None = None
+    guess: bool = False
+    prune: tuple[int, ...] = ()
+    ngrams: int | None = None
+    size: int | None = None
+    form: TrieForm = PLAIN
+    memory: int = 2 << 30
+    held_out: tuple[Path, ...] = ()
 
 
 def build(
@@ -51,196 +72,200 @@ def build(
     lexicon: str | Path,
     out: Path,
     console: Console | None = None,
+    options: Options | None = None,
 ) -> None:
     """Builds a model folder.
 
     Args:
-      texts: files of sentences (.txt, .gz, .xz), see `lm_server.text`.
+      texts: files of sentences (.txt, .gz, .xz) or folders of such files, see `lm_server.text`.
       order: length of the longest n-grams, 1-5.
       lexicon: `cmudict` or a file in its format.
       out: folder to write; a model folder there is replaced.
       console: where progress is shown; by default the terminal's error output.
+      options: the rest.
 
     Raises:
       TextError: a text file is missing, unreadable, or no sentence of the texts can be used.
-      LexiconError: the lexicon cannot be used.
-      ModelError: `order` is out of range, `out` is in use for something else, or training fails.
+      LexiconError: the lexicon or the vocabulary cannot be used.
+      EstimationError: the cut-offs cannot be followed.
+      ModelError: `order` or the memory is out of range, or `out` is in use for something else.
     """
+    options = options or Options()
     if not 1 <= order <= MAX_ORDER:
         raise ModelError(f"the order is {order}; needed 1-{MAX_ORDER} words: 3 is a good start")
-    ngram.check_trainer(order)
+    if options.memory < _LEAST_MEMORY:
+        raise ModelError(f"the memory is {options.memory} bytes; needed at least {_LEAST_MEMORY}")
+    if options.ngrams is not None and options.ngrams < 0:
+        raise ModelError(f"the number of n-grams is {options.ngrams}; needed 0 or more")
+    kneser_ney.check_prune(options.prune, order)
+    files, held_out = text.find_texts(texts), text.find_texts(options.held_out)
     console = console or Console(stderr=True)
-    for path in texts:
-        if not path.is_file():
-            raise text.TextError(
-                f"there is no text file {path}; needed .txt, .gz or .xz: check the path"
-            )
     with (
-        _folder_in_place_of(out) as folder,
-        tempfile.TemporaryDirectory(prefix="lm-build-", dir=folder.parent) as work,
+        folder_in_place_of(out) as folder,
+        tempfile.TemporaryDirectory(prefix=f"{folder.name}.work.", dir=folder.parent) as name,
     ):
-        with _progress(console) as progress:
-            task = progress.add_task("reading the lexicon", total=None)
-            words = read_lexicon(lexicon)
-            progress.update(task, total=1, completed=1)
-            prepared = _prepare(texts, words, Path(work), progress)
-            model, trainer = _train(prepared, order, Path(work), progress)
-            model = ngram.spread_unseen(model, prepared.seen, len(words) - len(prepared.seen))
-            task = progress.add_task("writing the KenLM trie", total=sum(model.counts))
+        work = Path(name)
+        with Progress(*progress_columns(), console=console) as progress:
+            stages = Stages(progress)
+            corpus, vocabulary = _read(files, held_out, lexicon, options, work, stages)
+            words = vocabulary.lexicon.entries
+            result, unseen, found = _estimate(corpus, vocabulary, order, options, work, stages)
+            total = sum(result.counts)
             write_trie(
-                folder / TRIE, model.words, model.orders, lambda rows: progress.advance(task, rows)
+                folder / TRIE,
+                result,
+                options.form,
+                lambda rows: stages.advance("writing the KenLM trie", rows, total),
             )
-            _write_lexicon(folder / LEXICON, words, model)
-            quality = _perplexity(folder / TRIE, prepared.held_out, words.entries)
-        description = {
-            "format": FORMAT,
+            stages.finish("writing the KenLM trie")
+            write_lexicon(folder / LEXICON, vocabulary.lexicon, result)
+            quality = measure(folder / TRIE, sentences(corpus.held_out), words)
+            if not options.held_out and quality["perplexity"] is not None:
+                quality["held_out_share"] = 0.01
+            stages.finish("measuring on held-out sentences")
+        inside = sum(count for word, count in corpus.seen.items() if word in words)
+        description: dict[str, object] = {
             "order": order,
-            "trainer": trainer,
+            "trainer": "modified Kneser-Ney",
             "words": len(words),
-            "pronunciations": words.pronunciations,
-            "words_in_text": len(prepared.seen),
-            "ngrams": model.counts,
-            "sentences": prepared.counts.sentences,
-            "running_words": prepared.counts.words,
-            "dropped_with_digits": prepared.counts.dropped_digits,
-            "dropped_with_other_letters": prepared.counts.dropped_letters,
-            "outside_lexicon_rate": prepared.outside / max(prepared.counts.words, 1),
+            "pronunciations": vocabulary.lexicon.pronunciations,
+            "words_in_text": len(words) - unseen,
+            "guessed_pronunciations": vocabulary.guessed,
+            "words_without_pronunciation": vocabulary.left_out,
+            "ngrams": result.counts,
+            "quantised_bits": options.form.bits,
+            "compressed_pointers": options.form.compressed,
+            "cut_offs": list(options.prune),
+            **found,
+            "bytes": (folder / TRIE).stat().st_size,
+            "sentences": corpus.counts.sentences,
+            "running_words": corpus.counts.words,
+            "dropped_with_digits": corpus.counts.dropped_digits,
+            "dropped_with_other_letters": corpus.counts.dropped_letters,
+            "outside_lexicon_rate": 1.0 - inside / max(corpus.seen.total(), 1),
             **quality,
-            "unseen_word_log10": float(model.orders[0].log10[0]),
+            "unseen_word_log10": float(result.orders[0].log10[0]),
             "lexicon": str(lexicon),
-            "texts": [path.name for path in texts],
+            "texts": [path.name for path in files],
         }
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        write_description(folder / DESCRIPTION, description)
     _report(console, out, description)
 
 
-def _prepare(texts: Sequence[Path], lexicon: Lexicon, work: Path, progress: Progress) -> _Prepared:
-    task = progress.add_task("reading the text", total=sum(path.stat().st_size for path in texts))
-    counts, seen, outside, held_out = text.Counts(), Counter[str](), 0, []
-    known = lexicon.entries
-    train = work / "train.txt"
-    read = text.read_words(texts, known, lambda size: progress.advance(task, size))
-    with train.open("w") as output:
-        for words, change in read:
-            counts += change
-            if words is None:
-                continue
-            inside = [word if word in known else OUTSIDE for word in words]
-            outside += inside.count(OUTSIDE)
-            if counts.sentences % _HELD_OUT_EVERY == 0:
-                held_out.append(words)
-                continue
-            seen.update(inside)
-            output.write(" ".join(inside) + "\n")
-    seen.pop(OUTSIDE, None)
-    if not seen:
+def _read(
+    files: Sequence[Path],
+    held_out: Sequence[Path],
+    lexicon: str | Path,
+    options: Options,
+    work: Path,
+    stages: Stages,
+) -> tuple[Corpus, Vocabulary]:
+    dictionary = read_lexicon(lexicon)
+    stages.finish("reading the lexicon")
+    wanted: int | Sequence[str] | None = (
+        read_word_list(options.vocabulary)
+        if isinstance(options.vocabulary, Path)
+        else options.vocabulary
+    )
+    known = dictionary.entries.keys() | (() if isinstance(wanted, int) else (wanted or ()))
+    size = sum(path.stat().st_size for path in [*files, *held_out])
+    corpus = read_corpus(
+        files,
+        held_out,
+        known,
+        options.memory,
+        work,
+        lambda done: stages.advance("reading the text", done, size),
+    )
+    looked_up = 0
+
+    def look_up(done: int, total: int) -> None:
+        nonlocal looked_up
+        stages.advance("choosing words", done - looked_up, total)
+        looked_up = done
+
+    vocabulary = choose_vocabulary(corpus.seen, dictionary, wanted, options.guess, look_up)
+    if not vocabulary.lexicon.entries.keys() & corpus.seen.keys():
+        counts = corpus.counts
         raise text.TextError(
-            f"no sentence of {', '.join(map(str, texts))} can be used: "
+            f"no sentence of {', '.join(map(str, files))} can be used: "
             f"{counts.sentences} sentences, {counts.dropped_digits} dropped for digits, "
             f"{counts.dropped_letters} for letters other than a-z, and none has a word of the "
             "lexicon: needed English text, one or more sentences per line"
         )
-    return _Prepared(train, held_out, counts, seen, outside)
+    return corpus, vocabulary
 
 
-def _train(prepared: _Prepared, order: int, work: Path, progress: Progress) -> tuple[Model, str]:
-    if order == 1:
-        with prepared.train.open() as lines:
-            return ngram.count_unigrams(line.split() for line in lines), ngram.trainer_name(1)
-    task = progress.add_task(f"training with {ngram.trainer_name(order)}", total=None)
-    arpa = work / "lm.arpa"
-    trainer = ngram.train_arpa(prepared.train, arpa, order, lambda: progress.update(task))
-    progress.update(task, total=1, completed=1)
-    with arpa.open("rb") as lines:
-        total = sum(1 for _ in lines)
-    task = progress.add_task("reading the n-grams", total=total)
-    model = ngram.read_arpa(arpa, lambda rows: progress.advance(task, rows))
-    progress.update(task, completed=total)
-    return ngram.repair_zeros(ngram.without_outside(model)), trainer
-
-
-def _write_lexicon(path: Path, lexicon: Lexicon, model: Model) -> None:
-    """Writes the words, likelier ones first: the search looks at homophones in this order."""
-    log10 = dict(zip(model.words, model.orders[0].log10.tolist(), strict=True))
-    unseen = log10[ngram.UNKNOWN]
-    by_probability = sorted(lexicon.entries, key=lambda word: -log10.get(word, unseen))
-    ordered = Lexicon({word: lexicon.entries[word] for word in by_probability})
-    path.write_text("".join(format_lexicon(ordered)))
-
-
-def _perplexity(
-    trie: Path, sentences: Sequence[Sequence[str]], known: Collection[str]
-) -> dict[str, float | int | None]:
-    """Perplexity per lexicon word and sentence end, and the share of words outside it."""
-    model = kenlm.Model(str(trie))
-    log10, scored, words, outside = 0.0, 0, 0, 0
-    for sentence in sentences:
-        inside = [word if word in known else ngram.UNKNOWN for word in sentence]
-        words += len(inside)
-        outside += inside.count(ngram.UNKNOWN)
-        for word, (score, _, _) in zip(
-            [*inside, ngram.END], model.full_scores(" ".join(inside)), strict=True
-        ):
-            if word != ngram.UNKNOWN:
-                log10 += score
-                scored += 1
-    return {
-        "perplexity": 10 ** (-log10 / scored) if scored else None,
-        "oov_rate": outside / words if words else None,
-        "held_out_sentences": len(sentences),
-    }
-
-
-@contextlib.contextmanager
-def _folder_in_place_of(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` when the block ends well, else vanishes."""
-    target = out.resolve()
-    if target.exists() and not (
-        target.is_dir() and ((target / DESCRIPTION).is_file() or not any(target.iterdir()))
-    ):
-        raise ModelError(
-            f"{out} is there but is no model folder; needed a new, empty or model folder: "
-            "choose another"
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(
-            f"cannot write beside {out} ({error}): choose a folder that you may write to"
-        ) from error
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, old)
-            os.rename(folder, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
+def _estimate(
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    order: int,
+    options: Options,
+    work: Path,
+    stages: Stages,
+) -> tuple[SortedModel, int, dict[str, object]]:
+    """The finished model, how many words of the lexicon the text lacks, and figures for lm.json."""
+    known = vocabulary.lexicon.entries
+    seen = {word: count for word, count in corpus.seen.items() if word in known}
+    words = in_order_of_ids([UNKNOWN, BEGIN, END, *seen])
+    ids = {word: number for number, word in enumerate(words)}
+    total = corpus.seen.total() + 2 * corpus.counts.sentences
+    tokens = write_ids(
+        corpus.train, ids, work / "tokens", lambda n: stages.advance("numbering words", n, total)
     )
-    return Progress(*columns, console=console)
+    stages.finish("numbering words")
+    estimated = kneser_ney.estimate(
+        tokens, words, order, options.memory, work, options.prune, None, stages.advance
+    )
+    ends = int(np.count_nonzero(tokens == ids[END]))
+    unseen = len(known) - len(seen)
+    once = sum(1 for count in seen.values() if count == 1)
+    model = spread_unseen(estimated.model, once, sum(seen.values()) + ends, unseen)
+    found: dict[str, object] = {
+        "discounts": [list(row) for row in estimated.discounts],
+        "orders_with_fallback_discounts": list(estimated.fallbacks),
+    }
+    if options.ngrams is not None or options.size is not None:
+        found["ngrams_before_entropy_pruning"] = model.counts
+        model = _prune_to_size(model, estimated.followed, options)
+        stages.finish("entropy pruning")
+    return model, unseen, found
+
+
+def _prune_to_size(
+    model: SortedModel, followed: Sequence[np.ndarray], options: Options
+) -> SortedModel:
+    strings = sum(len(word.encode()) + 1 for word in model.words)
+
+    def fits(counts: Sequence[int]) -> bool:
+        few = options.ngrams is None or sum(counts[1:]) <= options.ngrams
+        small = options.size is None or trie_bytes(counts, options.form) + strings <= options.size
+        return few and small
+
+    least = [*model.counts[:1], *(0 for _ in model.counts[1:])]
+    if not fits(least):
+        raise ModelError(
+            f"{model.counts[0]} words alone need {trie_bytes(least, options.form) + strings} bytes "
+            f"of trie, but {options.size} are allowed: allow more, or choose fewer words "
+            "(--vocabulary)"
+        )
+    return pruning.prune(pruning.score(model, followed), fits)
 
 
 def _report(console: Console, out: Path, description: Mapping[str, object]) -> None:
-    perplexity = description["perplexity"]
+    perplexity, outside = description["perplexity"], description["oov_rate"]
     held_out = "too little text to measure it"
-    if isinstance(perplexity, float) and math.isfinite(perplexity):
-        held_out = f"{perplexity:.0f} on {description['held_out_sentences']} held-out sentences"
+    if isinstance(perplexity, float) and math.isfinite(perplexity) and isinstance(outside, float):
+        held_out = (
+            f"{perplexity:.0f} on {description['held_out_sentences']} held-out sentences, of whose "
+            f"words {outside:.2%} are outside the vocabulary"
+        )
+    size = description["bytes"]
+    assert isinstance(size, int)
     console.print(
-        f"{out}: order {description['order']} by {description['trainer']}, "
-        f"{description['words']} words, n-grams {description['ngrams']}, "
+        f"{out}: order {description['order']}, {description['words']} words "
+        f"({description['guessed_pronunciations']} with guessed pronunciations), "
+        f"n-grams {description['ngrams']}, {size / 1e6:.1f} MB, "
         f"{description['sentences']} sentences; perplexity {held_out}",
         highlight=False,
         soft_wrap=True,

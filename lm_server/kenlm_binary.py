@@ -198,7 +198,9 @@ def _write_tables(file: BinaryIO, orders: Sequence[SortedOrder], layout: _Layout
     file.write(struct.pack("<BBB5x", _QUANTISATION_VERSION, bits, bits))
     found = []
     for order in orders[1:]:
-        found.append(train(_log10(order.log10), None if order is orders[-1] else order.backoff, bits))
+        found.append(
+            train(_log10(order.log10), None if order is orders[-1] else order.backoff, bits)
+        )
         file.write(found[-1].log10.astype("<f4").tobytes())
         backoff = found[-1].backoff
         if backoff is not None:

@@ -45,6 +45,8 @@ class Estimate:
     """Per order, for n-grams counted 0, 1, 2 and more times."""
     fallbacks: Sequence[int]
     """Orders whose discounts could not be estimated from this text."""
+    followed: Sequence[np.ndarray]
+    """Per order but the highest, int64 [N]: how often the text has a word after each n-gram."""
 
 
 def estimate(
@@ -110,9 +112,8 @@ def estimate(
     for done_order in orders:
         done_order.key_path.unlink()
     model = SortedModel(words, [one.arrays() for one in orders])
-    return Estimate(
-        model, discounts, [number for number, one in enumerate(found, 1) if one is None]
-    )
+    fallbacks = [number for number, one in enumerate(found, 1) if one is None]
+    return Estimate(model, discounts, fallbacks, [one.followed() for one in orders[:-1]])
 
 
 def check_prune(prune: Sequence[int], order: int) -> list[int]:
@@ -166,13 +167,18 @@ class _Order:
         }
         return SortedOrder(**found)
 
+    def followed(self) -> np.ndarray:
+        """How often each n-gram is followed by a word."""
+        path = self.columns["followed"]
+        return np.memmap(path, "<i8", "r") if self.count else np.zeros(0, "<i8")
+
 
 class _Writer:
     """Writes one order."""
 
     def __init__(self, folder: Path, length: int, packing: Packing) -> None:
         key_path = folder / f"order{length}.key"
-        names = ("word", "parent", "log10", "backoff")
+        names = ("word", "parent", "log10", "backoff", "followed")
         columns = {name: folder / f"order{length}.{name}" for name in names}
         self.order = _Order(key_path, row_type(packing.columns(length), ("p", "<f8")), 0, columns)
         self._files = {path: path.open("wb") for path in (key_path, *columns.values())}
@@ -188,6 +194,7 @@ class _Writer:
             "parent": parent.astype("<i8"),
             "log10": log10.astype("<f4"),
             "backoff": np.full(len(key), -0.0, "<f4"),
+            "followed": np.zeros(len(key), "<i8"),
         }
         for name, value in values.items():
             value.tofile(self._files[self.order.columns[name]])
@@ -223,12 +230,16 @@ class _Shares:
 
     def __init__(self, folder: Path, length: int, packing: Packing) -> None:
         self.path = folder / f"backoff{length}"
-        self.dtype = row_type(packing.columns(length - 1), ("gamma", "<f8"), ("extended", "?"))
+        self.dtype = row_type(
+            packing.columns(length - 1), ("gamma", "<f8"), ("extended", "?"), ("count", "<i8")
+        )
         self._file = self.path.open("wb")
 
-    def write(self, key: np.ndarray, gamma: np.ndarray, extended: np.ndarray) -> None:
+    def write(
+        self, key: np.ndarray, gamma: np.ndarray, extended: np.ndarray, count: np.ndarray
+    ) -> None:
         rows = np.zeros(len(key), self.dtype)
-        rows["key"], rows["gamma"], rows["extended"] = key, gamma, extended
+        rows["key"], rows["gamma"], rows["extended"], rows["count"] = key, gamma, extended, count
         rows.tofile(self._file)
 
     def close(self) -> None:
@@ -248,7 +259,7 @@ def _shares_of_contexts(
     share is the discounted count over the context's total."""
     packing = counts.packing
     columns = packing.columns(length)
-    by_context = row_type(columns, ("adjusted", "<i8"), ("kept", "?"))
+    by_context = row_type(columns, ("adjusted", "<i8"), ("count", "<i8"), ("kept", "?"))
 
     def in_context_order() -> Iterator[np.ndarray]:
         for block in counts.read(length, _ROWS):
@@ -257,7 +268,7 @@ def _shares_of_contexts(
             rows = np.zeros(int(known.sum()), by_context)
             # w3 w2 w1 -> w2 w1 w3: contexts stand together, in the order of their own keys.
             rows["key"] = packing.pack([word[known] for word in [*words[1:], words[0]]])
-            rows["adjusted"] = block["adjusted"][known]
+            rows["adjusted"], rows["count"] = block["adjusted"][known], block["count"][known]
             rows["kept"] = (block["count"][known] > threshold) & (words[0][known] != 0)
             yield rows
 
@@ -274,7 +285,8 @@ def _shares_of_contexts(
         total = np.add.reduceat(block["adjusted"], starts).astype(np.float64)
         gamma = np.add.reduceat(taken, starts) / total
         extended = np.logical_or.reduceat(block["kept"], starts)
-        shares.write(context[starts], gamma, extended)
+        followed = np.add.reduceat(block["count"], starts)
+        shares.write(context[starts], gamma, extended, followed)
         group = np.repeat(np.arange(len(starts)), np.diff([*starts, len(block)]))
         kept = np.flatnonzero(block["kept"])
         words = packing.unpack(block["key"][kept], length)
@@ -310,13 +322,16 @@ def _with_backoffs(order: _Order, shares: _Shares) -> _Order:
     if order.count:
         key = order.keys()["key"]
         backoff = np.memmap(order.columns["backoff"], "<f4", "r+")
+        followed = np.memmap(order.columns["followed"], "<i8", "r+")
         for block in read_rows(shares.path, shares.dtype, _ROWS):
             rows = locate(key, block["key"])
             there = rows >= 0
             log10 = np.log10(block["gamma"][there]).astype("<f4")
             log10[log10 == 0] = np.where(block["extended"][there][log10 == 0], 0.0, -0.0)
             backoff[rows[there]] = log10
+            followed[rows[there]] = block["count"][there]
         backoff.flush()
+        followed.flush()
     shares.path.unlink()
     return order
 
@@ -337,7 +352,8 @@ def locate(key: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _rank(key: np.ndarray, one: np.ndarray) -> int:
-    """How many of the ordered keys are less than `one`; reads few of them, as they may be a file's."""
+    """How many of the ordered keys are less than `one`; reads few of them, for they may be on
+    disk."""
     wanted = tuple(one.tolist())
     return bisect.bisect_left(range(len(key)), wanted, key=lambda row: tuple(key[row].tolist()))
 

@@ -50,6 +50,11 @@ class Lexicon:
         return sum(len(said) for said in self.entries.values())
 
 
+def is_word(word: str) -> bool:
+    """Whether a word is of a-z, apostrophes and hyphens, with at least one letter."""
+    return _WORD.fullmatch(word) is not None
+
+
 def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
     """Lines in the CMU format -> lexicon; `name` stands for the source in errors.
 
@@ -76,7 +81,7 @@ def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
                 f"needed ARPAbet: {' '.join(PHONEMES)}"
             )
         word = _VARIANT.sub("", word).lower()
-        if not _WORD.fullmatch(word):
+        if not is_word(word):
             skipped.add(word)
             continue
         variants = entries.setdefault(word, [])

@@ -35,6 +35,8 @@ _ABBREVIATIONS = frozenset(
 )
 
 
+SUFFIXES = (".txt", ".gz", ".xz")
+"""Files that are read from a folder."""
 DAMAGED_ARCHIVE = (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a damaged .gz or .xz file raises."""
 
@@ -163,6 +165,36 @@ def read_words(
                     f"{path} is a damaged archive ({error}): fetch or pack it again"
                 ) from error
             progress(position() - done)
+
+
+def find_texts(paths: Iterable[Path]) -> list[Path]:
+    """Files and folders -> files: all .txt, .gz and .xz files below a folder, in order of names.
+
+    Raises:
+      TextError: a path does not exist, or a folder holds no text.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            below = sorted(
+                one
+                for one in path.rglob("*")
+                if one.suffix in SUFFIXES and one.is_file() and not one.name.startswith(".")
+            )
+            if not below:
+                raise TextError(
+                    f"the folder {path} holds no text; needed {', '.join(SUFFIXES)} files in it or "
+                    "below it"
+                )
+            found += below
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise TextError(
+                f"there is no text file {path}; needed .txt, .gz or .xz, or a folder of such "
+                "files: check the path"
+            )
+    return list(dict.fromkeys(found))
 
 
 @contextmanager

@@ -1,18 +1,46 @@
-"""Makes a model folder: text -> n-gram model (lmplz if on PATH, else kaldingram) -> KenLM trie,
-with a lexicon."""
+"""Makes a model folder: text -> n-gram model (modified Kneser-Ney) -> KenLM trie, with a lexicon.
+
+Several options make it smaller: --prune (rare n-grams), --ngrams or --size (the n-grams that matter
+least), --quantise and --compress (fewer bits for each), --vocabulary (fewer words). See
+docs/language_models.md for what each costs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from lm_server.processes import cleaning_up_when_terminated
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def amount(text: str) -> int:
+    """A number with a unit, such as 500M or 2G (decimal) -> the number.
+
+    Raises:
+      ArgumentTypeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}; needed a number such as 500M or 2G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _vocabulary(text: str) -> int | Path:
+    return int(text) if re.fullmatch(r"-?\d+", text) else Path(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument(
-        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="text: .txt, .gz or .xz"
+        "--text",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text: .txt, .gz or .xz files, or folders of such files",
     )
     parser.add_argument(
         "--order", type=int, default=3, help="longest n-grams, 1-5 words (default 3)"
@@ -21,14 +49,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lexicon", default="cmudict", metavar="cmudict|FILE", help="words and pronunciations"
     )
     parser.add_argument(
+        "--vocabulary",
+        type=_vocabulary,
+        metavar="N|FILE",
+        help="the N most frequent words of the text, or the words that a file lists (default: the "
+        "whole lexicon)",
+    )
+    parser.add_argument(
+        "--g2p",
+        action="store_true",
+        help="guess pronunciations of words that the lexicon lacks, instead of leaving them out",
+    )
+    parser.add_argument(
+        "--prune",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="cut-offs per order: n-grams seen no more often than this are left out; the first is "
+        "0, the last holds for higher orders (as lmplz): 0 0 1",
+    )
+    parser.add_argument(
+        "--ngrams",
+        type=amount,
+        metavar="N",
+        help="keep at most N n-grams of order 2 and up, those that matter most (entropy pruning)",
+    )
+    parser.add_argument(
+        "--size",
+        type=amount,
+        metavar="BYTES",
+        help="keep as many n-grams as make an lm.bin of this size, such as 50M",
+    )
+    parser.add_argument(
+        "--quantise", type=int, metavar="BITS", help="bits of each probability (2-25; 8 is usual)"
+    )
+    parser.add_argument(
+        "--compress", action="store_true", help="compress pointers: smaller, a little slower"
+    )
+    parser.add_argument(
+        "--memory",
+        type=amount,
+        default=2 * 10**9,
+        metavar="BYTES",
+        help="memory for sorting; the rest is on disk beside --out (default 2G)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="text to measure the model on (default: every hundredth sentence of --text)",
+    )
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="model folder to write or replace"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Builds the folder."""
-    from lm_server.build_lm import build
+    from lm_server.arpa import ModelError
+    from lm_server.build_lm import Options, build
+    from lm_server.kenlm_binary import TrieForm
 
+    try:
+        form = TrieForm(args.quantise, args.compress)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    options = Options(
+        vocabulary=args.vocabulary,
+        guess=args.g2p,
+        prune=tuple(args.prune),
+        ngrams=args.ngrams,
+        size=args.size,
+        form=form,
+        memory=args.memory,
+        held_out=tuple(args.held_out),
+    )
     with cleaning_up_when_terminated():
-        build(args.text, args.order, args.lexicon, args.out)
+        build(args.text, args.order, args.lexicon, args.out, options=options)
     return 0

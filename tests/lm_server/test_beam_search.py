@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import say
 
+from lm_server.arpa import Model, NGrams, read_arpa, sort_model
 from lm_server.beam_search import (
     MAX_UTTERANCE_FRAMES,
     BeamSearch,
     LanguageModel,
     ModelFolderError,
-    scaled_log_probabilities,
 )
-from lm_server.kenlm_trie import NGrams, write_trie
-from lm_server.ngram import read_arpa
+from lm_server.emissions import scaled_log_probabilities
+from lm_server.kenlm_binary import write_trie
 from lm_server.protocol import LM_CLASSES, SILENCE, ProtocolError
 from lm_server.settings import Settings, SettingsError
 
@@ -57,8 +57,7 @@ ngram 2=5
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "lm.arpa").write_text(TINY_ARPA)
-    model = read_arpa(folder / "lm.arpa")
-    write_trie(folder / "lm.bin", model.words, model.orders)
+    write_trie(folder / "lm.bin", sort_model(read_arpa(folder / "lm.arpa")))
     lines = [
         f"{word} {' '.join(LM_CLASSES[i] for i in phones)}\n"
         for word, said in TINY_LEXICON.items()
@@ -253,7 +252,8 @@ def test_all_homophones_are_found_not_only_the_six_that_a_trie_node_holds(tmp_pa
     unigrams = ["<unk>", "<s>", "</s>", *words]
     log10 = np.array([-7, -99, -1, *(-1.5 - 0.1 * i for i in range(len(words)))], np.float32)
     ids = np.arange(len(unigrams), dtype=np.int32)[:, None]
-    write_trie(tmp_path / "lm.bin", unigrams, [NGrams(ids, log10, np.zeros_like(log10))])
+    model = Model(unigrams, [NGrams(ids, log10, np.zeros_like(log10))])
+    write_trie(tmp_path / "lm.bin", sort_model(model))
     (tmp_path / "lexicon.txt").write_text("".join(f"{word} IY\n" for word in words))
     description = {"format": 1, "order": 1, "words": len(words), "pronunciations": len(words)}
     (tmp_path / "lm.json").write_text(json.dumps(description))

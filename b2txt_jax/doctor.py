@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="configuration file: its data and memory are checked too")
     parser.add_argument("--workdir", type=Path, help="folder of a run, there or to be made")
     parser.add_argument("--data", help="folder of sessions, as --config.data.root is")
-    parser.add_argument("--redis", metavar="URL", help="for example redis://:PASSWORD@host:6379/0")
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        default=os.environ.get("B2TXT_REDIS_URL"),
+        help="for example redis://:PASSWORD@host:6379/0 (default: $B2TXT_REDIS_URL)",
+    )
     parser.add_argument("--lm", type=Path, help="folder that `lm-server build` has written")
     parser.add_argument("--opt", choices=tuple(checks.OPT_PARAMETERS), help="model to rescore with")
     parser.add_argument("--opt-dtype", choices=tuple(checks.BYTES_PER_PARAMETER), default="float16")

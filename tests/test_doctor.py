@@ -275,6 +275,13 @@ def test_a_closed_port_is_a_problem_and_the_password_stays_hidden(capsys):
     assert "very-secret" not in printed
 
 
+def test_the_redis_that_other_commands_would_take_is_looked_at(capsys, monkeypatch, redis_url):
+    monkeypatch.setenv("B2TXT_REDIS_URL", redis_url)
+    _, findings, printed = diagnose(capsys)
+    assert findings["Redis"]["status"] == "ok"
+    assert "right-secret" not in printed
+
+
 def test_what_is_no_redis_url_is_told():
     (finding,) = doctor.check_redis("http://127.0.0.1:6379")
     assert finding.status == "problem"

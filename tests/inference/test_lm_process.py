@@ -122,8 +122,15 @@ def test_a_child_that_writes_a_lot_does_not_stand_still(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-def test_the_child_sees_its_stdin_close_when_this_process_is_killed(tmp_path: Path) -> None:
-    server = command(tmp_path, f"{READY}\nsys.stdin.read()")
+def test_the_child_sees_another_parent_when_this_process_is_killed(tmp_path: Path) -> None:
+    """What `--exit-with-parent` goes by: nothing stands between the child and this process."""
+    body = f"""
+        parent = os.getppid()
+        {READY}
+        while os.getppid() == parent:
+            time.sleep(0.02)
+    """
+    server = command(tmp_path, body)
     code = f"""
         import time
         from b2txt_jax.inference.lm_process import serve_child
@@ -136,8 +143,9 @@ def test_the_child_sees_its_stdin_close_when_this_process_is_killed(tmp_path: Pa
     )
     assert parent.stdout is not None
     assert parent.stdout.readline() == "unix:///s\n"
+    time.sleep(0.2)
     assert alive(tmp_path / "pid")
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert gone(tmp_path / "pid")
+    assert gone(tmp_path / "pid", 30.0)

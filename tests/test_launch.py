@@ -113,7 +113,7 @@ def call(*arguments: str, path: str | None = None, **more: str) -> subprocess.Co
     )
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,16 +39,24 @@ class Hypothesis:
 
 
 def rank(
-    hypotheses: Iterable[Hypothesis], acoustic_scale: float, count: int
+    hypotheses: Iterable[Hypothesis],
+    acoustic_scale: float,
+    count: int,
+    lattice_beam: float = math.inf,
 ) -> tuple[Hypothesis, ...]:
-    """The `count` best distinct word sequences, best first; equal scores in the words' order."""
+    """The `count` best distinct word sequences, best first; equal scores in the words' order.
+
+    Those whose total is worse than the best by more than `lattice_beam` (ln) are left out.
+    """
     best: dict[tuple[str, ...], Hypothesis] = {}
     # Homophones that the text lacks score the same, and the search gives them in any order.
     for hypothesis in sorted(
         hypotheses, key=lambda one: (-round(one.total(acoustic_scale), 6), one.words)
     ):
         best.setdefault(hypothesis.words, hypothesis)
-    return tuple(best.values())[:count]
+    kept = tuple(best.values())[:count]
+    least = kept[0].total(acoustic_scale) - lattice_beam if kept else 0.0
+    return tuple(one for one in kept if one.total(acoustic_scale) >= least)
 
 
 def scored(hypothesis: Hypothesis, acoustic_scale: float) -> Scored:

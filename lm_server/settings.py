@@ -21,6 +21,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "beam": (0.001, 1000.0),
     "max_active": (1, 10_000),
     "nbest": (1, 10_000),
+    "max_classes": (1, 41),
     "word_bonus": (-100.0, 100.0),
     "silence_penalty": (0.0, 1000.0),
     "lattice_beam": (0.0, 1e6),
@@ -36,12 +37,13 @@ LIMITS: Mapping[str, tuple[float, float]] = {
 """Least and greatest value of each setting. Within them the scores of the longest sentence are
 finite, a beam cannot reach over `_FORBIDDEN`, and the search's memory stays within a machine's."""
 
-WHOLE = ("max_active", "min_active", "nbest", "do_opt", "top_candidates_to_augment")
+WHOLE = ("max_active", "max_classes", "min_active", "nbest", "do_opt", "top_candidates_to_augment")
 """Settings that are whole numbers."""
 
 ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "min_active": ("wfst",),
     "max_active": ("flashlight", "pyctcdecode", "wfst"),
+    "max_classes": ("flashlight",),
     "nbest": ("flashlight", "pyctcdecode"),
     "lattice_beam": ("flashlight", "pyctcdecode"),
     "word_bonus": ("flashlight", "pyctcdecode"),
@@ -57,6 +59,7 @@ def without_effect(name: str, backend: str) -> str | None:
         return None
     reasons = {
         "min_active": "it keeps at most max_active hypotheses, all within the beam",
+        "max_classes": "it looks at every class",
         "nbest": "it finds only the best sentence",
         "lattice_beam": "it finds only the best sentence",
         "word_bonus": "its scores are those of the graph that it reads",
@@ -82,10 +85,11 @@ class Settings:
       beam: hypotheses worse than the best by more than this are dropped (ln of the scaled total).
       max_active: hypotheses kept after each frame.
       nbest: candidate sentences in an answer.
+      max_classes: so many of the likeliest classes of a frame are looked at; 41 is all.
       word_bonus: added to a candidate's total for every word (ln).
-      silence_penalty: a frame without a silence can stand for one, at this cost (ln, before the
-        acoustic scale) against its likeliest class; so a silence that the model left out between
-        two words does not break the sentence. 1000 demands every silence.
+      silence_penalty: a blank can stand for a silence, at this cost (ln, before the acoustic
+        scale); so a silence that the logits lack between two words does not break the sentence.
+        1000 demands every silence (and then needs a max_classes of 41).
       lattice_beam: candidates whose total is worse than the best by more than this (ln) are left
         out.
       ctc_blank_skip_threshold: of neighbouring frames in which the blank's probability is above
@@ -106,8 +110,9 @@ class Settings:
     beam: float = 18.0
     max_active: int = 100
     nbest: int = 100
+    max_classes: int = 10
     word_bonus: float = 0.0
-    silence_penalty: float = 1000.0
+    silence_penalty: float = 2.5
     lattice_beam: float = 1e6
     ctc_blank_skip_threshold: float = 1.0
     min_active: int = 200
@@ -138,6 +143,7 @@ _HELP: Mapping[str, str] = {
     "beam": "hypotheses worse than the best by more than this (ln) are dropped",
     "max_active": "hypotheses kept after each frame",
     "nbest": "candidate sentences in an answer",
+    "max_classes": "likeliest classes of a frame that are looked at; 41: all",
     "word_bonus": "added to the total for every word (ln)",
     "silence_penalty": "cost (ln) of a silence between words that the logits lack; 1000: never",
     "lattice_beam": "candidates worse than the best by more than this (ln) are left out",

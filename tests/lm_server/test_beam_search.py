@@ -1,6 +1,5 @@
 """The search finds what listing every path finds, in whatever chunks the frames come."""
 
-import itertools
 import json
 import math
 import shutil
@@ -79,75 +78,11 @@ def model(model_folder):
     return LanguageModel(model_folder)
 
 
-def tiny_ngram(words):
-    """ln probability by the ARPA above, written down anew."""
-    sections = TINY_ARPA.split("\\2-grams:")
-    unigrams, backoffs, bigrams = {}, {}, {}
-    for line in sections[0].splitlines():
-        if line.startswith("-"):
-            fields = line.split("\t")
-            unigrams[fields[1]] = float(fields[0])
-            backoffs[fields[1]] = float(fields[2]) if len(fields) == 3 else 0.0
-    for line in sections[1].splitlines():
-        if line.startswith("-"):
-            score, pair = line.split("\t")
-            bigrams[tuple(pair.split())] = float(score)
-    total = 0.0
-    for one, two in itertools.pairwise(["<s>", *words, "</s>"]):
-        total += bigrams.get((one, two), backoffs[one] + unigrams[two])
-    return total * math.log(10)
-
-
-def sentences_of_path(path):
-    """All word sequences that a path of classes spells; the last word may lack its silence."""
-    collapsed = [c for c, before in zip(path, (None, *path), strict=False) if c != before]
-    tokens = [c for c in collapsed if c != BLANK]
-    pieces = [
-        tuple(run) for silent, run in itertools.groupby(tokens, lambda c: c == SIL) if not silent
-    ]
-    choices = [[w for w, said in TINY_LEXICON.items() if piece in said] for piece in pieces]
-    return itertools.product(*choices)
-
-
-def by_listing(log_probabilities, acoustic_scale):
-    """Every sentence with its best path's score, from all paths over the five classes in use."""
-    used = [BLANK, SIL, AH, T, Z]
-    found = {}
-    for path in itertools.product(used, repeat=len(log_probabilities)):
-        acoustic = sum(frame[c] for frame, c in zip(log_probabilities, path, strict=True))
-        for words in sentences_of_path(path):
-            found[words] = max(found.get(words, -math.inf), acoustic)
-    scored = [(words, acoustic, tiny_ngram(words)) for words, acoustic in found.items()]
-    return sorted(scored, key=lambda s: (-round(acoustic_scale * s[1] + s[2], 6), s[0]))
-
-
 def some_logits(rng, frames):
     """Random logits in which only the five classes in use have a chance."""
     logits = np.full((frames, 41), -300.0, np.float32)
     logits[:, [BLANK, SIL, AH, T, Z]] = rng.normal(0.0, 3.0, (frames, 5))
     return logits
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_the_search_agrees_with_listing_every_path(tiny, seed):
-    rng = np.random.default_rng(seed)
-    logits = some_logits(rng, frames=6)
-    scale, penalty = float(rng.uniform(0.3, 2.0)), float(rng.uniform(0.5, 9.0))
-    chosen = Settings(scale, penalty, beam=1000.0, max_active=10_000, nbest=25)
-    log_probabilities = logits - np.log(np.exp(logits.astype(float)).sum(axis=1, keepdims=True))
-    log_probabilities[:, BLANK] -= math.log(penalty)
-    expected = by_listing(log_probabilities, scale)[:25]
-
-    search = BeamSearch(tiny, chosen)
-    search.step(logits)
-    got = search.finish()
-    assert [h.words for h in got] == [words for words, _, _ in expected]
-    np.testing.assert_allclose([h.acoustic for h in got], [a for _, a, _ in expected], atol=1e-3)
-    np.testing.assert_allclose([h.ngram for h in got], [n for _, _, n in expected], atol=1e-4)
-    totals = [h.total(scale) for h in got]
-    assert totals == sorted(totals, reverse=True)
-    assert totals == pytest.approx([scale * a + n for _, a, n in expected], abs=1e-3)
-    assert all(h.llm is None for h in got)
 
 
 @given(

@@ -1,0 +1,76 @@
+"""Logits -> what a search adds up: scaled log-probabilities in which a blank may stand for a
+silence, without frames that are surely blank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lm_server.protocol import LM_CLASSES, SILENCE
+from lm_server.settings import Settings
+
+BLANK_ID = 0
+SILENCE_ID = LM_CLASSES.index(SILENCE)
+FLOOR = -1e3
+"""Least log-probability of a class (ln), before the acoustic scale."""
+
+
+def scaled_log_probabilities(logits: np.ndarray, settings: Settings) -> np.ndarray:
+    """acoustic_scale * (log-softmax(logits) - ln(blank_penalty) for the blank): float64 [frames,
+    41], ln."""
+    return _scaled(_log_softmax(logits), settings)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return np.maximum(log_probabilities, FLOOR)
+
+
+def _scaled(log_probabilities: np.ndarray, settings: Settings) -> np.ndarray:
+    scaled = settings.acoustic_scale * log_probabilities
+    scaled[:, BLANK_ID] -= settings.acoustic_scale * math.log(settings.blank_penalty)
+    return scaled
+
+
+@dataclass
+class Emissions:
+    """Makes the emissions of one sentence after another, chunk by chunk.
+
+    Attributes:
+      settings: those of the sentence under way.
+      skipped: score of the frames left out so far, each as blank (ln, with the acoustic scale).
+    """
+
+    settings: Settings
+    skipped: float = 0.0
+    _after_blank: bool = False
+
+    def begin(self, settings: Settings) -> None:
+        """Starts a sentence."""
+        self.settings = settings
+        self.skipped = 0.0
+        self._after_blank = False
+
+    def of(self, logits: np.ndarray) -> np.ndarray:
+        """Emissions float64 [frames that are searched, 41] of logits [frames, 41] in the language
+        model's order, ln.
+
+        A silence costs at most what the blank does and `silence_penalty` more: where the model
+        that made the logits left out the silence between two words, a blank frame completes the
+        first word.
+        """
+        log_probabilities = _log_softmax(logits)
+        settings = self.settings
+        scaled = _scaled(log_probabilities, settings)
+        penalty = settings.acoustic_scale * settings.silence_penalty
+        scaled[:, SILENCE_ID] = np.maximum(scaled[:, SILENCE_ID], scaled[:, BLANK_ID] - penalty)
+        if settings.ctc_blank_skip_threshold >= 1.0 or not len(scaled):
+            return scaled
+        blank = log_probabilities[:, BLANK_ID] > math.log(settings.ctc_blank_skip_threshold)
+        left_out = blank & np.concatenate([[self._after_blank], blank[:-1]])
+        self._after_blank = bool(blank[-1])
+        self.skipped += float(scaled[left_out, BLANK_ID].sum())
+        return scaled[~left_out]

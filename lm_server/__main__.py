@@ -13,6 +13,8 @@ from lm_server.errors import UserError
 COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",
     "serve": "answer clients through Redis streams",
+    "worker": "decode jobs from Redis, shared with other workers",
+    "status": "show servers, workers, sessions and jobs of a Redis",
     "decode": "decode a file of logits",
 }
 """Name -> what it does, in the order of the help; the code is in `lm_server.commands`."""

@@ -333,3 +333,52 @@ def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
             )
         found[word] = HotWordEntry(float(weight), tuple(tuple(one) for one in pronunciations))
     return found
+
+
+SUBMIT_JOB = """
+-- KEYS: jobs, batch;  ARGV: job, seconds that the batch is kept, then the entry's fields
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+if redis.call('HSETNX', KEYS[2], ARGV[1], 'queued') == 0 then return 0 end
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
+return 1
+"""
+"""Lua: hands in a job, once, however often it is sent. 0: it was there already."""
+JOB_SECONDS = 86_400
+"""A batch and its results are kept for so long after its last job or result."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sentence to decode offline.
+
+    Attributes:
+      batch: names the jobs that belong together; their results come on one stream.
+      name: of this job within its batch, such as a trial's.
+      logits: float32 [frames, 41] in the language model's order.
+      settings: published name -> value; the worker's own where one is not given.
+      context: what was said before, for rescoring.
+    """
+
+    batch: str
+    name: str
+    logits: np.ndarray
+    settings: Mapping[str, float] | None = None
+    context: str = ""
+
+    def fields(self) -> dict[str, bytes]:
+        """As an entry of the jobs' stream.
+
+        Raises:
+          ProtocolError: the logits cannot be sent.
+        """
+        fields_ = {
+            "batch": check_session(self.batch).encode(),
+            "job": self.name.encode(),
+            "logits": encode_logits(self.logits),
+        }
+        if self.settings:
+            fields_["settings"] = json.dumps(dict(self.settings)).encode()
+        if self.context:
+            fields_["context"] = self.context.encode()
+        return fields_

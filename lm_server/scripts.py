@@ -101,11 +101,12 @@ FINISH_JOB = """
 -- KEYS: jobs, batch, results;  ARGV: group, entry id, job, seconds that results are kept, fields
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
-if redis.call('HGET', KEYS[2], ARGV[3]) == 'done' then return 0 end
+if redis.call('HGET', KEYS[2], ARGV[3]) ~= 'queued' then return 0 end
 redis.call('HSET', KEYS[2], ARGV[3], 'done')
 redis.call('EXPIRE', KEYS[2], ARGV[4])
 redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
 redis.call('EXPIRE', KEYS[3], ARGV[4])
 return 1
 """
-"""Writes a job's result and takes the job away. 0: it had a result."""
+"""Writes a job's result and takes the job away. 0: it had a result, or nobody wants one any more:
+the client deletes its batch when it leaves."""

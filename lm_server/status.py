@@ -106,7 +106,9 @@ class Heartbeat:
         meter: Meter,
         describe: Callable[[], Mapping[str, str]],
         renew: Callable[[], None] = lambda: None,
+        seconds: float = BEAT_SECONDS,
     ) -> None:
+        self._seconds = seconds
         self._client, self._name, self._meter = client, name, meter
         self._describe, self._renew = describe, renew
         self._fixed = {
@@ -137,7 +139,7 @@ class Heartbeat:
         self._alive_at = time.monotonic()
 
     def _run(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
+        while not self._stop.wait(self._seconds):
             if time.monotonic() - self._alive_at < _STUCK_SECONDS:
                 self._beat()
 

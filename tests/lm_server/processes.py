@@ -15,6 +15,8 @@ from pathlib import Path
 
 import redis
 
+from lm_server.embedded_redis import find_program
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -88,6 +90,23 @@ def children(pid: int) -> list[int]:
                 if int(stat[1]) == pid:
                     found.append(int(entry.name))
     return found
+
+
+def start_redis(port: int, *options: str) -> tuple[subprocess.Popen[bytes], redis.Redis]:
+    """A Redis of its own on a port, without persistence unless the options say otherwise."""
+    arguments = ["--port", str(port), "--save", "", "--appendonly", "no", *options]
+    process = subprocess.Popen([find_program(), *arguments], stdout=subprocess.DEVNULL)
+    password = options[1] if "--requirepass" in options else None
+    connection = redis.Redis(port=port, password=password, protocol=2)
+
+    def up() -> bool:
+        try:
+            return bool(connection.ping())
+        except (redis.exceptions.ConnectionError, redis.exceptions.BusyLoadingError):
+            return False
+
+    assert wait_until(up)
+    return process, connection
 
 
 def free_port() -> int:

@@ -17,6 +17,7 @@ from processes import (
     free_port,
     is_running,
     serving,
+    start_redis,
     start_server,
     wait_ready,
     wait_until,
@@ -25,7 +26,7 @@ from small_model import say
 
 from lm_server.beam_search import LanguageModel
 from lm_server.connection import connect, shown_url
-from lm_server.embedded_redis import embedded_redis, find_program
+from lm_server.embedded_redis import embedded_redis
 from lm_server.protocol import decode_scoring, encode_logits
 from lm_server.server import Server
 from lm_server.session import Session
@@ -294,22 +295,6 @@ def test_an_embedded_redis_that_dies_ends_the_server_with_its_reason(model_folde
         os.kill(redis_process, signal.SIGKILL)
         assert running.process.wait(timeout=15) == 2
         assert "error: the embedded Redis ended" in running.process.stderr.read()
-
-
-def start_redis(port, *options):
-    arguments = ["--port", str(port), "--save", "", "--appendonly", "no", *options]
-    process = subprocess.Popen([find_program(), *arguments], stdout=subprocess.DEVNULL)
-    password = options[1] if "--requirepass" in options else None
-    connection = redis.Redis(port=port, password=password, protocol=2)
-
-    def up():
-        try:
-            return bool(connection.ping())
-        except redis.exceptions.ConnectionError:
-            return False
-
-    assert wait_until(up)
-    return process, connection
 
 
 def test_the_server_waits_for_a_redis_that_starts_late_and_outlives_its_restart(model_folder):

@@ -1,0 +1,77 @@
+"""Shows the servers, workers, sessions and jobs of a Redis.
+
+The exit code is 1 if no server and no worker is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from typing import Any
+
+from lm_server.commands.serve import add_redis_option
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    add_redis_option(parser)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows the status once."""
+    from lm_server.connection import LOST, RedisUnavailableError, connect, shown_url
+    from lm_server.status import gather
+
+    with connect(args.redis, 0.0, threading.Event()) as client:
+        try:
+            found = gather(client)
+        except LOST as error:
+            raise RedisUnavailableError(
+                f"Redis at {shown_url(args.redis)} cannot tell its status ({error}): "
+                "try again, or look at the user's rights"
+            ) from error
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found, shown_url(args.redis))
+    return 0 if found["processes"] else 1
+
+
+def _show(found: dict[str, Any], url: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    redis = found["redis"]
+    console.print(f"Redis {redis['version']} at {url}: {redis['memory_mb']} MB")
+    jobs = found["jobs"]
+    console.print(f"jobs: {jobs['waiting']} waiting, {jobs['under_way']} under way")
+    owners = ", ".join(f"{name}: {owner or 'nobody'}" for name, owner in found["sessions"].items())
+    console.print(f"sessions: {owners}")
+    if not found["processes"]:
+        console.print("no server and no worker is running here")
+        return
+    table = Table()
+    for column in ("process", "kind", "up", "sentences", "errors", "waiting", "memory"):
+        table.add_column(column, justify="left" if column in ("process", "kind") else "right")
+    table.add_column("partial p50 / p99", justify="right")
+    table.add_column("final p50 / p99", justify="right")
+    for one in found["processes"]:
+        times = [
+            " / ".join(one.get(f"{what}_ms_{share}", "-") for share in ("p50", "p99"))
+            for what in ("partial", "final")
+        ]
+        table.add_row(
+            one["name"],
+            one["kind"],
+            f"{time.time() - float(one['started']):.0f} s",
+            one.get("sentences", "0"),
+            one.get("errors", "0"),
+            one.get("waiting_answers", one.get("held_jobs", "0")),
+            f"{one['memory_mb']} MB",
+            *(f"{pair} ms" for pair in times),
+        )
+    console.print(table)

@@ -1,0 +1,115 @@
+"""Decodes jobs from Redis (docs/protocol.md) in N processes until SIGTERM or Ctrl-C.
+
+Any number of these may run, on any machines; they share the jobs. A process that ends is started
+again. Prints `lm-server ready redis=URL lm=DIR workers=N` on a line of standard output when jobs
+can come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+
+from lm_server import logs, rescore, search, settings
+from lm_server.commands.serve import add_redis_option
+from lm_server.processes import default_workers, stop_with_parent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    where = parser.add_mutually_exclusive_group()
+    add_redis_option(where)
+    where.add_argument(
+        "--embedded-redis",
+        action="store_true",
+        help="start a Redis of our own and stop it at the end",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
+    )
+    parser.add_argument(
+        "--wait-seconds", type=float, default=10.0, help="wait for Redis at the start (default 10)"
+    )
+    parser.add_argument(
+        "--lease-seconds",
+        type=float,
+        default=10.0,
+        help="a worker without a sign of life for so long loses its job to another (default 10)",
+    )
+    parser.add_argument(
+        "--attempts",
+        type=int,
+        default=3,
+        help="a job that lost so many workers is answered by an error (default 3)",
+    )
+    parser.add_argument(
+        "--rescore-seconds",
+        type=float,
+        default=60.0,
+        help="a sentence not rescored by then is answered without it (default 60)",
+    )
+    parser.add_argument(
+        "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
+    )
+    logs.add_option(parser)
+    search.add_option(parser)
+    rescore.add_options(parser)
+    settings.add_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Works until told to stop."""
+    from lm_server.connection import connect, shown_url
+    from lm_server.embedded_redis import RedisStartError, embedded_redis
+    from lm_server.supervisor import supervise
+    from lm_server.worker import Terms, Worker
+
+    logs.use(args.log_format)
+    workers = default_workers() if args.workers is None else args.workers
+    given = (("workers", workers, 1), ("attempts", args.attempts, 1))
+    for name, value, least in (*given, ("lease-seconds", args.lease_seconds, 0.5)):
+        if not value >= least:
+            raise settings.SettingsError(f"--{name} is {value:g}; needed at least {least:g}")
+    chosen = settings.from_options(args)
+    terms = Terms(args.lease_seconds, args.attempts, args.rescore_seconds)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(embedded_redis()) if args.embedded_redis else None
+        url = own.url if own else args.redis
+        connect(url, args.wait_seconds, stop).close()
+        # Read before the processes are forked, so that they share its memory.
+        model = search.load_model(args.lm, args.backend)
+
+        def work(ended: threading.Event) -> None:
+            # It answered a moment ago: should it be away now, it is waited for.
+            with connect(url, float("inf"), ended) as client:
+                # torch does not survive a fork, so each process loads its own.
+                scorer = rescore.from_options(args)
+                queue = None if scorer is None else rescore.RescoringQueue(scorer)
+                finish = None if queue is None else queue.submit
+                Worker(client, model, chosen, finish, terms).run(ended)
+                if queue is not None:
+                    queue.close()
+
+        def check() -> None:
+            if own and not own.alive:
+                raise RedisStartError(
+                    f"the embedded Redis ended with exit code {own.process.returncode}"
+                )
+
+        print(
+            f"lm-server ready redis={shown_url(url)} lm={args.lm} workers={workers} "
+            f"pid={os.getpid()}",
+            flush=True,
+        )
+        # Its thread starts only after the fork of the first processes.
+        watch = stop_with_parent if args.exit_with_parent else None
+        supervise(work, workers, stop, check, watch)
+    return 0

@@ -1,0 +1,64 @@
+"""A worker process that does as it is told by the length of a sentence, for tests:
+
+    python wilful_worker.py MODEL URL LEASE_SECONDS PROCESSES SLOW_SECONDS
+
+Sentences of 7 frames kill it (SIGKILL), those of 9 frames take SLOW_SECONDS.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lm_server.connection import connect
+from lm_server.search import load_model
+from lm_server.settings import Settings
+from lm_server.supervisor import supervise
+from lm_server.worker import Terms, Worker
+
+DEADLY, SLOW = 7, 9
+
+
+class Wilful:
+    """A search that dies or dawdles on certain sentences."""
+
+    def __init__(self, search, seconds):
+        self._search, self._seconds = search, seconds
+
+    def __getattr__(self, name):
+        return getattr(self._search, name)
+
+    def step(self, logits):
+        if len(logits) == DEADLY:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(logits) == SLOW:
+            time.sleep(self._seconds)
+        return self._search.step(logits)
+
+
+class Model:
+    def __init__(self, folder, seconds):
+        self._model, self._seconds = load_model(folder), seconds
+
+    def search(self, settings, hot_words=None):
+        return Wilful(self._model.search(settings, hot_words or {}), self._seconds)
+
+
+def main():
+    folder, url, lease, processes, seconds = sys.argv[1:]
+    model = Model(Path(folder), float(seconds))
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def work(ended):
+        with connect(url, 20.0, ended) as client:
+            Worker(client, model, Settings(), terms=Terms(float(lease))).run(ended)
+
+    print("ready", flush=True)
+    supervise(work, int(processes), stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -95,12 +95,17 @@ class _Task:
     sentences: list[str]
     answer: Future[Answer]
 
+    @property
+    def key(self) -> tuple[str, float]:
+        """What sentences of one batch have in common: context, length penalty."""
+        return self.context, self.settings.length_penalty
+
 
 class RescoringQueue:
     """Completes answers in a thread of its own, in the order of submission.
 
-    What waits when a batch ends goes into the next one together, so a sentence is done at the
-    latest one batch after the batch that runs when it comes.
+    What waits when a batch ends goes into the next one together (as long as the context is the
+    same), so a sentence is done one batch after the batch that runs when it comes.
     """
 
     def __init__(self, scorer: SentenceScorer | None) -> None:
@@ -149,29 +154,34 @@ class RescoringQueue:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-                count = min(len(self._waiting), _MERGED)
-                tasks = [self._waiting.popleft() for _ in range(count)]
+                tasks = self._next_batch()
             if not tasks:
                 return
-            groups: dict[tuple[str, float], list[_Task]] = defaultdict(list)
-            for task in tasks:
-                if task.answer.set_running_or_notify_cancel():
-                    groups[task.context, task.settings.length_penalty].append(task)
-            for (context, length_penalty), group in groups.items():
-                self._complete(group, context, length_penalty)
+            running = [task for task in tasks if task.answer.set_running_or_notify_cancel()]
+            if running:
+                self._complete(running)
 
-    def _complete(self, tasks: Sequence[_Task], context: str, length_penalty: float) -> None:
+    def _next_batch(self) -> list[_Task]:
+        """The first that wait, as far as they have one context; none when all is done."""
+        tasks: list[_Task] = []
+        while self._waiting and len(tasks) < _MERGED:
+            if tasks and self._waiting[0].key != tasks[0].key:
+                break
+            tasks.append(self._waiting.popleft())
+        return tasks
+
+    def _complete(self, tasks: Sequence[_Task]) -> None:
         scores: dict[str, float] | None = None
         problem: str | None = None
         sentences = list(dict.fromkeys(one for task in tasks for one in task.sentences))
         if self._scorer is not None and sentences:
             try:
-                scores = checked_scores(self._scorer, sentences, context, length_penalty)
+                scores = checked_scores(self._scorer, sentences, *tasks[0].key)
             except RescoringError as error:
                 if len(tasks) > 1:
                     # One sentence's fault must not be the others'.
                     for task in tasks:
-                        self._complete([task], context, length_penalty)
+                        self._complete([task])
                     return
                 problem = str(error)
         for task in tasks:

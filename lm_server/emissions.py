@@ -1,5 +1,6 @@
 """Logits -> what a search adds up: scaled log-probabilities in which a blank may stand for a
-silence, without frames that are surely blank."""
+silence, without frames that are surely blank.
+"""
 
 from __future__ import annotations
 
@@ -58,15 +59,16 @@ class Emissions:
         """Emissions float64 [frames that are searched, 41] of logits [frames, 41] in the language
         model's order, ln.
 
-        A silence costs at most what the blank does and `silence_penalty` more: where the model
-        that made the logits left out the silence between two words, a blank frame completes the
-        first word.
+        A silence costs at most `silence_penalty` more than the blank, and at most thrice that more
+        than the likeliest class: where the logits lack the silence between two words, a blank, or
+        else a phoneme's spare frame, completes the first word.
         """
         log_probabilities = _log_softmax(logits)
         settings = self.settings
         scaled = _scaled(log_probabilities, settings)
         penalty = settings.acoustic_scale * settings.silence_penalty
-        scaled[:, SILENCE_ID] = np.maximum(scaled[:, SILENCE_ID], scaled[:, BLANK_ID] - penalty)
+        instead = np.maximum(scaled[:, BLANK_ID], scaled.max(axis=1, initial=-np.inf) - 2 * penalty)
+        scaled[:, SILENCE_ID] = np.maximum(scaled[:, SILENCE_ID], instead - penalty)
         if settings.ctc_blank_skip_threshold >= 1.0 or not len(scaled):
             return scaled
         blank = log_probabilities[:, BLANK_ID] > math.log(settings.ctc_blank_skip_threshold)

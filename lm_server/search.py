@@ -20,6 +20,11 @@ from lm_server.nbest import Hypothesis
 from lm_server.settings import Settings
 
 BACKENDS = ("flashlight", "pyctcdecode", "wfst")
+_PACKAGES = {
+    # Its requirements exclude the numpy that everything else here uses, and works with.
+    "pyctcdecode": "--no-deps pyctcdecode pygtrie",
+    "wfst": "kaldi-decoder kaldifst",
+}
 NO_HOT_WORDS: Mapping[str, HotWord] = {}
 
 
@@ -78,13 +83,25 @@ def load_model(folder: Path, backend: str = "flashlight") -> SearchModel:
       BackendError: there is no such backend, or its package is not installed.
       ModelFolderError: the folder is not as the backend needs it.
     """
+    if backend not in BACKENDS:
+        raise BackendError(f"there is no search {backend!r}; known are {', '.join(BACKENDS)}")
     if backend == "flashlight":
         from lm_server.beam_search import LanguageModel
 
         return LanguageModel(folder)
-    if backend not in BACKENDS:
-        raise BackendError(f"there is no search {backend!r}; known are {', '.join(BACKENDS)}")
-    raise BackendError(f"the search {backend!r} is not there yet")
+    try:
+        if backend == "wfst":
+            from lm_server.wfst_search import GraphModel
+
+            return GraphModel(folder)
+        from lm_server.pyctcdecode_search import WordModel
+
+        return WordModel(folder)
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"the search {backend} needs packages that are not here ({error.name}): "
+            f"install them with `pip install {_PACKAGES[backend]}`"
+        ) from error
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

@@ -47,10 +47,16 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "nbest": ("flashlight", "pyctcdecode"),
     "lattice_beam": ("flashlight", "pyctcdecode"),
     "word_bonus": ("flashlight", "pyctcdecode"),
-    "silence_penalty": ("flashlight",),
+    "silence_penalty": ("flashlight", "pyctcdecode"),
     "rescore": (),
 }
 """Searches in which a setting has an effect, for the settings that not every search has."""
+
+
+_DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    # As the published decoder is run.
+    "wfst": {"acoustic_scale": 0.325, "blank_penalty": 90.0, "beam": 17.0, "max_active": 7000},
+}
 
 
 def without_effect(name: str, backend: str) -> str | None:
@@ -88,8 +94,9 @@ class Settings:
       max_classes: so many of the likeliest classes of a frame are looked at; 41 is all.
       word_bonus: added to a candidate's total for every word (ln).
       silence_penalty: a blank can stand for a silence, at this cost (ln, before the acoustic
-        scale); so a silence that the logits lack between two words does not break the sentence.
-        1000 demands every silence (and then needs a max_classes of 41).
+        scale), and any other frame at thrice the cost; so a silence that the logits lack between
+        two words does not break the sentence. 1000 demands every silence (and then needs a
+        max_classes of 41).
       lattice_beam: candidates whose total is worse than the best by more than this (ln) are left
         out.
       ctc_blank_skip_threshold: of neighbouring frames in which the blank's probability is above
@@ -135,6 +142,11 @@ class Settings:
         for name in WHOLE:
             if getattr(self, name) != int(getattr(self, name)):
                 raise SettingsError(f"{name} is {getattr(self, name)}; needed a whole number")
+
+
+def default_settings(backend: str) -> Settings:
+    """A search's own defaults."""
+    return dataclasses.replace(Settings(), **_DEFAULTS.get(backend, {}))  # type: ignore[arg-type]
 
 
 _HELP: Mapping[str, str] = {
@@ -183,7 +195,11 @@ def from_options(args: argparse.Namespace) -> Settings:
       SettingsError: a value is outside its range, or the file cannot be used.
     """
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    base = read_settings(args.settings) if args.settings is not None else Settings()
+    base = (
+        read_settings(args.settings)
+        if args.settings is not None
+        else default_settings(getattr(args, "backend", "flashlight"))
+    )
     return dataclasses.replace(
         base, **{name: value for name, value in given.items() if value is not None}
     )

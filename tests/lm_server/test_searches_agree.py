@@ -1,8 +1,11 @@
 """Every search finds what listing all paths finds, with the same scores."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from brute_force import decode, problems
+from graph import write_graph
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -69,3 +72,20 @@ def test_flashlight_with_hot_words_agrees_with_listing_every_path(
     assert_same(search.finish(), expected)
     # The other search of the same model knows nothing of them.
     assert_same(other.finish(), decode(problem.logits, problem.lexicon, problem.ngram, chosen))
+
+
+@FEW
+@given(problems(), knobs(), st.integers(1, 6))
+def test_the_graph_search_finds_the_best_of_all_paths(tmp_path_factory, problem, chosen, cut):
+    model = load_model(write_graph(problem, tmp_path_factory.mktemp("problem")), "wfst")
+    search = model.search(chosen)
+    search.step(problem.logits[:cut])
+    search.step(problem.logits[cut:])
+    (best,) = search.finish()
+    plain = replace(chosen, silence_penalty=1000.0, word_bonus=0.0)
+    expected = decode(problem.logits, problem.lexicon, problem.ngram, plain)
+    reference = {one.words: one for one in expected}[best.words]
+    assert best.acoustic == pytest.approx(reference.acoustic, abs=2e-3)
+    assert best.ngram == pytest.approx(reference.ngram, abs=1e-3)
+    assert reference.total == pytest.approx(expected[0].total, abs=2e-3)
+    assert search.finish() == ()

@@ -4,6 +4,9 @@ Writes evaluation.json and submission.csv (id,text; sessions in order, then tria
 With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is
 started for this call and stopped after it. With neither, a server at $B2TXT_REDIS_URL or on this
 machine's port 6379 is used if one answers.
+
+With --workers N, N worker processes share the sentences: --lm DIR starts them, and together with
+--redis they share them with the workers that run elsewhere. --workers 0 leaves all to those.
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from rich.table import Table
 
 from b2txt_jax.data.description import session_date
 from b2txt_jax.data.hdf5 import read_description
+from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
     Rates,
     evaluate,
     run_language_model,
+    run_workers,
     submission_texts,
     write_evaluation,
 )
@@ -51,9 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `b2txt evaluate`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    server = parser.add_mutually_exclusive_group()
-    server.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
-    server.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
+    parser.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
+    parser.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="decode with N worker processes at once"
+    )
+    parser.add_argument(
+        "--llm", metavar="DIR", help="with --lm: rescore with the causal language model there"
+    )
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE", help="with --lm: settings of `lm-server tune`"
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT)")
     keys = ", ".join(f"--config.{key}" for key in sorted(CHANGEABLE))
     parser.epilog = f"Keys of the run's configuration that can be changed: {keys} (=value)."
@@ -62,27 +75,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`b2txt evaluate`; exit status 1 when trials failed."""
     console = Console()
+    check_options(args)
     model = load_model(args.workdir, args.overrides)
     out = args.out or args.workdir / args.split
     out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before the work
-    with language_model(args.redis, args.lm) as (url, name):
+    with language_model(args.redis, args.lm, args.workers, _child_options(args)) as (url, name):
         trials = compute_logits(model, args.split, console)
-        result = evaluate_run(model, trials, args.split, url, {"language_model": name}, console)
+        told = {"language_model": name}
+        given = {"llm": args.llm, "lm_settings": args.settings and str(args.settings)}
+        told |= {key: value for key, value in given.items() if value is not None}
+        jobs = args.workers is not None
+        result = evaluate_run(model, trials, args.split, url, told, console, jobs)
     write_results(out, result)
     print_results(result, console)
     console.print(f"written: {out / 'evaluation.json'}, {out / 'submission.csv'}", soft_wrap=True)
     return 1 if result.failed else 0
 
 
+class OptionsError(UserError, ValueError):
+    """Options that do not go together."""
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together.
+
+    Raises:
+      OptionsError: says which, and what to give.
+    """
+    if args.workers is None:
+        if args.redis is not None and args.lm is not None:
+            raise OptionsError(
+                "--redis and --lm are both given; needed one of them (the server there, or one of "
+                "our own), or --workers N besides"
+            )
+    elif args.workers < 0:
+        raise OptionsError(f"--workers is {args.workers}; needed 0 or more")
+    elif args.workers > 0 and args.lm is None:
+        raise OptionsError(
+            f"--workers {args.workers} needs --lm DIR, the model that they decode with; 0 leaves "
+            "the work to workers that run elsewhere"
+        )
+    elif args.workers == 0 and (args.redis is None or args.lm is not None):
+        raise OptionsError(
+            "--workers 0 leaves the work to workers that run elsewhere: needed --redis URL, and no "
+            "--lm"
+        )
+    for name in ("llm", "settings"):
+        if getattr(args, name) is not None and args.lm is None:
+            raise OptionsError(
+                f"--{name} is for a server that is started here; needed --lm DIR. A running server "
+                f"has its own: lm-server serve --{name}"
+            )
+
+
+def _child_options(args: argparse.Namespace) -> list[str]:
+    options = []
+    if args.llm is not None:
+        options += ["--llm", args.llm]
+    if args.settings is not None:
+        options += ["--settings", str(args.settings)]
+    return options
+
+
 @contextlib.contextmanager
-def language_model(redis: str | None, lm_dir: Path | None) -> Iterator[tuple[str, str]]:
+def language_model(
+    redis: str | None,
+    lm_dir: Path | None,
+    workers: int | None = None,
+    options: Sequence[str] = (),
+) -> Iterator[tuple[str, str]]:
     """Yields (Redis URL, what decodes there): a running server, or one of our own for `lm_dir`.
+
+    Args:
+      redis: URL of a Redis where a server or workers listen, or shall.
+      lm_dir: model folder of what is started.
+      workers: how many workers are started; None: a server.
+      options: further ones of `lm-server serve` or `worker`.
 
     Raises:
       LanguageModelUnavailableError: no server answers, or the own one cannot start.
     """
+    if workers == 0 and redis is not None:
+        yield redis, f"workers at {mask_password(redis)}"
+        return
+    if workers and lm_dir is not None:
+        given = ["--workers", str(workers), *options]
+        with serve_child(lm_dir, given, subcommand="worker", redis=redis) as url:
+            yield url, str(lm_dir.absolute())
+        return
     if lm_dir is not None:
-        with serve_child(lm_dir) as url:
+        with serve_child(lm_dir, options) as url:
             yield url, str(lm_dir.absolute())
         return
     url = redis or os.environ.get("B2TXT_REDIS_URL", DEFAULT_URL)
@@ -106,8 +188,9 @@ def evaluate_run(
     url: str,
     settings: dict[str, Any],
     console: Console,
+    jobs: bool = False,
 ) -> Evaluation:
-    """Decodes logits on the server at `url` and scores them.
+    """Decodes logits on the server at `url`, or with `jobs` by the workers there, and scores them.
 
     Raises:
       LanguageModelUnavailableError: the server is gone.
@@ -116,9 +199,18 @@ def evaluate_run(
     names = [trial.ref.name for trial in trials]
     with Progress(console=console) as progress:
         task = progress.add_task(f"sentences of {split}", total=len(trials))
-        decoded, failures, seconds = run_language_model(
+        decode = run_workers if jobs else run_language_model
+        decoded, failures, seconds, not_rescored = decode(
             logits, names, url, lambda done, _: progress.update(task, completed=done)
         )
+    if not_rescored:
+        first = not_rescored[0]
+        console.print(
+            f"warning: {len(not_rescored)} of {len(names)} sentences were not rescored; the first, "
+            f"{first.trial}: {first.reason}",
+            soft_wrap=True,
+        )
+        settings = {**settings, "not_rescored": [one.trial for one in not_rescored]}
     labels = [trial.labels for trial in trials if trial.labels is not None]
     sentences = [trial.sentence for trial in trials if trial.sentence is not None]
     known = split != "test"

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from b2txt_jax.evaluation.greedy_words import greedy_words
-from b2txt_jax.inference.lm_client import LanguageModelClient, Progress
+from b2txt_jax.inference.lm_client import Decoded, LanguageModelClient, Progress
+from b2txt_jax.inference.lm_jobs import JobClient
 from b2txt_jax.metrics import (
     ErrorRate,
     error_rate,
@@ -100,6 +101,23 @@ class Evaluation:
         }
 
 
+class LanguageModelRun(NamedTuple):
+    """What a language model made of all trials.
+
+    Attributes:
+      decoded: per trial the candidates, best first, or None when it failed.
+      failures: the trials that failed.
+      seconds: per decoded sentence; None when there is none.
+      not_rescored: the trials with the n-gram model's answer where a large model should have
+        rescored it.
+    """
+
+    decoded: list[list[Scored] | None]
+    failures: list[Failure]
+    seconds: float | None
+    not_rescored: list[Failure]
+
+
 def session_of(trial: str) -> str:
     """`t15.2023.08.13/trial_0007` -> `t15.2023.08.13`."""
     return trial.split("/", 1)[0]
@@ -111,8 +129,8 @@ def run_language_model(
     url: str,
     progress: Progress | None = None,
     connect: Callable[[str], LanguageModelClient] = LanguageModelClient,
-) -> tuple[list[list[Scored] | None], list[Failure], float | None]:
-    """Decodes every trial on the server at `url`.
+) -> LanguageModelRun:
+    """Decodes every trial on the server at `url`, one after another.
 
     Args:
       logits: per trial [frames, 41] in the RNN's order.
@@ -121,20 +139,35 @@ def run_language_model(
       progress: called as progress(trials done, trials in all).
       connect: makes the client, for other time-outs than the usual ones.
 
-    Returns:
-      Per trial the candidates, best first, or None when it failed; the failures; seconds per
-      decoded sentence (None when there is none).
-
     Raises:
       LanguageModelUnavailableError: Redis or the server does not answer, at the start or any more.
     """
     with connect(url) as client:
         client.check()
-        results = list(client.decode_all(logits, names, progress))
+        return _summed_up(list(client.decode_all(logits, names, progress)))
+
+
+def run_workers(
+    logits: Sequence[np.ndarray],
+    names: Sequence[str],
+    url: str,
+    progress: Progress | None = None,
+) -> LanguageModelRun:
+    """As `run_language_model`, by the `lm-server worker` processes at `url`, many at a time.
+
+    Raises:
+      LanguageModelUnavailableError: Redis stays away, or there is no worker.
+    """
+    with JobClient(url) as client:
+        return _summed_up(client.decode_all(logits, names, progress=progress))
+
+
+def _summed_up(results: Sequence[Decoded]) -> LanguageModelRun:
     failures = [Failure(r.name, r.error or "") for r in results if r.candidates is None]
     times = [r.seconds for r in results if r.candidates is not None]
     seconds = sum(times) / len(times) if times else None
-    return [r.candidates for r in results], failures, seconds
+    problems = [Failure(r.name, r.problem) for r in results if r.problem]
+    return LanguageModelRun([r.candidates for r in results], failures, seconds, problems)
 
 
 def evaluate(

@@ -1,7 +1,8 @@
 """Client of the language-model server: logits in, scored sentences out, through Redis streams.
 
 It speaks the published NEJM protocol (`lm_server.protocol`), so it works with `lm-server` and with
-the published server alike; both serve one client at a time. Every wait also watches the error
+the published server alike. With `lm-server` it may have a session of its own, so that several
+clients are served at once. Every wait also watches the error
 stream of `lm-server`, every wait ends, and a trial without an answer is an error that names it. An
 empty sentence is an answer if the server scored it: the best one where nothing was said.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +25,16 @@ from redis.retry import Retry
 
 from b2txt_jax.errors import UserError
 from lm_server.protocol import (
+    DEFAULT_SESSION,
+    REGISTRY,
+    WARNING,
     ProtocolError,
     Scored,
     Streams,
     check_logits,
     decode_scoring,
     encode_logits,
+    session_streams,
     to_lm_order,
 )
 
@@ -50,12 +56,16 @@ class LanguageModelUnavailableError(LanguageModelError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """What became of one trial: `candidates` best first, or None with the reason in `error`."""
+    """What became of one trial: `candidates` best first, or None with the reason in `error`.
+
+    `problem` says why they are the n-gram model's although a large model should have rescored them.
+    """
 
     name: str
     candidates: list[Scored] | None
     error: str | None
     seconds: float
+    problem: str | None = None
 
 
 def mask_password(url: str) -> str:
@@ -78,6 +88,7 @@ class LanguageModelClient:
         timeout: float = 120.0,
         hello_timeout: float = 10.0,
         streams: Streams | None = None,
+        session: str = DEFAULT_SESSION,
     ) -> None:
         """Connects to Redis; whether a server listens there is `check`'s question.
 
@@ -87,15 +98,20 @@ class LanguageModelClient:
           hello_timeout: seconds to wait for the answer to a reset, which every server gives at
             once.
           streams: other stream names than the published ones.
+          session: opened here and closed by `close`; none: the default session, which all clients
+            without one share.
 
         Raises:
           LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
-          LanguageModelError: the URL is no Redis URL.
+          LanguageModelError: the URL is no Redis URL, or the server opens no such session.
         """
+        self.session = session
+        self.problem: str | None = None
+        """Of the last final answer: why it is not rescored, although it should be."""
         self.url = mask_password(url)
         self.timeout = timeout
         self.hello_timeout = hello_timeout
-        self._streams = streams or Streams()
+        self._streams = streams or session_streams(session)
         try:
             # RESP2 explicitly: redis-py's default answers XREAD in another shape. No silent
             # retries: a lost message must not be sent twice, since the server would decode it
@@ -123,6 +139,9 @@ class LanguageModelClient:
         self._seen = dict.fromkeys(streams_read, _FIRST_ID)
         with self._redis_errors():
             self._redis.ping()
+        if session != DEFAULT_SESSION:
+            self._ask("open", hello_timeout)
+        with self._redis_errors():
             self._skip_old_answers()
 
     def __enter__(self) -> LanguageModelClient:
@@ -137,7 +156,11 @@ class LanguageModelClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; the server stays."""
+        """Closes the session, if it is one of our own, and the connection; the server stays."""
+        if self.session != DEFAULT_SESSION:
+            # Should this fail, the server closes it when it has been idle for a while.
+            with contextlib.suppress(LanguageModelError):
+                self._ask("close", self.hello_timeout)
         self._redis.close()
 
     def check(self) -> None:
@@ -194,6 +217,8 @@ class LanguageModelClient:
         with self._redis_errors():
             self._add(self._streams.finalize, {"done": 0})
         answer = self._wait(self._streams.final, "the final sentences", self.timeout)
+        problem = answer.get(b"problem")
+        self.problem = None if problem is None else problem.decode(errors="replace")
         self._wait(self._streams.done_finalizing, "the end of finalizing", self.timeout)
         return candidates_of(answer)
 
@@ -251,7 +276,7 @@ class LanguageModelClient:
             )
         for done, (frames, name) in enumerate(zip(logits, names, strict=True), start=1):
             started = time.perf_counter()
-            candidates, reason = None, None
+            candidates, reason, self.problem = None, None, None
             try:
                 candidates = self.decode(frames)
             except LanguageModelUnavailableError as error:
@@ -259,7 +284,7 @@ class LanguageModelClient:
                 reason = str(error)
             except (LanguageModelError, ProtocolError) as error:
                 reason = str(error)
-            yield Decoded(name, candidates, reason, time.perf_counter() - started)
+            yield Decoded(name, candidates, reason, time.perf_counter() - started, self.problem)
             if progress is not None:
                 progress(done, len(names))
 
@@ -270,6 +295,39 @@ class LanguageModelClient:
             raise LanguageModelUnavailableError(
                 f"{cause}; this was trial {name}, after {done} of {count} trials"
             ) from error
+
+    def _ask(self, action: str, timeout: float) -> None:
+        """Has the session opened or closed.
+
+        Raises:
+          LanguageModelUnavailableError: no server answers.
+          LanguageModelError: it is refused.
+        """
+        mark = secrets.token_hex(8)
+        request = {"action": action, "session": self.session, "request_id": mark}
+        with self._redis_errors():
+            newest = self._redis.xrevrange(REGISTRY.answers, count=1)
+            position = newest[0][0] if newest else _FIRST_ID
+            self._redis.xadd(REGISTRY.requests, request, maxlen=_KEPT_ENTRIES, approximate=True)
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            block = max(1, min(_BLOCK_MS, int(1000 * left)))
+            with self._redis_errors():
+                found = self._redis.xread({REGISTRY.answers: position}, block=block)
+            for _, entries in found:
+                for id_, fields in entries:
+                    position = id_
+                    if fields.get(b"request_id") == mark.encode():
+                        if b"error" in fields:
+                            raise LanguageModelError(
+                                f"the server does not {action} the session: {_error_text(fields)}"
+                            )
+                        return
+        raise LanguageModelUnavailableError(
+            f"waited {timeout:g} s for the session {self.session!r} to {action} on {self.url}, and "
+            "nothing came: is `lm-server serve --lm DIR --redis URL` running? The published server "
+            "has no sessions"
+        )
 
     def _add(self, stream: str, fields: Mapping[str, bytes | float]) -> None:
         self._redis.xadd(stream, fields, maxlen=_KEPT_ENTRIES, approximate=True)
@@ -298,6 +356,9 @@ class LanguageModelClient:
             for name in watched:
                 if name in entries:
                     self._seen[name], fields = entries[name]
+                    if fields.get(b"severity") == WARNING.encode():
+                        # It stands beside an answer, which says the same (`problem`).
+                        continue
                     if name == self._streams.error:
                         raise LanguageModelError(
                             f"the server answered with an error: {_error_text(fields)}"

@@ -234,6 +234,8 @@ def _decoded(name: str, fields: Mapping[bytes, bytes]) -> Decoded:
     if b"error" in fields:
         return Decoded(name, None, fields[b"error"].decode(errors="replace"), seconds)
     try:
-        return Decoded(name, candidates_of(fields), None, seconds)
+        problem = fields.get(b"problem")
+        told = None if problem is None else problem.decode(errors="replace")
+        return Decoded(name, candidates_of(fields), None, seconds, told)
     except LanguageModelError as error:
         return Decoded(name, None, str(error), seconds)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from b2txt_jax.inference.lm_client import LanguageModelUnavailableError
+from b2txt_jax.inference.lm_client import LanguageModelUnavailableError, mask_password
 
 _READY = re.compile(r"lm-server ready redis=(\S+)")
 
@@ -28,6 +28,8 @@ def serve_child(
     command: Sequence[str] = (sys.executable, "-m", "lm_server"),
     ready_timeout: float = 180.0,
     stop_timeout: float = 10.0,
+    subcommand: str = "serve",
+    redis: str | None = None,
 ) -> Iterator[str]:
     """Runs `lm-server serve --lm DIR` with a Redis of its own, yields its URL, stops both.
 
@@ -40,6 +42,8 @@ def serve_child(
       command: how the server is started.
       ready_timeout: seconds until it must be ready; loading a large model takes a while.
       stop_timeout: seconds it has to stop before it is killed.
+      subcommand: `serve`, or `worker` for jobs.
+      redis: URL of a running Redis that it shall use in place of its own; it is yielded then.
 
     Raises:
       LanguageModelUnavailableError: the server ended or was not ready in time; the text holds what
@@ -47,10 +51,10 @@ def serve_child(
     """
     full = [
         *command,
-        "serve",
+        subcommand,
         "--lm",
         str(lm_dir),
-        "--embedded-redis",
+        *(("--embedded-redis",) if redis is None else ("--redis", redis)),
         "--exit-with-parent",
         *arguments,
     ]
@@ -89,9 +93,10 @@ def serve_child(
             text = "".join(said).strip() or "(nothing)"
             raise LanguageModelUnavailableError(
                 f"the language-model server {found} (exit code {code}); "
-                f"`{' '.join(full)}` wrote:\n{text}"
+                f"`{' '.join(map(mask_password, full))}` wrote:\n{text}"
             )
-        yield url
+        # The line shows a URL without its password.
+        yield redis or url
     finally:
         _stop(child, stop_timeout)
         for listener in listeners:

@@ -1,5 +1,7 @@
 """Claims about the whole way: logits, a real `lm-server` process with its Redis, sentences."""
 
+import argparse
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from b2txt_jax.evaluation.evaluate import evaluate, run_language_model
+from b2txt_jax.evaluation.command import OptionsError, check_options, language_model
+from b2txt_jax.evaluation.evaluate import evaluate, run_language_model, run_workers
 from b2txt_jax.inference.lm_client import (
     LanguageModelClient,
     LanguageModelError,
@@ -48,7 +51,7 @@ def test_sentences_come_back_and_are_scored(model: Path) -> None:
     logits = [*(logits_of(sentence) for sentence in SAID), np.full((9, 41), np.nan, np.float32)]
     before = {process.pid for process in psutil.process_iter()}
     with serve_child(model) as url:
-        decoded, failures, seconds = run_language_model(logits, names, url)
+        decoded, failures, seconds, _ = run_language_model(logits, names, url)
         started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
         with LanguageModelClient(url) as client:
             whole = client.decode(logits[0])
@@ -75,6 +78,48 @@ def test_sentences_come_back_and_are_scored(model: Path) -> None:
     assert "NaN" in result.failed[0].reason
     assert len(started) >= 2  # the server and its Redis
     assert not any(p.is_running() and p.status() != "zombie" for p in started)
+
+
+def test_workers_give_what_the_server_gives_and_name_what_fails(model: Path) -> None:
+    names = [f"t15.2023.08.13/trial_000{n}" for n in range(4)]
+    logits = [*(logits_of(sentence) for sentence in SAID), np.full((9, 41), np.nan, np.float32)]
+    told: list[tuple[int, int]] = []
+    before = {process.pid for process in psutil.process_iter()}
+    with language_model(None, model, workers=2) as (url, name):
+        found = run_workers(logits, names, url, lambda done, of: told.append((done, of)))
+        started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    with language_model(None, model) as (url, _):
+        expected = run_language_model(logits, names, url)
+    assert name == str(model)
+    assert [one and one[0].sentence for one in found.decoded] == [*SAID, None]
+    assert found.decoded == expected.decoded
+    (failure,) = found.failures
+    assert failure.trial == names[3]
+    assert "NaN" in failure.reason
+    assert found.not_rescored == []
+    assert sorted(told) == [(n + 1, 4) for n in range(3)]
+    assert len(started) >= 4  # their parent, two workers, and a Redis
+    assert not any(p.is_running() and p.status() != "zombie" for p in started)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"redis": "redis://h", "lm": Path("d")}, "--redis and --lm are both given"),
+        ({"workers": 2}, "--workers 2 needs --lm DIR"),
+        ({"workers": -1}, "--workers is -1"),
+        ({"workers": 0}, "needed --redis URL"),
+        ({"workers": 0, "redis": "redis://h", "lm": Path("d")}, "no --lm"),
+        ({"llm": "d", "redis": "redis://h"}, "--llm is for a server that is started here"),
+        ({"settings": Path("f")}, "--settings is for a server that is started here"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    options: dict[str, object], reason: str
+) -> None:
+    given = {"redis": None, "lm": None, "workers": None, "llm": None, "settings": None}
+    with pytest.raises(OptionsError, match=re.escape(reason)):
+        check_options(argparse.Namespace(**(given | options)))
 
 
 def test_a_folder_without_a_model_is_told_in_the_servers_words(tmp_path: Path) -> None:

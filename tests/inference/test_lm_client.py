@@ -292,7 +292,7 @@ def test_a_failed_trial_is_named_and_the_next_ones_are_decoded(url: str) -> None
     names = [f"t15.2023.08.13/trial_000{n}" for n in range(4)]
     steps: list[tuple[int, int]] = []
     with serving(url):
-        results, failures, seconds = run_language_model(
+        results, failures, seconds, _ = run_language_model(
             trials, names, url, lambda done, count: steps.append((done, count))
         )
     assert [found and found[0].sentence for found in results] == ["AY", None, None, "OW"]
@@ -373,7 +373,7 @@ def test_a_silent_trial_is_decoded_to_nothing_by_the_real_server(tmp_path: Path)
     silent = 20 * frames(*["BLANK"] * 30, *[" | "] * 5, *["BLANK"] * 20)
     spoken = 20 * frames("K", "AE", "T", " | ", "R", "AE", "N", " | ")
     with serve_child(tmp_path / "lm") as address:
-        results, failures, _ = run_language_model([silent, spoken], ["silent", "spoken"], address)
+        results, failures, *_ = run_language_model([silent, spoken], ["silent", "spoken"], address)
     assert failures == []
     found = [candidates and candidates[0].sentence for candidates in results]
     assert found == ["", "cat ran"]

@@ -1,0 +1,67 @@
+"""Makes `lm_server/resources/g2p.bin` and `g2p.txt` from the CMU dictionary, and says how good the
+method is.
+
+    python scripts/make_g2p.py [--order 6] [--ngrams 400000] [--out lm_server/resources/g2p.bin]
+
+First a model of nine tenths of the words says the tenth that it has not seen; then the model that
+is shipped is made of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+from rich.progress import Progress
+
+from lm_server import g2p, g2p_training
+from lm_server.lexicon import read_lexicon
+
+_RESOURCES = Path(__file__).parents[1] / "lm_server" / "resources"
+
+
+def main() -> None:
+    """Measures, makes, prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--order", type=int, default=6, help="letters seen together (default 6)")
+    parser.add_argument("--ngrams", type=int, default=400_000, help="n-grams kept")
+    parser.add_argument("--out", type=Path, default=_RESOURCES / "g2p.bin", help="file to write")
+    parser.add_argument("--words", type=int, help="held-out words to say (default: all of them)")
+    args = parser.parse_args()
+    entries = read_lexicon("cmudict").entries
+    # One word in ten, by a number that does not depend on the order of the dictionary.
+    held_out = {word for word in entries if zlib.crc32(word.encode()) % 10 == 0}
+    seen = [(word, said) for word in entries if word not in held_out for said in entries[word]]
+    everything = [(word, one) for word, said in entries.items() for one in said]
+    with tempfile.TemporaryDirectory() as name, Progress() as progress:
+        folder = Path(name)
+        task = progress.add_task("aligning nine tenths", total=8)
+        path = folder / "tenths.bin"
+        advance = lambda done: progress.advance(task, done)  # noqa: E731
+        g2p_training.train(seen, path, args.order, args.ngrams, folder, advance)
+        model = g2p.read_model(path)
+        truth = {word: entries[word] for word in sorted(held_out)[: args.words]}
+        task = progress.add_task("saying the tenth", total=len(truth))
+        started, said = time.perf_counter(), {}
+        for word in truth:
+            said[word] = g2p.pronounce(word, 3, model)
+            progress.advance(task)
+        seconds = (time.perf_counter() - started) / len(truth)
+        task = progress.add_task("aligning all words", total=8)
+        figures = g2p_training.train(everything, args.out, args.order, args.ngrams, folder, advance)
+    words, phones = g2p_training.errors(said, truth)
+    among = sum(bool(set(said[word]) & set(variants)) for word, variants in truth.items())
+    print(
+        f"{len(truth)} held-out words: {words:.1%} wrong, {phones:.1%} phoneme errors, right among "
+        f"the best three {among / len(truth):.1%}, {1000 * seconds:.1f} ms per word"
+    )
+    print(f"{args.out}: {figures}, {args.out.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -97,7 +97,8 @@ def test_workers_give_what_the_server_gives_and_name_what_fails(model: Path) -> 
     assert failure.trial == names[3]
     assert "NaN" in failure.reason
     assert found.not_rescored == []
-    assert sorted(told) == [(n + 1, 4) for n in range(3)]
+    assert told[-1] == (4, 4)
+    assert told == sorted(told)
     assert len(started) >= 4  # their parent, two workers, and a Redis
     assert not any(p.is_running() and p.status() != "zombie" for p in started)
 

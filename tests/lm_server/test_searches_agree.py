@@ -89,3 +89,20 @@ def test_the_graph_search_finds_the_best_of_all_paths(tmp_path_factory, problem,
     assert best.ngram == pytest.approx(reference.ngram, abs=1e-3)
     assert reference.total == pytest.approx(expected[0].total, abs=2e-3)
     assert search.finish() == ()
+
+
+@FEW
+@given(problems(), knobs(), st.integers(1, 6), st.floats(0.1, 8.0))
+def test_pyctcdecode_agrees_with_adding_up_every_path(
+    tmp_path_factory, monkeypatch, problem, chosen, cut, weight
+):
+    monkeypatch.setattr("lm_server.pyctcdecode_search._HISTORIES", 10_000)
+    model = load_model(problem.write(tmp_path_factory.mktemp("problem")), "pyctcdecode")
+    said, known = (("Z", "AH"),), sorted(problem.lexicon)[0]
+    search = model.search(chosen, {"zoe": HotWord(weight, said), known: HotWord(weight)})
+    search.step(problem.logits[:cut])
+    search.step(problem.logits[cut:])
+    lexicon, weights = problem.lexicon | {"zoe": said}, {"zoe": weight, known: weight}
+    expected = decode(problem.logits, lexicon, problem.ngram, chosen, weights, add=True)
+    got = search.finish()
+    assert_same(got, expected)

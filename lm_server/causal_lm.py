@@ -79,6 +79,8 @@ class CausalLM:
           RescoringError: a sentence with its context has too many tokens, or the memory is too
             small for a batch.
         """
+        if not len(sentences):
+            return np.zeros(0)
         tokens = self.tokens(sentences, context)
         distinct = sorted(set(tokens))
         while True:
@@ -112,8 +114,6 @@ class CausalLM:
         Raises:
           RescoringError: it is more than the model can read.
         """
-        if not len(sentences):
-            return []
         before = " ".join(context.split())
         texts = [in_form(sentence, self.text_form) for sentence in sentences]
         if before:

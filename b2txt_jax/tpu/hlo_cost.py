@@ -202,8 +202,9 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _to_apply(instruction: Instruction) -> tuple[str, ...]:
-    """Only of calls: a reduction's or a sort's function is too small to count."""
-    return instruction.called("to_apply") if instruction.opcode == "call" else ()
+    """Only of calls, also of those that another core runs meanwhile, as tpu7x its collectives: a
+    reduction's or a sort's function is too small to count."""
+    return instruction.called("to_apply") if instruction.opcode in ("call", "call-start") else ()
 
 
 def _declared_cost(attributes: str) -> dict[str, int]:

@@ -210,6 +210,34 @@ def test_collectives_are_counted_by_kind_with_the_whole_array_once() -> None:
     )
 
 
+# As libtpu writes it for tpu7x: the SparseCore sums while the TensorCore goes on.
+OFFLOADED = """HloModule offloaded, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%called (p.0: f32[10,10], p.1: token[]) -> f32[10,10] {
+  %p.1 = token[] parameter(1)
+  %p.0 = f32[10,10]{0,1:T(8,128)} parameter(0)
+  ROOT %all-reduce.2 = f32[10,10]{0,1:T(8,128)} all-reduce(%p.0), channel_id=1, replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, use_global_device_ids=true, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[10,10]) -> f32[10,10] {
+  %p = f32[10,10]{1,0} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %start = ((f32[10,10]{0,1:T(8,128)}, token[]), f32[10,10]{0,1:T(8,128)}) call-start(%p, %ready), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %done = f32[10,10]{0,1:T(8,128)} call-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_another_core_runs_meanwhile_is_counted() -> None:
+    assert program_cost(OFFLOADED, devices=8).collectives == (Collective("all-reduce", 4, 1, 400),)
+
+
 def test_a_collective_in_a_loop_counts_once_per_trip() -> None:
     text = NESTED.replace("LIMIT", "0").replace(
         "%y.4 = f32[4,8]{1,0:S(1)} get-tuple-element(%inner), index=1",

@@ -17,6 +17,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="compile what is there already, too")
     parser.add_argument("--write", action="store_true", help="compile nothing")
     parser.add_argument(
-        "--minutes", type=float, default=15, help="a compilation that takes longer is left out"
+        "--minutes",
+        type=int,
+        default=15,
+        help="of processor time: a compilation that takes longer is left out",
     )
     args = parser.parse_args(argv)
     config = load_config(args.config)
@@ -123,7 +128,7 @@ def write_table(args: argparse.Namespace, rows: int) -> str:
     return f"{args.out}: {len(results)} of {len(planned)} compilations"
 
 
-def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: float) -> Iterator[Case]:
+def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: int) -> Iterator[Case]:
     """Compiles one after the other, each in a process of its own: it can be ended when it takes
     too long, and gives its memory back."""
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
@@ -132,14 +137,15 @@ def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: float) ->
         task = progress.add_task("compiling", total=len(wanted))
         for case in wanted:
             progress.update(task, description=f"compiling for {' '.join(case)}")
-            process = spawn.Process(target=_compile, args=(case, config, folder), daemon=True)
+            process = spawn.Process(
+                target=_compile, args=(case, config, folder, minutes), daemon=True
+            )
             started = time.monotonic()
             process.start()
-            process.join(60 * minutes)
-            if process.is_alive():
-                process.kill()
-                process.join()
-                _write(case, folder, {"skipped": f"not compiled within {minutes:g} minutes"})
+            process.join()
+            if process.exitcode == -signal.SIGXCPU:
+                reason = f"not compiled within {minutes} minutes of processor time"
+                _write(case, folder, {"skipped": reason})
             elif process.exitcode:
                 raise SystemExit(f"{case}: the compilation ended with status {process.exitcode}")
             progress.console.print(f"{' '.join(case)}: {time.monotonic() - started:.0f} s")
@@ -147,7 +153,8 @@ def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: float) ->
             yield case
 
 
-def _compile(case: Case, config_file: Path, folder: Path) -> None:
+def _compile(case: Case, config_file: Path, folder: Path, minutes: int = 15) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (60 * minutes, resource.RLIM_INFINITY))
     config = load_config(config_file)
     try:
         result = compile_step(

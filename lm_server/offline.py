@@ -12,8 +12,9 @@ import sys
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +29,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lm_server.beam_search import BeamSearch, LanguageModel
+from lm_server.answer import Answer, SentenceScorer, complete
 from lm_server.errors import UserError
+from lm_server.nbest import Hypothesis
 from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
+from lm_server.rescore import RescoringQueue
+from lm_server.search import Search, SearchModel
 from lm_server.settings import Settings
 
-_worker: tuple[BeamSearch, Logits] | None = None
+_worker: tuple[Search, Logits] | None = None
 """What a worker process searches with; set before it is forked, so that all of them share the
 model's memory."""
+_AHEAD = 64
+"""Sentences that may wait for their rescoring."""
 
 
 _DAMAGED = (
@@ -68,9 +74,10 @@ class Logits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial decoded: its line of the output, or what was wrong with it."""
+    """One trial searched: its candidates, or what was wrong with it."""
 
-    line: str | None
+    trial: str
+    hypotheses: tuple[Hypothesis, ...]
     problem: str | None
 
 
@@ -132,46 +139,41 @@ def read_logits(path: Path) -> Logits:
     return Logits(logits.astype(np.float32, copy=False), np.cumsum(frames, dtype=np.int64), names)
 
 
-def decode_trial(search: BeamSearch, trial: str, logits: np.ndarray) -> Outcome:
-    """Decodes one trial, [frames, 41] in the RNN's order."""
+def decode_trial(search: Search, trial: str, logits: np.ndarray) -> Outcome:
+    """Searches one trial, [frames, 41] in the RNN's order."""
     search.begin()
     try:
         search.step(to_lm_order(logits))
     except ProtocolError as error:
-        return Outcome(None, f"trial {trial}: {error}")
-    candidates = search.finish()
-    scale = search.settings.acoustic_scale
-    nbest = [
-        {
-            "sentence": one.sentence,
-            "acoustic": one.acoustic,
-            "ngram": one.ngram,
-            "total": one.total(scale),
-        }
-        for one in candidates
-    ]
-    sentence = candidates[0].sentence if candidates else ""
-    return Outcome(json.dumps({"trial": trial, "sentence": sentence, "nbest": nbest}), None)
+        return Outcome(trial, (), f"trial {trial}: {error}")
+    return Outcome(trial, search.finish(), None)
 
 
 def decode_file(
-    model: LanguageModel, settings: Settings, logits: Logits, out: Path, workers: int
+    model: SearchModel,
+    settings: Settings,
+    logits: Logits,
+    out: Path,
+    workers: int,
+    load_scorer: Callable[[], SentenceScorer | None] = lambda: None,
 ) -> int:
-    """Decodes a logits file to JSON lines {trial, sentence, nbest: [{sentence, acoustic, ngram,
-    total}]}.
+    """Decodes a logits file to JSON lines: trial, and what `Answer.as_json` gives.
 
     Trials stand in the order of the file. A trial that cannot be decoded is named on the error
     output and left out; the others are written all the same. The output appears whole at the end.
+    Sentences are rescored beside the search of the next ones.
 
     Args:
       model: a model folder in memory.
       settings: how to search.
       logits: the logits file in memory.
       out: the file to write.
-      workers: number of processes.
+      workers: number of processes that search.
+      load_scorer: gives the large language model that rescores, if any; called once, when the
+        processes are forked.
 
     Returns:
-      Number of trials that could not be decoded.
+      Number of trials that could not be decoded, or not rescored although they should.
 
     Raises:
       LogitsFileError: the output cannot be written.
@@ -181,6 +183,7 @@ def decode_file(
     problems = 0
     try:
         with temporary.open("w") as output, _outcomes(model, settings, logits, workers) as outcomes:
+            answers = _answers(outcomes, settings, load_scorer())
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -188,14 +191,18 @@ def decode_file(
                 TimeElapsedColumn(),
             )
             with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-                for outcome in progress.track(
-                    outcomes, total=len(logits.trials), description="decoding"
+                for outcome, answer in progress.track(
+                    answers, total=len(logits.trials), description="decoding"
                 ):
-                    if outcome.line is None:
+                    problem = outcome.problem
+                    if answer is not None:
+                        line = {"trial": outcome.trial, **answer.as_json()}
+                        output.write(json.dumps(line) + "\n")
+                        if answer.problem:
+                            problem = f"trial {outcome.trial} is not rescored: {answer.problem}"
+                    if problem is not None:
                         problems += 1
-                        print(f"warning: {outcome.problem}", file=sys.stderr)
-                    else:
-                        output.write(outcome.line + "\n")
+                        print(f"warning: {problem}", file=sys.stderr)
         os.replace(temporary, out)
     except OSError as error:
         raise LogitsFileError(
@@ -206,12 +213,38 @@ def decode_file(
     return problems
 
 
+def _answers(
+    outcomes: Iterator[Outcome], settings: Settings, scorer: SentenceScorer | None
+) -> Iterator[tuple[Outcome, Answer | None]]:
+    """Each outcome with its answer, in order; None where the search failed."""
+    if scorer is None:
+        for outcome in outcomes:
+            found = None if outcome.problem else complete(outcome.hypotheses, settings)
+            yield outcome, found
+        return
+    queue = RescoringQueue(scorer)
+    waiting: deque[tuple[Outcome, Future[Answer] | None]] = deque()
+    try:
+        for outcome in outcomes:
+            future = None if outcome.problem else queue.submit(outcome.hypotheses, settings)
+            waiting.append((outcome, future))
+            while len(waiting) > _AHEAD or waiting[0][1] is None or waiting[0][1].done():
+                first, ready = waiting.popleft()
+                yield first, None if ready is None else ready.result()
+                if not waiting:
+                    break
+        for first, ready in waiting:
+            yield first, None if ready is None else ready.result()
+    finally:
+        queue.close()
+
+
 @contextlib.contextmanager
 def _outcomes(
-    model: LanguageModel, settings: Settings, logits: Logits, workers: int
+    model: SearchModel, settings: Settings, logits: Logits, workers: int
 ) -> Iterator[Iterator[Outcome]]:
     """The outcome of every trial, in order, from this process or from a pool of workers."""
-    search = BeamSearch(model, settings)
+    search = model.search(settings)
     indices = range(len(logits.trials))
     workers = min(workers, max(len(indices), 1))
     if workers == 1:

@@ -1,7 +1,8 @@
-"""Decodes a logits file to JSON lines {trial, sentence, nbest: [{sentence, acoustic, ngram,
-total}]}.
+"""Decodes a logits file to JSON lines {trial, sentence, confidence, word_confidences, rescored,
+problem, nbest: [{sentence, acoustic, ngram, bonus, llm, total}]}.
 
-The exit code is 1 if some trials could not be decoded; the others are written.
+The exit code is 1 if some trials could not be decoded, or not rescored with --llm; the others are
+written, and so is the n-gram model's answer of those that are not rescored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm_server import settings
+from lm_server import rescore, search, settings
 from lm_server.processes import cleaning_up_when_terminated, default_workers
 
 
@@ -26,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
     )
+    search.add_option(parser)
+    rescore.add_options(parser)
     settings.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Decodes the file."""
-    from lm_server.beam_search import LanguageModel
     from lm_server.offline import decode_file, read_logits
 
     workers = default_workers() if args.workers is None else args.workers
@@ -41,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
     # The file first: a wrong one shows at once, not after the model is read.
     logits = read_logits(args.logits)
     with cleaning_up_when_terminated():
-        problems = decode_file(LanguageModel(args.lm), chosen, logits, args.out, workers)
+        model = search.load_model(args.lm, args.backend)
+        problems = decode_file(
+            model, chosen, logits, args.out, workers, lambda: rescore.from_options(args)
+        )
     if problems:
-        print(f"error: {problems} trials could not be decoded (named above)", file=sys.stderr)
+        what = "decoded" if args.llm is None else "decoded and rescored"
+        print(f"error: {problems} trials could not be {what} (named above)", file=sys.stderr)
     return 1 if problems else 0

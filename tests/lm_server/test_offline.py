@@ -50,7 +50,7 @@ def test_every_trial_is_decoded_in_order_with_its_scores(model_folder, tmp_path,
         expected = search.finish()
         assert [one["sentence"] for one in line["nbest"]] == [h.sentence for h in expected]
         for one, h in zip(line["nbest"], expected, strict=True):
-            assert set(one) == {"sentence", "acoustic", "ngram", "total"}
+            assert set(one) == {"sentence", "acoustic", "ngram", "bonus", "llm", "total"}
             assert (one["acoustic"], one["ngram"]) == (h.acoustic, h.ngram)
             assert one["total"] == pytest.approx(0.8 * one["acoustic"] + one["ngram"])
 

@@ -1,0 +1,81 @@
+"""One training per folder, for as long as it lives and no longer."""
+
+import errno
+import fcntl
+import signal
+import subprocess
+import time
+import warnings
+
+import pytest
+from devices import TRAIN, finish, start
+
+from b2txt_jax.training.lock import WorkdirInUseError, locked
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def test_a_second_training_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(
+    tiny_overrides, tmp_path
+):
+    [first] = start(tmp_path, [*tiny_overrides, "--config.train.steps=100000"])
+    latest = tmp_path / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not any(path.name.isdigit() for path in latest.glob("*")):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second = subprocess.run(
+        [*TRAIN, "--workdir", str(tmp_path), *tiny_overrides],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    said = " ".join(second.stderr.split())
+    assert second.returncode == 2, said
+    assert f"error: {tmp_path} is in use by another training (process {first.pid} on " in said
+    assert "give another --workdir" in said
+    assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    step = max(int(path.name) for path in latest.glob("*") if path.name.isdigit())
+    more = f"--config.train.steps={step + 4}"  # more than the last save, whatever was on its way
+    finish(start(tmp_path, [*tiny_overrides, more]))
+
+
+def test_the_lock_is_free_after_an_error(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    with locked(tmp_path):
+        pass
+
+
+def test_two_trainings_of_one_process_are_two(tmp_path):
+    refused = pytest.raises(WorkdirInUseError, match="in use by another training")
+    with locked(tmp_path), refused, locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_of_once_and_trained_on(tmp_path, monkeypatch):
+    def unsupported(file, operation):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)  # no such file system can be mounted here
+    with pytest.warns(UserWarning, match="a file system without locks") as warned, locked(tmp_path):
+        pass
+    assert len(warned) == 1
+
+
+def test_another_failure_to_lock_is_an_error(tmp_path, monkeypatch):
+    def broken(file, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output error"), locked(tmp_path):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.undo()
+        with locked(tmp_path):
+            pass

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import h5py
 import jax
@@ -19,6 +20,8 @@ from b2txt_jax.config import with_overrides
 from b2txt_jax.training.checkpoint import CheckpointError
 from b2txt_jax.training.loop import FINISHED_FILE, train
 from b2txt_jax.training.tracker import TrainingError
+
+pytestmark = pytest.mark.timeout(900)  # several runs each, on a machine that others may use
 
 STEPS = 12
 MORE = [
@@ -36,6 +39,14 @@ def uninterrupted(tiny_overrides, tmp_path_factory):
     finish(start(workdir, [*tiny_overrides, *MORE]))
     assert json.loads((workdir / FINISHED_FILE).read_text())["step"] == STEPS
     return losses(workdir)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tiny_overrides, tmp_path_factory):
+    """The run after two of its steps; copy it, do not change it."""
+    workdir = tmp_path_factory.mktemp("two_steps")
+    finish(start(workdir, [*tiny_overrides, *MORE, "--config.train.steps=2"]))
+    return workdir
 
 
 def wait_for(condition, run, seconds=120.0):
@@ -63,48 +74,82 @@ def test_killed_in_the_middle_of_saves_a_run_ends_bit_identical(
     assert losses(tmp_path) == uninterrupted
 
 
-def test_preemption_saves_says_so_and_exits_0(tiny_overrides, uninterrupted, tmp_path):
-    [run] = start(tmp_path, [*tiny_overrides, *MORE, "--config.train.save_every=1000"])
-    metrics = tmp_path / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size, run)
-    run.send_signal(signal.SIGTERM)
-    output = " ".join(run.communicate(timeout=120)[0].split())
-    assert run.returncode == 0, output
-    if "stopped at step" in output:  # else it was done before the signal came
-        assert "it is saved: the same command goes on from there" in output
-        assert not (tmp_path / FINISHED_FILE).exists()
-        finish(start(tmp_path, [*tiny_overrides, *MORE, "--config.train.save_every=1000"]))
-    assert losses(tmp_path) == uninterrupted
+def no_large_file():
+    # The system refuses to let a file grow beyond this: where no disk can be made, the next best.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
-    tiny_overrides, uninterrupted, tmp_path
-):
-    two = [*tiny_overrides, *MORE, "--config.train.steps=2"]
-    finish(start(tmp_path, two))
+def fill(disk, left):
+    """Takes all of a disk but `left` bytes."""
+    with (disk / "filling").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - left)
 
-    def no_large_file():
-        # The system refuses to let a file grow beyond this, as it would on a full disk.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that is a disk of its own, seen by the processes that `enter` starts."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f"mount -t tmpfs -o size=200m none {disk} && echo ready && exec sleep 600"
+    holder = subprocess.Popen(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        if holder.stdout.readline() != "ready\n":
+            pytest.skip(f"no disk can be made here: {holder.communicate()[1].strip()}")
+        yield Path(f"/proc/{holder.pid}/root{disk}")
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def failing(workdir, overrides, **options):
+    """Runs `train`, which must fail with one message, and returns that."""
     failed = subprocess.run(
-        [*TRAIN, "--workdir", str(tmp_path), *tiny_overrides, *MORE],
+        [*TRAIN, "--workdir", str(workdir), *overrides],
         capture_output=True,
         text=True,
         timeout=200,
-        preexec_fn=no_large_file,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": ""},
         check=False,
+        **options,
     )
     message = " ".join(failed.stderr.split())
     assert failed.returncode == 2, message
+    # TensorStore's threads may print of their own closed loop; no traceback may be of this program.
+    assert not re.search(r'File "[^"]*/b2txt_jax/(training/|cli)', failed.stderr), failed.stderr
+    return message
+
+
+def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
+    tiny_overrides, uninterrupted, two_steps, small_disk
+):
+    """Logs still fit, and the state, of 17 MB, no longer does."""
+    workdir = small_disk / "run"
+    shutil.copytree(two_steps, workdir)
+    fill(small_disk, left=3_000_000)
+    message = failing(workdir, [*tiny_overrides, *MORE])
+    # The save of step 3 takes the last of it: logging the next one may be what is told first.
+    assert re.search(r"error: (saving step 3 |writing the metrics of step [34] )", message), message
+    assert "No space left on device" in message
+    assert "Make room, then start the same command" in message
+    (small_disk / "filling").unlink()
+    finish(start(workdir, [*tiny_overrides, *MORE]))
+    assert losses(workdir) == uninterrupted
+
+
+def test_a_save_that_the_system_refuses_names_the_step_and_what_is_left(
+    tiny_overrides, two_steps, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_steps, workdir)
+    no_cache = {**os.environ, "JAX_COMPILATION_CACHE_DIR": ""}
+    message = failing(workdir, [*tiny_overrides, *MORE], preexec_fn=no_large_file, env=no_cache)
     assert "error: saving step 3 " in message
     assert "File too large" in message
     assert "Complete checkpoints that are left: steps [1, 2]" in message
-    # TensorStore's threads may print of their own closed loop; no traceback may be of this program.
-    assert not re.search(r'File "[^"]*/b2txt_jax/(training/|cli)', failed.stderr), failed.stderr
-    finish(start(tmp_path, [*tiny_overrides, *MORE]))
-    assert losses(tmp_path) == uninterrupted
 
 
 def test_a_damaged_latest_checkpoint_names_its_step_and_the_way_out(tiny_config, tmp_path):

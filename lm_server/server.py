@@ -390,7 +390,9 @@ class Server:
 
     def opened(self, session: Session, idle_seconds: float) -> None:
         """A session that a client asked for is ours."""
-        self.conversations[session.name] = Conversation(session, idle_seconds, {})
+        conversation = Conversation(session, idle_seconds, {})
+        self.conversations[session.name] = conversation
+        self._sender.send(conversation, [session.args()])
 
     def new_session(self, name: str) -> Session:
         """A session with this server's settings."""

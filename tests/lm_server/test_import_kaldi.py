@@ -21,7 +21,7 @@ from lm_server.kneser_ney import estimate
 from lm_server.openfst import FstError, read_fst
 
 QUIET = Console(quiet=True)
-WORDS = (
+WORDS = (  # noqa: SIM905
     "the of and to in is that it was for on are as with "
     "his they at be this from have or by one had not but what "
     "all were when we there can an your which their said if do will "

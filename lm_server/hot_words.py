@@ -56,6 +56,10 @@ def check_hot_words(
     checked = {}
     for given, hot in hot_words.items():
         word = given.lower()
+        if not word or any(sign.isspace() or sign == ";" for sign in word):
+            raise HotWordError(
+                f"the hot word {word!r} is no single word: needed one without spaces or semicolons"
+            )
         if not 0 < hot.weight <= MAX_WEIGHT or not math.isfinite(hot.weight):
             raise HotWordError(
                 f"the hot word {word!r} has the weight {hot.weight}; needed a number above 0, at "
@@ -73,10 +77,6 @@ def check_hot_words(
 
 
 def _said(word: str, lexicon: Mapping[str, tuple[Pronunciation, ...]]) -> tuple[Pronunciation, ...]:
-    if not word or any(sign.isspace() or sign == ";" for sign in word):
-        raise HotWordError(
-            f"the hot word {word!r} is no single word: needed one without spaces or semicolons"
-        )
     if word in lexicon:
         return lexicon[word]
     try:

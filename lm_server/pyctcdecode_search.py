@@ -188,6 +188,7 @@ class WordSearch:
     def __init__(
         self, model: WordModel, settings: Settings, hot_words: Mapping[str, HotWord]
     ) -> None:
+        self._decoder: BeamSearchDecoderCTC | None = None
         self._model = model
         known = find_words(model.folder, {word.lower() for word in hot_words})
         checked = check_hot_words(hot_words, {word: said for word, (_, said) in known.items()})
@@ -197,7 +198,6 @@ class WordSearch:
                 self._hot["".join(_SIGN[phone] for phone in phones)][word] = hot.weight
         self._emissions = Emissions(settings)
         self._no_hot_words = HotwordScorer.build_scorer(None, 0.0)
-        self._decoder: BeamSearchDecoderCTC | None = None
         self.begin(settings)
 
     def begin(self, settings: Settings | None = None) -> None:

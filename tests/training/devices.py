@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 TRAIN = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/demo.py"]
 
@@ -20,9 +21,13 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def start(
-    workdir: Path, overrides: Sequence[str], devices: int = 1, processes: int = 1
+    workdir: Path,
+    overrides: Sequence[str],
+    devices: int = 1,
+    processes: int = 1,
+    own: Sequence[Sequence[str]] = (),
 ) -> list[subprocess.Popen[str]]:
-    """Starts the processes of one run, `devices` in each."""
+    """Starts the processes of one run, `devices` in each; `own`: further overrides of each."""
     command = [*TRAIN, "--workdir", str(workdir), *overrides]
     base = environment(devices)
     several = processes > 1
@@ -32,7 +37,7 @@ def start(
         base |= {"JAX_NUM_PROCESSES": str(processes)}
     return [
         subprocess.Popen(
-            command,
+            [*command, *(own[index] if own else ())],
             env={**base, **({"JAX_PROCESS_ID": str(index)} if several else {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -55,6 +60,16 @@ def losses(workdir: Path) -> list[float]:
     entries = [line for line in lines if line["kind"] == "train"]
     assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
     return [entry["loss"] for entry in entries]
+
+
+def validations(workdir: Path) -> list[dict[str, Any]]:
+    """The logged validations, without the time that they took."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key != "seconds"}
+        for line in lines
+        if line["kind"] == "val"
+    ]
 
 
 def _free_port() -> int:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import signal
 import subprocess
 import time
 import warnings
@@ -19,6 +18,22 @@ def test_a_second_training_in_a_folder_is_refused_and_a_killed_one_leaves_no_loc
     tiny_overrides, tmp_path
 ):
     [first] = start(tmp_path, [*tiny_overrides, "--config.train.steps=100000"])
+    try:
+        refused_beside(first, tiny_overrides, tmp_path)
+    finally:
+        first.kill()
+        first.communicate()
+    steps = [
+        int(path.name)
+        for path in (tmp_path / "checkpoints" / "latest").glob("*")
+        if path.name.isdigit()
+    ]
+    more = f"--config.train.steps={max(steps) + 4}"
+    finish(start(tmp_path, [*tiny_overrides, more]))
+
+
+def refused_beside(first, tiny_overrides, tmp_path):
+    """Waits for the first's first save, then starts a second."""
     latest = tmp_path / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
     while not any(path.name.isdigit() for path in latest.glob("*")):
@@ -37,11 +52,6 @@ def test_a_second_training_in_a_folder_is_refused_and_a_killed_one_leaves_no_loc
     assert f"error: {tmp_path} is in use by another training (process {first.pid} on " in said
     assert "give another --workdir" in said
     assert first.poll() is None
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    step = max(int(path.name) for path in latest.glob("*") if path.name.isdigit())
-    more = f"--config.train.steps={step + 4}"  # more than the last save, whatever was on its way
-    finish(start(tmp_path, [*tiny_overrides, more]))
 
 
 def test_the_lock_is_free_after_an_error(tmp_path):

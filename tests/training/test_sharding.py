@@ -1,14 +1,17 @@
 """The same run on other numbers of devices and hosts; where every parameter lives."""
 
 import dataclasses
+import shutil
 
+import h5py
 import jax
 import numpy as np
 import pytest
-from devices import finish, losses, start
+from devices import finish, losses, start, validations
 from jax.sharding import PartitionSpec
 
-from b2txt_jax.config import ConfigError, load_config
+from b2txt_jax.config import ConfigError, load_config, with_overrides
+from b2txt_jax.data.loader import EvaluationData, configured_sessions
 from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.sharding import (
     abstract_state,
@@ -18,6 +21,8 @@ from b2txt_jax.training.sharding import (
     sharded_state,
     state_shardings,
 )
+
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = 20
 
@@ -38,14 +43,30 @@ def overrides(tiny_overrides):
 
 
 @pytest.fixture(scope="module")
-def alone(overrides, tmp_path_factory):
-    """Losses of the run on one device."""
+def alone_in(overrides, tmp_path_factory):
+    """Folder of the run on one device."""
     workdir = tmp_path_factory.mktemp("alone")
     finish(start(workdir, overrides))
-    found = losses(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(alone_in):
+    """Losses of the run on one device."""
+    found = losses(alone_in)
     assert len(found) == STEPS
     assert found[-1] < found[0]
     return found
+
+
+def assert_same_validations(workdir, expected):
+    """Everything that is counted is equal; the loss is, to rounding."""
+    found, wanted = validations(workdir), validations(expected)
+    assert [entry["step"] for entry in wanted] == [STEPS // 2, STEPS]
+    np.testing.assert_allclose(
+        [entry.pop("loss") for entry in found], [entry.pop("loss") for entry in wanted], rtol=1e-5
+    )
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
@@ -54,14 +75,45 @@ def alone(overrides, tmp_path_factory):
     ids=["8 devices", "4 x 2 devices", "2 processes of 4 devices"],
 )
 def test_the_losses_are_those_of_one_device(
-    devices, processes, model_axis, overrides, alone, tmp_path
+    devices, processes, model_axis, overrides, alone, alone_in, tmp_path
 ):
     more = [*overrides, f"--config.parallel.model_axis={model_axis}"]
     outputs = finish(start(tmp_path, more, devices, processes))
     assert f"on {devices * processes} cpu" in " ".join(outputs[0].split())
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+    assert_same_validations(tmp_path, alone_in)
     for silent in outputs[1:]:
         assert "sessions" not in silent  # one process speaks for all
+
+
+def without_features_of_others(simulated, config, rows, to):
+    """Copies the sessions; of the validation trials only those in these rows of their batches can
+    be read. Returns how many."""
+    shutil.copytree(simulated / "hdf5_data_final", to)
+    data = EvaluationData(config.data, configured_sessions(config.data), "val", 14, labels=True)
+    mine = {index for indices, _, _ in data.batches(rows) for index in indices}
+    for index, ref in enumerate(data.refs):
+        if index not in mine:
+            with h5py.File(to / ref.session / "data_val.hdf5", "r+") as file:
+                file[ref.name.split("/")[1]]["input_features"][...] = np.nan
+    return len(mine)
+
+
+def test_each_of_two_processes_reads_only_its_rows_in_validation_and_gets_the_result_of_one(
+    overrides, alone_in, tiny_config, simulated, tmp_path
+):
+    """Each process has sessions of its own, in which the other's validation trials are broken."""
+    config = with_overrides(tiny_config, ["--config.data.eval_batch_size=8"])
+    roots = [tmp_path / "first", tmp_path / "second"]
+    counts = [
+        without_features_of_others(simulated, config, slice(4 * host, 4 * host + 4), root)
+        for host, root in enumerate(roots)
+    ]
+    assert sum(counts) == 12
+    assert min(counts) >= 4
+    own = [[f"--config.data.root={root}"] for root in roots]
+    finish(start(tmp_path / "run", overrides, devices=4, processes=2, own=own))
+    assert_same_validations(tmp_path / "run", alone_in)
 
 
 def test_a_run_saved_on_eight_devices_goes_on_with_one(overrides, alone, tmp_path):

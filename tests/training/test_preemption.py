@@ -1,0 +1,80 @@
+"""SIGTERM in the middle of a run, of one process and of several: it saves, and loses nothing."""
+
+import re
+import signal
+import time
+
+import pytest
+from devices import finish, losses, start
+
+from b2txt_jax.training.loop import FINISHED_FILE
+
+pytestmark = pytest.mark.timeout(900)
+
+# Never done before the signal: a step takes milliseconds, and the signal comes after the first.
+ENDLESS = 1_000_000
+MORE = [
+    "--config.data.trials_per_day=2",
+    "--config.data.eval_batch_size=8",
+    "--config.train.log_every=1",
+    f"--config.train.validate_every={ENDLESS}",
+    f"--config.train.save_every={ENDLESS}",
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_overrides, tmp_path_factory):
+    """Losses of at least so many steps, never interrupted by a signal, by processes and devices."""
+    folders = {}
+
+    def of_steps(steps, devices, processes):
+        asked = -(-steps // 50) * 50  # most often the first call's steps are enough for all
+        key = (devices, processes, asked)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("uninterrupted")
+            more = [*tiny_overrides, *MORE, f"--config.train.steps={asked}"]
+            finish(start(folders[key], more, devices, processes))
+        return losses(folders[key])[:steps]
+
+    return of_steps
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "told"),
+    [(1, 1, [0]), (4, 2, [0, 1]), (4, 2, [1])],
+    ids=["one process", "both of two", "only the second of two"],
+)
+def test_preemption_saves_says_so_exits_0_and_goes_on_bit_identical(
+    devices, processes, told, tiny_overrides, uninterrupted, tmp_path
+):
+    more = [*tiny_overrides, *MORE, f"--config.train.steps={ENDLESS}"]
+    runs = start(tmp_path, more, devices, processes)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    try:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert [run.poll() for run in runs] == [None] * processes, "ended before the signal"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for index in told:
+            runs[index].send_signal(signal.SIGTERM)
+        outputs = finish(runs)  # asserts that all exit 0
+    finally:
+        for run in runs:
+            run.kill()  # it would never end by itself
+    said = " ".join(outputs[0].split())
+    found = re.search(r"stopped at step (\d+) of 1000000; it is saved: the same command goes", said)
+    assert found, said
+    stopped = int(found[1])
+    assert not (tmp_path / FINISHED_FILE).exists()
+
+    outputs = finish(
+        start(
+            tmp_path,
+            [*tiny_overrides, *MORE, f"--config.train.steps={stopped + 3}"],
+            devices,
+            processes,
+        )
+    )
+    assert f"going on from step {stopped} of {stopped + 3}" in " ".join(outputs[0].split())
+    assert losses(tmp_path) == uninterrupted(stopped + 3, devices, processes)

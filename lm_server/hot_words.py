@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lm_server.errors import UserError
-from lm_server.g2p import pronounce
 from lm_server.lexicon import LexiconError, Pronunciation
 from lm_server.protocol import PHONEMES
 
@@ -77,6 +76,9 @@ def check_hot_words(
 
 
 def _said(word: str, lexicon: Mapping[str, tuple[Pronunciation, ...]]) -> tuple[Pronunciation, ...]:
+    # Here, because it needs KenLM, which a command's --help must do without.
+    from lm_server.g2p import pronounce
+
     if word in lexicon:
         return lexicon[word]
     try:

@@ -114,7 +114,7 @@ class Settings:
 
     acoustic_scale: float = 1.2
     blank_penalty: float = 4.0
-    beam: float = 18.0
+    beam: float = 14.0
     max_active: int = 100
     nbest: int = 100
     max_classes: int = 10

@@ -222,8 +222,8 @@ def large_model(args: argparse.Namespace) -> list[str]:
             f"A 5-gram of {total / 1e6:.1f} million n-grams ({', '.join(f'{c:,}' for c in counts)} "
             f"of order 1-5) of an artificial text of {args.tokens / 1e6:.0f} million words was "
             f"estimated in {seconds:.0f} s of CPU time ({wall:.0f} s on a busy machine) with "
-            f"`--memory {args.memory / 1e6:.0f}M`: the process had {before / 1e6:.0f} MB before and "
-            f"{peak / 1e6:.0f} MB at most.",
+            f"`--memory {args.memory / 1e6:.0f}M`: the process had {before / 1e6:.0f} MB before, "
+            f"and {peak / 1e6:.0f} MB at most.",
             "",
             "| trie | file | bytes per n-gram | resident once loaded | loaded in | 100 million "
             "n-grams |",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,11 +100,9 @@ def build(
     kneser_ney.check_prune(options.prune, order)
     files, held_out = text.find_texts(texts), text.find_texts(options.held_out)
     console = console or Console(stderr=True)
-    with (
-        folder_in_place_of(out) as folder,
-        tempfile.TemporaryDirectory(prefix=f"{folder.name}.work.", dir=folder.parent) as name,
-    ):
-        work = Path(name)
+    with folder_in_place_of(out) as folder:
+        work = folder / "work"
+        work.mkdir()
         with Progress(*progress_columns(), console=console) as progress:
             stages = Stages(progress)
             corpus, vocabulary = _read(files, held_out, lexicon, options, work, stages)
@@ -149,6 +147,7 @@ def build(
             "texts": [path.name for path in files],
         }
         write_description(folder / DESCRIPTION, description)
+        shutil.rmtree(work)
     _report(console, out, description)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -48,18 +49,19 @@ def folder_in_place_of(out: Path) -> Iterator[Path]:
             f"{out} is there but is no model folder; needed a new, empty or model folder: "
             "choose another"
         )
+    prefix = f"{_prefix(target)}{os.getpid()}."
+    # The name is known before the folder is there, so that a signal at any moment finds it.
+    folder = target.parent / f"{prefix}{secrets.token_hex(4)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(target)
-        prefix = f"{_prefix(target)}{os.getpid()}."
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    except OSError as error:
-        raise ModelError(
-            f"cannot write beside {out} ({error}): choose a folder that you may write to"
-        ) from error
-    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_orphans(target)
+            folder.mkdir()
+        except OSError as error:
+            raise ModelError(
+                f"cannot write beside {out} ({error}): choose a folder that you may write to"
+            ) from error
         yield folder
-        folder.chmod(0o755)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f"{prefix}old.", dir=target.parent))
             os.rename(target, old)

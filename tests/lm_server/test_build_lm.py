@@ -1,12 +1,16 @@
 """`lm-server build` makes a whole model folder or none, and says what is wrong with its input."""
 
+import gzip
 import json
+import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 
 import kenlm
+import numpy as np
 import pytest
 from processes import ROOT, wait_until
 from rich.console import Console
@@ -16,6 +20,8 @@ from lm_server import build_lm
 from lm_server.__main__ import main
 from lm_server.build_lm import build
 from lm_server.lexicon import read_lexicon
+from lm_server.model_folder import spread_unseen
+from lm_server.sorted_ngrams import SortedModel, SortedOrder, in_order_of_ids
 
 QUIET = Console(quiet=True)
 
@@ -106,6 +112,13 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path, text_file, lexicon
         ({"--text": "empty.txt"}, "no sentence of .*empty.txt can be used"),
         ({"--text": "digits.txt"}, "2 dropped for digits"),
         ({"--text": "foreign.txt"}, "none has a word of the lexicon"),
+        ({"--prune": "1"}, "the cut-offs are 1 for a model of order 2; needed"),
+        ({"--quantise": "40"}, "quantised to 40 bits; needed 2-25"),
+        ({"--size": "0.3K"}, "words alone need .* but 300 are allowed"),
+        ({"--memory": "1K"}, "the memory is 1000 bytes; needed at least"),
+        ({"--vocabulary": "-1"}, "the vocabulary is -1 words"),
+        ({"--held-out": "absent.txt"}, "there is no text file absent.txt"),
+        ({"--text": "hollow"}, "the folder hollow holds no text"),
         ({"--order": "0"}, "the order is 0; needed 1-5"),
         ({"--order": "6"}, "the order is 6; needed 1-5"),
         ({"--lexicon": "absent.lex"}, "there is no lexicon file absent.lex"),
@@ -120,6 +133,7 @@ def test_bad_input_ends_with_exit_code_2_and_its_reason(
     (tmp_path / "digits.txt").write_text("room 7\nroom 8\n")
     (tmp_path / "foreign.txt").write_text("quux quuz\n")
     (tmp_path / "broken.lex").write_text("a AH\nb QQ\n")
+    (tmp_path / "hollow").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     options = {
         "--text": str(text_file),
@@ -132,6 +146,100 @@ def test_bad_input_ends_with_exit_code_2_and_its_reason(
     error = capsys.readouterr().err
     assert re.search(f"error: .*{reason}", " ".join(error.split())), error
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_folders_are_read_with_all_that_is_below_them(tmp_path, lexicon_file):
+    (tmp_path / "text" / "more").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text(TEXT * 20)
+    (tmp_path / "text" / "more" / "b.gz").write_bytes(gzip.compress(TEXT.encode() * 20))
+    (tmp_path / "text" / "notes.md").write_text("zebra zebra zebra")
+    build([tmp_path / "text"], 2, lexicon_file, tmp_path / "lm", QUIET)
+    figures = json.loads((tmp_path / "lm" / "lm.json").read_text())
+    assert figures["texts"] == ["a.txt", "b.gz"]
+    assert figures["sentences"] == 40 * (TEXT.count(".") + TEXT.count("!"))
+
+
+def test_every_way_to_a_smaller_model_makes_it_smaller_and_usable(
+    tmp_path, text_file, lexicon_file
+):
+    ways = {
+        "whole": [],
+        "cut": ["--prune", "0", "0", "30"],
+        "few": ["--ngrams", "20"],
+        "sized": ["--size", "1.2K"],
+        "bits": ["--quantise", "4"],
+        "small": ["--quantise", "4", "--compress", "--vocabulary", "9"],
+    }
+    size, held_out = {}, tmp_path / "held_out.txt"
+    held_out.write_text("the cat sat on the hat\nthe zebra ran\n")
+    for name, options in ways.items():
+        arguments = ["--text", str(text_file), "--lexicon", str(lexicon_file), "--order", "3"]
+        arguments += ["--held-out", str(held_out), "--memory", "20M", *options]
+        assert main(["build", *arguments, "--out", str(tmp_path / name)]) == 0
+        size[name] = (tmp_path / name / "lm.bin").stat().st_size
+        figures = json.loads((tmp_path / name / "lm.json").read_text())
+        assert figures["bytes"] == size[name]
+        assert figures["held_out_sentences"] == 2
+        assert 1 < figures["perplexity"] < 60
+        model = kenlm.Model(str(tmp_path / name / "lm.bin"))
+        assert model.score("the cat sat") > model.score("sat cat the")
+        if name == "small":
+            assert figures["words"] == 9
+            assert figures["oov_rate"] > 0
+        else:
+            assert figures["words_in_text"] == figures["words"] - 2  # No zebra, no eight.
+            assert figures["oov_rate"] == 0
+    few = json.loads((tmp_path / "few" / "lm.json").read_text())
+    assert sum(few["ngrams"][1:]) <= 20 < sum(few["ngrams_before_entropy_pruning"][1:])
+    assert size["sized"] <= 1200
+    for name in ("cut", "few", "sized", "small"):
+        assert size[name] < size["whole"], name
+    # Of so small a model the tables of bins take more than they save; not of a real one.
+    assert size["small"] < size["bits"]
+
+
+def test_words_that_the_lexicon_lacks_are_guessed_on_request(tmp_path, lexicon_file):
+    (tmp_path / "text.txt").write_text("the cat sat on the glorp\n" * 200)
+    arguments = ["--text", str(tmp_path / "text.txt"), "--lexicon", str(lexicon_file)]
+    out = ["--out", str(tmp_path / "lm")]
+    assert main(["build", *arguments, *out]) == 0
+    assert "glorp" not in read_lexicon(tmp_path / "lm" / "lexicon.txt")
+    assert main(["build", *arguments, "--g2p", *out]) == 0
+    assert read_lexicon(tmp_path / "lm" / "lexicon.txt").entries["glorp"]
+    assert json.loads((tmp_path / "lm" / "lm.json").read_text())["guessed_pronunciations"] == 1
+    (tmp_path / "words.txt").write_text("the\nglorp\n")
+    listed = ["--vocabulary", str(tmp_path / "words.txt")]
+    assert main(["build", *arguments, *listed, "--g2p", *out]) == 0
+    assert set(read_lexicon(tmp_path / "lm" / "lexicon.txt").entries) == {"the", "glorp"}
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, text_file, lexicon_file):
+    build([text_file], 1, lexicon_file, tmp_path / "lm", QUIET)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for number in (dead.pid, os.getpid()):
+        (tmp_path / f".lm.{platform.node()}.{number}.abc").mkdir()
+    build([text_file], 1, lexicon_file, tmp_path / "lm", QUIET)
+    # That of a process which still works stays.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f".lm.{platform.node()}.{os.getpid()}.abc",
+        "lm",
+    ]
+
+
+@pytest.mark.parametrize("unseen", [0, 1, 1000, 100_000])
+def test_seen_and_unseen_words_together_have_probability_one(unseen):
+    words = in_order_of_ids(["<unk>", "<s>", "</s>", "a", "b"])
+    log10 = np.array([{"<s>": -99.0}.get(w, np.log10(0.24)) for w in words], np.float32)
+    ids = np.arange(5)
+    order = SortedOrder(ids.astype(np.uint32), 0 * ids, log10, np.zeros(5, np.float32))
+    model = spread_unseen(SortedModel(words, [order]), 3, 100, unseen)
+    found = dict(zip(words, 10.0 ** model.orders[0].log10.astype(float), strict=True))
+    each = found.pop("<unk>")
+    del found["<s>"]
+    assert sum(found.values()) + unseen * each == pytest.approx(1.0, abs=1e-5)
+    # Good and Turing: 3 of 101 events were new; but no unseen word is likelier than a seen one.
+    assert each == pytest.approx(min(3 / 101 / max(unseen, 1), 1 / 3), rel=1e-5)
 
 
 def test_the_command_shows_its_progress_and_the_model_s_figures(tmp_path, text_file, lexicon_file):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm_server.text import Counts, TextError, normalise, read_words, split_sentences
+from lm_server.text import Counts, TextError, find_texts, normalise, read_words, split_sentences
 
 KNOWN = {"x-ray", "'em", "boys'", "the", "well", "known"}
 
@@ -93,6 +93,24 @@ def test_progress_adds_up_to_the_size_of_the_files(tmp_path):
     sizes: list[int] = []
     list(read_words(paths, progress=sizes.append))
     assert sum(sizes) == sum(path.stat().st_size for path in paths)
+
+
+def test_a_folder_stands_for_the_texts_below_it(tmp_path):
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for name in ("a.txt", "b/x.gz", "b/c/y.xz", "b/z.md", "b/.hidden.txt"):
+        (tmp_path / name).write_bytes(b"")
+    found = [tmp_path / name for name in ("a.txt", "b/c/y.xz", "b/x.gz")]
+    assert find_texts([tmp_path]) == found
+    # A file that is named may have any name, and is read once.
+    assert find_texts([tmp_path / "b" / "z.md", tmp_path, tmp_path / "a.txt"]) == [
+        tmp_path / "b" / "z.md",
+        *found,
+    ]
+    with pytest.raises(TextError, match="there is no text file"):
+        find_texts([tmp_path / "absent"])
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(TextError, match=r"hollow holds no text; needed \.txt, \.gz, \.xz"):
+        find_texts([tmp_path / "hollow"])
 
 
 def test_unreadable_files_are_named(tmp_path):

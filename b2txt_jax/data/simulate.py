@@ -9,8 +9,10 @@ Modelled: phonemes of real sentences with durations by class, jitter and pauses;
   tuning, changed gains and baselines, dying channels, which one linear map per day can mostly undo
   (Degenhart et al. 2020, Gallego et al. 2020; per-day layers: Card et al. 2024).
 
-Not modelled: sound, errors and fatigue of a participant, learning, single neurons, artefacts of
-movement, and any tuning but that to the current articulation. Strengths are chosen so that training
+On request, bursts of activity that many channels share, as movements other than speech make them.
+
+Not modelled: sound, errors and fatigue of a participant, learning, single neurons, and any tuning
+but that to the current articulation. Strengths are chosen so that training
 behaves as on recordings; error rates say nothing about a participant. docs/simulator.md has the
 numbers, the references and what was measured.
 """
@@ -115,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "max_words": "most words of a sentence",
         "speaking_rate": "1 is about 65 words per minute",
         "drift": "change from session to session; 0 is none, 1 the calibrated amount",
+        "bursts": "movement-like bursts that channels share; 0 is none, 1 is strong",
     }
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     for field in dataclasses.fields(SimulationSettings):
@@ -213,7 +216,16 @@ def _record_block(
         simulate_speech.attempt(sentence.labels, table, settings.speaking_rate, rng)
         for sentence in block.sentences
     ]
-    return simulate_neural.record(trajectories, tuning, modulation(settings.difficulty), rng)
+    bursts = None
+    if settings.bursts:
+        # Draws of their own, so that everything else stays as it is without bursts.
+        bins = sum(len(trajectory) for trajectory in trajectories)
+        patterns = simulate_neural.burst_patterns(named_rng(settings, "burst patterns"))
+        timing = named_rng(settings, "bursts", index, block.number)
+        bursts = settings.bursts * simulate_neural.bursts(bins, patterns, timing)
+    return simulate_neural.record(
+        trajectories, tuning, modulation(settings.difficulty), rng, bursts
+    )
 
 
 def _write_trial(
@@ -262,6 +274,8 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
                 f"another "
                 "--out"
             ) from error
+        # A setting that came later had its default's effect.
+        found = {**dataclasses.asdict(SimulationSettings()), **found}
         other = sorted(k for k in {*wanted, *found} - {"sessions"} if wanted.get(k) != found.get(k))
         if found.get("sessions", 0) > settings.sessions:
             other.append("sessions")

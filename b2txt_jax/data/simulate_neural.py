@@ -25,6 +25,10 @@ _BIN_SECONDS = 0.02
 _NOISE_SOURCES = 12
 _NOISE_BINS = 2.0
 _BASELINE_BINS = 150.0
+_BURST_SOURCES = 4
+_BURSTS_PER_SECOND = 0.5
+_BURST_SECONDS = (0.3, 1.2)
+_BURST_STRENGTH = 1.5
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,35 @@ def random_rotation(angle: float, rng: np.random.Generator) -> np.ndarray:
     return np.linalg.solve(identity - skew, identity + skew)  # Cayley transform
 
 
+def burst_patterns(rng: np.random.Generator) -> np.ndarray:
+    """How each source of bursts reaches the features, [sources, 512]: an array's channels alike,
+    with some spread."""
+    common = np.repeat(rng.standard_normal((_BURST_SOURCES, len(ARRAYS))), ELECTRODES, axis=1)
+    spread = 0.5 * rng.standard_normal((_BURST_SOURCES, FEATURES))
+    patterns: np.ndarray = np.tile(common, 2) + spread
+    return patterns
+
+
+def bursts(bins: int, patterns: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Movement-like bursts, float32 [bins, 512]: at random times (Poisson), 0.3 to 1.2 s long, each
+    of a random mix of the sources, rising and falling as a half sine."""
+    activity = np.zeros((bins, _BURST_SOURCES))
+    for _ in range(rng.poisson(_BURSTS_PER_SECOND * bins * _BIN_SECONDS)):
+        length = max(1, round(rng.uniform(*_BURST_SECONDS) / _BIN_SECONDS))
+        start = int(rng.integers(-length, bins))
+        mix = _BURST_STRENGTH * rng.standard_normal(_BURST_SOURCES) / np.sqrt(_BURST_SOURCES)
+        shape = np.sin(np.pi * (np.arange(length) + 0.5) / length)[:, None] * mix
+        first, last = max(start, 0), min(start + length, bins)
+        activity[first:last] += shape[first - start : last - start]
+    return (activity @ patterns).astype(np.float32)
+
+
 def record(
-    trajectories: list[np.ndarray], tuning: Tuning, strength: float, rng: np.random.Generator
+    trajectories: list[np.ndarray],
+    tuning: Tuning,
+    strength: float,
+    rng: np.random.Generator,
+    bursts: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Features of one block's trials, z-scored over the block.
 
@@ -105,6 +136,7 @@ def record(
       tuning: the day's electrodes.
       strength: depth of modulation against the noise (1 is moderate).
       rng: source of all noise of this block.
+      bursts: what else drives the electrodes, [all bins, 512].
 
     Returns:
       Per trial float32 [T, 512], z-scored per feature over all bins of the block; a feature that
@@ -119,6 +151,8 @@ def record(
     noise = (shared.astype(np.float32) @ tuning.noise.astype(np.float32)) * np.float32(0.3)
     noise += np.float32(0.15) * _baseline(knots, bins)
     drive += noise
+    if bursts is not None:
+        drive += bursts
     crossings, power = drive[:, :_CHANNELS], drive[:, _CHANNELS:]
     alive = tuning.alive[:_CHANNELS].astype(np.float32)
     # Rates saturate: a neuron does not fire without bound.

@@ -43,6 +43,8 @@ class SimulationSettings:
       max_words: most words of a sentence.
       speaking_rate: 1 is about 65 words per minute; 2 halves all durations.
       drift: change from session to session, 1 is the calibrated amount, 0 is none.
+      bursts: strength of movement-like bursts that many channels share; 0 is none, 1 about 1.7
+        times the modulation by speech at difficulty 0.5 (rms).
     """
 
     sessions: int = 6
@@ -55,6 +57,7 @@ class SimulationSettings:
     max_words: int = 12
     speaking_rate: float = 1.0
     drift: float = 1.0
+    bursts: float = 0.0
 
     def __post_init__(self) -> None:
         bounds = {
@@ -68,6 +71,7 @@ class SimulationSettings:
             "max_words": (self.min_words, 12),
             "speaking_rate": (0.5, 3.0),
             "drift": (0.0, 3.0),
+            "bursts": (0.0, 5.0),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)

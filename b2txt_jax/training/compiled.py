@@ -100,7 +100,7 @@ class CompiledSteps:
             placed,
         )
         train_step = jit_train_step(self._config, self._days, self.mesh)
-        eval_step = jit_eval_step(self._config, self._days, self.mesh)
+        eval_step = jit_eval_step(self._config, self._days, self.mesh, adversary=True)
 
         def batch(rows: int, bucket: tuple[int, int]) -> Batch:
             features = self._config.data.feature_count

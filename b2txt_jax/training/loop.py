@@ -44,7 +44,7 @@ from b2txt_jax.training.tracker import Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
 
 FINISHED_FILE = "finished.json"
-"""In a run's folder when it has done all its steps, and only then."""
+"""In a run's folder when it is complete, and only then: all steps, or early by train.patience."""
 
 # What may change between the parts of one run without making it another run.
 _RESUMABLE = {
@@ -55,6 +55,7 @@ _RESUMABLE = {
     "train.validate_every",
     "train.save_every",
     "train.on_nonfinite",
+    "train.patience",
     "model.recurrence",
     "parallel.model_axis",
 }
@@ -203,8 +204,11 @@ def _train_in(
             f"{compute_dtype(config.model)} on {jax.device_count()} {jax.default_backend()} "
             f"device(s)"
         )
-        if first >= config.train.steps:
-            console.print(f"{workdir} has done {first} steps; {config.train.steps} are asked for")
+        if first >= config.train.steps or out_of_patience(config, first, best):
+            asked = f"{config.train.steps} are asked for"
+            if first < config.train.steps:
+                asked = f"{config.train.patience} validations found nothing better (train.patience)"
+            console.print(f"{workdir} has done {first} steps; {asked}")
             if is_first() and not (workdir / FINISHED_FILE).exists():
                 _write_finished(workdir, first, best)  # killed between the last save and this file
             return TrainResult(first, best, finished=True)
@@ -236,18 +240,32 @@ def _train_in(
                     if tracker.validated(result, time.monotonic() - started):
                         assert tracker.best is not None
                         checkpoints.save_best(step, state.params, tracker.best)
+                    done = done or out_of_patience(config, step, tracker.best)
                 if done or stopped_by or step % config.train.save_every == 0:
                     tracker.drain()
                     checkpoints.save_latest(step, state, tracker.best)
-                if stopped_by and not done:
+                if done or stopped_by:
                     break
             tracker.drain()
             checkpoints.wait()
-        finished = tracker.step >= config.train.steps
+        early = out_of_patience(config, tracker.step, tracker.best)
+        finished = early or tracker.step >= config.train.steps
         if finished and is_first():
             _write_finished(workdir, tracker.step, tracker.best, tracker.skipped)
-        _tell_end(console, config, workdir, tracker)
+        if early and tracker.step < config.train.steps:
+            console.print(
+                f"stopped at step {tracker.step}: {config.train.patience} validations in a row "
+                "found nothing better (train.patience)"
+            )
+        _tell_end(console, config, workdir, tracker, finished)
         return TrainResult(tracker.step, tracker.best, finished, stopped_by)
+
+
+def out_of_patience(config: Config, step: int, best: BestScore | None) -> bool:
+    """Whether `train.patience` validations up to this step found nothing better than `best`."""
+    if not config.train.patience or best is None:
+        return False
+    return step - best.step >= config.train.patience * config.train.validate_every
 
 
 def _compile(
@@ -287,10 +305,12 @@ def _write_finished(
     os.replace(temporary, workdir / FINISHED_FILE)
 
 
-def _tell_end(console: Console, config: Config, workdir: Path, tracker: Tracker) -> None:
+def _tell_end(
+    console: Console, config: Config, workdir: Path, tracker: Tracker, finished: bool
+) -> None:
     if tracker.skipped:
         console.print(f"{tracker.skipped} steps were skipped: their loss was not finite")
-    if tracker.step < config.train.steps:
+    if not finished:
         console.print(
             f"stopped at step {tracker.step} of {config.train.steps}; it is saved: the same "
             "command goes on from there"

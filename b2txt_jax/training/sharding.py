@@ -28,6 +28,12 @@ from b2txt_jax.training.step import (
 DATA, MODEL = "data", "model"
 
 RULES: tuple[tuple[str, P], ...] = (
+    # Up to 7168 wide, gates on an axis of their own: every device has all gates of its units.
+    (r"noise/gru/weight_(ih|hh)_l\d+", P(None, MODEL)),
+    (r"noise/gru/bias_(ih|hh)_l\d+", P(None, MODEL)),
+    (r"noise/h0", P(None, None, MODEL)),
+    (r"noise/out/weight", P(MODEL)),
+    (r"noise/out/bias", P(MODEL)),
     # 45 days of 512 x 512 are a quarter of the parameters; each row of the batch needs one day.
     (r"day/weight", P(None, None, MODEL)),
     (r"day/bias", P(None, MODEL)),
@@ -175,11 +181,11 @@ def jit_train_step(config: Config, days: int, mesh: Mesh) -> Any:
     )
 
 
-def jit_eval_step(config: Config, days: int, mesh: Mesh) -> Any:
+def jit_eval_step(config: Config, days: int, mesh: Mesh, adversary: bool = False) -> Any:
     """The jitted (params, batch) -> EvalOutput; every host gets all rows."""
     params = state_shardings(abstract_state(config, days), mesh).params
     return jax.jit(
-        _on(mesh, make_eval_step(config, days)),
+        _on(mesh, make_eval_step(config, days, adversary)),
         in_shardings=(params, batch_shardings(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )

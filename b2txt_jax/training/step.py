@@ -11,7 +11,8 @@ import optax
 
 from b2txt_jax.config import Config
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.decoder import Params, init_params, make_apply
+from b2txt_jax.model.decoder import Params
+from b2txt_jax.model.network import init_params, make_apply, make_forward
 from b2txt_jax.model.patches import frame_count
 from b2txt_jax.signal.augment import augment
 from b2txt_jax.signal.smooth import gaussian_taps, smooth
@@ -45,6 +46,8 @@ class StepMetrics(NamedTuple):
     """Rows left out since no alignment can spell their label."""
     finite: jax.Array
     """False when loss or gradient was NaN or infinite; the step then changed nothing."""
+    parts: dict[str, jax.Array]
+    """Of the triple GRU: clean_loss and noisy_loss (ln), noise_rms, reversal (lambda)."""
 
 
 class Rows(NamedTuple):
@@ -71,6 +74,8 @@ class EvalOutput(NamedTuple):
     loss: jax.Array
     """float32 [B], CTC loss (ln); +inf where no alignment can spell the label."""
     rows: Rows
+    noisy_logits: jax.Array | None = None
+    """float32 [B, P, C], what the triple GRU's adversary reads from the noise, where asked for."""
 
 
 def step_keys(seed: int, step: jax.Array) -> StepKeys:
@@ -100,13 +105,20 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Returns the pure function (state, batch) -> (state, metrics); jit it with the state
     donated."""
-    apply = make_apply(config.model, config.data.feature_count, days)
+    forward = make_forward(config.model, config.data.feature_count, days)
+    adversary = config.adversary
     optimizer = make_optimizer(config.optimizer)
     signal = config.signal
     if signal.smooth_std > 0:
         gaussian_taps(signal.smooth_std, signal.smooth_size)  # tells of bad settings before tracing
 
-    def loss_of(params: Params, batch: Batch, keys: StepKeys) -> tuple[jax.Array, jax.Array]:
+    def reversal_at(step: jax.Array) -> jax.Array:
+        progress = step.astype(jnp.float32) / config.train.steps
+        return adversary.reversal * (2 / (1 + jnp.exp(-adversary.reversal_rate * progress)) - 1)
+
+    def loss_of(
+        params: Params, batch: Batch, keys: StepKeys, step: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
         # Float32 whatever the features are stored as: noise and smoothing need its digits.
         x = jnp.asarray(batch.features, jnp.float32)
         x, bins = augment(keys.augment, x, batch.bins, signal)
@@ -114,18 +126,34 @@ def make_train_step(
             x = smooth(x, signal.smooth_std, signal.smooth_size)
         # The names tell the parts apart in a compiled program and in a profile of it.
         with jax.named_scope("model"):
-            logits = apply(params, x, batch.day, keys.dropout)
+            reversal = reversal_at(step)
+            outputs = forward(params, x, batch.day, keys.dropout, reversal)
         frames = _frames(config, bins)
         feasible = frames_needed(batch.labels, batch.label_length) <= frames
-        with jax.named_scope("ctc"):
-            losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
         counted = jnp.maximum(feasible.sum(), 1)
-        return jnp.where(feasible, losses, 0.0).sum() / counted, (~feasible).sum()
+
+        def mean_ctc(logits: jax.Array) -> jax.Array:
+            with jax.named_scope("ctc"):
+                losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
+            return jnp.where(feasible, losses, 0.0).sum() / counted
+
+        loss, parts = mean_ctc(outputs.logits), {}
+        if outputs.noisy_logits is not None and outputs.noise is not None:
+            noisy_loss = mean_ctc(outputs.noisy_logits)
+            power = jnp.mean(jnp.square(outputs.noise.astype(jnp.float32)))
+            parts = {
+                "clean_loss": loss,
+                "noisy_loss": noisy_loss,
+                "noise_rms": jnp.sqrt(power),
+                "reversal": reversal,
+            }
+            loss = loss + adversary.noisy_weight * noisy_loss
+        return loss, ((~feasible).sum(), parts)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = step_keys(config.train.seed, state.step)
-        (loss, infeasible), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params, batch, keys
+        (loss, (infeasible, parts)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params, batch, keys, state.step
         )
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)
@@ -135,15 +163,18 @@ def make_train_step(
         changed = TrainState(state.step + 1, params, moments)
         kept = TrainState(state.step + 1, state.params, state.optimizer)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-        return state, StepMetrics(loss, norm, infeasible, finite)
+        return state, StepMetrics(loss, norm, infeasible, finite, parts)
 
     return train_step
 
 
-def make_eval_step(config: Config, days: int) -> Callable[[Params, Batch], EvalOutput]:
+def make_eval_step(
+    config: Config, days: int, adversary: bool = False
+) -> Callable[[Params, Batch], EvalOutput]:
     """Returns the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no
-    dropout."""
+    dropout; with what an adversary reads, if the model has one and it is asked for."""
     apply = make_apply(config.model, config.data.feature_count, days)
+    forward = make_forward(config.model, config.data.feature_count, days)
     signal = config.signal
 
     def eval_step(params: Params, batch: Batch) -> EvalOutput:
@@ -153,10 +184,13 @@ def make_eval_step(config: Config, days: int) -> Callable[[Params, Batch], EvalO
             if signal.eval_padding == "valid":
                 taps = len(gaussian_taps(signal.smooth_std, signal.smooth_size))
                 bins = jnp.maximum(bins - (taps - 1), 0)
-        logits = apply(params, x, batch.day)
+        if adversary:
+            logits, noisy_logits, _ = forward(params, x, batch.day)
+        else:
+            logits, noisy_logits = apply(params, x, batch.day), None
         frames = _frames(config, bins)
         loss = ctc_loss(logits, frames, batch.labels, batch.label_length)
         rows = Rows(batch.bins, batch.day, batch.labels, batch.label_length)
-        return EvalOutput(logits, frames, loss, rows)
+        return EvalOutput(logits, frames, loss, rows, noisy_logits)
 
     return eval_step

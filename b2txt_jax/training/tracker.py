@@ -53,7 +53,7 @@ class Tracker:
         self._log = log
         self._progress = progress
         self._pending: deque[tuple[int, StepMetrics]] = deque()
-        self._window: list[tuple[float, float, int]] = []
+        self._window: list[tuple[float, float, int, dict[str, float]]] = []
         self._window_seconds = 0.0
         self._window_start = time.monotonic()
         self._task = progress.add_task(
@@ -84,9 +84,10 @@ class Tracker:
         self._window_start = time.monotonic()
 
     def _finish(self, step: int, metrics: StepMetrics) -> None:
-        loss, norm, infeasible, finite = (np.asarray(value).item() for value in metrics)
+        loss, norm, infeasible, finite = (np.asarray(value).item() for value in metrics[:4])
         if finite:
-            self._window.append((loss, norm, infeasible))
+            parts = {name: float(np.asarray(value)) for name, value in metrics.parts.items()}
+            self._window.append((loss, norm, infeasible, parts))
         else:
             self._not_finite(step, loss, norm)
         self._progress.update(self._task, completed=step, loss=f"{loss:.2f}")
@@ -119,12 +120,13 @@ class Tracker:
         rate = (len(self._window) + self._skipped_in_window) / self._window_seconds
         values: dict[str, Any] = {"steps_per_second": rate, "seconds": self._window_seconds}
         if self._window:
-            losses, norms, infeasible = zip(*self._window, strict=True)
+            losses, norms, infeasible, parts = zip(*self._window, strict=True)
             values |= {
                 "loss": float(np.mean(losses)),
                 "gradient_norm": float(np.mean(norms)),
                 "infeasible": int(sum(infeasible)),
             }
+            values |= {name: float(np.mean([one[name] for one in parts])) for name in parts[0]}
         if self._skipped_in_window:
             values["skipped"] = self._skipped_in_window
         self._write("train", step, values)
@@ -150,13 +152,17 @@ class Tracker:
             "seconds": seconds,
             "per_day": {day: found.rate for day, found in result.per_day.items()},
         }
+        noisy = ""
+        if result.noisy_per is not None and result.noisy_per.rate is not None:
+            values["noisy_per"] = result.noisy_per.rate
+            noisy = f"  PER of the noise {100 * result.noisy_per.rate:6.2f} %"
         self._write("val", self.step, values)
         improved = score.beats(self.best)
         if improved:
             self.best = score
         self._progress.update(self._task, per=percent(score))
         self._progress.console.print(
-            f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %"
+            f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %{noisy}"
             f"{'  best so far' if improved else ''}"
         )
         # Time spent in validation is not training speed.

@@ -20,6 +20,9 @@ class Validation:
 
     per: ErrorRate
     per_day: dict[str, ErrorRate]
+    noisy_per: ErrorRate | None
+    """Of what the triple GRU's adversary reads from the noise; near 1 when there is no speech in
+    it."""
     loss: float
     """Mean CTC loss (ln) of the trials whose label can be aligned; NEJM: mean of the batches'
     means."""
@@ -48,12 +51,16 @@ def validate(
     rates: list[ErrorRate] = []
     days: list[str] = []
     losses: list[float] = []
+    noisy: list[ErrorRate] = []
     for _, _, batch in data.batches(rows):
         output = jax.tree.map(np.asarray, eval_step(params, batch))
         for row in np.flatnonzero(output.rows.bins):
             decoded = greedy_decode(output.logits[row, : output.frames[row]])
             labels = output.rows.labels[row, : output.rows.label_length[row]]
             rates.append(error_rate(labels.tolist(), decoded.tolist()))
+            if output.noisy_logits is not None:
+                decoded = greedy_decode(output.noisy_logits[row, : output.frames[row]])
+                noisy.append(error_rate(labels.tolist(), decoded.tolist()))
             days.append(data.sessions[output.rows.day[row]])
             losses.append(float(output.loss[row]))
     if len(rates) != len(data.refs):
@@ -62,6 +69,7 @@ def validate(
     return Validation(
         per=total(rates),
         per_day=total_by(days, rates),
+        noisy_per=total(noisy) if noisy else None,
         loss=float(np.mean(finite)) if finite else float("inf"),
         infeasible=len(losses) - len(finite),
     )

@@ -15,6 +15,7 @@ import pytest
 
 from b2txt_jax.data import simulate_neural, simulate_speech
 from b2txt_jax.data.corpus import CORPORA, load_pool
+from b2txt_jax.data.description import DataError
 from b2txt_jax.data.hdf5 import (
     Trial,
     find_sessions,
@@ -422,3 +423,35 @@ def test_the_command_writes_what_the_function_writes(folder: Path, tmp_path: Pat
     assert run(parser.parse_args(["--out", str(tmp_path), *words])) == 0
     assert (tmp_path / "simulation.json").read_bytes() == (folder / "simulation.json").read_bytes()
     assert set(files_of(tmp_path)) == set(files_of(folder))
+
+
+def test_bursts_are_shared_by_channels_and_leave_everything_else_alone(tmp_path: Path) -> None:
+    plain = dataclasses.replace(SMALL, sessions=2, train=4, val=1, test=1)
+    simulate(tmp_path / "plain", plain)
+    simulate(tmp_path / "bursts", dataclasses.replace(plain, bursts=2.0))
+    before, after = (trials_of(tmp_path / name, "train") for name in ("plain", "bursts"))
+    assert [t.sentence for t in before] == [t.sentence for t in after]
+    assert [len(t.features) for t in before] == [len(t.features) for t in after]
+
+    def shared(trials: list[Trial]) -> float:
+        """Share of the variance of smoothed spike band power on its four largest axes."""
+        power = np.concatenate([trial.features[:, 256:] for trial in trials])
+        smoothed = simulate_speech.smooth(power, 5.0)
+        variances = np.linalg.svd(smoothed - smoothed.mean(0), compute_uv=False) ** 2
+        return float(variances[:4].sum() / variances.sum())
+
+    assert shared(after) > shared(before) + 0.2
+
+
+def test_a_folder_made_before_a_setting_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+    plain = dataclasses.replace(SMALL, sessions=2, train=3, val=1, test=1)
+    simulate(tmp_path, plain)
+    path = tmp_path / "simulation.json"
+    older = {
+        name: value for name, value in json.loads(path.read_text()).items() if name != "bursts"
+    }
+    path.write_text(json.dumps(older))
+    simulate(tmp_path, plain)
+    path.write_text(json.dumps(older))
+    with pytest.raises(DataError, match="bursts 0"):
+        simulate(tmp_path, dataclasses.replace(plain, bursts=1.0))

@@ -49,9 +49,9 @@ def test_states_and_gradients_are_those_of_the_plain_recurrence(chunk):
     def wide(*arguments):
         return wide_recurrence(*arguments, jnp.dtype("float32"), chunk)[0]
 
-    np.testing.assert_allclose(wide(*arguments), plain(*arguments), atol=2e-6)
-    ours = jax.grad(loss(wide), (0, 1, 2, 3))(*arguments)
-    theirs = jax.grad(loss(plain), (0, 1, 2, 3))(*arguments)
+    np.testing.assert_allclose(jax.jit(wide)(*arguments), plain(*arguments), atol=2e-6)
+    ours = jax.jit(jax.grad(loss(wide), (0, 1, 2, 3)))(*arguments)
+    theirs = jax.jit(jax.grad(loss(plain), (0, 1, 2, 3)))(*arguments)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
@@ -65,8 +65,8 @@ def test_the_last_state_is_carried_with_a_gradient():
         second, _ = wide_recurrence(projected[5:], last, weight, bias, jnp.dtype("float32"))
         return jnp.concatenate([first, second])
 
-    ours = jax.grad(loss(halves), (0, 1, 2, 3))(projected, h0, weight, bias)
-    theirs = jax.grad(loss(plain), (0, 1, 2, 3))(projected, h0, weight, bias)
+    ours = jax.jit(jax.grad(loss(halves), (0, 1, 2, 3)))(projected, h0, weight, bias)
+    theirs = jax.jit(jax.grad(loss(plain), (0, 1, 2, 3)))(projected, h0, weight, bias)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
@@ -101,7 +101,7 @@ text = program.as_text()
 assert "all-gather" in text, "the state is gathered"
 shared = [np.asarray(a) for a in program(*placed)]
 alone = jax.grad(loss(lambda *a: wide_recurrence(*a, jnp.dtype("float32"))[0]), (0, 1, 2, 3))
-for one, other in zip(shared, alone(*problem())):
+for one, other in zip(shared, jax.jit(alone)(*problem())):
     np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 weight = program.output_shardings[2]
 assert weight.shard_shape((3, 8, 8)) == (3, 2, 8), weight

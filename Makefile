@@ -41,8 +41,9 @@ lint: setup
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
-test-slow: setup
+test-slow: setup setup-tpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow
+	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(TPU_VENV)/bin/pytest tests/slow/test_compile_full_size.py
 
 setup-tpu: $(TPU_STAMP)
 

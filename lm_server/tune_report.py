@@ -74,7 +74,9 @@ def write_picture(result: Result, path: Path) -> None:
       ReportError: it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     found = about(result)
     panels = found["curves"]
@@ -85,8 +87,10 @@ def write_picture(result: Result, path: Path) -> None:
     points = first.scatter(
         [one["acoustic_scale"] for one in found["searches"]],
         [one["blank_penalty"] for one in found["searches"]],
-        c=[100 * one["wer"] for one in found["searches"]],
+        # A logarithm has no zero.
+        c=[max(100 * one["wer"], 0.1) for one in found["searches"]],
         cmap="viridis_r",
+        norm=LogNorm(),
     )
     first.set(
         xscale="log",
@@ -95,11 +99,15 @@ def write_picture(result: Result, path: Path) -> None:
         ylabel="blank_penalty",
         title="searches",
     )
+    for axis in (first.xaxis, first.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
     figure.colorbar(points, ax=first, label="WER (%)")
-    for axis, (name, curve) in zip(axes[1:], panels.items(), strict=True):
-        axis.plot([x for x, _ in curve], [100 * y for _, y in curve], marker="o")
-        axis.axvline(getattr(result.settings, name), linestyle=":", color="grey")
-        axis.set(xlabel=name, ylabel="WER (%)")
+    for panel, (name, curve) in zip(axes[1:], panels.items(), strict=True):
+        panel.plot([x for x, _ in curve], [100 * y for _, y in curve], marker="o")
+        panel.axvline(getattr(result.settings, name), linestyle=":", color="grey")
+        panel.set(xlabel=name, ylabel="WER (%)")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(temporary, format="png", dpi=120)

@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         scorer = rescore.from_options(args)
         if scorer is None:
             return None
-        return scorer, [digest(find_model(args.llm)), getattr(scorer, "text_form", "")]
+        form = getattr(scorer, "text_form", "")
+        return scorer, [digest(find_model(args.llm)), form, args.llm_dtype, args.llm_device]
 
     with cleaning_up_when_terminated():
         model = search.load_model(args.lm, args.backend)

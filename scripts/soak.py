@@ -91,6 +91,7 @@ A cat had a hat and a dog ran to a hat. The bat was on the mat. The dog sat on t
 _ANSWER_SECONDS = 60.0
 _AWAY = (redis.exceptions.RedisError, OSError)
 _VANISHED_IDLE = 2
+_BATCH = 50
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class Machines:
             except _AWAY:
                 pass
             time.sleep(0.002)
-        raise RuntimeError("no worker had a job for 30 s")
+        raise RuntimeError(f"no worker had a job for 30 s; see {self.folder / 'log.txt'}")
 
     def _busy(self) -> list[str]:
         try:
@@ -434,11 +435,15 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
         _request(client, "close", session)
 
 
-def do_jobs(url: str, sentences: Sequence[Sentence], count: int, tally: Tally) -> None:
-    """Hands in jobs, batch by batch, and checks their results."""
+def do_jobs(url: str, sentences: Sequence[Sentence], count: int, spoken: int, tally: Tally) -> None:
+    """Hands in jobs, batch by batch, and checks their results; in step with the `spoken` sentences
+    of the real-time clients, so that the workers are at work when they are killed."""
     done = 0
     while done < count:
-        size = min(500, count - done)
+        if done * spoken > (tally.counts["real-time sentences"] + _BATCH) * count:
+            time.sleep(0.05)
+            continue
+        size = min(_BATCH, count - done)
         mine = [sentences[(done + i) % len(sentences)] for i in range(size)]
         logits = [to_rnn_order(one.logits) for one in mine]
         with JobClient(url, timeout=_ANSWER_SECONDS, reconnect_seconds=60.0) as client:
@@ -510,7 +515,7 @@ def soak(
         return run
 
     actions: list[Callable[[], None]] = [lambda i=i: speak(i) for i in range(speakers)]  # type: ignore[misc]
-    actions.append(lambda: do_jobs(machines.url, sentences, jobs, tally))
+    actions.append(lambda: do_jobs(machines.url, sentences, jobs, total - jobs, tally))
     threads = [threading.Thread(target=guarded(action), daemon=True) for action in actions]
     for thread in threads:
         thread.start()

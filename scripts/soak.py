@@ -177,7 +177,9 @@ class Machines:
 
     def _start_redis(self) -> subprocess.Popen[bytes]:
         options = ["--port", "0", "--unixsocket", str(self.folder / "redis.sock"), "--save", ""]
-        options += ["--appendonly", "yes", "--appendfsync", "everysec", "--dir", str(self.folder)]
+        # With everysec, Redis may answer up to two seconds before it writes, and a kill in that
+        # time takes back what it had said.
+        options += ["--appendonly", "yes", "--appendfsync", "always", "--dir", str(self.folder)]
         process = subprocess.Popen([find_program(), *options], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while True:

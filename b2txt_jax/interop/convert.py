@@ -241,6 +241,11 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
       ConversionError: the latest state cannot be read.
     """
     config = read_written_config(workdir / CONFIG_FILE)
+    if config.model.kind != "baseline":
+        raise ConversionError(
+            f"{workdir} holds a model of kind {config.model.kind!r}; needed 'baseline': only that "
+            "has a published format. The run itself can be copied as a folder"
+        )
     like = jax.eval_shape(lambda: init_state(config, len(config.data.sessions)))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         if which == "latest":

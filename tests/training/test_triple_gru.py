@@ -1,0 +1,117 @@
+"""The triple GRU in the one training loop: logs, decoding, an early end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from b2txt_jax.inference.logits import compute_logits, load_model
+from b2txt_jax.interop.convert import read_workdir
+from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.model.network import make_stream
+from b2txt_jax.signal.smooth import smooth
+from b2txt_jax.training.checkpoint import BestScore
+from b2txt_jax.training.loop import out_of_patience, train
+from b2txt_jax.training.sharding import rule_of
+from b2txt_jax.training.step import init_state
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    model = dataclasses.replace(
+        tiny_config.model,
+        kind="triple_gru",
+        layers=1,
+        noise_units=8,
+        noise_layers=1,
+        noisy_layers=1,
+    )
+    schedule = dataclasses.replace(
+        tiny_config.train, steps=STEPS, log_every=1, validate_every=2, save_every=2
+    )
+    data = dataclasses.replace(tiny_config.data, buckets=((320, 80),))
+    return dataclasses.replace(tiny_config, data=data, model=model, train=schedule)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("triple")
+    assert train(config, workdir).finished
+    return workdir
+
+
+def logged(workdir, kind):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def test_the_parts_losses_and_the_growing_reversal_are_logged(config, run):
+    steps = logged(run, "train")
+    assert [one["step"] for one in steps] == [1, 2, 3, 4]
+    for one in steps:
+        total = one["clean_loss"] + config.adversary.noisy_weight * one["noisy_loss"]
+        assert one["loss"] == pytest.approx(total, rel=1e-5)
+        assert one["noise_rms"] > 0
+    progress = np.arange(STEPS) / STEPS
+    expected = 2 / (1 + np.exp(-10 * progress)) - 1
+    np.testing.assert_allclose([one["reversal"] for one in steps], expected, atol=1e-6)
+
+
+def test_validation_tells_the_clean_and_the_noisy_per(run):
+    for one in logged(run, "val"):
+        assert one["per"] > 0
+        assert one["noisy_per"] > 0
+
+
+def test_inference_decodes_the_clean_path_and_a_stream_equals_it(config, run):
+    model = load_model(run)
+    trials = compute_logits(model, "val")
+    trial = trials[0]
+    x = _smoothed(config, trial)
+    start, step = make_stream(
+        config.model, config.data.feature_count, len(model.config.data.sessions)
+    )
+    day = np.array([model.config.data.sessions.index(trial.ref.session)])
+    state, parts = start(model.params, 1), []
+    step = jax.jit(step)
+    for first in range(0, x.shape[1], 40):
+        logits, state = step(model.params, x[:, first : first + 40], day, state)
+        parts.append(logits[0])
+    streamed = np.concatenate(parts)[: len(trial.logits)]
+    np.testing.assert_allclose(streamed, trial.logits, atol=2e-5)
+
+
+def _smoothed(config, trial):
+    from b2txt_jax.data.hdf5 import read_trial
+
+    features = read_trial(trial.ref).features[None]
+    return smooth(features, config.signal.smooth_std, config.signal.smooth_size)
+
+
+def test_conversion_says_that_only_the_baseline_has_a_published_format(run):
+    with pytest.raises(ConversionError, match="'triple_gru'; needed 'baseline'"):
+        read_workdir(run, "best")
+
+
+def test_every_parameter_of_the_full_model_has_a_rule(config):
+    wide = dataclasses.replace(config.model, noise_units=0)
+    for model in (config.model, wide):
+        shapes = jax.eval_shape(lambda m=model: init_state(dataclasses.replace(config, model=m), 3))
+        for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+            rule_of(jax.tree_util.keystr(path, simple=True, separator="/"))
+
+
+@pytest.mark.parametrize(
+    ("patience", "step", "best", "stops"),
+    [(0, 900, 100, False), (2, 299, 100, False), (2, 300, 100, True), (2, 100, 100, False)],
+)
+def test_patience_counts_validations_since_the_best(tiny_config, patience, step, best, stops):
+    schedule = dataclasses.replace(tiny_config.train, patience=patience, validate_every=100)
+    config = dataclasses.replace(tiny_config, train=schedule)
+    assert out_of_patience(config, step, BestScore(0.5, 1.0, best)) is stops

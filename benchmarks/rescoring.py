@@ -23,10 +23,10 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import decoder
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rich.progress import track
+from simulated_logits import CORPUS, held_out, label, simulate_at
 
 from lm_server import build_lm
 from lm_server.answer import SentenceScorer, augmented, ranked_answer, sentences_to_score
@@ -120,22 +120,21 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.lm or args.workdir / "lm3"
     if not (folder / build_lm.DESCRIPTION).is_file():
-        text = Path(decoder.__file__).parents[1] / "b2txt_jax/data/corpus/language_model.txt.xz"
-        build_lm.build([text], 3, "cmudict", folder)
+        build_lm.build([CORPUS / "language_model.txt.xz"], 3, "cmudict", folder)
     import torch
 
     torch.set_num_threads(1)
     scorer = load_scorer(args.llm, "cpu")
     known = dict(read_lexicon("cmudict").entries)
     pools = {
-        "dev": decoder.held_out(args.dev, args.seed, "test"),
-        "held-out": decoder.held_out(args.sentences, args.seed, "val"),
+        "dev": held_out(args.dev, args.seed, "test"),
+        "held-out": held_out(args.sentences, args.seed, "val"),
     }
     for per in args.per:
         tasks = {}
         for name, truth in pools.items():
-            labels = [decoder.label(words, known) for words in truth]
-            logits, reached = decoder.simulate_at(labels, per, args.seed)
+            labels = [label(words, known) for words in truth]
+            logits, reached = simulate_at(labels, per, args.seed)
             timed = min(args.timed, len(truth)) if name == "held-out" else 0
             tasks[name] = prepare(truth, search(folder, logits), scorer, timed)
             print(f"{name}: {len(truth)} sentences, greedy PER {reached:.1%}", flush=True)

@@ -35,11 +35,8 @@ from b2txt_jax.evaluation.evaluate import (
     write_evaluation,
 )
 from b2txt_jax.evaluation.submission import write_submission
-from b2txt_jax.inference.lm_client import (
-    LanguageModelClient,
-    LanguageModelUnavailableError,
-    mask_password,
-)
+from b2txt_jax.inference.lm_answers import LanguageModelUnavailableError, mask_password
+from b2txt_jax.inference.lm_client import LanguageModelClient
 from b2txt_jax.inference.lm_process import serve_child
 from b2txt_jax.inference.logits import (
     CHANGEABLE,

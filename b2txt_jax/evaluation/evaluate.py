@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from b2txt_jax.evaluation.greedy_words import greedy_words
-from b2txt_jax.inference.lm_client import Decoded, LanguageModelClient, Progress
+from b2txt_jax.inference.lm_answers import Decoded
+from b2txt_jax.inference.lm_client import LanguageModelClient, Progress
 from b2txt_jax.inference.lm_jobs import JobClient
 from b2txt_jax.metrics import (
     ErrorRate,

@@ -10,11 +10,9 @@ empty sentence is an answer if the server scored it: the best one where nothing 
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +21,14 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from b2txt_jax.errors import UserError
+from b2txt_jax.inference.lm_answers import (
+    Decoded,
+    LanguageModelError,
+    LanguageModelUnavailableError,
+    candidates_of,
+    error_text,
+    mask_password,
+)
 from lm_server.protocol import (
     DEFAULT_SESSION,
     REGISTRY,
@@ -32,7 +37,6 @@ from lm_server.protocol import (
     Scored,
     Streams,
     check_logits,
-    decode_scoring,
     encode_logits,
     session_streams,
     to_lm_order,
@@ -44,35 +48,6 @@ Progress = Callable[[int, int], None]
 _BLOCK_MS = 1000
 _KEPT_ENTRIES = 100  # of each stream that we write; the server has answered all but the newest
 _FIRST_ID = "0-0"
-
-
-class LanguageModelError(UserError, RuntimeError):
-    """The server refused a message, or answered with nothing that can be used."""
-
-
-class LanguageModelUnavailableError(LanguageModelError):
-    """Redis or the server behind it does not answer; the next trial would fare no better."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What became of one trial: `candidates` best first, or None with the reason in `error`.
-
-    `problem` says why they are the n-gram model's although a large model should have rescored them.
-    """
-
-    name: str
-    candidates: list[Scored] | None
-    error: str | None
-    seconds: float
-    problem: str | None = None
-
-
-def mask_password(url: str) -> str:
-    """A Redis URL fit for messages: `redis://user:***@host:6379/0`."""
-    # Up to the last @ of all, so that a password with a forgotten %2F is not shown by half.
-    login_masked = re.sub(r"(://[^:@/?]*):.*@", r"\1:***@", url)
-    return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", login_masked)
 
 
 class LanguageModelClient:
@@ -320,7 +295,7 @@ class LanguageModelClient:
                     if fields.get(b"request_id") == mark.encode():
                         if b"error" in fields:
                             raise LanguageModelError(
-                                f"the server does not {action} the session: {_error_text(fields)}"
+                                f"the server does not {action} the session: {error_text(fields)}"
                             )
                         return
         raise LanguageModelUnavailableError(
@@ -361,7 +336,7 @@ class LanguageModelClient:
                         continue
                     if name == self._streams.error:
                         raise LanguageModelError(
-                            f"the server answered with an error: {_error_text(fields)}"
+                            f"the server answered with an error: {error_text(fields)}"
                         )
                     return dict(fields)
         raise LanguageModelUnavailableError(
@@ -389,46 +364,3 @@ class LanguageModelClient:
             # Redis asks for a password with an error of its own kind, by its first word.
             kind = LanguageModelUnavailableError if "NOAUTH" in str(error) else LanguageModelError
             raise kind(f"Redis at {self.url} refused a command: {error}") from error
-
-
-def candidates_of(answer: Mapping[bytes, bytes]) -> list[Scored]:
-    """Fields of a final entry -> candidates, best total first, each sentence once.
-
-    A candidate may be the empty sentence: nothing was said. A server writes 0 for "no large
-    language model"; where all candidates have it, `llm` is None.
-
-    Raises:
-      LanguageModelError: there is no candidate, or the scores cannot be read.
-    """
-    best = answer.get(b"lm_response_final", b"").decode()
-    if b"scoring" not in answer:
-        unknown = float("nan")
-        # Without scores, an empty text is what published servers send when they found nothing.
-        candidates = [Scored(best, unknown, unknown, None, unknown)] if best.strip() else []
-    else:
-        try:
-            candidates = decode_scoring(answer[b"scoring"].decode())
-        except ProtocolError as error:
-            raise LanguageModelError(f"the scores of {best!r} cannot be read: {error}") from error
-    if not candidates:
-        raise LanguageModelError(
-            "the server found no sentence, not even an empty one, for these logits: were there "
-            "frames? If so, widen its beam, or look at the logits' scale"
-        )
-    candidates = [replace(one, sentence=one.sentence.strip()) for one in candidates]
-    if all(candidate.llm == 0.0 for candidate in candidates):
-        candidates = [replace(candidate, llm=None) for candidate in candidates]
-    unique: dict[str, Scored] = {}
-    for candidate in sorted(candidates, key=lambda scored: scored.total, reverse=True):
-        unique.setdefault(candidate.sentence, candidate)
-    return list(unique.values())
-
-
-def _error_text(fields: Mapping[bytes, bytes]) -> str:
-    for name in (b"error", b"message"):
-        if name in fields:
-            return fields[name].decode(errors="replace")
-    texts = (
-        f"{key.decode(errors='replace')}={v.decode(errors='replace')}" for key, v in fields.items()
-    )
-    return ", ".join(texts) or "without a text"

@@ -20,14 +20,14 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from b2txt_jax.inference.lm_client import (
+from b2txt_jax.inference.lm_answers import (
     Decoded,
     LanguageModelError,
     LanguageModelUnavailableError,
-    Progress,
     candidates_of,
     mask_password,
 )
+from b2txt_jax.inference.lm_client import Progress
 from lm_server.protocol import (
     JOB_SECONDS,
     REGISTRY,

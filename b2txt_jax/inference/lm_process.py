@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from b2txt_jax.inference.lm_client import LanguageModelUnavailableError, mask_password
+from b2txt_jax.inference.lm_answers import LanguageModelUnavailableError, mask_password
 
 _READY = re.compile(r"lm-server ready redis=(\S+)")
 

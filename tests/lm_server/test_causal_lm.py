@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from small_model import say
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from lm_server.__main__ import main
 from lm_server.answer import RescoringError, complete
 from lm_server.causal_lm import CausalLM, in_form
 from lm_server.nbest import Hypothesis
+from lm_server.protocol import to_rnn_order
 from lm_server.rescore import from_options, load_scorer
 from lm_server.settings import Settings
 
@@ -331,3 +334,30 @@ def test_the_command_line_names_the_model(opt: Path) -> None:
 def test_a_gpu_that_is_not_there_is_an_error(opt: Path) -> None:
     with pytest.raises(RescoringError, match="no GPU"):
         load_scorer(opt, "cuda")
+
+
+def test_decode_rescores_a_file(
+    opt: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits = [say(one.split(), strength=3.0) for one in ("the cat sat", "the dog ran")]
+    file, out = tmp_path / "logits.npz", tmp_path / "out.jsonl"
+    np.savez(
+        file,
+        logits=to_rnn_order(np.concatenate(logits)),
+        frames=[len(one) for one in logits],
+        trial=["a", "b"],
+    )
+    command = ["decode", "--lm", str(model_folder), "--logits", str(file), "--out", str(out)]
+    command += ["--workers", "1", "--llm-device", "cpu", "--alpha", "0.75", "--nbest", "5"]
+    assert main([*command, "--llm", str(opt)]) == 0
+    for line in map(json.loads, out.read_text().splitlines()):
+        assert line["rescored"]
+        assert len(line["nbest"]) > 1
+        for one in line["nbest"]:
+            assert one["llm"] == pytest.approx(naive(opt, one["sentence"]), abs=1e-3)
+            language = 0.25 * one["ngram"] + 0.75 * one["llm"]
+            assert one["total"] == pytest.approx(
+                Settings().acoustic_scale * one["acoustic"] + language, abs=1e-6
+            )
+    assert main([*command, "--llm", str(tmp_path)]) == 2
+    assert "no config.json" in capsys.readouterr().err

@@ -74,7 +74,9 @@ class Conversation:
         self.positions = {stream: positions.get(stream, (0, 0)) for stream in self.inputs}
         self.unsent: deque[Unsent] = deque()
         self.active = time.monotonic()
-        self.lost = False
+        self.whole = True
+        """Whether the sentence under way has all its frames; not after a takeover too late."""
+        self.lost = self.busy = False
         self._of_sentence: list[tuple[str, str]] = []
         self._first: str | None = None
 
@@ -161,6 +163,51 @@ class Conversation:
             self.session.frames,
         )
         return False
+
+
+def resume(client: redis.Redis, session: Session, description: bytes | None) -> Conversation:
+    """A conversation that begins where the session's last server was, if that was not long ago.
+
+    Args:
+      client: connection to Redis.
+      session: a new one, with this server's settings.
+      description: of a session that a client opened, from `REGISTRY.sessions`; None: the default
+        session.
+
+    Returns:
+      The conversation. Frames of a sentence under way are searched again; where they are not all
+      there any more, the search knows fewer than `sentence` of its state says, see `Conversation.
+      replay`.
+    """
+    kept: Any = client.hgetall(state_key(session.name))
+    state = plain(kept)
+    idle = None
+    if description is not None:
+        opened = json.loads(description)
+        idle = float(opened["idle_seconds"])
+        _restore(session, json.dumps(opened["session"]))
+    if "session" in state:
+        _restore(session, state["session"])
+    conversation = Conversation(session, idle, {})
+    for stream in conversation.inputs:
+        if stream in state:
+            conversation.positions[stream] = parse_id(state[stream])
+    if not state and description is None:
+        # Nobody has served it lately: what was sent to nobody is not answered.
+        newest, _ = newest_ids(client, conversation.inputs)
+        conversation.positions.update(zip(conversation.inputs, newest, strict=True))
+    if state:
+        _log.info("session %r: going on where another server ended", session.name)
+        sentence = json.loads(state.get("sentence", "{}"))
+        conversation.whole = conversation.replay(client, sentence)
+    return conversation
+
+
+def _restore(session: Session, description: str | bytes) -> None:
+    try:
+        session.restore(description)
+    except (ValueError, KeyError, TypeError) as error:
+        _log.warning("session %r: its settings cannot be used here: %s", session.name, error)
 
 
 class Sender:

@@ -164,6 +164,8 @@ class Registrar:
             pipeline.execute()
         self._release(keys=[owner_key(name)], args=[self._me])
         if conversation is not None:
+            # Should it be in the middle of a search, nothing more is sent for it.
+            conversation.lost = True
             del self._server.conversations[name]
 
     def _idle_seconds(self, fields: Mapping[str, bytes]) -> float:

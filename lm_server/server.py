@@ -16,9 +16,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -33,13 +32,14 @@ from lm_server.conversation import (
     Entry,
     Sender,
     newest_ids,
+    resume,
 )
+from lm_server.limits import Limits
 from lm_server.protocol import (
     DEFAULT_SESSION,
     REGISTRY,
     context_key,
     owner_key,
-    state_key,
 )
 from lm_server.registry import Registrar
 from lm_server.session import Message, Pending, Session
@@ -53,25 +53,6 @@ _ABSENT_SECONDS = 2.5
 the owner writes it again within a second."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes on.
-
-    Attributes:
-      sessions: open sessions besides the default one.
-      idle_seconds: a session without entries for so long is closed, unless it asked for less.
-      rescore_seconds: a sentence not rescored by then has the n-gram model's answer.
-      backlog: entries of one stream that may wait; more end the sentence and are dropped.
-      grace_seconds: at the stop, time for sentences under way to end.
-    """
-
-    sessions: int = 64
-    idle_seconds: float = 600.0
-    rescore_seconds: float = 20.0
-    backlog: int = 20_000
-    grace_seconds: float = 3.0
 
 
 class Server:
@@ -107,6 +88,7 @@ class Server:
         self._absent: dict[str, float] = {}
         self._housekept = self._adopted = 0.0
         self._turn_of = 0
+        self._alive: Callable[[], None] = lambda: None
         self._adopt(at_once=True)
         if DEFAULT_SESSION not in self.conversations:
             _log.warning(
@@ -128,9 +110,10 @@ class Server:
         with Heartbeat(
             self._client, self.name, "server", self.meter, self._describe, self._renew
         ) as heartbeat:
+            self._alive = heartbeat.alive
             deadline = None
             while True:
-                heartbeat.alive()
+                self._alive()
                 if stop.is_set():
                     now = time.monotonic()
                     deadline = deadline or now + self.limits.grace_seconds
@@ -157,11 +140,7 @@ class Server:
             self._flush(conversation)
         if not stopping:
             self._housekeeping()
-        for conversation, entry in self._read(stopping):
-            # Lost in the middle of what was read: the rest is the other server's.
-            if not conversation.lost:
-                self._answer(conversation, entry)
-                self._flush(conversation)
+        self._take_turns(self._read(stopping))
         for name, conversation in list(self.conversations.items()):
             if conversation.lost:
                 _log.warning("session %r is served by another server now; leaving it", name)
@@ -169,12 +148,29 @@ class Server:
 
     # Reading and answering
 
-    def _read(self, stopping: bool) -> list[tuple[Conversation, Entry]]:
+    def _take_turns(self, entries: Sequence[tuple[Conversation, Entry]]) -> None:
+        for conversation, entry in entries:
+            # Lost in the middle of what was read: the rest is the other server's. And what was
+            # read here may have been read and answered during another session's long search.
+            if not conversation.lost and entry.id > conversation.positions[entry.stream]:
+                self._answer(conversation, entry)
+                self._flush(conversation)
+
+    def _meanwhile(self) -> None:
+        """Serves the other sessions in the middle of one's long search."""
+        self._alive()
+        # The search must not fail with Redis; the loop meets the same error and waits.
+        with contextlib.suppress(*LOST):
+            for conversation in list(self.conversations.values()):
+                self._flush(conversation)
+            self._take_turns(self._read(wait=False))
+
+    def _read(self, stopping: bool = False, wait: bool = True) -> list[tuple[Conversation, Entry]]:
         """Waits for entries; gives those whose turn it is, in order within each session."""
         heard = [
             one
             for one in self.conversations.values()
-            if one.listening and (one.session.frames or not stopping)
+            if one.listening and not one.busy and (one.session.frames or not stopping)
         ]
         positions: dict[Any, Any] = {self._wake: self._wake_position}
         if not stopping:
@@ -188,7 +184,7 @@ class Server:
         deadlines = [one.unsent[0].deadline for one in self.conversations.values() if one.unsent]
         if deadlines:
             block = max(1, min(block, int(1000 * (min(deadlines) - time.monotonic())) + 1))
-        answer: Any = self._client.xread(positions, count=BATCH, block=block)
+        answer: Any = self._client.xread(positions, count=BATCH, block=block if wait else None)
         found: dict[str, dict[str, list[Entry]]] = {}
         for name, batch in answer or []:
             stream = text(name)
@@ -215,6 +211,7 @@ class Server:
         if entry.stream == session.streams.finalize:
             context = text(self._client.get(context_key(session.name)) or b"").strip()
         answers: list[Message] | Pending
+        conversation.busy = True
         try:
             answers = session.handle(entry.stream, entry.name, entry.fields, context)
         except Exception as error:
@@ -227,6 +224,8 @@ class Server:
                 self.meter.failures(),
             )
             answers = [session.failed(entry.stream, entry.name, entry.fields, error)]
+        finally:
+            conversation.busy = False
         if isinstance(answers, Pending):
             answers.future.add_done_callback(self._wake_up)
         conversation.took(entry, answers, self.limits.rescore_seconds)
@@ -351,42 +350,16 @@ class Server:
             if at_once or now - since >= _ABSENT_SECONDS:
                 self._absent.pop(name, None)
                 if self._client.set(owner_key(name), self.name, px=LEASE_MS, nx=True):
-                    self._begin(name, descriptions.get(name, b"{}"))
+                    self._begin(name, descriptions.get(name))
 
-    def _begin(self, name: str, description: bytes) -> None:
-        """Serves a session from where its last server was, if that was not long ago."""
-        kept: Any = self._client.hgetall(state_key(name))
-        state = plain(kept)
-        session = self._make(name)
-        idle = None
-        if name != DEFAULT_SESSION:
-            opened = json.loads(description)
-            idle = float(opened.get("idle_seconds", self.limits.idle_seconds))
-            self._restore(session, opened["session"])
-        if "session" in state:
-            self._restore(session, state["session"])
-        conversation = Conversation(session, idle, {})
-        for stream in conversation.inputs:
-            if stream in state:
-                conversation.positions[stream] = parse_id(state[stream])
-        if not state and name == DEFAULT_SESSION:
-            # Nobody has served it lately: what was sent to nobody is not answered.
-            newest, _ = newest_ids(self._client, conversation.inputs)
-            conversation.positions.update(zip(conversation.inputs, newest, strict=True))
+    def _begin(self, name: str, description: bytes | None) -> None:
+        session = self.new_session(name)
+        conversation = resume(self._client, session, description)
         self.conversations[name] = conversation
-        if state:
-            _log.info("session %r: going on where another server ended", name)
-            if not conversation.replay(self._client, json.loads(state.get("sentence", "{}"))):
-                gone = RuntimeError("another server ended, and entries of the sentence are deleted")
-                refusal = session.failed(session.streams.input, "0-0", {}, gone)
-                self._sender.send(conversation, [refusal])
-
-    def _restore(self, session: Session, description: str | bytes | Mapping[str, Any]) -> None:
-        given = json.dumps(description) if isinstance(description, Mapping) else description
-        try:
-            session.restore(given)
-        except (ValueError, KeyError, TypeError) as error:
-            _log.warning("session %r: its settings cannot be used here: %s", session.name, error)
+        if not conversation.whole:
+            gone = RuntimeError("another server ended, and entries of the sentence are deleted")
+            refusal = session.failed(session.streams.input, "0-0", {}, gone)
+            self._sender.send(conversation, [refusal])
 
     def opened(self, session: Session, idle_seconds: float) -> None:
         """A session that a client asked for is ours."""
@@ -396,7 +369,9 @@ class Server:
 
     def new_session(self, name: str) -> Session:
         """A session with this server's settings."""
-        return self._make(name)
+        session = self._make(name)
+        session.between = self._meanwhile
+        return session
 
     def _renew(self) -> None:
         """Keeps our sessions ours; called by the heartbeat's thread."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -41,7 +41,8 @@ _MUST_BE_ZERO = ("rescore",)
 """Published parameters that would change the answers if they were honoured; refused unless 0,
 rather than ignored."""
 STEP_FRAMES = 100
-"""Frames searched at a time; between two of them the heartbeat's thread gets its turn."""
+"""Frames searched at a time; between two of them other sessions and the heartbeat's thread get
+their turn."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class Session:
           max_frames: of one sentence, at most MAX_MESSAGE_FRAMES.
         """
         self.max_frames = max_frames
+        self.between: Callable[[], None] = lambda: None
+        """Called between parts of a long search, so that other sessions need not wait for it."""
         self.name = session
         self.streams = session_streams(session)
         self.hot_words = dict(hot_words)
@@ -232,6 +235,8 @@ class Session:
             )
         words: tuple[str, ...] = ()
         for start in range(0, max(len(logits), 1), STEP_FRAMES):
+            if start:
+                self.between()
             words = self._search.step(logits[start : start + STEP_FRAMES])
         return words
 

@@ -19,7 +19,7 @@ from lm_server.processes import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
 
 if TYPE_CHECKING:
-    from lm_server.server import Limits
+    from lm_server.limits import Limits
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    from lm_server.server import Limits
+    from lm_server.limits import Limits
 
     if not 1 <= args.max_sentence_frames <= MAX_MESSAGE_FRAMES:
         raise settings.SettingsError(

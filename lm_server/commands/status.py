@@ -44,7 +44,10 @@ def _show(found: dict[str, Any], url: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    # A table in a pipe or a file is read by people all the same, with room for the names.
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, width=180)
     redis = found["redis"]
     console.print(f"Redis {redis['version']} at {url}: {redis['memory_mb']} MB")
     jobs = found["jobs"]

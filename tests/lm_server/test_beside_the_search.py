@@ -23,10 +23,11 @@ from lm_server.__main__ import main
 from lm_server.answer import RescoringError
 from lm_server.connection import connect
 from lm_server.embedded_redis import embedded_redis
+from lm_server.limits import Limits
 from lm_server.protocol import decode_scoring, to_rnn_order
 from lm_server.rescore import RescoringQueue
 from lm_server.search import load_model
-from lm_server.server import Limits, Server
+from lm_server.server import Server
 from lm_server.session import Session
 from lm_server.settings import Settings
 

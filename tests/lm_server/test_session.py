@@ -96,7 +96,9 @@ def test_a_sentence_after_finalize_needs_no_reset(session):
 
 
 def test_updated_parameters_are_told_back_and_change_the_answer(session):
-    args, done = update(session, acoustic_scale=0.35, nbest=3, alpha=0.4)
+    args, done = update(
+        session, acoustic_scale=0.35, nbest=3, alpha=0.4, top_candidates_to_augment=0
+    )
     assert done == Message("remote_lm_done_updating_params", {"done": b"1"})
     assert args.stream == "remote_lm_args"
     told = {name: args.fields[name] for name in ("acoustic_scale", "nbest", "alpha")}

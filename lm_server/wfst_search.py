@@ -45,7 +45,7 @@ class GraphModel:
                     "of `lm-server build` or `lm-server import-kaldi`"
                 )
         self._names = _read_words(folder / "words.txt")
-        self.words = [word for word in self._names.values() if word not in _NO_WORDS]
+        self.words = [word for word in self._names.values() if _is_word(word)]
         try:
             self.graph = kaldifst.StdFst.read(str(folder / "TLG.fst"))
         except RuntimeError as error:
@@ -79,7 +79,7 @@ class GraphModel:
                 f"{self.folder}/TLG.fst has the word {error}, which words.txt lacks: the two are "
                 "not of one model"
             ) from error
-        return tuple(name for name in names if name not in _NO_WORDS and name[:1] != "#")
+        return tuple(name for name in names if _is_word(name))
 
 
 class GraphSearch:
@@ -135,6 +135,10 @@ class GraphSearch:
         _, _, labels, weight = kaldifst.get_linear_symbol_sequence(path)
         acoustic = (self._emissions.skipped - weight.value2) / self.settings.acoustic_scale
         return Hypothesis(self._model.spoken(labels), acoustic, -weight.value1)
+
+
+def _is_word(name: str) -> bool:
+    return name not in _NO_WORDS and not name.startswith("#")
 
 
 def _read_words(path: Path) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """N-grams in the order of KenLM's tries: each below its suffix, so "a b c" is found by c, b, a.
 
 A word's id is its rank by KenLM's hash, and the n-grams of one order are sorted by their words from
-the last to the first. Arrays may be memory maps: everything here and in `kenlm_trie` reads them
+the last to the first. Arrays may be memory maps: everything here and in `kenlm_binary` reads them
 from front to back.
 """
 

@@ -38,8 +38,8 @@ def cpu_seconds(pid: int) -> float:
     return sum(sum(one.cpu_times()[:2]) for one in [parent, *parent.children(recursive=True)])
 
 
-def measure(folder: Path, logits: list[np.ndarray], workers: int) -> tuple[float, float]:
-    """Sentences per second, and CPU seconds per sentence."""
+def measure(folder: Path, logits: list[np.ndarray], workers: int) -> tuple[float, float, float]:
+    """Sentences per second; CPU seconds per sentence of workers and Redis, and of the client."""
     command = [sys.executable, "-m", "lm_server", "worker", "--lm", str(folder)]
     process = subprocess.Popen(
         [*command, "--embedded-redis", "--exit-with-parent", "--workers", str(workers)],
@@ -54,16 +54,16 @@ def measure(folder: Path, logits: list[np.ndarray], workers: int) -> tuple[float
         # One each, so that every worker has begun.
         with JobClient(url) as client:
             client.decode_all(logits[: 2 * workers], names[: 2 * workers])
-        spent = cpu_seconds(process.pid)
+        spent, own = cpu_seconds(process.pid), time.process_time()
         started = time.perf_counter()
         with JobClient(url) as client:
             found = client.decode_all(logits, names)
         took = time.perf_counter() - started
-        spent = cpu_seconds(process.pid) - spent
+        spent, own = cpu_seconds(process.pid) - spent, time.process_time() - own
         failed = [one for one in found if one.error]
         if failed:
             raise SystemExit(f"{len(failed)} sentences failed, the first: {failed[0].error}")
-        return len(logits) / took, spent / len(logits)
+        return len(logits) / took, spent / len(logits), own / len(logits)
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -90,9 +90,11 @@ def main() -> None:
     logits = [to_rnn_order(one) for one in simulate_at(labels, 0.14, args.seed)[0]]
     speeds: dict[int, list[float]] = {count: [] for count in args.workers}
     costs: dict[int, list[float]] = {count: [] for count in args.workers}
+    clients: list[float] = []
     for _ in range(args.rounds):
         for count in args.workers:
-            speed, cost = measure(folder, logits, count)
+            speed, cost, client = measure(folder, logits, count)
+            clients.append(client)
             speeds[count].append(speed)
             costs[count].append(cost)
     first = statistics.median(speeds[args.workers[0]])
@@ -109,7 +111,8 @@ def main() -> None:
             f"{count} workers: {speed:.1f} sentences/s "
             f"(rounds: {', '.join(f'{one:.1f}' for one in speeds[count])}), "
             f"{speed / first:.2f} times the first; "
-            f"{1000 * statistics.median(costs[count]):.1f} ms of CPU per sentence"
+            f"{1000 * statistics.median(costs[count]):.1f} ms of CPU per sentence, the client's "
+            f"{1000 * statistics.median(clients):.1f} ms besides"
         )
     args.workdir.mkdir(parents=True, exist_ok=True)
     (args.workdir / "workers.json").write_text(json.dumps(told, indent=1) + "\n")

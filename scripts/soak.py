@@ -139,7 +139,7 @@ def _inject(
 ) -> None:
     if kind in BY_CLIENT:
         # The speaker notes it when it takes place.
-        rng.choice(voices).faults.put(kind)
+        rng.choice([one for one in voices if one.speaking] or voices).faults.put(kind)
         return
     if kind == "Redis killed":
         machines.kill_redis()

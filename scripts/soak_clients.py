@@ -64,6 +64,7 @@ class Speaker:
         self._answers: dict[str, dict[bytes, bytes]] = {}
         self._errors: dict[str, str] = {}
         self._number = 0
+        self.speaking = True
 
     def open(self) -> None:
         """Has the session opened."""
@@ -150,6 +151,7 @@ class Speaker:
 
     def finish(self) -> None:
         """Looks for answers that nobody waits for any more, and closes the session."""
+        self.speaking = False
         while self._insist(lambda: self._read(500)):
             pass
         if self.session:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from b2txt_jax.errors import UserError
 from lm_server.protocol import ProtocolError, Scored, decode_scoring
@@ -63,9 +63,14 @@ def candidates_of(answer: Mapping[bytes, bytes]) -> list[Scored]:
             "the server found no sentence, not even an empty one, for these logits: were there "
             "frames? If so, widen its beam, or look at the logits' scale"
         )
-    candidates = [replace(one, sentence=one.sentence.strip()) for one in candidates]
-    if all(candidate.llm == 0.0 for candidate in candidates):
-        candidates = [replace(candidate, llm=None) for candidate in candidates]
+    unscored = all(candidate.llm == 0.0 for candidate in candidates)
+    candidates = [
+        Scored(
+            *(one.sentence.strip(), one.acoustic, one.ngram),
+            *(None if unscored else one.llm, one.total),
+        )
+        for one in candidates
+    ]
     unique: dict[str, Scored] = {}
     for candidate in sorted(candidates, key=lambda scored: scored.total, reverse=True):
         unique.setdefault(candidate.sentence, candidate)

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from lm_server.arpa import NEVER, Model, ModelError, read_arpa, sort_model, without
 from lm_server.g2p import pronounce
-from lm_server.kaldi_grammar import read_words, to_model
+from lm_server.kaldi_grammar import read_symbols, to_model
 from lm_server.kenlm_binary import PLAIN, TrieForm, write_trie
 from lm_server.lexicon import Lexicon, LexiconError, Pronunciation, is_word, read_lexicon
 from lm_server.model_folder import (
@@ -22,6 +22,7 @@ from lm_server.model_folder import (
     TRIE,
     Stages,
     folder_in_place_of,
+    measure,
     progress_columns,
     write_description,
     write_lexicon,
@@ -29,7 +30,7 @@ from lm_server.model_folder import (
 from lm_server.openfst import read_fst
 from lm_server.protocol import PHONEMES
 from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel
-from lm_server.text import SUFFIXES, open_text
+from lm_server.text import SUFFIXES, find_texts, open_text, read_words
 
 GRAMMAR, SYMBOLS = "G.fst", "words.txt"
 _LEXICONS = ("lexicon.txt", "lexicon_numbers.txt", "lexiconp.txt", "dict/lexicon.txt")
@@ -63,6 +64,7 @@ def import_kaldi(
     guess: bool = True,
     form: TrieForm = PLAIN,
     console: Console | None = None,
+    held_out: Sequence[Path] = (),
 ) -> None:
     """Makes a model folder.
 
@@ -74,12 +76,14 @@ def import_kaldi(
       guess: pronounce words that neither the lexicon nor CMU has by rule of thumb.
       form: the kind of KenLM trie.
       console: where progress is shown; by default the terminal's error output.
+      held_out: texts to measure the model on, see `lm_server.text`.
 
     Raises:
       ModelError, FstError, LexiconError, TextError: something is missing or cannot be used.
     """
     console = console or Console(stderr=True)
     grammar, symbols = _find_grammar(source)
+    texts = find_texts(held_out)
     dropped = Dropped()
     with folder_in_place_of(out) as folder:
         with Progress(*progress_columns(), console=console) as progress:
@@ -99,6 +103,8 @@ def import_kaldi(
             stages.finish("writing the KenLM trie")
             chosen = Lexicon(entries)
             write_lexicon(folder / LEXICON, chosen, sorted_model)
+            spoken = (words for words, _ in read_words(texts, entries) if words is not None)
+            quality = measure(folder / TRIE, spoken, entries)
         write_description(
             folder / DESCRIPTION,
             {
@@ -113,14 +119,21 @@ def import_kaldi(
                 "quantised_bits": form.bits,
                 "compressed_pointers": form.compressed,
                 "bytes": (folder / TRIE).stat().st_size,
-                "perplexity": None,
+                **quality,
             },
         )
     for line in dropped.lines():
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    perplexity, outside = quality["perplexity"], quality["oov_rate"]
+    measured = (
+        ""
+        if perplexity is None or outside is None
+        else f"; perplexity {perplexity:.0f} on {quality['held_out_sentences']} held-out sentences,"
+        f" of whose words {outside:.2%} are outside the vocabulary"
+    )
     console.print(
         f"{out}: order {len(sorted_model.orders)}, {len(chosen)} words ({guessed} with guessed "
-        f"pronunciations), n-grams {sorted_model.counts}",
+        f"pronunciations), n-grams {sorted_model.counts}{measured}",
         highlight=False,
         soft_wrap=True,
         markup=False,
@@ -161,7 +174,7 @@ def _read(grammar: Path, symbols: Path | None, stages: Stages) -> Model:
     if symbols is None:
         size = grammar.stat().st_size
         return read_arpa(grammar, lambda done: stages.advance("reading the ARPA", done, size))
-    numbers = read_words(symbols)
+    numbers = read_symbols(symbols)
     fst = read_fst(grammar, lambda done, total: stages.advance("reading the grammar", done, total))
     model = to_model(fst, numbers)
     stages.finish("finding the n-grams")

@@ -24,7 +24,7 @@ BACKOFF = "#0"
 _EPSILON = 0
 
 
-def read_words(path: Path) -> dict[str, int]:
+def read_symbols(path: Path) -> dict[str, int]:
     """`words.txt`: a word and its number on each line.
 
     Raises:

@@ -38,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compress", action="store_true", help="compress pointers: smaller, a little slower"
     )
     parser.add_argument(
+        "--held-out",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="text to measure the model on",
+    )
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="model folder to write or replace"
     )
 
@@ -53,5 +61,12 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ModelError(str(error)) from error
     with cleaning_up_when_terminated():
-        import_kaldi(args.source, args.out, args.lexicon, not args.no_g2p, form)
+        import_kaldi(
+            args.source,
+            args.out,
+            args.lexicon,
+            not args.no_g2p,
+            form,
+            held_out=args.held_out,
+        )
     return 0

@@ -145,8 +145,16 @@ def test_an_imported_grammar_scores_as_its_arpa(tmp_path, arpa, change, const, s
 
 def test_an_imported_arpa_scores_as_it_is(tmp_path, arpa):
     path, found = arpa
-    import_kaldi(path, tmp_path / "lm", console=QUIET)
+    (tmp_path / "text.txt").write_text("The of and zebras.\n")
+    import_kaldi(path, tmp_path / "lm", console=QUIET, held_out=[tmp_path / "text.txt"])
     check_scores(tmp_path / "lm", path, found)
+    figures = json.loads((tmp_path / "lm" / "lm.json").read_text())
+    scores = list(kenlm.Model(str(path)).full_scores("the of and zebras"))
+    inside = sum(not outside for *_, outside in scores)
+    assert 1 < inside < 5
+    assert figures["oov_rate"] == (5 - inside) / 4
+    log10 = sum(score for score, _, outside in scores if not outside)
+    assert figures["perplexity"] == pytest.approx(10 ** (-log10 / inside), rel=1e-3)
     words = {line.split()[0] for line in (tmp_path / "lm" / "lexicon.txt").open()}
     assert words == {gram[0] for gram in found if len(gram) == 1 and gram[0][0] != "<"}
 

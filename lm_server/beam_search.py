@@ -52,6 +52,8 @@ class LanguageModel:
     """A model folder in memory: word list, n-gram model and pronunciation trie; shared by any
     number of searches."""
 
+    backend = "flashlight"
+
     def __init__(self, folder: Path) -> None:
         """Reads `folder`, as written by `lm-server build`.
 

@@ -63,6 +63,8 @@ class _History:
 class WordModel:
     """A model folder in memory; shared by any number of searches."""
 
+    backend = "pyctcdecode"
+
     def __init__(self, folder: Path) -> None:
         """Reads `folder`, as written by `lm-server build`.
 

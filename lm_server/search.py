@@ -59,9 +59,15 @@ class Search(Protocol):
 
 
 class SearchModel(Protocol):
-    """A model folder in memory, shared by any number of searches; `folder` is where it was read."""
+    """A model folder in memory, shared by any number of searches.
+
+    Attributes:
+      folder: where it was read.
+      backend: the search's name, one of `BACKENDS`.
+    """
 
     folder: Path
+    backend: str
 
     @property
     def words(self) -> Sequence[str]:

@@ -34,7 +34,7 @@ from lm_server.protocol import (
     session_streams,
 )
 from lm_server.search import NO_HOT_WORDS, BackendError, SearchModel
-from lm_server.settings import WHOLE, Settings, SettingsError
+from lm_server.settings import WHOLE, Settings, SettingsError, without_effect
 
 _OURS = tuple(field.name for field in dataclasses.fields(Settings))
 _MUST_BE_ZERO = ("rescore",)
@@ -156,7 +156,7 @@ class Session:
             if stream == names.finalize:
                 return self._finish(context, stream, entry_id, fields)
             if stream == names.update_params:
-                return self._update(fields)
+                return self._update(stream, entry_id, fields)
             if stream == names.hot_words:
                 return self._favour(fields)
             raise ProtocolError(f"the stream {stream!r} is none of those that the server reads")
@@ -301,15 +301,22 @@ class Session:
         found = (hypotheses, settings, context)
         return Pending(self, answer, found, (stream, entry_id, fields))
 
-    def _update(self, fields: Mapping[str, bytes]) -> list[Message]:
+    def _update(self, stream: str, entry_id: str, fields: Mapping[str, bytes]) -> list[Message]:
         # Everything is checked before anything changes: an entry is taken whole or not at all.
         settings = changed_settings(self._settings, fields)
+        changed = [
+            name for name in _OURS if getattr(settings, name) != getattr(self._settings, name)
+        ]
+        idle = [without_effect(name, self._model.backend) for name in changed]
+        warnings = [
+            self.refusal(reason, stream, entry_id, fields, WARNING) for reason in idle if reason
+        ]
         # A search with them, made before they are taken: what it refuses must not stay.
         search = self._model.search(settings, self.hot_words)
         self._settings, self._description = settings, None
         if not self._search.frames:
             self._search = search
-        return [self.args(), self._done(self.streams.done_updating_params, fields)]
+        return [self.args(), self._done(self.streams.done_updating_params, fields), *warnings]
 
     def _favour(self, fields: Mapping[str, bytes]) -> list[Message]:
         if "words" not in fields:

@@ -30,6 +30,8 @@ _DEMAND_SILENCE = 1000.0
 class GraphModel:
     """A published model folder in memory; shared by any number of searches."""
 
+    backend = "wfst"
+
     def __init__(self, folder: Path) -> None:
         """Reads `TLG.fst` and `words.txt`.
 

@@ -132,6 +132,19 @@ def test_every_published_parameter_is_taken(session):
     assert {*published, "lm_path", "protocol_version"} <= set(args.fields)
 
 
+def test_a_parameter_that_this_search_does_not_have_is_told_back_with_a_warning(session):
+    args, done, warning = update(session, min_active=300, beam=15)
+    assert args.fields["min_active"] == b"300"
+    assert done.fields == {"done": b"1"}
+    assert warning.stream == "remote_lm_error"
+    assert warning.fields["severity"] == b"warning"
+    assert warning.fields["error"].startswith(
+        b"min_active has no effect in the search flashlight: it keeps at most max_active"
+    )
+    # Said once, when it changes.
+    assert len(update(session, min_active=300, beam=16)) == 2
+
+
 def test_parameters_changed_within_a_sentence_hold_from_the_next(session):
     reset(session)
     logits = say(["the", "cat", "sat"])

@@ -140,6 +140,7 @@ def build(
             "running_words": corpus.counts.words,
             "dropped_with_digits": corpus.counts.dropped_digits,
             "dropped_with_other_letters": corpus.counts.dropped_letters,
+            "times_rare_words_were_forgotten": corpus.forgotten,
             "outside_lexicon_rate": 1.0 - inside / max(corpus.seen.total(), 1),
             **quality,
             "unseen_word_log10": float(result.orders[0].log10[0]),
@@ -259,8 +260,23 @@ def _report(console: Console, out: Path, description: Mapping[str, object]) -> N
             f"{perplexity:.0f} on {description['held_out_sentences']} held-out sentences, of whose "
             f"words {outside:.2%} are outside the vocabulary"
         )
-    size = description["bytes"]
+    size, fallbacks = description["bytes"], description["orders_with_fallback_discounts"]
     assert isinstance(size, int)
+    assert isinstance(fallbacks, list)
+    if fallbacks:
+        console.print(
+            f"the text is too small or too regular to estimate the discounts of order "
+            f"{', '.join(map(str, fallbacks))}: usual values are taken",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if description["times_rare_words_were_forgotten"]:
+        console.print(
+            "the text has more different words than --memory holds: some that are rare were left "
+            "out of the counts; give more memory if they matter",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"{out}: order {description['order']}, {description['words']} words "
         f"({description['guessed_pronunciations']} with guessed pronunciations), "

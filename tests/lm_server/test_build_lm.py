@@ -252,7 +252,13 @@ def test_the_command_shows_its_progress_and_the_model_s_figures(tmp_path, text_f
     )
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stderr.split())
-    for part in ("reading the text", "estimating", "writing the KenLM trie", "perplexity"):
+    for part in (
+        "reading the text",
+        "estimating",
+        "writing the KenLM trie",
+        "perplexity",
+        "too small",
+    ):
         assert part in shown
     assert done.stdout == ""
 

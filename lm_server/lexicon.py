@@ -8,6 +8,7 @@ removed. Lines that are empty or begin with `;;;` are skipped, and CMU's numberi
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -100,15 +101,21 @@ def read_lexicon(source: str | Path) -> Lexicon:
         wrong.
     """
     if str(source) == "cmudict":
-        resource = importlib.resources.files("lm_server") / "resources" / "cmudict.txt.xz"
-        with importlib.resources.as_file(resource) as path:
-            return _read(path, "cmudict")
+        return _cmudict()
     path = Path(source)
     if not path.is_file():
         raise LexiconError(
             f"there is no lexicon file {path}; needed `cmudict` or a file of lines `word PH PH ...`"
         )
     return _read(path, str(path))
+
+
+@functools.cache
+def _cmudict() -> Lexicon:
+    """The package's dictionary, read once: its 134,000 lines take a second."""
+    resource = importlib.resources.files("lm_server") / "resources" / "cmudict.txt.xz"
+    with importlib.resources.as_file(resource) as path:
+        return _read(path, "cmudict")
 
 
 def _read(path: Path, name: str) -> Lexicon:

@@ -23,6 +23,7 @@ _SCALE_RANGE = 2.0
 """Re-ranking is trusted for acoustic scales within this factor of the search's."""
 _BONUS_RANGE = 2.0
 """And for word bonuses within this many ln of the search's."""
+_DIVISIONS = 4
 _AS_GOOD = 20
 """Samples among the best of which the middle is preferred to the very best, which luck favours."""
 
@@ -181,20 +182,21 @@ def expected_errors(choices: Sequence[Lists], seed: int) -> float:
 
     Args:
       choices: the same trials under several searches; search and re-ranking are chosen anew.
-      seed: of the division into halves.
+      seed: of the divisions into halves, several of which are averaged.
     """
-    trials = np.random.default_rng(seed).permutation(len(choices[0].sentences))
-    halves = np.array_split(trials, 2)
     wrong = 0
-    for chosen_on, counted_on in (halves, halves[::-1]):
-        best: tuple[int, Settings, Lists] | None = None
-        for lists in choices:
-            settings, errors = rerank(lists.of(chosen_on), seed)
-            if best is None or errors < best[0]:
-                best = errors, settings, lists
-        assert best is not None
-        wrong += int(best[2].of(counted_on).errors_of_best(best[1]).sum())
-    return wrong / max(int(choices[0].reference_words.sum()), 1)
+    for division in range(_DIVISIONS):
+        order = np.random.default_rng((seed, division)).permutation(len(choices[0].sentences))
+        halves = np.array_split(order, 2)
+        for chosen_on, counted_on in (halves, halves[::-1]):
+            best: tuple[int, Settings, Lists] | None = None
+            for lists in choices:
+                settings, errors = rerank(lists.of(chosen_on), seed)
+                if best is None or errors < best[0]:
+                    best = errors, settings, lists
+            assert best is not None
+            wrong += int(best[2].of(counted_on).errors_of_best(best[1]).sum())
+    return wrong / max(_DIVISIONS * int(choices[0].reference_words.sum()), 1)
 
 
 def calibrate(lists: Lists, settings: Settings) -> tuple[float, float, float]:

@@ -41,6 +41,11 @@ def noisy(sentence: str, seed: int) -> np.ndarray:
     return clean + np.random.default_rng(seed).normal(0.0, 2.6, clean.shape).astype(np.float32)
 
 
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_SAMPLES", 250)
+
+
 @pytest.fixture(scope="module")
 def logits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tune") / "val.npz"

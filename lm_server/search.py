@@ -8,6 +8,7 @@ one sentence only).
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -108,6 +109,16 @@ def load_model(folder: Path, backend: str = "flashlight") -> SearchModel:
             f"the search {backend} needs packages that are not here ({error.name}): "
             f"install them with `pip install {_PACKAGES[backend]}`"
         ) from error
+
+
+def need_packages(backend: str) -> None:
+    """Imports what the default search needs, so that a missing package shows before any work.
+
+    Raises:
+      ModuleNotFoundError: a package of the extra `lm` is not installed.
+    """
+    if backend == "flashlight":
+        importlib.import_module("lm_server.beam_search")
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

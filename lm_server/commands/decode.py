@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Decodes the file."""
     from lm_server.offline import decode_file, read_logits
 
+    search.need_packages(args.backend)
     workers = default_workers() if args.workers is None else args.workers
     if workers < 1:
         raise settings.SettingsError(f"--workers is {workers}; needed at least 1")

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_server.server import Server
     from lm_server.session import Session
 
+    search.need_packages(args.backend)
     logs.use(args.log_format)
     limits = _limits(args)
     stop = threading.Event()

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_server.supervisor import supervise
     from lm_server.worker import Terms, Worker
 
+    search.need_packages(args.backend)
     logs.use(args.log_format)
     workers = default_workers() if args.workers is None else args.workers
     given = (("workers", workers, 1), ("attempts", args.attempts, 1))

@@ -44,7 +44,8 @@ def test_every_command_names_the_missing_package_and_the_extra(
     build = ("build", "--text", text_file, "--lexicon", lexicon_file, "--out", tmp_path / "lm")
     serve = ("serve", "--lm", model_folder, "--embedded-redis")
     decode = ("decode", "--lm", model_folder, "--logits", "x.npz", "--out", tmp_path / "out")
-    needing = {"kenlm": [build], "flashlight": [serve, decode]}
+    worker = ("worker", "--lm", model_folder, "--embedded-redis")
+    needing = {"kenlm": [build], "flashlight": [serve, worker, decode]}
     for command in (
         one for name, commands in needing.items() if name in absent for one in commands
     ):

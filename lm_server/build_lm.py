@@ -26,7 +26,6 @@ from lm_server.model_folder import (
     folder_in_place_of,
     measure,
     progress_columns,
-    spread_unseen,
     write_description,
     write_lexicon,
 )
@@ -214,13 +213,14 @@ def _estimate(
         corpus.train, ids, work / "tokens", lambda n: stages.advance("numbering words", n, total)
     )
     stages.finish("numbering words")
-    estimated = kneser_ney.estimate(
-        tokens, words, order, options.memory, work, options.prune, None, stages.advance
-    )
-    ends = int(np.count_nonzero(tokens == ids[END]))
     unseen = len(known) - len(seen)
-    once = sum(1 for count in seen.values() if count == 1)
-    model = spread_unseen(estimated.model, once, sum(seen.values()) + ends, unseen)
+    # The mass of new words is shared by all words of the lexicon and the sentence's end, so that
+    # `<unk>` has the probability of one word that the text lacks: such words are recognised by it.
+    shares = len(known) + 1 + (unseen == 0)
+    estimated = kneser_ney.estimate(
+        tokens, words, order, options.memory, work, options.prune, shares, stages.advance
+    )
+    model = estimated.model
     found: dict[str, object] = {
         "discounts": [list(row) for row in estimated.discounts],
         "orders_with_fallback_discounts": list(estimated.fallbacks),

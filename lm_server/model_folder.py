@@ -18,14 +18,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import kenlm
-import numpy as np
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 from rich.progress import TimeRemainingColumn as Remaining
 
 from lm_server.arpa import ModelError
 from lm_server.lexicon import Lexicon, format_lexicon
-from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel, SortedOrder
+from lm_server.sorted_ngrams import END, UNKNOWN, SortedModel
 
 FORMAT = 1
 """Version of the model folder's layout; readers refuse others."""
@@ -83,38 +82,6 @@ def _remove_orphans(target: Path) -> None:
         number = re.match(r"\d+", path.name.removeprefix(_prefix(target)))
         if number and not Path(f"/proc/{number[0]}").exists() and Path("/proc/self").exists():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def spread_unseen(
-    model: SortedModel, seen_once: int, running_words: int, unseen: int
-) -> SortedModel:
-    """Sets the probability of `<unk>` to that of one word that the text does not have, and scales
-    the other 1-grams.
-
-    Good and Turing: the next word is a new one with probability (words seen once) / (words in all).
-    It is shared equally by the `unseen` words of the lexicon, and one of them is never likelier
-    than the rarest word seen. Without this, a word that the text lacks could not be recognised, or
-    would be too cheap.
-
-    Args:
-      model: a model over the words seen.
-      seen_once: how many words of the lexicon the text has once.
-      running_words: length of the text, sentence ends counted once.
-      unseen: number of words in the lexicon that the text lacks.
-    """
-    unigrams = model.orders[0]
-    special = np.array([word in (UNKNOWN, BEGIN) for word in model.words])
-    seen = 10.0 ** unigrams.log10.astype(np.float64)
-    seen[special] = 0.0
-    seen /= seen.sum()
-    new = max(seen_once, 1) / (running_words + 1)
-    each = min(new / max(unseen, 1), seen[~special].min())
-    with np.errstate(divide="ignore"):
-        log10 = np.log10(seen * (1.0 - each * unseen))
-    log10[special] = -99.0
-    log10[0] = np.log10(each)
-    first = SortedOrder(unigrams.word, unigrams.parent, log10.astype(np.float32), unigrams.backoff)
-    return SortedModel(model.words, [first, *model.orders[1:]])
 
 
 def write_lexicon(path: Path, lexicon: Lexicon, model: SortedModel) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 
 import kenlm
-import numpy as np
 import pytest
 from processes import ROOT, wait_until
 from rich.console import Console
@@ -20,8 +19,6 @@ from lm_server import build_lm
 from lm_server.__main__ import main
 from lm_server.build_lm import build
 from lm_server.lexicon import read_lexicon
-from lm_server.model_folder import spread_unseen
-from lm_server.sorted_ngrams import SortedModel, SortedOrder, in_order_of_ids
 
 QUIET = Console(quiet=True)
 
@@ -227,19 +224,26 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, text_file, le
     ]
 
 
-@pytest.mark.parametrize("unseen", [0, 1, 1000, 100_000])
-def test_seen_and_unseen_words_together_have_probability_one(unseen):
-    words = in_order_of_ids(["<unk>", "<s>", "</s>", "a", "b"])
-    log10 = np.array([{"<s>": -99.0}.get(w, np.log10(0.24)) for w in words], np.float32)
-    ids = np.arange(5)
-    order = SortedOrder(ids.astype(np.uint32), 0 * ids, log10, np.zeros(5, np.float32))
-    model = spread_unseen(SortedModel(words, [order]), 3, 100, unseen)
-    found = dict(zip(words, 10.0 ** model.orders[0].log10.astype(float), strict=True))
-    each = found.pop("<unk>")
-    del found["<s>"]
-    assert sum(found.values()) + unseen * each == pytest.approx(1.0, abs=1e-5)
-    # Good and Turing: 3 of 101 events were new; but no unseen word is likelier than a seen one.
-    assert each == pytest.approx(min(3 / 101 / max(unseen, 1), 1 / 3), rel=1e-5)
+@pytest.mark.parametrize("order", [1, 3])
+def test_words_that_the_text_lacks_share_what_seen_words_leave(tmp_path, order):
+    lexicon = tmp_path / "lexicon.txt"
+    unseen = [f"z{letter}{other}" for letter in "abcdefgh" for other in "klmnop"]
+    lexicon.write_text(LEXICON + "".join(f"{word} Z AH\n" for word in unseen))
+    (tmp_path / "text.txt").write_text(TEXT * 30)
+    build([tmp_path / "text.txt"], order, lexicon, tmp_path / "lm", QUIET)
+    model = kenlm.Model(str(tmp_path / "lm" / "lm.bin"))
+    words = [*read_lexicon(lexicon).entries, "</s>"]
+    assert {model.score(word, bos=False, eos=False) for word in unseen} == {
+        model.score("<unk>", bos=False, eos=False)
+    }
+    for history in ("", "the ", "the cat ", "zak "):
+        state, after = kenlm.State(), kenlm.State()
+        model.NullContextWrite(state)
+        for word in history.split():
+            model.BaseScore(state, word, after)
+            state, after = after, kenlm.State()
+        total = sum(10.0 ** model.BaseScore(state, word, kenlm.State()) for word in words)
+        assert total == pytest.approx(1.0, abs=1e-4), history
 
 
 def test_the_command_shows_its_progress_and_the_model_s_figures(tmp_path, text_file, lexicon_file):

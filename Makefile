@@ -8,10 +8,11 @@ WORKERS ?= 2
 TPU_VENV := .venv-tpu
 TPU_STAMP := $(TPU_VENV)/.installed
 
-.PHONY: help setup setup-tpu demo test test-tpu lint test-slow format clean
+.PHONY: help setup setup-tpu demo demo-llm test test-tpu lint test-slow format clean
 
 help:
 	@echo "make demo       set up, then the main job end to end on simulated sessions (about 10 minutes)"
+	@echo "make demo-llm   the demo's sentences rescored by a small language model (downloads 93 MB once)"
 	@echo "make test       set up, then lint and tests"
 	@echo "make test-tpu   install the TPU compiler (0.7 GB, no TPU needed) and compile for two kinds of TPU"
 	@echo "make test-slow  the checks that take minutes"
@@ -25,11 +26,17 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned packages into $(VENV) (about two minutes, 2 GB)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm,llm,wfst,dev]'
+	@# Its own requirement, numpy below 2, is out of date.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps pyctcdecode
 	@touch $@
 
 demo: setup
 	$(BIN)/b2txt demo --out runs/demo
+
+demo-llm: setup
+	test -f runs/smollm2/rescoring.json || $(BIN)/lm-server prepare-llm --out runs/smollm2
+	$(BIN)/python benchmarks/rescoring.py --llm runs/smollm2 --sentences 40 --dev 20 --per 0.14
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from lm_server.protocol import (
     session_streams,
     state_key,
 )
-from lm_server.session import Session, changed_settings
+from lm_server.session import Session
 
 if TYPE_CHECKING:
     from lm_server.server import Server
@@ -119,12 +119,11 @@ class Registrar:
         session = server.new_session(name)
         idle = self._idle_seconds(fields)
         given = {key: value for key, value in fields.items() if key not in _NOT_SETTINGS}
-        settings = changed_settings(session.settings, given)
         words = {
             word: HotWord(one.weight, one.pronunciations)
             for word, one in decode_hot_words(fields.get("hot_words", b"{}")).items()
         }
-        session.apply(settings, words)
+        session.apply(given, words)
         description = _describe(session, idle)
         done = self._answer_to(fields) | {
             "done": b"1",

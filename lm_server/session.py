@@ -122,6 +122,7 @@ class Session:
         self._settings = settings
         self._finish_search: Finish = finish or _at_once
         self._search = model.search(settings, self.hot_words)
+        self._asked: set[str] = set()
         self._description: str | None = None
 
     @property
@@ -200,7 +201,9 @@ class Session:
             word: {"weight": one.weight, "pronunciations": [list(p) for p in one.pronunciations]}
             for word, one in self.hot_words.items()
         }
-        return json.dumps({"settings": dataclasses.asdict(self._settings), "hot_words": hot})
+        # Only what the client asked for: the rest is each server's own, as it was started.
+        asked = {name: getattr(self._settings, name) for name in sorted(self._asked)}
+        return json.dumps({"settings": asked, "hot_words": hot})
 
     def restore(self, description: str | bytes) -> None:
         """Takes over what `description` of another server's session gave.
@@ -209,15 +212,19 @@ class Session:
           ValueError: it cannot be used here (made by another version).
         """
         given = json.loads(description)
-        self.apply(Settings(**given["settings"]), _hot_words(json.dumps(given["hot_words"])))
+        asked = {str(name): str(value).encode() for name, value in given["settings"].items()}
+        self.apply(asked, _hot_words(json.dumps(given["hot_words"])))
 
-    def apply(self, settings: Settings, words: Mapping[str, HotWord]) -> None:
+    def apply(self, fields: Mapping[str, bytes], words: Mapping[str, HotWord]) -> None:
         """Begins anew with other settings and hot words; refuses both or takes both.
 
         Raises:
+          ProtocolError, SettingsError: a setting cannot be used here.
           HotWordError, BackendError: a hot word cannot be used here.
         """
+        settings = changed_settings(self._settings, fields)
         self._search = self._model.search(settings, words)
+        self._asked |= {name for name in fields if name in _OURS}
         self._settings, self.hot_words, self._description = settings, dict(words), None
 
     def search_frames(self, logits: np.ndarray) -> tuple[str, ...]:
@@ -314,6 +321,7 @@ class Session:
         # A search with them, made before they are taken: what it refuses must not stay.
         search = self._model.search(settings, self.hot_words)
         self._settings, self._description = settings, None
+        self._asked |= {name for name in fields if name in _OURS}
         if not self._search.frames:
             self._search = search
         return [self.args(), self._done(self.streams.done_updating_params, fields), *warnings]

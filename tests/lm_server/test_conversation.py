@@ -59,17 +59,21 @@ def test_a_server_whose_session_another_has_taken_sends_nothing(model, client):
 
 @pytest.mark.parametrize("trimmed", [False, True], ids=["whole", "trimmed"])
 def test_another_server_hears_the_sentence_again_or_knows_that_it_cannot(model, client, trimmed):
-    first = Conversation(Session(model, Settings(nbest=7)), None, {})
+    first = Conversation(Session(model, Settings(beam=11.0)), None, {})
+    sender = Sender(client, "first")
+    unsent = hear(first, client, "remote_lm_update_params", nbest=b"7")
+    sender.send(first, unsent.answers, unsent)
     logits = say(["the", "cat", "sat"])
     for start in range(0, len(logits), 10):
         payload = encode_logits(logits[start : start + 10])
         unsent = hear(first, client, "remote_lm_input", logits=payload)
-        Sender(client, "first").send(first, unsent.answers, unsent)
+        sender.send(first, unsent.answers, unsent)
         time.sleep(0.002)
     if trimmed:
         client.xtrim("remote_lm_input", maxlen=1, approximate=False)
-    second = resume(client, Session(model, Settings()), None)
-    assert second.session.settings.nbest == 7
+    second = resume(client, Session(model, Settings(beam=12.0)), None)
+    # What the client asked for goes on; what it did not is as this server was started.
+    assert second.session.settings == Settings(nbest=7, beam=12.0)
     assert second.positions == first.positions
     assert second.whole is not trimmed
     if not trimmed:

@@ -112,8 +112,8 @@ class Settings:
       confidence_temperature: confidences are the softmax of the candidates' totals over this.
     """
 
-    acoustic_scale: float = 1.2
-    blank_penalty: float = 4.0
+    acoustic_scale: float = 1.5
+    blank_penalty: float = 8.0
     beam: float = 14.0
     max_active: int = 100
     nbest: int = 100

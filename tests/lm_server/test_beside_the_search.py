@@ -122,7 +122,7 @@ def test_a_rescoring_that_comes_to_nothing_gives_the_ngram_answer_marked_so(mode
         assert reason in final["problem"]
         candidates = decode_scoring(final["scoring"])
         assert candidates[0].total == pytest.approx(
-            1.2 * candidates[0].acoustic + candidates[0].ngram
+            Settings().acoustic_scale * candidates[0].acoustic + candidates[0].ngram
         )
         error = client.wait("error")
         assert (error["severity"], error["request_id"]) == ("warning", "f1")

@@ -64,7 +64,7 @@ def test_the_worked_exchange_is_what_happens(server):
                     assert got["entry_id"] == sent.decode()
         for stream, last in seen.items():
             assert connection.xrevrange(stream, count=1)[0][0] == last, f"more on {stream}"
-        connection.xadd("remote_lm_update_params", {"acoustic_scale": 1.2, "blank_penalty": 4})
+        connection.xadd("remote_lm_update_params", {"acoustic_scale": 1.5, "blank_penalty": 8})
 
 
 @pytest.mark.parametrize("name", [*dataclasses.asdict(Streams()).values()])

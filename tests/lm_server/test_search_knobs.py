@@ -62,8 +62,10 @@ def test_only_settings_and_published_parameters_are_said_to_have_no_effect():
 def test_lattice_beam_leaves_out_what_is_much_worse_than_the_best(model, lattice_beam):
     logits = noisy(["the", "cat", "sat"])
     everything = decoded(model, logits, beam=40.0)
-    best = everything[0].total(1.2)
-    near = [one for one in everything if one.total(1.2) >= best - lattice_beam]
+    best = everything[0].total(Settings().acoustic_scale)
+    near = [
+        one for one in everything if one.total(Settings().acoustic_scale) >= best - lattice_beam
+    ]
     assert len(everything) > len(near) > 0
     assert list(decoded(model, logits, beam=40.0, lattice_beam=lattice_beam)) == near
 

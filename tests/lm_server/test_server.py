@@ -111,7 +111,7 @@ def test_parameters_are_updated_and_told(client):
     assert told[b"acoustic_scale"] == b"0.35"
     assert told[b"blank_penalty"] == b"90.0"
     assert client.decode(["the", "cat"]) == ["the", "cat"]
-    client.redis.xadd("remote_lm_update_params", {"acoustic_scale": 1.2, "blank_penalty": 4})
+    client.redis.xadd("remote_lm_update_params", {"acoustic_scale": 1.5, "blank_penalty": 8})
     client.wait("done_updating_params")
 
 

@@ -21,6 +21,7 @@ from b2txt_jax.inference.lm_client import (
 )
 from lm_server.embedded_redis import embedded_redis
 from lm_server.protocol import decode_scoring, to_rnn_order
+from lm_server.settings import Settings
 
 
 @pytest.fixture
@@ -77,7 +78,9 @@ def test_a_session_has_its_own_settings_context_and_hot_words(connection):
     assert [final["context_str"] for final in finals] == ["ann's words", ""]
     few, many = (decode_scoring(final["scoring"]) for final in finals)
     assert few[0].total == pytest.approx(0.5 * few[0].acoustic + few[0].ngram)
-    assert many[0].total == pytest.approx(1.2 * many[0].acoustic + many[0].ngram)
+    assert many[0].total == pytest.approx(
+        Settings().acoustic_scale * many[0].acoustic + many[0].ngram
+    )
     assert ann.wait("args")["nbest"] == "2"
 
     # "to", "too" and "two" are said alike; only a hot word brings a rare one to the front.

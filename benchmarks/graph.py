@@ -41,8 +41,11 @@ def grammar(model: SortedModel, numbers: dict[str, int]) -> kaldifst.StdVectorFs
     number_of = [numbers.get(word, 0) for word in model.words]
     begin, end = ids["<s>"], ids["</s>"]
     first = offsets[1] + begin
-    arcs, finals = [], []
-    last = context = rows = None
+    arcs: list[str] = []
+    finals: list[str] = []
+    last: list[int] = []
+    context: list[int] = []
+    rows: dict[tuple[int, int], int] = {}
     for level, order in enumerate(model.orders, 1):
         costs = (-math.log(10) * order.log10).tolist()
         words, parents = order.word.tolist(), order.parent.tolist()
@@ -73,8 +76,8 @@ def grammar(model: SortedModel, numbers: dict[str, int]) -> kaldifst.StdVectorFs
                 for row, (state, cost) in enumerate(zip(below, backoffs, strict=True))
             ]
     unseen = -math.log(10) * float(model.orders[0].log10[0])
-    for word, number in numbers.items():
-        if word not in ids and word != "#0":
+    for name, number in numbers.items():
+        if name not in ids and name != "#0":
             arcs.append(f"0 0 {number} {number} {unseen:.5f}")
     # The first line's state is where it begins.
     start = next(index for index, arc in enumerate(arcs) if arc.startswith(f"{first} "))

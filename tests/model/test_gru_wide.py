@@ -74,7 +74,8 @@ def test_the_last_state_is_carried_with_a_gradient():
 def test_bfloat16_carries_the_state_in_float32():
     projected, h0, weight, bias = problem()
     states, last = wide_recurrence(projected, h0, weight, bias, jnp.dtype("bfloat16"))
-    assert states.dtype == jnp.bfloat16 and last.dtype == jnp.float32
+    assert states.dtype == jnp.bfloat16
+    assert last.dtype == jnp.float32
     np.testing.assert_array_equal(states[-1], last.astype(jnp.bfloat16))
     assert (np.asarray(last) != np.asarray(states[-1], np.float32)).any()
     exact = wide_recurrence(projected, h0, weight, bias, jnp.dtype("float32"))[0]

@@ -50,6 +50,7 @@ test: lint
 
 test-slow: setup setup-tpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(TPU_VENV)/bin/pytest tests/slow/test_compile_full_size.py
 
 setup-tpu: $(TPU_STAMP)

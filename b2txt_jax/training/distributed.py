@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from b2txt_jax.errors import UserError
@@ -48,6 +49,15 @@ def join_hosts() -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until every process of the run has come this far, an hour at most.
+
+    One that loads its programs from the cache is ready minutes before one that compiles them; if it
+    went ahead, its first exchange with the others would time out.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=f"b2txt_{what}", timeout_ms=3_600_000)
 
 
 @contextmanager

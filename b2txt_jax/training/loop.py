@@ -36,7 +36,12 @@ from b2txt_jax.model.decoder import compute_dtype, parameter_count
 from b2txt_jax.model.patches import frame_count
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
-from b2txt_jax.training.distributed import is_first, join_hosts, stop_on_signals
+from b2txt_jax.training.distributed import (
+    is_first,
+    join_hosts,
+    stop_on_signals,
+    wait_for_all,
+)
 from b2txt_jax.training.lock import WorkdirInUseError, locked
 from b2txt_jax.training.metrics_log import MetricsLog
 from b2txt_jax.training.sharding import make_mesh, sharded_state
@@ -218,6 +223,7 @@ def _train_in(
             (workdir / FINISHED_FILE).unlink(missing_ok=True)
         checkpoints.prepare(state)
         _compile(steps, config, training, validation, console)
+        wait_for_all("compiled")
         log = MetricsLog(workdir, first) if is_first() else None
         stopped_by = None
         with log or contextlib.nullcontext(), progress_bar(console) as progress:

@@ -41,8 +41,11 @@ def uninterrupted(tiny_overrides, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("devices", "processes", "told"),
-    [(1, 1, [0]), (4, 2, [0, 1]), (4, 2, [1])],
-    ids=["one process", "both of two", "only the second of two"],
+    [
+        pytest.param(1, 1, [0], id="one process"),
+        pytest.param(4, 2, [0, 1], id="both of two", marks=pytest.mark.slow),
+        pytest.param(4, 2, [1], id="only the second of two", marks=pytest.mark.slow),
+    ],
 )
 def test_preemption_saves_says_so_exits_0_and_goes_on_bit_identical(
     devices, processes, told, tiny_overrides, uninterrupted, tmp_path

@@ -168,8 +168,7 @@ def test_the_sessions_of_a_trained_model_cannot_be_reordered_when_it_is_used(tra
         load_model(trained, ["--config.data.sessions=('b', 'a')"])
 
 
-def test_steps_per_second_count_the_time_of_steps_and_not_of_validation(trained):
+def test_steps_per_second_are_the_steps_of_a_window_over_its_seconds(trained):
     for entry in lines_of(trained, "train"):
+        assert entry["seconds"] > 0
         assert entry["steps_per_second"] == pytest.approx(2 / entry["seconds"])
-    with_compilation = lines_of(trained, "train")[0]["seconds"]
-    assert with_compilation > lines_of(trained, "train")[-1]["seconds"] > 0

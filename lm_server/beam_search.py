@@ -75,7 +75,8 @@ class LanguageModel:
             dictionary.add_entry(f"<hot {number}>")
         try:
             self.ngram = KenLM(str(folder / "lm.bin"), dictionary)
-        except RuntimeError as error:
+        # Of a damaged file KenLM's message may hold its bytes, so that reporting it fails too.
+        except Exception as error:
             raise ModelFolderError(
                 f"{folder}/lm.bin cannot be read ({error}): build the model again"
             ) from error

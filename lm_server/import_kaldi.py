@@ -30,12 +30,14 @@ from lm_server.model_folder import (
 from lm_server.openfst import read_fst
 from lm_server.protocol import PHONEMES
 from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel
-from lm_server.text import SUFFIXES, find_texts, open_text, read_words
+from lm_server.text import DAMAGED_ARCHIVE, SUFFIXES, find_texts, open_text, read_words
 
 GRAMMAR, SYMBOLS = "G.fst", "words.txt"
 _LEXICONS = ("lexicon.txt", "lexicon_numbers.txt", "lexiconp.txt", "dict/lexicon.txt")
 _SILENCES = frozenset(("SIL", "<SIL>", "!SIL", "SPN", "SP", "|", "<eps>"))
 _UNKNOWNS = ("<unk>", "<UNK>", "[UNK]", "<SPOKEN_NOISE>", "<spoken_noise>")
+UNKNOWN_PHONEMES = "lexicon entries with unknown phonemes"
+"""Why lines of a lexicon are dropped."""
 _VARIANTS = 2
 _SHOWN = 5
 
@@ -192,17 +194,40 @@ def _read_lexicons(
     """CMU's words, and before them those of the model's own lexicon."""
     said = dict(read_lexicon("cmudict").entries)
     if path is not None:
-        own: dict[str, list[Pronunciation]] = {}
-        if not path.is_file():
-            raise LexiconError(f"there is no lexicon file {path}: check the path")
+        said |= _read_own_lexicon(path, dropped)
+    stages.finish("reading lexicons")
+    return said
+
+
+def _read_own_lexicon(path: Path, dropped: Dropped) -> dict[str, tuple[Pronunciation, ...]]:
+    """A lexicon in Kaldi's format.
+
+    Raises:
+      LexiconError: it is missing, no text, or without one line that can be used.
+    """
+    needed = "needed lines `word PH PH ...` with ARPAbet phonemes"
+    own: dict[str, list[Pronunciation]] = {}
+    if not path.is_file():
+        raise LexiconError(f"there is no lexicon file {path}: check the path")
+    try:
         with open_text(path) as (lines, _):
             for word, phones in kaldi_entries(lines, dropped):
                 variants = own.setdefault(word, [])
                 if phones not in variants:
                     variants.append(phones)
-        said |= {word: tuple(variants) for word, variants in own.items()}
-    stages.finish("reading lexicons")
-    return said
+    except UnicodeDecodeError as error:
+        raise LexiconError(
+            f"{path} is not UTF-8 text ({error}); {needed}: check the path"
+        ) from error
+    except DAMAGED_ARCHIVE as error:
+        raise LexiconError(
+            f"{path} is a damaged archive ({error}): fetch or pack it again"
+        ) from error
+    if not own:
+        strange = dropped.words.get(UNKNOWN_PHONEMES, [])
+        what = f", {len(strange)} lines have unknown phonemes" if strange else ""
+        raise LexiconError(f"{path} holds no word with its phonemes{what}; {needed}")
+    return {word: tuple(variants) for word, variants in own.items()}
 
 
 def kaldi_entries(lines: Iterable[str], dropped: Dropped) -> Iterator[tuple[str, Pronunciation]]:
@@ -223,7 +248,7 @@ def kaldi_entries(lines: Iterable[str], dropped: Dropped) -> Iterator[tuple[str,
         if not phones:
             continue  # Silence said as a word.
         if not set(phones) <= set(PHONEMES):
-            dropped.add("lexicon entries with unknown phonemes", word)
+            dropped.add(UNKNOWN_PHONEMES, word)
             continue
         yield word.lower(), phones
 

@@ -28,12 +28,19 @@ def read_symbols(path: Path) -> dict[str, int]:
     """`words.txt`: a word and its number on each line.
 
     Raises:
-      ModelError: there is no such file, or a line is otherwise.
+      ModelError: there is no such file, it is no text, or a line is otherwise.
     """
     if not path.is_file():
         raise ModelError(f"there is no {path}; needed the grammar's words and their numbers")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{path} is not UTF-8 text ({error}); needed a word and its number per line: fetch or "
+            "copy it again"
+        ) from error
     found: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         fields = line.split()
         if len(fields) != 2 or not fields[1].isdigit():
             raise ModelError(f"{path}, line {number}, is {line!r}; needed a word and its number")

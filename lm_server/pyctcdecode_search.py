@@ -76,7 +76,8 @@ class WordModel:
         self.words = spellings.words
         try:
             self.ngram = kenlm.Model(str(folder / "lm.bin"))
-        except OSError as error:
+        # Of a damaged file KenLM's message may hold its bytes, so that reporting it fails too.
+        except Exception as error:
             raise ModelFolderError(
                 f"{folder}/lm.bin cannot be read ({error}): build the model again"
             ) from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm_server.g2p import pronounce
 from lm_server.lexicon import Lexicon, LexiconError, Pronunciation, is_word
-from lm_server.text import open_text
+from lm_server.text import DAMAGED_ARCHIVE, open_text
 
 SEEN_LEAST = 5
 """How often the text must have a word that the lexicon lacks, where the vocabulary has no limit:
@@ -34,28 +34,44 @@ def read_word_list(path: Path) -> list[str]:
     """A file with a word at the beginning of each line -> words, without repetitions.
 
     Raises:
-      LexiconError: there is no such file, it has no word, or something in it is no word.
+      LexiconError: there is no such file, it is no text, it has no word, or something in it is no
+        word.
     """
     if not path.is_file():
         raise LexiconError(
             f"there is no vocabulary file {path}; needed a number of words, or a file with one "
             "word per line"
         )
-    words: dict[str, None] = {}
-    with open_text(path) as (lines, _):
-        for number, line in enumerate(lines, 1):
-            fields = line.split()
-            if not fields:
-                continue
-            word = fields[0].lower()
-            if not is_word(word):
-                raise LexiconError(
-                    f"{path}, line {number}: {fields[0]!r} is no word; needed letters a-z, "
-                    "apostrophes and hyphens: write it as it is spoken, or delete the line"
-                )
-            words[word] = None
+    try:
+        with open_text(path) as (lines, _):
+            words = _listed_words(path, lines)
+    except UnicodeDecodeError as error:
+        raise LexiconError(
+            f"{path} is not UTF-8 text ({error}); needed one word per line: check the path, or "
+            "convert it, for example with iconv"
+        ) from error
+    except DAMAGED_ARCHIVE as error:
+        raise LexiconError(
+            f"{path} is a damaged archive ({error}): fetch or pack it again"
+        ) from error
     if not words:
         raise LexiconError(f"{path} holds no word; needed one word per line")
+    return words
+
+
+def _listed_words(path: Path, lines: Iterable[str]) -> list[str]:
+    words: dict[str, None] = {}
+    for number, line in enumerate(lines, 1):
+        fields = line.split()
+        if not fields:
+            continue
+        word = fields[0].lower()
+        if not is_word(word):
+            raise LexiconError(
+                f"{path}, line {number}: {fields[0]!r} is no word; needed letters a-z, "
+                "apostrophes and hyphens: write it as it is spoken, or delete the line"
+            )
+        words[word] = None
     return list(words)
 
 

@@ -20,6 +20,7 @@ from lm_server.beam_search import (
 from lm_server.emissions import scaled_log_probabilities
 from lm_server.kenlm_binary import write_trie
 from lm_server.protocol import LM_CLASSES, SILENCE, ProtocolError
+from lm_server.search import load_model
 from lm_server.settings import Settings, SettingsError
 
 BLANK, SIL = 0, LM_CLASSES.index(SILENCE)
@@ -335,3 +336,14 @@ def test_the_acoustic_score_of_a_long_sentence_is_within_what_its_frames_allow(m
         search.step(np.zeros((frames, 41), np.float32))
         for one in search.finish():
             assert one.acoustic <= -frames * np.log(41) * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["flashlight", "pyctcdecode"])
+def test_an_n_gram_model_of_random_bytes_is_refused_in_one_line(tmp_path, model_folder, backend):
+    shutil.copytree(model_folder, tmp_path / "lm")
+    size = (tmp_path / "lm" / "lm.bin").stat().st_size
+    for seed in range(3):
+        content = np.random.default_rng(seed).bytes(size)
+        (tmp_path / "lm" / "lm.bin").write_bytes(content)
+        with pytest.raises(ModelFolderError, match="build the model again"):
+            load_model(tmp_path / "lm", backend)

@@ -18,6 +18,7 @@ from lm_server.__main__ import main
 from lm_server.arpa import ModelError
 from lm_server.import_kaldi import Dropped, import_kaldi, kaldi_entries
 from lm_server.kneser_ney import estimate
+from lm_server.lexicon import LexiconError
 from lm_server.openfst import FstError, read_fst
 
 QUIET = Console(quiet=True)
@@ -259,3 +260,28 @@ def test_a_transducer_that_is_no_grammar_is_refused(tmp_path):
     kaldifst.compile(text, False).write(str(tmp_path / "G.fst"))
     with pytest.raises(ModelError, match="has 2 states that could be the empty history"):
         import_kaldi(tmp_path, tmp_path / "lm", console=QUIET)
+
+
+def test_files_that_are_no_text_are_refused_in_one_line(arpa, tmp_path, capsys):
+    path, found = arpa
+    folder = grammar(path, found, tmp_path / "kaldi")
+    binary = tmp_path / "lexicon.bin"
+    binary.write_bytes(bytes(range(128, 256)) * 9)
+    out = ["--out", str(tmp_path / "lm")]
+    assert main(["import-kaldi", str(path), "--lexicon", str(binary), *out]) == 2
+    assert "lexicon.bin is not UTF-8 text" in " ".join(capsys.readouterr().err.split())
+    (folder / "words.txt").write_bytes(binary.read_bytes())
+    assert main(["import-kaldi", str(folder), *out]) == 2
+    assert "words.txt is not UTF-8 text" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_lexicon_without_one_line_of_phonemes_is_refused(arpa, tmp_path):
+    path, _ = arpa
+    (tmp_path / "text.txt").write_text("the cat sat on the mat\nof all that there is\n")
+    (tmp_path / "none.txt").write_text("\n")
+    for name, reason in (("text", "2 lines have unknown phonemes"), ("none", "holds no word")):
+        with pytest.raises(LexiconError, match=reason):
+            import_kaldi(path, tmp_path / "lm", tmp_path / f"{name}.txt", console=QUIET)
+    # One good line is a lexicon, whatever else the file has.
+    (tmp_path / "text.txt").write_text("the DH AH\nof all that there is\n")
+    import_kaldi(path, tmp_path / "lm", tmp_path / "text.txt", console=QUIET)

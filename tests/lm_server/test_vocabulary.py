@@ -67,3 +67,12 @@ def test_a_word_list_that_cannot_be_used_is_refused(tmp_path, content, reason):
 def test_no_words_are_not_a_vocabulary():
     with pytest.raises(LexiconError, match="0 words; needed at least 1"):
         choose_vocabulary(SEEN, LEXICON, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("words.txt", "is not UTF-8 text"), ("words.gz", "is a damaged archive")]
+)
+def test_a_word_list_that_is_no_text_is_refused(tmp_path, name, reason):
+    (tmp_path / name).write_bytes(bytes(range(128, 256)) * 9)
+    with pytest.raises(LexiconError, match=reason):
+        read_word_list(tmp_path / name)

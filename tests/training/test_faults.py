@@ -133,7 +133,6 @@ def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
     message = failing(workdir, [*tiny_overrides, *MORE])
     # The save of step 3 takes the last of it: logging the next one may be what is told first.
     assert re.search(r"error: (saving step 3 |writing the metrics of step [34] )", message), message
-    assert "No space left on device" in message
     assert "Make room, then start the same command" in message
     (small_disk / "filling").unlink()
     finish(start(workdir, [*tiny_overrides, *MORE]))

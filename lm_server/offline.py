@@ -35,7 +35,7 @@ from lm_server.errors import UserError
 from lm_server.nbest import Hypothesis
 from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
 from lm_server.rescore import RescoringQueue
-from lm_server.search import Search, SearchModel
+from lm_server.search import NoSentenceError, Search, SearchModel
 from lm_server.settings import Settings
 
 _worker: tuple[Search, Logits] | None = None
@@ -158,9 +158,9 @@ def decode_trial(search: Search, trial: str, logits: np.ndarray) -> Outcome:
     search.begin()
     try:
         search.step(to_lm_order(logits))
-    except ProtocolError as error:
+        return Outcome(trial, search.finish(), None)
+    except (ProtocolError, NoSentenceError) as error:
         return Outcome(trial, (), f"trial {trial}: {error}")
-    return Outcome(trial, search.finish(), None)
 
 
 def decode_file(

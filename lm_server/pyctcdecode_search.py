@@ -4,6 +4,10 @@ pyctcdecode's words are spellings here, a sign per phoneme, between silences. Th
 inside knows the lexicon: a beginning that no word has is as good as impossible, one that some word
 has looks ahead to the likeliest, and a spelling stands for all its homophones, of whose histories
 the `_HISTORIES` best are kept and come out as candidates.
+
+Where all hypotheses have come to beginnings that no word has, or nothing was heard although
+phonemes are the likeliest classes of some frames, the sentence is searched again with `_wider`
+settings.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import bisect
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,12 +39,16 @@ from lm_server.protocol import (
     ProtocolError,
     check_logits,
 )
-from lm_server.search import NO_HOT_WORDS
+from lm_server.search import NO_HOT_WORDS, NoSentenceError
 from lm_server.settings import Settings
 
 _LOG10 = math.log(10.0)
 _IMPOSSIBLE = -1e4
 _HISTORIES = 16
+_WIDE_BEAM = 50.0
+_WIDE_ACTIVE = (100, 500)
+"""Least beam (ln) and numbers of hypotheses of further searches, which look at all classes; the
+last takes 0.1 s per frame."""
 _SIGNS = [chr(ord("A") + number) for number in range(CLASS_COUNT)]
 _SIGNS[BLANK_ID], _SIGNS[SILENCE_ID] = "", " "
 _SIGN = {name: _SIGNS[LM_CLASSES.index(name)] for name in PHONEMES}
@@ -115,6 +123,24 @@ class WordModel:
         # Above every sign of a phoneme.
         last = bisect.bisect_left(self._spellings, beginning + "\x7f")
         return float(self._ahead[first:last].max()) if first < last else _IMPOSSIBLE
+
+
+_NOTHING_YET: tuple[Any, ...] = ("", "", "", None, [], (-1, -1), 0.0)
+"""pyctcdecode's hypothesis before the first frame."""
+
+
+def _wider(settings: Settings) -> list[Settings]:
+    """The settings of further searches, ever wider; none where the first was as wide."""
+    steps = [
+        replace(
+            settings,
+            beam=max(settings.beam, _WIDE_BEAM),
+            max_active=max(settings.max_active, active),
+            max_classes=CLASS_COUNT,
+        )
+        for active in _WIDE_ACTIVE
+    ]
+    return [one for one in dict.fromkeys(steps) if one != settings]
 
 
 class _Language(AbstractLanguageModel):
@@ -214,7 +240,8 @@ class WordSearch:
         self._emissions.begin(self.settings)
         self._scores: dict[Any, Any] = {("", False): (0.0, 0.0, self._language.get_start_state())}
         self._ahead: dict[str, float] = {}
-        self._beams: list[Any] = [("", "", "", None, [], (-1, -1), 0.0)]
+        self._beams: list[Any] = [_NOTHING_YET]
+        self._searched: list[np.ndarray] = []
         self.frames = 0
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
@@ -225,8 +252,11 @@ class WordSearch:
                 f"the sentence would have {self.frames + len(logits)} frames; at most "
                 f"{MAX_UTTERANCE_FRAMES} are possible: send finalize or reset between sentences"
             )
-        for frame in self._emissions.of(logits) if len(logits) else ():
-            self._advance(frame)
+        if len(logits):
+            # Kept for a second search (at most 3 MB, of the longest sentence).
+            self._searched.append(self._emissions.of(logits))
+            for frame in self._searched[-1]:
+                self._advance(frame, self.settings)
         self.frames += len(logits)
         text = self._beams[0][0]
         _, _, histories = self._scores[(text, False)]
@@ -234,9 +264,40 @@ class WordSearch:
 
     def finish(self) -> tuple[Hypothesis, ...]:
         """Ends the sentence: the n best candidates, distinct and best first; none without
-        frames."""
+        frames.
+
+        Raises:
+          NoSentenceError: no hypothesis is left, of the wider searches neither.
+        """
         if not self.frames:
             return ()
+        frames, width = self.frames, self.settings
+        found = self._ended()
+        for width in _wider(self.settings):
+            if found and (found[0].words or not self._spoken()):
+                break
+            self._beams = [_NOTHING_YET]
+            for chunk in self._searched:
+                for frame in chunk:
+                    self._advance(frame, width)
+            found = self._ended()
+        self.begin()
+        if not found:
+            raise NoSentenceError(
+                f"no sentence of the model's words fits these {frames} frames, searched with "
+                f"beam {width.beam:g}, max_active {width.max_active} and all {CLASS_COUNT} classes: "
+                "raise beam and max_active, or take the search flashlight"
+            )
+        return found
+
+    def _spoken(self) -> bool:
+        """Whether a phoneme is the likeliest class of some frame."""
+        likeliest = np.concatenate([chunk.argmax(axis=1) for chunk in self._searched])
+        return not np.isin(likeliest, (BLANK_ID, SILENCE_ID)).all()
+
+    def _ended(self) -> tuple[Hypothesis, ...]:
+        """The candidates, were the sentence to end here; none if every hypothesis is within what
+        no word begins with."""
         # The last word needs no silence.
         ends: list[Any] = [
             (text, part, "", None, [], (-1, -1), score)
@@ -260,14 +321,14 @@ class WordSearch:
                     bonus=history.bonus,
                 )
         settings = self.settings
-        self.begin()
         return rank(found.values(), scale, settings.nbest, settings.lattice_beam)
 
-    def _advance(self, frame: np.ndarray) -> None:
+    def _advance(self, frame: np.ndarray, settings: Settings) -> None:
         """One frame, as pyctcdecode's own loop goes, but for the likeliest classes only."""
-        likely = np.argpartition(frame, CLASS_COUNT - self.settings.max_classes)
+        rest = CLASS_COUNT - settings.max_classes
+        likely = np.argpartition(frame, rest)[rest:] if rest else range(CLASS_COUNT)
         grown: list[Any] = []
-        for one in likely[CLASS_COUNT - self.settings.max_classes :]:
+        for one in likely:
             sign, score = _SIGNS[one], float(frame[one])
             for text, following, part, last, _, _, before in self._beams:
                 total = before + score
@@ -278,9 +339,9 @@ class WordSearch:
                 else:
                     grown.append((text, following, part + sign, sign, [], (-1, -1), total))
         beams = self._score(_merge_beams(grown), ended=False)
-        least = max(beam[-1] for beam in beams) - self.settings.beam
+        least = max(beam[-1] for beam in beams) - settings.beam
         kept = [beam for beam in beams if beam[-1] >= least]
-        self._beams = [beam[:-1] for beam in _sort_and_trim_beams(kept, self.settings.max_active)]
+        self._beams = [beam[:-1] for beam in _sort_and_trim_beams(kept, settings.max_active)]
 
     def _score(self, beams: list[Any], ended: bool) -> list[Any]:
         assert self._decoder is not None

@@ -33,6 +33,11 @@ class BackendError(UserError, ValueError):
     """A search that does not exist, or that cannot do what is asked of it."""
 
 
+class NoSentenceError(BackendError):
+    """Frames for which no sentence was found, however wide the search; says so instead of giving
+    an empty answer."""
+
+
 class Search(Protocol):
     """The search for one sentence after another.
 
@@ -56,7 +61,12 @@ class Search(Protocol):
         """
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """Ends the sentence: the n best distinct candidates, best first; none without frames."""
+        """Ends the sentence: the n best distinct candidates, best first; none without frames.
+
+        Raises:
+          NoSentenceError: there were frames, and no sentence was found for them; the search is
+            ready for the next one.
+        """
 
 
 class SearchModel(Protocol):

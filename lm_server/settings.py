@@ -43,7 +43,7 @@ WHOLE = ("max_active", "max_classes", "min_active", "nbest", "do_opt", "top_cand
 ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "min_active": ("wfst",),
     "max_active": ("flashlight", "pyctcdecode", "wfst"),
-    "max_classes": ("flashlight",),
+    "max_classes": ("flashlight", "pyctcdecode"),
     "nbest": ("flashlight", "pyctcdecode"),
     "lattice_beam": ("flashlight", "pyctcdecode"),
     "word_bonus": ("flashlight", "pyctcdecode"),

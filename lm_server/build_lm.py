@@ -29,6 +29,7 @@ from lm_server.model_folder import (
     write_description,
     write_lexicon,
 )
+from lm_server.model_reader import checksum
 from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel, in_order_of_ids
 from lm_server.vocabulary import Vocabulary, choose_vocabulary, read_word_list
 
@@ -135,6 +136,7 @@ def build(
             "cut_offs": list(options.prune),
             **found,
             "bytes": (folder / TRIE).stat().st_size,
+            "crc32": checksum(folder / TRIE),
             "sentences": corpus.counts.sentences,
             "running_words": corpus.counts.words,
             "dropped_with_digits": corpus.counts.dropped_digits,

@@ -3,6 +3,7 @@ folder (`model_folder`)."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from lm_server.model_folder import (
     write_description,
     write_lexicon,
 )
+from lm_server.model_reader import checksum
 from lm_server.openfst import read_fst
 from lm_server.protocol import PHONEMES
 from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel
@@ -121,6 +123,7 @@ def import_kaldi(
                 "quantised_bits": form.bits,
                 "compressed_pointers": form.compressed,
                 "bytes": (folder / TRIE).stat().st_size,
+                "crc32": checksum(folder / TRIE),
                 **quality,
             },
         )
@@ -145,6 +148,12 @@ def import_kaldi(
 def _find_grammar(source: Path) -> tuple[Path, Path | None]:
     """The grammar or ARPA file, and for a grammar its words.txt."""
     if source.is_file():
+        if source.suffix != ".fst" and not _is_arpa(source) and not _is_fst(source):
+            raise ModelError(
+                f"{source} is neither a grammar (OpenFst, such as {GRAMMAR}) nor an ARPA file by "
+                "its name (.arpa, .lm, also .gz or .xz): give one of these; of text a model is "
+                "made with `lm-server build`"
+            )
         grammar = source
     elif (source / GRAMMAR).is_file():
         grammar = source / GRAMMAR
@@ -170,6 +179,11 @@ def _is_arpa(path: Path) -> bool:
     if not path.is_file() or path.suffix == ".fst":
         return False
     return bare.suffix in (".arpa", ".lm", ".arpabo")
+
+
+def _is_fst(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == struct.pack("<i", 2125659606)
 
 
 def _read(grammar: Path, symbols: Path | None, stages: Stages) -> Model:

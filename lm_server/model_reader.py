@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ def read_description(folder: Path) -> dict[str, object]:
         damaged.
     """
     hint = f"make one with `lm-server build --text FILE --out {folder}`"
+    if folder.is_file():
+        raise ModelFolderError(
+            f"{folder} is a file; needed a model folder: give the one that it lies in, "
+            f"{folder.parent}"
+        )
     if not folder.is_dir():
         raise ModelFolderError(f"there is no model folder {folder}: {hint}")
     for name in ("lm.json", "lm.bin", "lexicon.txt"):
@@ -51,7 +57,29 @@ def read_description(folder: Path) -> dict[str, object]:
                 f"{folder}/lm.json has the {name} {description.get(name)!r}; "
                 f"needed a whole number: {hint}"
             )
+    size = (folder / "lm.bin").stat().st_size
+    wanted = description.get("bytes", size)  # Older folders do not say.
+    if size != wanted:
+        raise ModelFolderError(
+            f"{folder}/lm.bin has {size} bytes, but lm.json says {wanted}: it is damaged, cut "
+            f"short or another model's: {_REMEDY}"
+        )
+    stored = description.get("crc32")
+    if stored is not None and checksum(folder / "lm.bin") != stored:
+        raise ModelFolderError(
+            f"{folder}/lm.bin is not the file whose checksum lm.json has: it is damaged or another "
+            f"model's: {_REMEDY}"
+        )
     return description
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found = zlib.crc32(piece, found)
+    return found
 
 
 @dataclass(frozen=True)

@@ -296,8 +296,7 @@ class WordSearch:
         return not np.isin(likeliest, (BLANK_ID, SILENCE_ID)).all()
 
     def _ended(self) -> tuple[Hypothesis, ...]:
-        """The candidates, were the sentence to end here; none if every hypothesis is within what
-        no word begins with."""
+        """The candidates, were the sentence to end here; none if no hypothesis is left."""
         # The last word needs no silence.
         ends: list[Any] = [
             (text, part, "", None, [], (-1, -1), score)

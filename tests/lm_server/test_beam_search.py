@@ -290,7 +290,7 @@ def test_a_folder_that_is_no_model_is_refused_with_the_way_to_make_one(tmp_path,
         (tmp_path / "lm" / name).write_bytes((model_folder / name).read_bytes())
     LanguageModel(tmp_path / "lm")
     (tmp_path / "lm" / "lm.bin").write_bytes((model_folder / "lm.bin").read_bytes()[:200])
-    refused(r"lm\.bin cannot be read")
+    refused(r"lm\.bin has 200 bytes, but lm\.json says \d+")
     (tmp_path / "lm" / "lm.json").write_text('{"format": 99}')
     refused("has format 99; this version reads 1")
     (tmp_path / "lm" / "lm.json").write_text("{")
@@ -342,8 +342,30 @@ def test_the_acoustic_score_of_a_long_sentence_is_within_what_its_frames_allow(m
 def test_an_n_gram_model_of_random_bytes_is_refused_in_one_line(tmp_path, model_folder, backend):
     shutil.copytree(model_folder, tmp_path / "lm")
     size = (tmp_path / "lm" / "lm.bin").stat().st_size
+    # As an older folder, whose description says nothing of the file.
+    about = json.loads((tmp_path / "lm" / "lm.json").read_text())
+    del about["bytes"], about["crc32"]
+    (tmp_path / "lm" / "lm.json").write_text(json.dumps(about))
     for seed in range(3):
         content = np.random.default_rng(seed).bytes(size)
         (tmp_path / "lm" / "lm.bin").write_bytes(content)
         with pytest.raises(ModelFolderError, match="build the model again"):
             load_model(tmp_path / "lm", backend)
+
+
+@pytest.mark.parametrize("backend", ["flashlight", "pyctcdecode"])
+def test_an_n_gram_model_that_is_not_the_folders_own_is_refused(tmp_path, model_folder, backend):
+    shutil.copytree(model_folder, tmp_path / "lm")
+    path = tmp_path / "lm" / "lm.bin"
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    with pytest.raises(ModelFolderError, match=r"checksum .*build the model again"):
+        load_model(tmp_path / "lm", backend)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(ModelFolderError, match=rf"has {len(whole) + 1} bytes, but .*{len(whole)}"):
+        load_model(tmp_path / "lm", backend)
+    path.write_bytes(whole)
+    load_model(tmp_path / "lm", backend)
+    with pytest.raises(ModelFolderError, match=r"lm\.bin is a file; .*give the one"):
+        load_model(path, backend)

@@ -285,3 +285,9 @@ def test_a_lexicon_without_one_line_of_phonemes_is_refused(arpa, tmp_path):
     # One good line is a lexicon, whatever else the file has.
     (tmp_path / "text.txt").write_text("the DH AH\nof all that there is\n")
     import_kaldi(path, tmp_path / "lm", tmp_path / "text.txt", console=QUIET)
+
+
+def test_a_file_that_is_neither_grammar_nor_arpa_is_called_so(tmp_path):
+    (tmp_path / "small.txt").write_text("the cat sat\n")
+    with pytest.raises(ModelError, match=r"neither a grammar .* nor an ARPA file"):
+        import_kaldi(tmp_path / "small.txt", tmp_path / "lm", console=QUIET)

@@ -99,14 +99,17 @@ return 1
 
 FINISH_JOB = """
 -- KEYS: jobs, batch, results;  ARGV: group, entry id, job, seconds that results are kept, fields
+local wanted = redis.call('HGET', KEYS[2], ARGV[3]) == 'queued'
+if wanted then
+  -- First what can fail: an error ends the script, and the job must be pending then.
+  redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
+  redis.call('EXPIRE', KEYS[3], ARGV[4])
+  redis.call('HSET', KEYS[2], ARGV[3], 'done')
+  redis.call('EXPIRE', KEYS[2], ARGV[4])
+end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
-if redis.call('HGET', KEYS[2], ARGV[3]) ~= 'queued' then return 0 end
-redis.call('HSET', KEYS[2], ARGV[3], 'done')
-redis.call('EXPIRE', KEYS[2], ARGV[4])
-redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
-redis.call('EXPIRE', KEYS[3], ARGV[4])
-return 1
+return wanted and 1 or 0
 """
 """Writes a job's result and takes the job away. 0: it had a result, or nobody wants one any more:
 the client deletes its batch when it leaves."""

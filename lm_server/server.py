@@ -38,6 +38,7 @@ from lm_server.limits import Limits
 from lm_server.protocol import (
     DEFAULT_SESSION,
     REGISTRY,
+    WARNING,
     context_key,
     owner_key,
 )
@@ -209,7 +210,7 @@ class Server:
         session = conversation.session
         context = ""
         if entry.stream == session.streams.finalize:
-            context = text(self._client.get(context_key(session.name)) or b"").strip()
+            context = self._context(conversation, entry)
         answers: list[Message] | Pending
         conversation.busy = True
         try:
@@ -229,6 +230,20 @@ class Server:
         if isinstance(answers, Pending):
             answers.future.add_done_callback(self._wake_up)
         conversation.took(entry, answers, self.limits.rescore_seconds)
+
+    def _context(self, conversation: Conversation, entry: Entry) -> str:
+        session = conversation.session
+        key = context_key(session.name)
+        try:
+            return text(self._client.get(key) or b"").strip()
+        except redis.exceptions.ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        # A client's own mistake: waiting for it to go away would stop all sessions.
+        reason = f"the key {key} holds no string; needed SET {key} TEXT: the context is taken empty"
+        warning = session.refusal(reason, entry.stream, entry.name, entry.fields, WARNING)
+        self._sender.send(conversation, [warning])
+        return ""
 
     def _wake_up(self, _: Future[Any]) -> None:
         """Ends the wait of `_read`; called by the rescoring's thread."""

@@ -234,7 +234,12 @@ class Worker:
             return _Waiting(taken, {"error": reason.encode()}, None, started)
         try:
             settings = self._settings_of(taken)
-            logits = decode_logits(taken.fields.get("logits", b""))
+            if "logits" not in taken.fields:
+                raise ProtocolError(
+                    f"the job has the fields {sorted(taken.fields)}; needed `logits`: "
+                    "float32 [frames, 41] as raw bytes"
+                )
+            logits = decode_logits(taken.fields["logits"])
             if self._search[0] != settings:
                 self._search = (settings, self._model.search(settings))
             search = self._search[1]
@@ -328,7 +333,16 @@ class Worker:
             return
         flat = [part for pair in result.items() for part in pair]
         arguments: list[Any] = [REGISTRY.workers, taken.id, taken.job, JOB_SECONDS, *flat]
-        if not self._done(keys=keys, args=arguments):
+        try:
+            written = self._done(keys=keys, args=arguments)
+        except redis.exceptions.ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            # The job stays pending and is tried again after a lease; the others need not wait.
+            self.meter.count("errors")
+            _log.error("job %s of batch %s: no result written: %s", taken.job, taken.batch, error)
+            return
+        if not written:
             self.meter.count("unwanted")
             _log.info("job %s had a result, or its client is gone", taken.job)
         elif "error" in one.result:

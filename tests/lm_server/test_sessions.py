@@ -336,3 +336,19 @@ def test_the_servers_status_can_be_read_and_ends_with_it(model_folder):
         assert 0 < connection.ttl(key) <= 15
         os.kill(running.process.pid, signal.SIGTERM)
         assert wait_until(lambda: not connection.exists(key))
+
+
+def test_a_context_key_of_the_wrong_type_is_a_warning_and_stops_nobody(connection):
+    ann, bob = (SessionClient(connection, name) for name in ("ann", "bob"))
+    connection.lpush("contextual_decoding_current_context:ann", "x")
+    for client in (ann, bob):
+        client.send(say(["the", "cat"]))
+        client.add("finalize", done=0)
+    for client in (ann, bob):
+        assert client.wait("output_final")["context_str"] == ""
+    warning = ann.wait("error")
+    assert warning["severity"] == "warning"
+    assert "holds no string" in warning["error"]
+    assert not connection.xlen("remote_lm_error:bob")
+    for client in (ann, bob):
+        ask(connection, "close", client.session)

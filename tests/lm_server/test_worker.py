@@ -300,3 +300,22 @@ def test_a_model_that_is_none_ends_the_worker_with_an_error(tmp_path):
     assert found.returncode == 2
     assert "is no model folder" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_no_logits_is_an_error_and_a_result_that_cannot_be_written_leaves_its_job_pending(
+    model_folder, url, connection
+):
+    connection.set(results_stream("wt"), "no stream")
+    for batch, job in (("wt", "kept"), ("b", "empty"), ("b", "good")):
+        connection.hset(f"remote_lm_batch:{batch}", job, "queued")
+        fields = Job(batch, job, say(["the", "cat"])).fields()
+        if job == "empty":
+            del fields["logits"]
+        connection.xadd("remote_lm_jobs", fields)
+    with worker(model_folder, url):
+        assert wait_until(lambda: connection.xlen(results_stream("b")) == 2)
+    results = {fields[b"job"]: fields for _, fields in connection.xrange(results_stream("b"))}
+    assert b"needed `logits`" in results[b"empty"][b"error"]
+    assert b"error" not in results[b"good"]
+    assert connection.hget("remote_lm_batch:wt", "kept") == b"queued"
+    assert len(held(connection)) == 1

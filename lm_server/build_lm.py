@@ -141,6 +141,8 @@ def build(
             "running_words": corpus.counts.words,
             "dropped_with_digits": corpus.counts.dropped_digits,
             "dropped_with_other_letters": corpus.counts.dropped_letters,
+            "held_out_dropped_with_digits": corpus.aside.dropped_digits,
+            "held_out_dropped_with_other_letters": corpus.aside.dropped_letters,
             "times_rare_words_were_forgotten": corpus.forgotten,
             "outside_lexicon_rate": 1.0 - inside / max(corpus.seen.total(), 1),
             **quality,
@@ -276,6 +278,15 @@ def _report(console: Console, out: Path, description: Mapping[str, object]) -> N
         console.print(
             "the text has more different words than --memory holds: some that are rare were left "
             "out of the counts; give more memory if they matter",
+            highlight=False,
+            soft_wrap=True,
+        )
+    digits = description["held_out_dropped_with_digits"]
+    letters = description["held_out_dropped_with_other_letters"]
+    if digits or letters:
+        console.print(
+            f"of the held-out text {digits} sentences are left out for digits, {letters} for "
+            "letters other than a-z: write them as they are spoken",
             highlight=False,
             soft_wrap=True,
         )

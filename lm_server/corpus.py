@@ -28,6 +28,8 @@ class Corpus:
     """Of everything read, held-out sentences too."""
     seen: Counter[str]
     """How often each word stands in `train`."""
+    aside: text.Counts
+    """Of the texts given to measure on; all 0 without such."""
     forgotten: int = 0
     """How often words seen once were forgotten so that the counts fit into memory."""
 
@@ -52,7 +54,8 @@ def read_corpus(
       progress: called with the numbers of bytes read.
 
     Raises:
-      TextError: a file is missing, unreadable or no UTF-8 text.
+      TextError: a file is missing, unreadable or no UTF-8 text, or no sentence of the held-out
+        texts can be used.
     """
     train, aside = folder / "train.txt", folder / "held_out.txt"
     counts, seen, forgotten = text.Counts(), Counter[str](), 0
@@ -70,10 +73,19 @@ def read_corpus(
             if len(seen) > most:
                 forgotten += 1
                 seen = Counter({word: count for word, count in seen.items() if count > 1})
-        for words, _ in text.read_words(held_out, known, progress):
+        measured = text.Counts()
+        for words, change in text.read_words(held_out, known, progress):
+            measured += change
             if words is not None:
                 other.write(" ".join(words) + "\n")
-    return Corpus(train, aside, counts, seen, forgotten)
+    if held_out and not measured.sentences:
+        raise text.TextError(
+            f"no sentence of the held-out text {', '.join(map(str, held_out))} can be used: "
+            f"{measured.dropped_digits} dropped for digits, {measured.dropped_letters} for letters "
+            f"other than a-z, {measured.empty} are without a word; needed English text of the "
+            "kind that will be spoken"
+        )
+    return Corpus(train, aside, counts, seen, measured, forgotten)
 
 
 def sentences(path: Path) -> Iterator[list[str]]:

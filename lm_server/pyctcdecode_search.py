@@ -285,8 +285,8 @@ class WordSearch:
         if not found:
             raise NoSentenceError(
                 f"no sentence of the model's words fits these {frames} frames, searched with "
-                f"beam {width.beam:g}, max_active {width.max_active} and all {CLASS_COUNT} classes: "
-                "raise beam and max_active, or take the search flashlight"
+                f"beam {width.beam:g}, max_active {width.max_active} and all {CLASS_COUNT} "
+                "classes: raise beam and max_active, or take the search flashlight"
             )
         return found
 

@@ -115,6 +115,11 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path, text_file, lexicon
         ({"--memory": "1K"}, "the memory is 1000 bytes; needed at least"),
         ({"--vocabulary": "-1"}, "the vocabulary is -1 words"),
         ({"--held-out": "absent.txt"}, "there is no text file absent.txt"),
+        ({"--held-out": "empty.txt"}, "held-out text empty.txt can be used: 0 dropped"),
+        (
+            {"--held-out": "digits.txt"},
+            "held-out text digits.txt can be used: 2 dropped",
+        ),
         ({"--text": "hollow"}, "the folder hollow holds no text"),
         ({"--order": "0"}, "the order is 0; needed 1-5"),
         ({"--order": "6"}, "the order is 6; needed 1-5"),
@@ -288,3 +293,15 @@ def test_a_build_that_is_stopped_leaves_nothing_behind(tmp_path, how, code):
     assert process.returncode == code, error
     assert b"Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_dropped_sentences_of_the_held_out_text_are_counted_and_said(
+    tmp_path, text_file, lexicon_file, capsys
+):
+    (tmp_path / "other.txt").write_text("the cat sat\nroom 7\n\u4f60\u597d\nroom 8\n")
+    arguments = ["--text", str(text_file), "--lexicon", str(lexicon_file), "--order", "1"]
+    arguments += ["--held-out", str(tmp_path / "other.txt"), "--out", str(tmp_path / "lm")]
+    assert main(["build", *arguments]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 sentences are left out for digits, 1 for letters other than a-z" in said
+    assert json.loads((tmp_path / "lm" / "lm.json").read_text())["held_out_sentences"] == 1

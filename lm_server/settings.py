@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -205,6 +206,28 @@ def from_options(args: argparse.Namespace) -> Settings:
     )
 
 
+_OF_RESCORING = ("alpha", "do_opt", "length_penalty", "llm_device")
+
+
+def warn_without_effect(args: argparse.Namespace) -> list[str]:
+    """Prints a line on the error output for every given option that changes nothing; gives the
+    lines."""
+    backend = getattr(args, "backend", "flashlight")
+    lines = []
+    for name in dict.fromkeys([*(field.name for field in fields(Settings)), *_OF_RESCORING]):
+        # "auto" is the device's default.
+        if getattr(args, name, None) in (None, "auto"):
+            continue
+        reason = without_effect(name, backend)
+        if reason is None and name in _OF_RESCORING and getattr(args, "llm", None) is None:
+            reason = f"{name} has no effect without --llm: no large language model rescores"
+        if reason is not None:
+            lines.append(f"warning: --{name.replace('_', '-')} is given, but {reason}")
+    for line in lines:
+        print(line, file=sys.stderr)
+    return lines
+
+
 def read_settings(path: Path) -> Settings:
     """Reads a settings file: JSON {"format": 1, "settings": {name: value}, ...}; settings that it
     lacks keep their defaults.
@@ -253,6 +276,10 @@ def write_settings(path: Path, settings: Settings, about: Mapping[str, Any] | No
       SettingsError: it cannot be written.
     """
     content = {"format": FORMAT, "settings": dataclasses.asdict(settings), "about": about or {}}
+    if path.exists() and not path.is_file():
+        raise SettingsError(
+            f"cannot write {path}: it is there and is no regular file: choose another place"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if workers < 1:
         raise settings.SettingsError(f"--workers is {workers}; needed at least 1")
     chosen = settings.from_options(args)
+    settings.warn_without_effect(args)
     # The file first: a wrong one shows at once, not after the model is read.
     logits = read_logits(args.logits)
     with cleaning_up_when_terminated():
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         problems = decode_file(
             model, chosen, logits, args.out, workers, lambda: rescore.from_options(args)
         )
+    if not logits.trials:
+        print(f"warning: {args.logits} holds 0 trials: {args.out} is empty", file=sys.stderr)
     if problems:
         what = "decoded" if args.llm is None else "decoded and rescored"
         print(f"error: {problems} trials could not be {what} (named above)", file=sys.stderr)

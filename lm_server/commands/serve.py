@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         own = stack.enter_context(embedded_redis()) if args.embedded_redis else None
         url = own.url if own else args.redis
         chosen = settings.from_options(args)
+        settings.warn_without_effect(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
         model = search.load_model(args.lm, args.backend)

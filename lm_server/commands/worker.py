@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         if not value >= least:
             raise settings.SettingsError(f"--{name} is {value:g}; needed at least {least:g}")
     chosen = settings.from_options(args)
+    settings.warn_without_effect(args)
     terms = Terms(args.lease_seconds, args.attempts, args.rescore_seconds)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_model import say
 
+from lm_server import rescore
 from lm_server.emissions import Emissions
 from lm_server.protocol import LM_CLASSES, SILENCE
 from lm_server.search import BACKENDS, add_option, load_model
@@ -17,6 +18,7 @@ from lm_server.settings import (
     add_options,
     default_settings,
     from_options,
+    warn_without_effect,
     without_effect,
 )
 
@@ -151,3 +153,26 @@ def test_each_search_has_its_own_defaults_and_options_change_them():
     assert chosen == replace(default_settings("wfst"), beam=11.0)
     assert chosen.max_active == 7000
     assert from_options(parser.parse_args([])) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--min-active", "3"], ["min-active"]),
+        (["--backend", "wfst", "--word-bonus", "2", "--nbest", "5"], ["nbest", "word-bonus"]),
+        (
+            ["--alpha", "0.3", "--do-opt", "1", "--llm-device", "cpu"],
+            ["do-opt", "alpha", "llm-device"],
+        ),
+        (["--alpha", "0.3", "--llm", "folder"], []),
+        (["--beam", "9"], []),
+    ],
+)
+def test_options_without_effect_are_told_in_a_line_each(capsys, given, named):
+    parser = argparse.ArgumentParser()
+    add_option(parser)
+    add_options(parser)
+    rescore.add_options(parser)
+    warn_without_effect(parser.parse_args(given))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == [f"--{name}" for name in named]

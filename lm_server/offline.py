@@ -13,7 +13,7 @@ import sys
 import tokenize
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -150,6 +150,12 @@ def read_logits(path: Path) -> Logits:
         raise LogitsFileError(
             f"{path}: trial holds bytes that are not UTF-8 ({error}); needed str"
         ) from error
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise LogitsFileError(
+            f"{path}: trial {twice[0]!r} is there {names.count(twice[0])} times "
+            f"({len(twice)} names more than once); needed each name once"
+        )
     return Logits(logits.astype(np.float32, copy=False), np.cumsum(frames, dtype=np.int64), names)
 
 
@@ -192,6 +198,10 @@ def decode_file(
     Raises:
       LogitsFileError: the output cannot be written.
     """
+    if out.exists() and not out.is_file():
+        raise LogitsFileError(
+            f"cannot write {out}: it is there and is no regular file: choose another place"
+        )
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     console = Console(stderr=True)
     problems = 0

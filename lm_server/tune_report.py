@@ -108,6 +108,10 @@ def write_picture(result: Result, path: Path) -> None:
         panel.plot([x for x, _ in curve], [100 * y for _, y in curve], marker="o")
         panel.axvline(getattr(result.settings, name), linestyle=":", color="grey")
         panel.set(xlabel=name, ylabel="WER (%)")
+    if path.exists() and not path.is_file():
+        raise ReportError(
+            f"cannot write {path}: it is there and is no regular file: choose another place"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(temporary, format="png", dpi=120)

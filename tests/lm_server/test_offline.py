@@ -1,6 +1,7 @@
 """`lm-server decode` from file to file."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from lm_server.__main__ import main
 from lm_server.beam_search import BeamSearch, LanguageModel
 from lm_server.offline import LogitsFileError, read_logits
 from lm_server.protocol import to_rnn_order
-from lm_server.settings import Settings
+from lm_server.settings import Settings, SettingsError, write_settings
 
 SENTENCES = ["the cat sat", "a dog ran", "", "the bat ate the hat", "on the mat"] * 4
 
@@ -89,11 +90,23 @@ def test_a_broken_trial_is_named_and_the_others_are_written(
     assert [line["trial"][-4:] for line in lines] == ["0000", "0002", "0003", "0004"]
 
 
-def test_no_trials_give_an_empty_file(model_folder, tmp_path):
+def test_no_trials_give_an_empty_file_and_a_warning(model_folder, tmp_path, capsys):
     nothing = {"logits": np.zeros((0, 41), np.float32), "frames": np.zeros(0, np.int32)}
     write(tmp_path / "logits.npz", trial=np.array([], "U1"), **nothing)
     assert run(model_folder, tmp_path) == 0
     assert (tmp_path / "out.jsonl").read_text() == ""
+    assert "holds 0 trials" in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_regular_file_is_refused_and_left(model_folder, tmp_path, capsys):
+    write(tmp_path / "logits.npz", ["the cat"])
+    out = tmp_path / "out.jsonl"
+    os.mkfifo(out)
+    assert run(model_folder, tmp_path) == 2
+    assert "no regular file" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="no regular file"):
+        write_settings(out, Settings())
+    assert out.is_fifo()
 
 
 @pytest.mark.parametrize(
@@ -107,6 +120,7 @@ def test_no_trials_give_an_empty_file(model_folder, tmp_path):
         ({"frames": np.full(20, -1)}, "none below 0"),
         ({"frames": np.full(20, 3, np.int32)}, "frames add up to 60, but logits have"),
         ({"trial": np.arange(20)}, "trial is int64"),
+        ({"trial": np.array(["one"] * 20)}, "trial 'one' is there 20 times"),
         ({"trial": np.array(["one"])}, "trial is <U3 (1,); needed str (20,)"),
     ],
 )

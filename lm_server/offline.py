@@ -282,6 +282,11 @@ def searched(
     pool = ProcessPoolExecutor(workers, context, _prepare_worker, (os.getpid(),))
     try:
         yield pool.map(_decode_index, indices, chunksize=4)
+    except BaseException:
+        # Nobody wants the sentences under way any more; some take minutes.
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from small_model import say
 
 from lm_server.__main__ import main
 from lm_server.beam_search import BeamSearch, LanguageModel
-from lm_server.offline import LogitsFileError, read_logits
+from lm_server.offline import Logits, LogitsFileError, read_logits, searched
 from lm_server.protocol import to_rnn_order
 from lm_server.settings import Settings, SettingsError, write_settings
 
@@ -195,3 +196,19 @@ def test_a_folder_without_a_model_and_bad_settings_are_refused(model_folder, tmp
     command = ["decode", "--lm", str(model_folder), "--logits", str(tmp_path / "logits.npz")]
     assert main([*command, "--out", str(missing)]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_an_interruption_does_not_wait_for_the_sentences_under_way():
+    class Slow:
+        def search(self, settings):
+            return self
+
+        def begin(self):
+            time.sleep(8)
+
+    logits = Logits(np.zeros((8, 41), np.float32), np.arange(1, 9), tuple("abcdefgh"))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), searched(Slow(), Settings(), logits, 2):  # noqa: PT012
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 4

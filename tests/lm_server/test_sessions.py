@@ -104,12 +104,16 @@ def test_a_session_has_its_own_settings_context_and_hot_words(connection):
 
 def test_request_ids_come_back_with_every_answer_and_error(connection):
     client = SessionClient(connection, "ids")
-    client.add("reset", done=0, request_id="r1")
-    client.send(say(["the", "cat"]), request_id="r2")
-    client.send([[1.0] * 40], request_id="r3")
-    client.add("update_params", nbest="3", request_id="r4")
-    client.add("update_params", nbest="wide", request_id="r5")
-    client.add("finalize", done=0, request_id="r6" + 300 * "x")
+    for send in (
+        lambda: client.add("reset", done=0, request_id="r1"),
+        lambda: client.send(say(["the", "cat"]), request_id="r2"),
+        lambda: client.send([[1.0] * 40], request_id="r3"),
+        lambda: client.add("update_params", nbest="3", request_id="r4"),
+        lambda: client.add("update_params", nbest="wide", request_id="r5"),
+        lambda: client.add("finalize", done=0, request_id="r6" + 300 * "x"),
+    ):
+        send()
+        time.sleep(0.005)  # within one millisecond, the order is that of the streams
     assert client.wait("done_resetting")["request_id"] == "r1"
     assert client.wait("output_partial")["request_id"] == "r2"
     assert client.wait("error")["request_id"] == "r3"

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,10 @@ _DAMAGED = (
     *(tokenize.TokenError, SyntaxError, RuntimeError, MemoryError, OverflowError),
 )
 """What reading a damaged .npz file raises."""
+
+
+class WorkerLostError(UserError, RuntimeError):
+    """A process that searched was killed; says what to do."""
 
 
 class LogitsFileError(UserError, ValueError):
@@ -282,6 +287,11 @@ def searched(
     pool = ProcessPoolExecutor(workers, context, _prepare_worker, (os.getpid(),))
     try:
         yield pool.map(_decode_index, indices, chunksize=4)
+    except BrokenProcessPool as error:
+        raise WorkerLostError(
+            "a worker process was killed, most often because memory ran out, and nothing was "
+            "written: start again with fewer --workers or a smaller max_active"
+        ) from error
     except BaseException:
         # Nobody wants the sentences under way any more; some take minutes.
         for process in list(pool._processes.values()):

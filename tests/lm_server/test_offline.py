@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from small_model import say
 
 from lm_server.__main__ import main
 from lm_server.beam_search import BeamSearch, LanguageModel
-from lm_server.offline import Logits, LogitsFileError, read_logits, searched
+from lm_server.offline import Logits, LogitsFileError, WorkerLostError, read_logits, searched
 from lm_server.protocol import to_rnn_order
 from lm_server.settings import Settings, SettingsError, write_settings
 
@@ -212,3 +213,19 @@ def test_an_interruption_does_not_wait_for_the_sentences_under_way():
         time.sleep(0.5)
         raise KeyboardInterrupt
     assert time.monotonic() - began < 4
+
+
+def test_a_killed_worker_is_told_with_what_to_do():
+    class Killed:
+        def search(self, settings):
+            return self
+
+        def begin(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    logits = Logits(np.zeros((8, 41), np.float32), np.arange(1, 9), tuple("abcdefgh"))
+    with (
+        pytest.raises(WorkerLostError, match="fewer --workers"),
+        searched(Killed(), Settings(), logits, 2) as outcomes,
+    ):
+        list(outcomes)

@@ -99,6 +99,7 @@ def without_features_of_others(simulated, config, rows, to):
     return len(mine)
 
 
+@pytest.mark.slow
 def test_each_of_two_processes_reads_only_its_rows_in_validation_and_gets_the_result_of_one(
     overrides, alone_in, tiny_config, simulated, tmp_path
 ):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from b2txt_jax.config import ConfigError, with_overrides
+from b2txt_jax.config import ConfigError, load_config, with_overrides
 from b2txt_jax.data.hdf5 import DataError
 from b2txt_jax.inference.logits import compute_logits, load_model, write_logits
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
@@ -172,3 +172,22 @@ def test_steps_per_second_are_the_steps_of_a_window_over_its_seconds(trained):
     for entry in lines_of(trained, "train"):
         assert entry["seconds"] > 0
         assert entry["steps_per_second"] == pytest.approx(2 / entry["seconds"])
+
+
+def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp_path):
+    """Without a learning rate no validation is better than the first."""
+    keys = {
+        "optimizer.learning_rate": 0.0,
+        "optimizer.learning_rate_min": 0.0,
+        "optimizer.day_learning_rate": 0.0,
+        "optimizer.day_learning_rate_min": 0.0,
+        "train.steps": 40,
+        "train.validate_every": 2,
+        "train.patience": 2,
+    }
+    overrides = [f"--config.{key}={value}" for key, value in keys.items()]
+    config = load_config("configs/demo.py", [*tiny_overrides, *overrides])
+    for _ in range(2):
+        ended = train(config, tmp_path)
+        assert (ended.step, ended.finished) == (6, True)
+    assert json.loads((tmp_path / "finished.json").read_text())["step"] == 6

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import queue
 import sys
 import tempfile
 import time
@@ -108,7 +109,7 @@ def in_fresh_process(task: Callable[..., object], *args: object) -> object:
         try:
             answer: object = answers.get(timeout=1.0)
             break
-        except Exception:
+        except queue.Empty:
             if not child.is_alive():
                 raise RuntimeError(f"the process ended with code {child.exitcode}") from None
     child.join()

@@ -68,7 +68,8 @@ class Cost:
     hbm_bytes: int
     """Read from and written to the device's main memory."""
     cycles: int
-    """Sum of the compiler's `estimated_cycles`: without kernels, collectives and waiting."""
+    """Sum of the compiler's `estimated_cycles`: without kernels, collectives, waiting, and what
+    the compiler gives no estimate for."""
     loop_cycles: int
     """The part of `cycles` inside loops."""
     collectives: tuple[Collective, ...]
@@ -112,6 +113,15 @@ def program_cost(text: str, devices: int) -> Cost:
     )
 
 
+_NO_ESTIMATE = 2**64 - 1
+"""What the compiler for tpu7x writes for an instruction that it has no estimate for."""
+
+
+def _estimated_cycles(instruction: Instruction) -> int:
+    cycles = instruction.number("estimated_cycles")
+    return 0 if cycles is None or cycles == _NO_ESTIMATE else cycles
+
+
 class _Walk:
     """Sums over a module."""
 
@@ -134,7 +144,7 @@ class _Walk:
             if kind in COLLECTIVES:
                 self._collective(kind, instruction, computation, times)
             if not fused:
-                cycles = times * (instruction.number("estimated_cycles") or 0)
+                cycles = times * _estimated_cycles(instruction)
                 self.cycles += cycles
                 self.loop_cycles += cycles if looped else 0
                 if _is_kernel(instruction):

@@ -89,6 +89,11 @@ def test_cycles_count_as_often_as_the_loop_runs() -> None:
     assert (cost.cycles, cost.loop_cycles) == (3 * 5 * 70 + 5, 3 * 5 * 70)
 
 
+def test_an_instruction_without_an_estimate_adds_no_cycles() -> None:
+    text = NESTED.replace("LIMIT", "0").replace('"70"', f'"{2**64 - 1}"')
+    assert program_cost(text, devices=1).cycles == 0
+
+
 def test_values_on_the_chip_are_no_memory_traffic() -> None:
     cost = program_cost(NESTED.replace("LIMIT", "0"), devices=1)
     # Of the product only the weight is in main memory; the scalars' copy reads and adds are there.

@@ -1,14 +1,32 @@
 """Lua scripts: steps on Redis that must happen whole or not at all.
 
 All keys are on one Redis (no cluster). A script that is sent again because its reply was lost finds
-its own traces and changes nothing.
+its own traces and changes nothing. Redis does not take back what a script did before it failed, so
+what can fail (a key of another type) is looked at before the first write.
 """
 
-ANSWER = """
+_NEEDS = """
+local function wrong(key, needed)
+  local found = redis.call('TYPE', key).ok
+  if found == 'none' or found == needed then return nil end
+  return redis.error_reply('WRONGTYPE ' .. key .. ' holds a ' .. found .. '; needed a ' .. needed)
+end
+"""
+
+ANSWER = (
+    _NEEDS
+    + """
 -- KEYS: owner of the session, state of the session
 -- ARGV: me, lease (ms), stream and id of the entry answered, seconds that the state is kept,
 --       entries an output stream keeps, number of state fields, these; number of messages, each as
 --       stream, number of fields, these; entries to delete, as stream and id
+local problem = wrong(KEYS[1], 'string') or wrong(KEYS[2], 'hash')
+local look = 9 + 2 * tonumber(ARGV[7])
+for i = 1, tonumber(ARGV[look - 1]) do
+  problem = problem or wrong(ARGV[look], 'stream')
+  look = look + 2 + 2 * tonumber(ARGV[look + 1])
+end
+if problem then return problem end
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return 0 end
 if not owner then redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2]) end
@@ -32,13 +50,18 @@ while at < #ARGV do
 end
 return 1
 """
+)
 """Sends the answers to one entry, notes that it is answered, and deletes what is done with; only
 while the session is ours. 1: done, or was done before; 0: the session is another server's."""
 
-OPEN = """
+OPEN = (
+    _NEEDS
+    + """
 -- KEYS: mark of this request, open sessions, owner of the session, state, answers, then its streams
 -- ARGV: me, lease (ms), session, description (JSON), number of answer fields, these, the same for a
 --       refusal
+local problem = wrong(KEYS[1], 'string') or wrong(KEYS[2], 'hash') or wrong(KEYS[5], 'stream')
+if problem then return problem end
 local taken = redis.call('GET', KEYS[1])
 if taken then
   if taken == ARGV[1] and redis.call('HEXISTS', KEYS[2], ARGV[3]) == 1 then return 1 end
@@ -59,17 +82,23 @@ for j = 1, 2 * tonumber(ARGV[at]) do fields[j] = ARGV[at + j] end
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', 10000, '*', unpack(fields))
 return result
 """
+)
 """Opens a session and answers the request, once among all servers that read it. 1: it is ours; 0:
 it is not (refused, or another server took the request)."""
 
-ONCE = """
+ONCE = (
+    _NEEDS
+    + """
 -- KEYS: mark of this request, stream of the answer;  ARGV: me, fields
+local problem = wrong(KEYS[2], 'stream')
+if problem then return problem end
 if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'EX', 60) then
   redis.call('XADD', KEYS[2], 'MAXLEN', '~', 10000, '*', unpack(ARGV, 2))
   return 1
 end
 return 0
 """
+)
 """Answers a request that every server reads, once."""
 
 RENEW = """
@@ -113,3 +142,12 @@ return wanted and 1 or 0
 """
 """Writes a job's result and takes the job away. 0: it had a result, or nobody wants one any more:
 the client deletes its batch when it leaves."""
+
+SET_ASIDE = """
+-- KEYS: a key, where it goes;  ARGV: the type that it should have
+local found = redis.call('TYPE', KEYS[1]).ok
+if found == 'none' or found == ARGV[1] then return '' end
+redis.call('RENAME', KEYS[1], KEYS[2])
+return found
+"""
+"""Takes a key of another type out of the way, keeping it. Its type, or nothing if it is right."""

@@ -34,6 +34,7 @@ from lm_server.conversation import (
     newest_ids,
     resume,
 )
+from lm_server.key_types import registry_keys, session_keys, set_aside, wrong_type
 from lm_server.limits import Limits
 from lm_server.protocol import (
     DEFAULT_SESSION,
@@ -83,6 +84,7 @@ class Server:
         self._renewal = client.register_script(scripts.RENEW)
         self._release = client.register_script(scripts.RELEASE)
         self.conversations: dict[str, Conversation] = {}
+        self._set_aside()
         self._registrar = Registrar(client, self.name, self)
         self._wake = f"remote_lm_wake:{self.name}"
         self._wake_position = "0-0"
@@ -128,6 +130,8 @@ class Server:
                         _log.info("Redis is back")
                     backoff.worked()
                 except LOST as error:
+                    if wrong_type(error) and self._set_aside():
+                        continue
                     if stop.is_set():
                         break
                     if not backoff.failing:
@@ -237,13 +241,33 @@ class Server:
         try:
             return text(self._client.get(key) or b"").strip()
         except redis.exceptions.ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not wrong_type(error):
                 raise
         # A client's own mistake: waiting for it to go away would stop all sessions.
         reason = f"the key {key} holds no string; needed SET {key} TEXT: the context is taken empty"
         warning = session.refusal(reason, entry.stream, entry.name, entry.fields, WARNING)
         self._sender.send(conversation, [warning])
         return ""
+
+    def _set_aside(self) -> bool:
+        """Puts keys of another type out of the way and tells whose they are; whether there were."""
+        found = False
+        with contextlib.suppress(*LOST):
+            for reason in set_aside(self._client, registry_keys()).values():
+                _log.error("%s", reason)
+                found = True
+            # Open sessions whose server is gone are taken over, and must not stop us then.
+            open_: Any = self._client.hkeys(REGISTRY.sessions)
+            names = {DEFAULT_SESSION, *self.conversations, *map(text, open_)}
+            for name in sorted(names):
+                for key, reason in set_aside(self._client, session_keys(name)).items():
+                    _log.error("session %r: %s", name, reason)
+                    found = True
+                    if name in self.conversations:
+                        conversation = self.conversations[name]
+                        told = conversation.session.refusal(reason, key, "0-0", {}, WARNING)
+                        self._sender.send(conversation, [told])
+        return found
 
     def _wake_up(self, _: Future[Any]) -> None:
         """Ends the wait of `_read`; called by the rescoring's thread."""

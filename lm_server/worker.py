@@ -9,6 +9,7 @@ worker again and again is answered by an error.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import threading
@@ -25,6 +26,7 @@ from lm_server import scripts
 from lm_server.answer import Answer, complete
 from lm_server.connection import LOST, Backoff, plain, text
 from lm_server.errors import UserError
+from lm_server.key_types import set_aside, wrong_type
 from lm_server.nbest import Hypothesis
 from lm_server.protocol import (
     JOB_SECONDS,
@@ -142,6 +144,9 @@ class Worker:
                         _log.info("Redis is back")
                     backoff.worked()
                 except LOST as error:
+                    if wrong_type(error) and self._set_aside({REGISTRY.jobs: "stream"}):
+                        self._grouped = False
+                        continue
                     if not backoff.failing:
                         _log.error("Redis: %s; trying again until it works", error)
                     self._grouped = False
@@ -228,8 +233,8 @@ class Worker:
         started = time.monotonic()
         if taken.attempt > self._terms.attempts:
             reason = (
-                f"{self._terms.attempts} workers ended or were lost while they had this job; "
-                "it is not tried again: look at the workers' logs and at its logits"
+                f"{self._terms.attempts} workers had this job and ended, were lost or could not "
+                "write its result; it is not tried again: look at their logs and at its logits"
             )
             return _Waiting(taken, {"error": reason.encode()}, None, started)
         try:
@@ -336,9 +341,13 @@ class Worker:
         try:
             written = self._done(keys=keys, args=arguments)
         except redis.exceptions.ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not wrong_type(error):
                 raise
-            # The job stays pending and is tried again after a lease; the others need not wait.
+            if self._set_aside({keys[2]: "stream"}):
+                self._send(one)
+                return
+            # Who wants a result stands in the batch, and cannot be told. The job stays pending and
+            # is tried again after a lease; the others need not wait.
             self.meter.count("errors")
             _log.error("job %s of batch %s: no result written: %s", taken.job, taken.batch, error)
             return
@@ -351,6 +360,14 @@ class Worker:
         else:
             self.meter.count("sentences")
             self.meter.took("final", seconds)
+
+    def _set_aside(self, needed: Mapping[str, str]) -> bool:
+        reasons: dict[str, str] = {}
+        with contextlib.suppress(*LOST):
+            reasons = set_aside(self._client, needed)
+        for reason in reasons.values():
+            _log.error("%s", reason)
+        return bool(reasons)
 
     def _wait_for_rescoring(self) -> None:
         if self._waiting and isinstance(self._waiting[0].result, Future):

@@ -356,3 +356,65 @@ def test_a_context_key_of_the_wrong_type_is_a_warning_and_stops_nobody(connectio
     assert not connection.xlen("remote_lm_error:bob")
     for client in (ann, bob):
         ask(connection, "close", client.session)
+
+
+INPUTS = ("reset", "input", "finalize", "update_params", "hot_words")
+OUTPUTS = ("done_resetting", "output_partial", "output_final", "done_finalizing")
+
+
+@pytest.mark.parametrize("stream", [*INPUTS, *OUTPUTS])
+def test_a_stream_of_the_wrong_type_is_put_aside_and_stops_nobody(connection, stream):
+    ann, bob = (SessionClient(connection, name) for name in ("ann", "bob"))
+    connection.set(f"remote_lm_{stream}:ann", "x")
+    if stream in INPUTS:
+        assert wait_until(lambda: not connection.exists(f"remote_lm_{stream}:ann"))
+    ann.add("reset", done=0)
+    ann.send(say(["the", "cat"]))
+    ann.add("finalize", done=0)
+    assert bob.decode(["a", "dog"]) == ["a", "dog"]
+    assert wait_until(lambda: connection.type(f"remote_lm_{stream}:ann") != b"string")
+    assert ann.wait("output_final")["lm_response_final"] == "the cat"
+    for answered in ("done_resetting", "output_partial", "done_finalizing"):
+        ann.wait(answered)
+    assert ann.decode(["the", "bat"]) == ["the", "bat"]
+    warning = ann.wait("error")
+    assert warning["severity"] == "warning"
+    assert f"remote_lm_{stream}:ann held a string; needed a stream" in warning["error"]
+    assert connection.get(f"remote_lm_set_aside:remote_lm_{stream}:ann") == b"x"
+    # One answer each, though the first attempt at one failed.
+    assert connection.xlen("remote_lm_output_final:ann") == 2
+    assert connection.xlen("remote_lm_done_finalizing:ann") == 2
+    assert not connection.xlen("remote_lm_error:bob")
+    for client in (ann, bob):
+        ask(connection, "close", client.session)
+    connection.delete(f"remote_lm_set_aside:remote_lm_{stream}:ann")
+
+
+@pytest.mark.parametrize(
+    "key", ["remote_lm_sessions", "remote_lm_sessions_answer", "remote_lm_open_sessions"]
+)
+def test_a_shared_key_of_the_wrong_type_is_put_aside(connection, key):
+    connection.set(key, "x")
+    connection.set("remote_lm_input", "y")
+    assert wait_until(lambda: not connection.exists("remote_lm_input"))
+    if key == "remote_lm_sessions":
+        assert wait_until(lambda: connection.type(key) != b"string")
+    if key == "remote_lm_sessions_answer":
+        # Before there is an answer to read, nobody meets the wrong type.
+        connection.xadd("remote_lm_sessions", {"action": "close", "session": "nobody"})
+        assert wait_until(lambda: connection.type(key) == b"stream")
+    client = SessionClient(connection, "ann")
+    assert client.decode(["the", "cat"]) == ["the", "cat"]
+    ask(connection, "close", "ann")
+    assert connection.get(f"remote_lm_set_aside:{key}") == b"x"
+
+
+def test_a_server_starts_where_keys_have_the_wrong_type(model_folder):
+    with embedded_redis() as own, redis.Redis.from_url(own.url, protocol=2) as connection:
+        for key in ("remote_lm_input", "remote_lm_open_sessions", "remote_lm_sessions"):
+            connection.set(key, "x")
+        connection.lpush("remote_lm_state", "x")
+        with serving("--lm", str(model_folder), "--redis", own.url):
+            client = SessionClient(connection, "ann")
+            assert client.decode(["the", "cat"]) == ["the", "cat"]
+            assert SessionClient(connection).decode(["a", "dog"]) == ["a", "dog"]

@@ -218,7 +218,7 @@ def test_a_job_that_kills_its_workers_is_answered_by_an_error_and_the_others_are
     names = [f"trial {i}" for i in range(8)]
     with wilful(model_folder, url, lease=0.5, processes=2), JobClient(url) as client:
         found = client.decode_all(logits, names)
-    assert "3 workers ended or were lost while they had this job" in found[2].error
+    assert "3 workers had this job and ended, were lost or could not write" in found[2].error
     assert found[2].name == "trial 2"
     del found[2], said[2]
     assert [one.candidates[0].sentence.split() for one in found] == said
@@ -302,20 +302,37 @@ def test_a_model_that_is_none_ends_the_worker_with_an_error(tmp_path):
     assert "Traceback" not in found.stderr
 
 
+def test_keys_of_the_wrong_type_are_put_aside_and_cost_no_job_its_result(
+    model_folder, url, connection
+):
+    connection.set("remote_lm_jobs", "no stream")
+    with worker(model_folder, url):
+        assert wait_until(lambda: connection.type("remote_lm_jobs") == b"stream")
+        connection.set(results_stream("b"), "no stream")
+        connection.hset("remote_lm_batch:b", "cat", "queued")
+        connection.xadd("remote_lm_jobs", Job("b", "cat", say(["the", "cat"])).fields())
+        assert wait_until(lambda: connection.type(results_stream("b")) == b"stream")
+        ((_, result),) = connection.xrange(results_stream("b"))
+    assert (result[b"lm_response_final"], result[b"attempt"]) == (b"the cat", b"1")
+    for key in ("remote_lm_jobs", results_stream("b")):
+        assert connection.get(f"remote_lm_set_aside:{key}") == b"no stream"
+
+
 def test_no_logits_is_an_error_and_a_result_that_cannot_be_written_leaves_its_job_pending(
     model_folder, url, connection
 ):
-    connection.set(results_stream("wt"), "no stream")
     for batch, job in (("wt", "kept"), ("b", "empty"), ("b", "good")):
         connection.hset(f"remote_lm_batch:{batch}", job, "queued")
         fields = Job(batch, job, say(["the", "cat"])).fields()
         if job == "empty":
             del fields["logits"]
         connection.xadd("remote_lm_jobs", fields)
+    connection.rename("remote_lm_batch:wt", "hidden")
+    connection.set("remote_lm_batch:wt", "no hash")
     with worker(model_folder, url):
         assert wait_until(lambda: connection.xlen(results_stream("b")) == 2)
     results = {fields[b"job"]: fields for _, fields in connection.xrange(results_stream("b"))}
     assert b"needed `logits`" in results[b"empty"][b"error"]
     assert b"error" not in results[b"good"]
-    assert connection.hget("remote_lm_batch:wt", "kept") == b"queued"
+    assert connection.hget("hidden", "kept") == b"queued"
     assert len(held(connection)) == 1

@@ -55,10 +55,6 @@ _DAMAGED = (
 """What reading a damaged .npz file raises."""
 
 
-class WorkerLostError(UserError, RuntimeError):
-    """A process that searched was killed; says what to do."""
-
-
 class LogitsFileError(UserError, ValueError):
     """A logits file that cannot be used; names file and field, what was found and needed."""
 
@@ -286,12 +282,7 @@ def searched(
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _prepare_worker, (os.getpid(),))
     try:
-        yield pool.map(_decode_index, indices, chunksize=4)
-    except BrokenProcessPool as error:
-        raise WorkerLostError(
-            "a worker process was killed, most often because memory ran out, and nothing was "
-            "written: start again with fewer --workers or a smaller max_active"
-        ) from error
+        yield _from_pool(pool, search, logits)
     except BaseException:
         # Nobody wants the sentences under way any more; some take minutes.
         for process in list(pool._processes.values()):
@@ -299,6 +290,26 @@ def searched(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _from_pool(pool: ProcessPoolExecutor, search: Search, logits: Logits) -> Iterator[Outcome]:
+    """The outcomes in order; from this process, once one of the pool was killed."""
+    count, done = len(logits.trials), 0
+    try:
+        for outcome in pool.map(_decode_index, range(count), chunksize=4):
+            yield outcome
+            done += 1
+        return
+    except BrokenProcessPool:
+        print(
+            "warning: a worker process was killed, most often because memory ran out; the "
+            f"{count - done} trials that are left are decoded by one process. Next time, take "
+            "fewer --workers or a smaller max_active",
+            file=sys.stderr,
+        )
+    # Not by new processes: this one has threads by now, which a fork would leave half copied.
+    for index in range(done, count):
+        yield decode_trial(search, logits.trials[index], logits.of(index))
 
 
 def _prepare_worker(parent: int) -> None:

@@ -194,6 +194,8 @@ for each slice on a machine without a TPU, padded to {" or ".join(bins)}, produc
 this table has run on a TPU.**
 
 - memory: of the fullest device, parameters, optimizer, batch, activations and program together.
+- GFLOP a device: matrix products. The recurrence's kernel fills its rows up to 16 (a bfloat16
+  tile's), so that a device with 4 rows computes the recurrence of 16.
 - all-reduce and other: megabytes that a device puts into collectives in one step.
 - cycles: the compiler's static estimate outside kernels, loops multiplied out, in millions.
 - roofline: lower bound in milliseconds from published peaks, collectives not overlapped.

@@ -142,7 +142,11 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("runs/triple/triple_gru.png"))
     args = parser.parse_args()
     data = args.out / f"data_{args.bursts:g}"
-    simulate(data, SimulationSettings(sessions=_DAYS, bursts=args.bursts))
+    # As short as the demo's trials, which the buckets of both configurations are for.
+    settings = SimulationSettings(
+        sessions=_DAYS, bursts=args.bursts, max_words=8, speaking_rate=1.4
+    )
+    simulate(data, settings)
     baseline, triple = load_config("configs/demo.py"), load_config("configs/triple_gru_small.py")
     wide = equal_units(baseline, triple)
     sizes = {

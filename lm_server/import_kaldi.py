@@ -32,7 +32,7 @@ from lm_server.model_reader import checksum
 from lm_server.openfst import read_fst
 from lm_server.protocol import PHONEMES
 from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel
-from lm_server.text import DAMAGED_ARCHIVE, SUFFIXES, find_texts, open_text, read_words
+from lm_server.text import DAMAGED_ARCHIVE, SUFFIXES, Counts, find_texts, open_text, read_words
 
 GRAMMAR, SYMBOLS = "G.fst", "words.txt"
 _LEXICONS = ("lexicon.txt", "lexicon_numbers.txt", "lexiconp.txt", "dict/lexicon.txt")
@@ -107,8 +107,16 @@ def import_kaldi(
             stages.finish("writing the KenLM trie")
             chosen = Lexicon(entries)
             write_lexicon(folder / LEXICON, chosen, sorted_model)
-            spoken = (words for words, _ in read_words(texts, entries) if words is not None)
-            quality = measure(folder / TRIE, spoken, entries)
+            aside = Counts()
+
+            def spoken() -> Iterator[tuple[str, ...]]:
+                nonlocal aside
+                for words, change in read_words(texts, entries):
+                    aside += change
+                    if words is not None:
+                        yield words
+
+            quality = measure(folder / TRIE, spoken(), entries)
         write_description(
             folder / DESCRIPTION,
             {
@@ -124,11 +132,20 @@ def import_kaldi(
                 "compressed_pointers": form.compressed,
                 "bytes": (folder / TRIE).stat().st_size,
                 "crc32": checksum(folder / TRIE),
+                "held_out_dropped_with_digits": aside.dropped_digits,
+                "held_out_dropped_with_other_letters": aside.dropped_letters,
                 **quality,
             },
         )
     for line in dropped.lines():
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if aside.dropped_digits or aside.dropped_letters:
+        console.print(
+            f"not measured on: {aside.dropped_digits} held-out sentences with digits, "
+            f"{aside.dropped_letters} with letters other than a-z",
+            highlight=False,
+            soft_wrap=True,
+        )
     perplexity, outside = quality["perplexity"], quality["oov_rate"]
     measured = (
         ""

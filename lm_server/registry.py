@@ -85,6 +85,7 @@ class Registrar:
     def close(self, session: str, reason: str) -> None:
         """Closes a session of ours on our own account."""
         self._closed(session)
+        _log.info("closed session %r: %s", session, reason)
         answer = {"action": "close", "session": session, "done": "1", "reason": reason}
         fields: dict[Any, Any] = dict(answer)
         self._client.xadd(REGISTRY.answers, fields, maxlen=10_000, approximate=True)

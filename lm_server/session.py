@@ -405,7 +405,8 @@ def _number(name: str, text: bytes) -> float:
     try:
         value = float(text)
     except ValueError as error:
-        raise ProtocolError(f"{name} is {text[:40]!r}; needed a number") from error
+        shown = text[:40].decode(errors="replace")
+        raise ProtocolError(f"{name} is {shown!r}; needed a number") from error
     if value != value or value in (float("inf"), float("-inf")):
         raise ProtocolError(f"{name} is {value}; needed a finite number")
     return value

@@ -206,7 +206,7 @@ def from_options(args: argparse.Namespace) -> Settings:
     )
 
 
-_OF_RESCORING = ("alpha", "do_opt", "length_penalty", "llm_device")
+_OF_RESCORING = ("alpha", "do_opt", "length_penalty", "llm_device", "llm_dtype", "llm_text")
 
 
 def warn_without_effect(args: argparse.Namespace) -> list[str]:

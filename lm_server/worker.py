@@ -76,6 +76,9 @@ class _Taken:
     def job(self) -> str:
         return text(self.fields.get("job", b""))
 
+    def __str__(self) -> str:
+        return f"job {self.job} of batch {self.batch}"
+
 
 @dataclass
 class _Waiting:
@@ -258,7 +261,7 @@ class Worker:
             return _Waiting(taken, {"error": str(error).encode()}, None, started)
         except Exception as error:
             # A fault of ours costs this job its answer, and not the other jobs their worker.
-            _log.exception("failed on job %s of batch %s", taken.job, taken.batch)
+            _log.exception("failed on %s", taken)
             self.meter.count(f"failed_{type(error).__name__}")
             self._search = (self._settings, self._model.search(self._settings))
             reason = f"the worker failed on it ({type(error).__name__}: {error}); see its log"
@@ -349,14 +352,14 @@ class Worker:
             # Who wants a result stands in the batch, and cannot be told. The job stays pending and
             # is tried again after a lease; the others need not wait.
             self.meter.count("errors")
-            _log.error("job %s of batch %s: no result written: %s", taken.job, taken.batch, error)
+            _log.error("%s: no result written: %s", taken, error)
             return
         if not written:
             self.meter.count("unwanted")
-            _log.info("job %s had a result, or its client is gone", taken.job)
+            _log.info("%s had a result, or its client is gone", taken)
         elif "error" in one.result:
             self.meter.count("errors")
-            _log.warning("job %s: %s", taken.job, text(one.result["error"]))
+            _log.warning("%s: %s", taken, text(one.result["error"]))
         else:
             self.meter.count("sentences")
             self.meter.took("final", seconds)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--settings", type=Path, metavar="FILE", help="with --lm: settings of `lm-server tune`"
     )
+    parser.add_argument(
+        "--lm-options",
+        default="",
+        metavar="TEXT",
+        help="with --lm: further options of `lm-server serve` (with --workers: of `lm-server "
+        "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst'",
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT)")
     keys = ", ".join(f"--config.{key}" for key in sorted(CHANGEABLE))
     parser.epilog = f"Keys of the run's configuration that can be changed: {keys} (=value)."
@@ -72,14 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`b2txt evaluate`; exit status 1 when trials failed."""
     console = Console()
-    check_options(args)
+    options = child_options(args)
     model = load_model(args.workdir, args.overrides)
     out = args.out or args.workdir / args.split
     out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before the work
-    with language_model(args.redis, args.lm, args.workers, _child_options(args)) as (url, name):
+    with language_model(args.redis, args.lm, args.workers, options) as (url, name):
         trials = compute_logits(model, args.split, console)
         told = {"language_model": name}
-        given = {"llm": args.llm, "lm_settings": args.settings and str(args.settings)}
+        given = {
+            "llm": args.llm,
+            "lm_settings": args.settings and str(args.settings),
+            "lm_options": args.lm_options or None,
+        }
         told |= {key: value for key, value in given.items() if value is not None}
         jobs = args.workers is not None
         result = evaluate_run(model, trials, args.split, url, told, console, jobs)
@@ -93,11 +105,11 @@ class OptionsError(UserError, ValueError):
     """Options that do not go together."""
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Refuses options that do not go together.
+def child_options(args: argparse.Namespace) -> list[str]:
+    """Further options of a server or of workers that are started here.
 
     Raises:
-      OptionsError: says which, and what to give.
+      OptionsError: some do not go together; says which, and what to give.
     """
     if args.workers is None:
         if args.redis is not None and args.lm is not None:
@@ -117,21 +129,23 @@ def check_options(args: argparse.Namespace) -> None:
             "--workers 0 leaves the work to workers that run elsewhere: needed --redis URL, and no "
             "--lm"
         )
-    for name in ("llm", "settings"):
-        if getattr(args, name) is not None and args.lm is None:
+    for name in ("llm", "settings", "lm-options"):
+        if getattr(args, name.replace("-", "_")) and args.lm is None:
             raise OptionsError(
                 f"--{name} is for a server that is started here; needed --lm DIR. A running server "
-                f"has its own: lm-server serve --{name}"
+                "has its own, which `lm-server serve` was given"
             )
-
-
-def _child_options(args: argparse.Namespace) -> list[str]:
     options = []
     if args.llm is not None:
         options += ["--llm", args.llm]
     if args.settings is not None:
         options += ["--settings", str(args.settings)]
-    return options
+    try:
+        return options + shlex.split(args.lm_options)
+    except ValueError as error:
+        raise OptionsError(
+            f"--lm-options is {args.lm_options!r} ({error}); needed options as a shell takes them"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -142,7 +142,10 @@ def _limits(args: argparse.Namespace) -> Limits:
         raise settings.SettingsError(
             f"--max-sentence-frames is {args.max_sentence_frames}; needed 1 to {MAX_MESSAGE_FRAMES}"
         )
-    for name, least in (("max_sessions", 0), ("rescore_seconds", 0), ("grace_seconds", 0)):
+    for name, least in (
+        *(("max_sessions", 0), ("rescore_seconds", 0.1)),
+        *(("grace_seconds", 0), ("wait_seconds", 0)),
+    ):
         if not getattr(args, name) >= least:
             raise settings.SettingsError(
                 f"--{name.replace('_', '-')} is {getattr(args, name):g}; needed {least} or more"

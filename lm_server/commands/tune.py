@@ -67,6 +67,10 @@ def run(args: argparse.Namespace) -> int:
     base = settings.from_options(args)
     logits = read_logits(args.logits)
     references = read_references(args.refs or args.logits)
+    if args.out.exists() and not args.out.is_file():
+        raise settings.SettingsError(
+            f"--out {args.out} is there and is no regular file: name the settings file to write"
+        )
     if not args.out.absolute().parent.is_dir():
         raise settings.SettingsError(f"there is no folder {args.out.absolute().parent}: make it")
     if args.llm is not None:

@@ -73,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
     logs.use(args.log_format)
     workers = default_workers() if args.workers is None else args.workers
     given = (("workers", workers, 1), ("attempts", args.attempts, 1))
-    for name, value, least in (*given, ("lease-seconds", args.lease_seconds, 0.5)):
+    seconds = (
+        *(("lease-seconds", args.lease_seconds, 0.5), ("wait-seconds", args.wait_seconds, 0)),
+        ("rescore-seconds", args.rescore_seconds, 0.1),
+    )
+    for name, value, least in (*given, *seconds):
         if not value >= least:
             raise settings.SettingsError(f"--{name} is {value:g}; needed at least {least:g}")
     chosen = settings.from_options(args)

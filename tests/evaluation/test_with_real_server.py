@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from b2txt_jax.evaluation.command import OptionsError, check_options, language_model
+from b2txt_jax.evaluation.command import OptionsError, child_options, language_model
 from b2txt_jax.evaluation.evaluate import evaluate, run_language_model, run_workers
 from b2txt_jax.inference.lm_client import (
     LanguageModelClient,
@@ -113,14 +113,24 @@ def test_workers_give_what_the_server_gives_and_name_what_fails(model: Path) -> 
         ({"workers": 0, "redis": "redis://h", "lm": Path("d")}, "no --lm"),
         ({"llm": "d", "redis": "redis://h"}, "--llm is for a server that is started here"),
         ({"settings": Path("f")}, "--settings is for a server that is started here"),
+        ({"lm_options": "--beam 9"}, "--lm-options is for a server that is started here"),
+        ({"lm": Path("d"), "lm_options": "--x 'a"}, "needed options as a shell takes them"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
     options: dict[str, object], reason: str
 ) -> None:
     given = {"redis": None, "lm": None, "workers": None, "llm": None, "settings": None}
+    given["lm_options"] = ""
     with pytest.raises(OptionsError, match=re.escape(reason)):
-        check_options(argparse.Namespace(**(given | options)))
+        child_options(argparse.Namespace(**(given | options)))
+
+
+def test_further_options_reach_the_server_that_is_started() -> None:
+    given = argparse.Namespace(
+        redis=None, lm=Path("d"), workers=None, llm="m", settings=None, lm_options="--a 'b c'"
+    )
+    assert child_options(given) == ["--llm", "m", "--a", "b c"]
 
 
 def test_a_folder_without_a_model_is_told_in_the_servers_words(tmp_path: Path) -> None:

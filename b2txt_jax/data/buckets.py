@@ -187,12 +187,32 @@ def buckets_of_data(
         return (1 - weight) * in_training(sizes) + weight * in_evaluation(sizes)
 
     buckets = choose_buckets(everything, count, multiple, fits)
-    mean = float(np.mean([np.mean(day) for day in bins_of_day])) if bins_of_day else 0.0
     return BucketChoice(
         buckets,
-        _padding(buckets, in_training, mean) if bins_of_day else 0.0,
+        training_padding(buckets, bins_of_day, days_per_batch, trials_per_day)
+        if bins_of_day
+        else 0.0,
         _padding(buckets, in_evaluation, float(evaluation_bins.mean())) if evaluation else 0.0,
     )
+
+
+def training_padding(
+    buckets: Sequence[tuple[int, int]],
+    bins_of_day: Sequence[Sequence[int]],
+    days_per_batch: int,
+    trials_per_day: int,
+) -> float:
+    """Expected share of padding among the bins of a training batch.
+
+    Args:
+      buckets: (bins, labels), ascending; the last one holds all trials.
+      bins_of_day: of each day's training trials; days with none are never drawn.
+      days_per_batch: different days in a batch.
+      trials_per_day: drawn with replacement.
+    """
+    days = [list(bins) for bins in bins_of_day if bins]
+    drawn = share_of_batches(days, min(days_per_batch, len(days)), trials_per_day)
+    return _padding(buckets, drawn, float(np.mean([np.mean(bins) for bins in days])))
 
 
 def _padding(

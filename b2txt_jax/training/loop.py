@@ -26,6 +26,7 @@ from b2txt_jax.config import (
     with_overrides,
     write_config,
 )
+from b2txt_jax.data.buckets import training_padding
 from b2txt_jax.data.loader import (
     EvaluationData,
     TrainingData,
@@ -50,6 +51,10 @@ from b2txt_jax.training.validation import validate
 
 FINISHED_FILE = "finished.json"
 """In a run's folder when it is complete, and only then: all steps, or early by train.patience."""
+
+_MUCH_PADDING = 0.6
+"""Share of a batch's bins beyond which the buckets are called unsuitable; chosen ones have about
+0.3 to 0.45, since the longest of all rows decides."""
 
 # What may change between the parts of one run without making it another run.
 _RESUMABLE = {
@@ -289,6 +294,15 @@ def _compile(
     shown = ", ".join(f"{bins} x {labels}" for bins, labels in train)
     started = time.monotonic()
     console.print(f"compiling {programs} programs, for batches of (bins x labels) {shown} ...")
+    data = config.data
+    bins_of_day = [[ref.bins for ref in refs] for refs in training.refs_of_day]
+    padding = training_padding(data.buckets, bins_of_day, data.days_per_batch, data.trials_per_day)
+    if padding > _MUCH_PADDING:
+        console.print(
+            f"warning: {padding:.0%} of a batch's bins are padding, since data.buckets do not suit "
+            "these trials: leave it empty (data.buckets = ()) and they are chosen from the lengths",
+            style="yellow",
+        )
     done = 0
 
     def compiled() -> None:

@@ -1,6 +1,7 @@
 """`train` on real files: what it writes, and that it goes on where it stopped."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
 from b2txt_jax.data.hdf5 import DataError
@@ -191,3 +193,11 @@ def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp
         ended = train(config, tmp_path)
         assert (ended.step, ended.finished) == (6, True)
     assert json.loads((tmp_path / "finished.json").read_text())["step"] == 6
+
+
+@pytest.mark.parametrize(("buckets", "warned"), [(((1600, 80),), True), ((), False)])
+def test_buckets_that_do_not_suit_the_trials_are_told(tiny_overrides, tmp_path, buckets, warned):
+    overrides = [*tiny_overrides, f"--config.data.buckets={buckets}", "--config.train.steps=1"]
+    said = io.StringIO()
+    train(load_config("configs/demo.py", overrides), tmp_path, Console(file=said, width=1000))
+    assert ("data.buckets do not suit these trials" in said.getvalue()) is warned

@@ -19,6 +19,7 @@ from flax import nnx
 from b2txt_jax.config import ModelConfig
 from b2txt_jax.model.day_layer import day_layer
 from b2txt_jax.model.gru_wide import wide_recurrence
+from b2txt_jax.model.orthogonal import orthogonal
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import linear
 from b2txt_jax.model.recurrence import recurrence
@@ -27,7 +28,6 @@ Params = dict[str, Any]
 """Nested dict of float32 arrays; the pure form of the model's state."""
 
 xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
-orthogonal = jax.nn.initializers.orthogonal()
 
 
 def compute_dtype(model: ModelConfig) -> jnp.dtype:
@@ -97,7 +97,7 @@ class GRUStack(nnx.Module):
             keys = jax.random.split(jax.random.fold_in(key, layer), 4)
             parameters = {
                 "weight_ih": xavier(keys[0], (3 * units, units if layer else inputs), jnp.float32),
-                "weight_hh": orthogonal(keys[1], (3 * units, units), jnp.float32),
+                "weight_hh": orthogonal(keys[1], 3 * units, units),
                 "bias_ih": uniform(keys[2], 3 * units, units),
                 "bias_hh": uniform(keys[3], 3 * units, units),
             }

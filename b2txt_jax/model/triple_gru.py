@@ -29,12 +29,12 @@ from b2txt_jax.model.decoder import (
     compute_dtype,
     dropout,
     first_state,
-    orthogonal,
     patching,
     uniform,
     xavier,
 )
 from b2txt_jax.model.gru_wide import DATA, MODEL, spread, wide_recurrence
+from b2txt_jax.model.orthogonal import orthogonal
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import contract, linear
 from b2txt_jax.model.recurrence import recurrence
@@ -81,7 +81,7 @@ class NoiseStack(nnx.Module):
             parameters = {
                 # As PyTorch draws them: over all three gates at once.
                 "weight_ih": xavier(keys[0], (3 * units, width), jnp.float32),
-                "weight_hh": orthogonal(keys[1], (3 * units, units), jnp.float32),
+                "weight_hh": orthogonal(keys[1], 3 * units, units),
                 "bias_ih": uniform(keys[2], 3 * units, units),
                 "bias_hh": uniform(keys[3], 3 * units, units),
             }

@@ -35,9 +35,9 @@ def add_redis_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+def add_running_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what every process that goes on until it is told to stop can be told: where Redis is,
+    how long it is waited for, and when to stop."""
     where = parser.add_mutually_exclusive_group()
     add_redis_option(where)
     where.add_argument(
@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    add_running_options(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-sessions", type=int, default=64, help="besides the default one (default 64)"

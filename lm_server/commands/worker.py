@@ -15,25 +15,16 @@ import threading
 from pathlib import Path
 
 from lm_server import logs, rescore, search, settings
-from lm_server.commands.serve import add_redis_option
+from lm_server.commands.serve import add_running_options
 from lm_server.processes import default_workers, stop_with_parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
-    where = parser.add_mutually_exclusive_group()
-    add_redis_option(where)
-    where.add_argument(
-        "--embedded-redis",
-        action="store_true",
-        help="start a Redis of our own and stop it at the end",
-    )
+    add_running_options(parser)
     parser.add_argument(
         "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
-    )
-    parser.add_argument(
-        "--wait-seconds", type=float, default=10.0, help="wait for Redis at the start (default 10)"
     )
     parser.add_argument(
         "--lease-seconds",
@@ -52,9 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=60.0,
         help="a sentence not rescored by then is answered without it (default 60)",
-    )
-    parser.add_argument(
-        "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
     )
     logs.add_option(parser)
     search.add_option(parser)

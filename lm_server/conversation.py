@@ -113,8 +113,11 @@ class Conversation:
         entries = [one for one in entries if complete_to is None or self.turn(one) <= complete_to]
         return sorted(entries, key=self.turn)
 
-    def took(self, entry: Entry, answers: list[Message] | Pending, patience: float) -> None:
-        """Notes that an entry is handled and what answers it.
+    def took(
+        self, entry: Entry, answers: list[Message] | Pending, patience: float, started: float
+    ) -> None:
+        """Notes that an entry, taken up at `started` (monotonic seconds), is handled and what
+        answers it; a rescoring has `patience` seconds from now.
 
         Entries of the sentence under way stay in Redis until it ends, so that another server could
         hear them again.
@@ -137,7 +140,7 @@ class Conversation:
             done_with = [(entry.stream, entry.name)]
         sentence = {"first": self._first, "frames": self.session.frames}
         state = {"sentence": json.dumps(sentence), "session": self.session.description()}
-        self.unsent.append(Unsent(entry, answers, now, now + patience, state, done_with))
+        self.unsent.append(Unsent(entry, answers, started, now + patience, state, done_with))
 
     def replay(self, client: redis.Redis, sentence: Mapping[str, Any]) -> bool:
         """Hears the sentence under way again; whether all of it was still there."""

@@ -7,6 +7,7 @@ stream. Each command on it fails then, for all sessions, as one command reads th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import redis
 
@@ -15,7 +16,8 @@ from lm_server.connection import text
 from lm_server.protocol import REGISTRY, owner_key, session_streams, state_key
 
 ASIDE = "remote_lm_set_aside:"
-"""What a key's name begins with after it was put out of the way."""
+"""What a key's name begins with after it was put out of the way; a second one of that name has `:2`
+at its end."""
 
 
 def wrong_type(error: BaseException) -> bool:
@@ -47,10 +49,11 @@ def set_aside(client: redis.Redis, needed: Mapping[str, str]) -> dict[str, str]:
     script = client.register_script(scripts.SET_ASIDE)
     renamed = {}
     for key, type_ in needed.items():
-        found = text(script(keys=[key, ASIDE + key], args=[type_]))
-        if found:
+        answer: Any = script(keys=[key, ASIDE + key], args=[type_])
+        if answer:
+            found, place = map(text, answer)
             renamed[key] = (
-                f"the key {key} held a {found}; needed a {type_}: it is renamed to {ASIDE}{key}; "
+                f"the key {key} held a {found}; needed a {type_}: it is renamed to {place}; "
                 "look for the program that wrote it"
             )
     return renamed

@@ -98,7 +98,10 @@ def read_fst(path: Path, progress: Callable[[int, int], None] = lambda done, tot
         raise FstError(f"there is no file {path}; needed an OpenFst transducer: check the path")
     reader = _Reader(path)
     if len(reader.data) < 4 or reader.numbers("<i")[0] != _MAGIC:
-        raise FstError(f"{path} is no OpenFst file; needed a vector or const transducer")
+        raise FstError(
+            f"{path} is no OpenFst file; needed a vector or const "
+            "transducer such as G.fst: check the path, or fetch it again"
+        )
     kind, arcs = reader.text(), reader.text()
     version, flags, _, start, states, arc_count = reader.numbers("<iiQqqq")
     if kind not in ("vector", "const") or arcs != "standard":

@@ -124,7 +124,9 @@ class Registrar:
             word: HotWord(one.weight, one.pronunciations)
             for word, one in decode_hot_words(fields.get("hot_words", b"{}")).items()
         }
+        before = session.settings
         session.apply(given, words)
+        warnings = session.warnings(before, session.settings, REGISTRY.requests, entry_id, fields)
         description = _describe(session, idle)
         done = self._answer_to(fields) | {
             "done": b"1",
@@ -146,7 +148,7 @@ class Registrar:
             for pair in answer.items():
                 arguments += pair
         if self._open(keys=keys, args=arguments) and name not in server.conversations:
-            server.opened(session, idle)
+            server.opened(session, idle, warnings)
             _log.info("opened session %r", name)
 
     def _close_session(self, name: str, entry_id: str, fields: Mapping[str, bytes]) -> None:

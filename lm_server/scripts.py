@@ -146,8 +146,14 @@ the client deletes its batch when it leaves."""
 SET_ASIDE = """
 -- KEYS: a key, where it goes;  ARGV: the type that it should have
 local found = redis.call('TYPE', KEYS[1]).ok
-if found == 'none' or found == ARGV[1] then return '' end
-redis.call('RENAME', KEYS[1], KEYS[2])
-return found
+if found == 'none' or found == ARGV[1] then return {} end
+local place, number = KEYS[2], 1
+while redis.call('EXISTS', place) == 1 do
+  number = number + 1
+  place = KEYS[2] .. ':' .. number
+end
+redis.call('RENAME', KEYS[1], place)
+return {found, place}
 """
-"""Takes a key of another type out of the way, keeping it. Its type, or nothing if it is right."""
+"""Takes a key of another type out of the way, keeping it. Its type and where it is now, or nothing
+if it is right."""

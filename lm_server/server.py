@@ -45,7 +45,7 @@ from lm_server.protocol import (
 )
 from lm_server.registry import Registrar
 from lm_server.session import Message, Pending, Session
-from lm_server.status import Heartbeat, Meter, new_name
+from lm_server.status import Alive, Heartbeat, Meter, longest_finish, new_name
 
 _BLOCK_MS = 500
 _HOUSEKEEPING_SECONDS = 0.1
@@ -91,7 +91,7 @@ class Server:
         self._absent: dict[str, float] = {}
         self._housekept = self._adopted = 0.0
         self._turn_of = 0
-        self._alive: Callable[[], None] = lambda: None
+        self._alive: Alive = lambda within=0.0: None
         self._adopt(at_once=True)
         if DEFAULT_SESSION not in self.conversations:
             _log.warning(
@@ -212,6 +212,8 @@ class Server:
 
     def _answer(self, conversation: Conversation, entry: Entry) -> None:
         session = conversation.session
+        started = time.monotonic()
+        self._alive(within=longest_finish(session.frames))
         context = ""
         if entry.stream == session.streams.finalize:
             context = self._context(conversation, entry)
@@ -233,7 +235,7 @@ class Server:
             conversation.busy = False
         if isinstance(answers, Pending):
             answers.future.add_done_callback(self._wake_up)
-        conversation.took(entry, answers, self.limits.rescore_seconds)
+        conversation.took(entry, answers, self.limits.rescore_seconds, started)
 
     def _context(self, conversation: Conversation, entry: Entry) -> str:
         session = conversation.session
@@ -400,11 +402,13 @@ class Server:
             refusal = session.failed(session.streams.input, "0-0", {}, gone)
             self._sender.send(conversation, [refusal])
 
-    def opened(self, session: Session, idle_seconds: float) -> None:
-        """A session that a client asked for is ours."""
+    def opened(
+        self, session: Session, idle_seconds: float, warnings: Sequence[Message] = ()
+    ) -> None:
+        """A session that a client asked for is ours; `warnings`: what it shall be told."""
         conversation = Conversation(session, idle_seconds, {})
         self.conversations[session.name] = conversation
-        self._sender.send(conversation, [session.args()])
+        self._sender.send(conversation, [session.args(), *warnings])
 
     def new_session(self, name: str) -> Session:
         """A session with this server's settings."""

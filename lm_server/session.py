@@ -37,9 +37,9 @@ from lm_server.search import NO_HOT_WORDS, BackendError, SearchModel
 from lm_server.settings import WHOLE, Settings, SettingsError, without_effect
 
 _OURS = tuple(field.name for field in dataclasses.fields(Settings))
-_MUST_BE_ZERO = ("rescore",)
-"""Published parameters that would change the answers if they were honoured; refused unless 0,
-rather than ignored."""
+_NOT_NEEDED = ("rescore",)
+"""Published parameters of what has no counterpart here since nothing is lacking: taken, with a
+warning, and told as 0."""
 STEP_FRAMES = 100
 """Frames searched at a time; between two of them other sessions and the heartbeat's thread get
 their turn."""
@@ -183,7 +183,7 @@ class Session:
         values = {
             "lm_path": str(self._model.folder),
             **{name: getattr(self._settings, name) for name in _OURS},
-            **dict.fromkeys(_MUST_BE_ZERO, 0),
+            **dict.fromkeys(_NOT_NEEDED, 0),
             "protocol_version": PROTOCOL_VERSION,
             "server_version": version(),
         }
@@ -311,13 +311,7 @@ class Session:
     def _update(self, stream: str, entry_id: str, fields: Mapping[str, bytes]) -> list[Message]:
         # Everything is checked before anything changes: an entry is taken whole or not at all.
         settings = changed_settings(self._settings, fields)
-        changed = [
-            name for name in _OURS if getattr(settings, name) != getattr(self._settings, name)
-        ]
-        idle = [without_effect(name, self._model.backend) for name in changed]
-        warnings = [
-            self.refusal(reason, stream, entry_id, fields, WARNING) for reason in idle if reason
-        ]
+        warnings = self.warnings(self._settings, settings, stream, entry_id, fields)
         # A search with them, made before they are taken: what it refuses must not stay.
         search = self._model.search(settings, self.hot_words)
         self._settings, self._description = settings, None
@@ -325,6 +319,20 @@ class Session:
         if not self._search.frames:
             self._search = search
         return [self.args(), self._done(self.streams.done_updating_params, fields), *warnings]
+
+    def warnings(
+        self,
+        before: Settings,
+        after: Settings,
+        stream: str,
+        entry_id: str,
+        fields: Mapping[str, bytes],
+    ) -> list[Message]:
+        """A warning for each setting that an entry changed without effect."""
+        return [
+            self.refusal(reason, stream, entry_id, fields, WARNING)
+            for reason in idle_settings(before, after, fields, self._model.backend)
+        ]
 
     def _favour(self, fields: Mapping[str, bytes]) -> list[Message]:
         if "words" not in fields:
@@ -377,17 +385,21 @@ def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Setting
         value = _number(name, text)
         if name in _OURS:
             ours[name] = int(value) if name in WHOLE and value == int(value) else value
-        elif name in _MUST_BE_ZERO:
-            if value:
-                raise ProtocolError(
-                    f"{name} is {value:g}, but this server has no such part (its first pass has "
-                    "the whole n-gram model already); needed 0: leave it out"
-                )
-        else:
-            known = ", ".join([*_OURS, *_MUST_BE_ZERO])
+        elif name not in _NOT_NEEDED:
+            known = ", ".join([*_OURS, *_NOT_NEEDED])
             raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
     # int is what whole settings are declared as; the values of the others are floats.
     return replace(settings, **ours)  # type: ignore[arg-type]
+
+
+def idle_settings(
+    before: Settings, after: Settings, fields: Mapping[str, bytes], backend: str
+) -> list[str]:
+    """Why what an entry changes has no effect in a search, one text for each such setting."""
+    changed = [name for name in _OURS if getattr(after, name) != getattr(before, name)]
+    changed += [name for name in _NOT_NEEDED if name in fields and _number(name, fields[name])]
+    reasons = (without_effect(name, backend) for name in changed)
+    return [reason for reason in reasons if reason is not None]
 
 
 def _at_once(hypotheses: Sequence[Hypothesis], settings: Settings, context: str) -> Answer:

@@ -196,10 +196,11 @@ def from_options(args: argparse.Namespace) -> Settings:
       SettingsError: a value is outside its range, or the file cannot be used.
     """
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    backend = getattr(args, "backend", "flashlight")
     base = (
-        read_settings(args.settings)
+        read_settings(args.settings, backend)
         if args.settings is not None
-        else default_settings(getattr(args, "backend", "flashlight"))
+        else default_settings(backend)
     )
     return dataclasses.replace(
         base, **{name: value for name, value in given.items() if value is not None}
@@ -228,13 +229,13 @@ def warn_without_effect(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def read_settings(path: Path) -> Settings:
+def read_settings(path: Path, backend: str = "flashlight") -> Settings:
     """Reads a settings file: JSON {"format": 1, "settings": {name: value}, ...}; settings that it
-    lacks keep their defaults.
+    lacks keep the search's defaults.
 
     Raises:
       SettingsError: the file is missing, is no settings file, or a setting is unknown or outside
-        its range.
+        its range, or they are another search's.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -247,6 +248,13 @@ def read_settings(path: Path) -> Settings:
         raise SettingsError(
             f"{path} is no settings file of format {FORMAT}; needed "
             f'{{"format": {FORMAT}, "settings": {{...}}}}: make one with `lm-server tune`'
+        )
+    about = found.get("about")
+    of = about.get("backend", backend) if isinstance(about, dict) else backend
+    if of != backend:
+        raise SettingsError(
+            f"{path} was tuned for the search {of}, and this is {backend}: the same numbers mean "
+            f"something else there. Give --backend {of}, or tune again with --backend {backend}"
         )
     known: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)}
     given: dict[str, Any] = {}
@@ -264,7 +272,7 @@ def read_settings(path: Path) -> Settings:
             )
         given[name] = kind(value)
     try:
-        return Settings(**given)
+        return dataclasses.replace(default_settings(backend), **given)
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from error
 

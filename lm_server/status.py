@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 
@@ -30,6 +30,8 @@ BEAT_SECONDS = 1.0
 STATUS_SECONDS = 15
 """A status is shown for so long after the last heartbeat."""
 _STUCK_SECONDS = 60.0
+_FINISH_SECONDS_PER_FRAME = 1.0
+"""Far more than the slowest search takes to end a sentence (0.1 s, a second and wider search)."""
 _KEPT = 4000
 
 
@@ -37,6 +39,18 @@ def new_name(kind: str) -> str:
     """A name for this process that no other has: server-HOST-PID-RANDOM."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in platform.node())[:24]
     return f"{kind}-{host}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+class Alive(Protocol):
+    """A sign of life; the next one comes `within` so many seconds, or the usual time."""
+
+    def __call__(self, within: float = 0.0) -> None:
+        """See `Heartbeat.alive`."""
+
+
+def longest_finish(frames: int) -> float:
+    """Seconds that the end of a sentence of so many frames may take."""
+    return _FINISH_SECONDS_PER_FRAME * frames
 
 
 class Meter:
@@ -119,7 +133,7 @@ class Heartbeat:
             "protocol": PROTOCOL_VERSION,
             "started": f"{time.time():.3f}",
         }
-        self._alive_at = time.monotonic()
+        self._alive_until = time.monotonic() + _STUCK_SECONDS
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -134,13 +148,14 @@ class Heartbeat:
         with contextlib.suppress(*LOST):
             self._client.delete(process_key(self._name))
 
-    def alive(self) -> None:
-        """The main loop's sign of life, at least once a minute."""
-        self._alive_at = time.monotonic()
+    def alive(self, within: float = 0.0) -> None:
+        """The main loop's sign of life; the next one comes within a minute, or `within` seconds if
+        that is longer."""
+        self._alive_until = time.monotonic() + max(_STUCK_SECONDS, within)
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
-            if time.monotonic() - self._alive_at < _STUCK_SECONDS:
+            if time.monotonic() < self._alive_until:
                 self._beat()
 
     def _beat(self) -> None:

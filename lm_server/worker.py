@@ -38,9 +38,15 @@ from lm_server.protocol import (
     results_stream,
 )
 from lm_server.search import Search, SearchModel
-from lm_server.session import STEP_FRAMES, Finish, changed_settings, final_fields
+from lm_server.session import (
+    STEP_FRAMES,
+    Finish,
+    changed_settings,
+    final_fields,
+    idle_settings,
+)
 from lm_server.settings import Settings
-from lm_server.status import Heartbeat, Meter, new_name
+from lm_server.status import Alive, Heartbeat, Meter, longest_finish, new_name
 
 _AHEAD = 8
 """Sentences that may wait for their rescoring while the next ones are searched."""
@@ -88,6 +94,7 @@ class _Waiting:
     result: dict[str, bytes] | Future[Answer]
     found: tuple[tuple[Hypothesis, ...], Settings, str] | None
     started: float
+    warning: str = ""
 
 
 class Worker:
@@ -123,6 +130,7 @@ class Worker:
         self._waiting: deque[_Waiting] = deque()
         self._held: set[str] = set()
         self._claimed = 0.0
+        self._alive: Alive = lambda within=0.0: None
         self._grouped = False
 
     def run(self, stop: threading.Event, check: Callable[[], None] = lambda: None) -> None:
@@ -138,8 +146,9 @@ class Worker:
         with Heartbeat(
             self._client, self.name, "worker", self.meter, self._describe, self._renew, beat
         ) as heartbeat:
+            self._alive = heartbeat.alive
             while not (stop.is_set() and (not self._waiting or backoff.failing)):
-                heartbeat.alive()
+                self._alive()
                 check()
                 try:
                     self._round(stop.is_set())
@@ -234,6 +243,7 @@ class Worker:
 
     def _decode(self, taken: _Taken) -> _Waiting:
         started = time.monotonic()
+        idle: list[str] = []
         if taken.attempt > self._terms.attempts:
             reason = (
                 f"{self._terms.attempts} workers had this job and ended, were lost or could not "
@@ -241,7 +251,7 @@ class Worker:
             )
             return _Waiting(taken, {"error": reason.encode()}, None, started)
         try:
-            settings = self._settings_of(taken)
+            settings, idle = self._settings_of(taken)
             if "logits" not in taken.fields:
                 raise ProtocolError(
                     f"the job has the fields {sorted(taken.fields)}; needed `logits`: "
@@ -253,7 +263,9 @@ class Worker:
             search = self._search[1]
             search.begin()
             for start in range(0, len(logits), STEP_FRAMES):
+                self._alive()
                 search.step(logits[start : start + STEP_FRAMES])
+            self._alive(within=longest_finish(len(logits)))
             hypotheses = search.finish()
             context = text(taken.fields.get("context", b""))
             result = self._finish(hypotheses, settings, context)
@@ -267,12 +279,14 @@ class Worker:
             reason = f"the worker failed on it ({type(error).__name__}: {error}); see its log"
             return _Waiting(taken, {"error": reason.encode()}, None, started)
         if isinstance(result, Answer):
-            return _Waiting(taken, final_fields(result, context), None, started)
-        return _Waiting(taken, result, (hypotheses, settings, context), started)
+            return _Waiting(taken, final_fields(result, context), None, started, "; ".join(idle))
+        found = (hypotheses, settings, context)
+        return _Waiting(taken, result, found, started, "; ".join(idle))
 
-    def _settings_of(self, taken: _Taken) -> Settings:
+    def _settings_of(self, taken: _Taken) -> tuple[Settings, list[str]]:
+        """A job's settings, and which of them have no effect here and why."""
         if "settings" not in taken.fields:
-            return self._settings
+            return self._settings, []
         try:
             given = json.loads(taken.fields["settings"])
             fields = {str(name): str(value).encode() for name, value in given.items()}
@@ -280,7 +294,8 @@ class Worker:
             raise ProtocolError(
                 f"the job's settings are no JSON object ({error}): needed {{NAME: NUMBER}}"
             ) from error
-        return changed_settings(self._settings, fields)
+        settings = changed_settings(self._settings, fields)
+        return settings, idle_settings(self._settings, settings, fields, self._model.backend)
 
     # Answering
 
@@ -328,6 +343,8 @@ class Worker:
             "worker": self.name.encode(),
             "attempt": str(taken.attempt).encode(),
         }
+        if one.warning:
+            result["warning"] = one.warning.encode()
         try:
             keys = [REGISTRY.jobs, batch_key(taken.batch), results_stream(taken.batch)]
         except ProtocolError as error:

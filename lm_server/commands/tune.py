@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         tuner = Tuner(model, logits, references, cache, workers, args.seed)
         result = tuner.run(base, args.searches, load)
         facts = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
+        facts["backend"] = args.backend
         settings.write_settings(args.out, result.settings, {**facts, **about(result)})
         picture = args.out.with_suffix(".png")
         write_picture(result, picture)

@@ -31,7 +31,10 @@ def hear(conversation, client, stream, **fields):
     ms, number = map(int, id_.decode().split("-"))
     entry = Entry(stream, (ms, number), fields)
     conversation.took(
-        entry, conversation.session.handle(stream, entry.name, entry.fields), patience=9.0
+        entry,
+        conversation.session.handle(stream, entry.name, entry.fields),
+        patience=9.0,
+        started=0.0,
     )
     return conversation.unsent[-1]
 

@@ -174,7 +174,6 @@ def test_parameters_changed_within_a_sentence_hold_from_the_next(session):
         ({"blank_penalty": b"0"}, "blank_penalty is 0.0"),
         ({"nbest": b"2.5"}, "nbest is 2.5; needed a whole number"),
         ({"nbest": b"inf"}, "finite"),
-        ({"rescore": b"1"}, "rescore is 1, but this server has no such part"),
         (
             {"acustic_scale": b"1"},
             "there is no parameter 'acustic_scale'; known are acoustic_scale",
@@ -192,6 +191,16 @@ def test_a_bad_parameter_is_answered_on_the_error_stream_and_changes_nothing(
     assert answer.fields["entry_id"] == b"9-1"
     assert reason in answer.fields["error"].decode()
     assert session.args() == before
+
+
+def test_the_published_second_pass_is_taken_with_a_warning_since_nothing_lacks(session):
+    args, done, warning = session.handle(
+        STREAMS.update_params, "9-1", {"rescore": b"1", "nbest": b"7"}
+    )
+    assert (args.fields["rescore"], args.fields["nbest"]) == (b"0", b"7")
+    assert done.stream == "remote_lm_done_updating_params"
+    assert warning.fields["severity"] == b"warning"
+    assert b"rescore has no effect" in warning.fields["error"]
 
 
 @pytest.mark.parametrize(

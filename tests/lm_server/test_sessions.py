@@ -342,6 +342,33 @@ def test_the_servers_status_can_be_read_and_ends_with_it(model_folder):
         assert wait_until(lambda: not connection.exists(key))
 
 
+def test_a_session_opened_with_a_setting_without_effect_is_told(connection):
+    ann = SessionClient(connection, "ann", min_active="3", rescore="1", nbest="2")
+    assert ann.opened["done"] == "1"
+    told = [ann.wait("error") for _ in range(2)]
+    assert {one["severity"] for one in told} == {"warning"}
+    assert {one["error"].split()[0] for one in told} == {"min_active", "rescore"}
+    ask(connection, "close", "ann")
+
+
+def test_the_latency_that_a_server_tells_has_the_search_in_it(connection):
+    ann = SessionClient(connection, "ann")
+    ann.send(np.concatenate([say(["the", "cat"])] * 400))
+    began = time.monotonic()
+    ann.wait("output_partial", seconds=60)
+    seen = time.monotonic() - began
+
+    def told():
+        # The key comes with the next heartbeat.
+        keys = connection.keys("remote_lm_process:server-*")
+        return max(
+            float(connection.hget(key, "partial_ms_max") or 0) / 1000 for key in keys or [""]
+        )
+
+    assert wait_until(lambda: told() > 0.3 * seen)
+    ask(connection, "close", "ann")
+
+
 def test_a_context_key_of_the_wrong_type_is_a_warning_and_stops_nobody(connection):
     ann, bob = (SessionClient(connection, name) for name in ("ann", "bob"))
     connection.lpush("contextual_decoding_current_context:ann", "x")
@@ -407,6 +434,11 @@ def test_a_shared_key_of_the_wrong_type_is_put_aside(connection, key):
     assert client.decode(["the", "cat"]) == ["the", "cat"]
     ask(connection, "close", "ann")
     assert connection.get(f"remote_lm_set_aside:{key}") == b"x"
+    assert connection.get("remote_lm_set_aside:remote_lm_input") == b"y"
+    # A second one goes beside the first.
+    connection.delete("remote_lm_input")
+    connection.set("remote_lm_input", "z")
+    assert wait_until(lambda: connection.get("remote_lm_set_aside:remote_lm_input:2") == b"z")
 
 
 def test_a_server_starts_where_keys_have_the_wrong_type(model_folder):

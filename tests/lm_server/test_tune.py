@@ -297,6 +297,13 @@ def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Pat
     assert read_settings(path) == settings
     path.write_text(json.dumps({"format": 1, "settings": {"alpha": 1}}))
     assert read_settings(path) == Settings(alpha=1.0)
+    path.write_text(json.dumps({"format": 1, "settings": {"acoustic_scale": 0.4}}))
+    wfst = read_settings(path, "wfst")
+    assert (wfst.acoustic_scale, wfst.max_active, wfst.beam) == (0.4, 7000, 17.0)
+    write_settings(path, settings, {"backend": "flashlight"})
+    assert read_settings(path, "flashlight") == settings
+    with pytest.raises(SettingsError, match="tuned for the search flashlight, and this is wfst"):
+        read_settings(path, "wfst")
     for values, says in (
         ({"alfa": 1}, "alfa"),
         ({"alpha": 2.0}, "alpha is 2.0"),

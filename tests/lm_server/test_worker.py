@@ -59,8 +59,8 @@ def worker(model_folder, url, *options):
     )
 
 
-def wilful(model_folder, url, lease=1.0, processes=1, seconds=0.0):
-    return process(WILFUL, model_folder, url, lease, processes, seconds)
+def wilful(model_folder, url, lease=1.0, processes=1, seconds=0.0, stuck=60.0):
+    return process(WILFUL, model_folder, url, lease, processes, seconds, stuck)
 
 
 @pytest.fixture
@@ -187,6 +187,19 @@ def test_a_slow_but_living_worker_keeps_its_job(model_folder, url, connection):
         (decoded,) = found
         assert decoded[0].error is None
         assert decoded[0].seconds > 4.0
+
+
+def test_a_long_search_is_no_stuck_worker(model_folder, url, connection):
+    # Together the steps, and the end alone, take longer than a lease and the time between two
+    # signs of life.
+    job = Job("b", "long", np.concatenate([say(["the", "cat"])] * 40)[:209])
+    connection.hset("remote_lm_batch:b", "long", "queued")
+    connection.xadd("remote_lm_jobs", job.fields())
+    with wilful(model_folder, url, lease=0.5, seconds=0.8, stuck=1.0, processes=2):
+        assert wait_until(lambda: connection.xlen(results_stream("b")) == 1, seconds=60)
+    ((_, result),) = connection.xrange(results_stream("b"))
+    assert result[b"attempt"] == b"1"
+    assert float(result[b"seconds"]) > 5 * 0.8
 
 
 def test_a_paused_worker_that_wakes_after_its_job_was_given_away_adds_no_second_result(
@@ -316,6 +329,17 @@ def test_keys_of_the_wrong_type_are_put_aside_and_cost_no_job_its_result(
     assert (result[b"lm_response_final"], result[b"attempt"]) == (b"the cat", b"1")
     for key in ("remote_lm_jobs", results_stream("b")):
         assert connection.get(f"remote_lm_set_aside:{key}") == b"no stream"
+
+
+def test_a_job_is_told_of_settings_without_effect(model_folder, url, connection):
+    job = Job("b", "cat", say(["the", "cat"]), {"min_active": 3, "nbest": 2})
+    connection.hset("remote_lm_batch:b", "cat", "queued")
+    connection.xadd("remote_lm_jobs", job.fields())
+    with worker(model_folder, url):
+        assert wait_until(lambda: connection.xlen(results_stream("b")) == 1)
+    ((_, result),) = connection.xrange(results_stream("b"))
+    assert result[b"warning"].startswith(b"min_active has no effect in the search flashlight")
+    assert b"nbest" not in result[b"warning"]
 
 
 def test_no_logits_is_an_error_and_a_result_that_cannot_be_written_leaves_its_job_pending(

@@ -1,8 +1,10 @@
 """A worker process that does as it is told by the length of a sentence, for tests:
 
-    python wilful_worker.py MODEL URL LEASE_SECONDS PROCESSES SLOW_SECONDS
+    python wilful_worker.py MODEL URL LEASE_SECONDS PROCESSES SLOW_SECONDS STUCK_SECONDS
 
-Sentences of 7 frames kill it (SIGKILL), those of 9 frames take SLOW_SECONDS.
+Sentences of 7 frames kill it (SIGKILL), those of 9 frames take SLOW_SECONDS; of longer ones every
+hundred frames do, and the end thrice as long. Without a sign of life for
+STUCK_SECONDS it counts as stuck.
 """
 
 import os
@@ -12,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+from lm_server import status
 from lm_server.connection import connect
 from lm_server.search import load_model
 from lm_server.settings import Settings
@@ -33,9 +36,14 @@ class Wilful:
     def step(self, logits):
         if len(logits) == DEADLY:
             os.kill(os.getpid(), signal.SIGKILL)
-        if len(logits) == SLOW:
+        if len(logits) in (SLOW, 100):
             time.sleep(self._seconds)
         return self._search.step(logits)
+
+    def finish(self):
+        if self._search.frames >= 100:
+            time.sleep(3 * self._seconds)
+        return self._search.finish()
 
 
 class Model:
@@ -47,7 +55,8 @@ class Model:
 
 
 def main():
-    folder, url, lease, processes, seconds = sys.argv[1:]
+    folder, url, lease, processes, seconds, stuck = sys.argv[1:]
+    status._STUCK_SECONDS = float(stuck)
     model = Model(Path(folder), float(seconds))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

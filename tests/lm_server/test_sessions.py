@@ -361,11 +361,9 @@ def test_the_latency_that_a_server_tells_has_the_search_in_it(connection):
     def told():
         # The key comes with the next heartbeat.
         keys = connection.keys("remote_lm_process:server-*")
-        return max(
-            float(connection.hget(key, "partial_ms_max") or 0) / 1000 for key in keys or [""]
-        )
+        return max((float(connection.hget(key, "partial_ms_max") or 0) for key in keys), default=0)
 
-    assert wait_until(lambda: told() > 0.3 * seen)
+    assert wait_until(lambda: told() > 300 * seen)
     ask(connection, "close", "ann")
 
 

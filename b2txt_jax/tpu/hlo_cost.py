@@ -113,13 +113,13 @@ def program_cost(text: str, devices: int) -> Cost:
     )
 
 
-_NO_ESTIMATE = 2**64 - 1
-"""What the compiler for tpu7x writes for an instruction that it has no estimate for."""
+_NO_ESTIMATE = 2**63 - 1
+"""What the compiler for tpu7x writes, or more, for an instruction that it has no estimate for."""
 
 
 def _estimated_cycles(instruction: Instruction) -> int:
     cycles = instruction.number("estimated_cycles")
-    return 0 if cycles is None or cycles == _NO_ESTIMATE else cycles
+    return 0 if cycles is None or cycles >= _NO_ESTIMATE else cycles
 
 
 class _Walk:

@@ -4,11 +4,11 @@
     python benchmarks/rescoring.py --llm runs/smollm2 [--sentences 120] [--per 0.14 0.19]
 
 The task is that of benchmarks/decoder.py: the whole CMU dictionary, a 3-gram model, simulated
-logits of sentences that neither has seen. Each sentence's 25 and 100 best candidates are augmented
-and scored by the model on one core. alpha and the acoustic scale are chosen on other sentences
-(dev) and then kept. Printed per error rate: WER without and with the model, the share of the
-remaining errors that it takes away, the WER of the best candidate in the list (oracle), seconds of
-CPU time per sentence.
+logits of sentences that neither has seen, the first of those that it decodes. Each sentence's 25
+and 100 best candidates are augmented and scored by the model on one core. alpha and the acoustic
+scale are chosen on other sentences (dev) and then kept. Printed per error rate: WER without and
+with the model, the share of the remaining errors that it takes away, the WER of the best candidate
+in the list (oracle), seconds of CPU time per sentence.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def main() -> None:
     scorer = load_scorer(args.llm, "cpu")
     known = dict(read_lexicon("cmudict").entries)
     pools = {
-        "dev": held_out(args.dev, args.seed, "test"),
-        "held-out": held_out(args.sentences, args.seed, "val"),
+        "dev": held_out(args.dev, args.seed, "val"),
+        "held-out": held_out(args.sentences, args.seed, "test"),
     }
     for per in args.per:
         tasks = {}
@@ -157,10 +157,12 @@ def report(tasks: dict[str, Task], count: int) -> None:
     task = tasks["held-out"]
     words = sum(map(len, task.truth))
     before, after = errors(task, count, plain, False), errors(task, count, best, True)
+    untuned = errors(task, count, Settings(), False)
     candidates = np.mean([len(one) for one in task.lists[count]])
     print(
         f"  {count}-best ({candidates:.0f} candidates with the augmented): "
-        f"WER {before / words:.1%} (acoustic scale {plain.acoustic_scale:g}) -> "
+        f"WER {before / words:.1%} (acoustic scale {plain.acoustic_scale:g}; "
+        f"{untuned / words:.1%} with the search's own) -> "
         f"{after / words:.1%} (alpha {best.alpha:g}, acoustic scale {best.acoustic_scale:g}), "
         f"{1 - after / max(before, 1):.0%} of the errors gone, "
         f"oracle {oracle(task, count) / words:.1%}, {task.seconds[count]:.2f} s per sentence",

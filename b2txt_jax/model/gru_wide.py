@@ -46,7 +46,7 @@ def wide_recurrence(
 
     Args:
       projected: input projections with the input bias, [P, B, 3, H].
-      h0: first state, float32 [B, H].
+      h0: first state, [B, H]; taken as float32, like weight and bias.
       weight: recurrent weight, float32 [3, H, H].
       bias: recurrent bias, float32 [3, H].
       dtype: of the products' operands and of the states; gates and the state carried stay float32.
@@ -57,6 +57,7 @@ def wide_recurrence(
       States after each frame, [P, B, H] of `dtype`, and the last one, float32 [B, H].
     """
     frames = projected.shape[0]
+    h0, weight, bias = (value.astype(jnp.float32) for value in (h0, weight, bias))
     if not 0 < chunk < frames:
         return _recurrence(projected, h0, weight, bias, dtype)
     whole = frames // chunk * chunk

@@ -33,7 +33,7 @@ def recurrence(
 
     Args:
       projected: input projections with the input bias, [P, B, 3H].
-      h0: first state, float32 [B, H].
+      h0: first state, [B, H]; taken as float32, like weight and bias.
       weight: recurrent weight, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
       dtype: of the recurrent products' operands and of the result; gates and state stay float32.
@@ -47,6 +47,9 @@ def recurrence(
     Raises:
       UserError: an unknown kind; 'pallas' where 'auto' would have taken the scan on a TPU.
     """
+    # A state, or parameters, that somebody keeps in bfloat16: gates and the state carried are
+    # float32 all the same.
+    h0, weight, bias = (value.astype(jnp.float32) for value in (h0, weight, bias))
     arguments = projected, h0, weight, bias
     scan = functools.partial(gru_recurrence, dtype=dtype)
     if kind == "scan":

@@ -129,7 +129,8 @@ class NoiseStack(nnx.Module):
             weight.reshape(3 * units, units),
             bias.reshape(3 * units),
             dtype,
-            self.model.recurrence,
+            # 'pallas' is said of the other two parts: 7168 units are too many for a kernel.
+            "scan" if self.model.recurrence == "scan" else "auto",
         )
 
     def stream(

@@ -67,6 +67,7 @@ _RESUMABLE = {
     "train.on_nonfinite",
     "train.patience",
     "model.recurrence",
+    "model.recompute_frames",
     "parallel.model_axis",
 }
 

@@ -140,7 +140,9 @@ def make_train_step(
         loss, parts = mean_ctc(outputs.logits), {}
         if outputs.noisy_logits is not None and outputs.noise is not None:
             noisy_loss = mean_ctc(outputs.noisy_logits)
-            power = jnp.mean(jnp.square(outputs.noise.astype(jnp.float32)))
+            power = jnp.square(outputs.noise.astype(jnp.float32)).mean(axis=-1)
+            said = jnp.arange(power.shape[1]) < frames[:, None]
+            power = jnp.where(said, power, 0.0).sum() / jnp.maximum(said.sum(), 1)
             parts = {
                 "clean_loss": loss,
                 "noisy_loss": noisy_loss,

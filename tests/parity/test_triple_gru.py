@@ -257,6 +257,16 @@ def test_bfloat16_goes_through_every_path_and_stays_near_float32(kind, patches):
     streamed = np.concatenate([first, second], axis=1)
     np.testing.assert_allclose(streamed, logits, atol=0.02)
 
+    def rounded(values):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), values)
+
+    # States, features and parameters that somebody keeps in bfloat16.
+    kept = state._replace(states=rounded(state.states))
+    second, after = step(params, x[:, 10:].astype(jnp.bfloat16), day, kept)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), logits, atol=0.1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.states)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(apply_of(half)(rounded(params), x, day), logits, atol=0.2)
+
 
 def test_recomputed_frames_change_no_gradient():
     params, (x, day) = fresh(SMALL), data()

@@ -73,6 +73,16 @@ def products(rows: int) -> int:
     return 2 * (day + first + others + recurrent + head + ctc)
 
 
+def test_the_triple_gru_compiles_with_its_noise_model_shared_by_devices(small: Config) -> None:
+    changes = {"kind": "triple_gru", "noise_units": 256, "noisy_layers": 1, "recompute_frames": 8}
+    model = dataclasses.replace(small.model, **changes)  # type: ignore[arg-type]
+    found = step(dataclasses.replace(small, model=model), "v5e:2x2", model_axis=2)
+    assert found.memory.fits
+    gathers = [one for one in found.cost.collectives if one.kind == "all-gather" and one.group == 2]
+    # The noise model's state is gathered in every frame, so that no device needs all its units.
+    assert sum(one.count for one in gathers) >= 2 * FRAMES
+
+
 def test_every_slice_that_is_listed_can_be_compiled_for() -> None:
     for name in ("v4:4x4x4", "v5e:1x1", "v5e:16x16", "v5p:4x8x8", "v6e:4x8", "tpu7x:2x2x2"):
         topology = parse_topology(name)

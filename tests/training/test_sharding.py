@@ -86,6 +86,26 @@ def test_the_losses_are_those_of_one_device(
         assert "sessions" not in silent  # one process speaks for all
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("noise_units", [0, 16], ids=["as wide as a patch", "bottleneck"])
+def test_the_triple_gru_has_the_losses_of_one_device_when_devices_share_its_units(
+    noise_units, overrides, tmp_path
+):
+    """Also across two processes, each with half of every unit's weights."""
+    model = {
+        "kind": "triple_gru",
+        **{"noise_units": noise_units, "noise_layers": 2, "noisy_layers": 1},
+        **{"patch_size": 4, "patch_stride": 4, "recompute_frames": 3},
+    }
+    more = [*overrides, *(f"--config.model.{key}={value}" for key, value in model.items())]
+    finish(start(tmp_path / "alone", more))
+    shared = [*more, "--config.parallel.model_axis=4"]
+    finish(start(tmp_path / "shared", shared, devices=8))
+    finish(start(tmp_path / "two", shared, devices=4, processes=2))
+    for name in ("shared", "two"):
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "alone"), rtol=1e-5)
+
+
 def without_features_of_others(simulated, config, rows, to):
     """Copies the sessions; of the validation trials only those in these rows of their batches can
     be read. Returns how many."""

@@ -157,14 +157,15 @@ def report(tasks: dict[str, Task], count: int) -> None:
     task = tasks["held-out"]
     words = sum(map(len, task.truth))
     before, after = errors(task, count, plain, False), errors(task, count, best, True)
-    untuned = errors(task, count, Settings(), False)
+    untuned, by_default = (errors(task, count, Settings(), rescored) for rescored in (False, True))
     candidates = np.mean([len(one) for one in task.lists[count]])
     print(
         f"  {count}-best ({candidates:.0f} candidates with the augmented): "
-        f"WER {before / words:.1%} (acoustic scale {plain.acoustic_scale:g}; "
-        f"{untuned / words:.1%} with the search's own) -> "
+        f"WER {before / words:.1%} (acoustic scale {plain.acoustic_scale:g}) -> "
         f"{after / words:.1%} (alpha {best.alpha:g}, acoustic scale {best.acoustic_scale:g}), "
         f"{1 - after / max(before, 1):.0%} of the errors gone, "
+        f"with the defaults {untuned / words:.1%} -> {by_default / words:.1%}, "
+        f"{1 - by_default / max(untuned, 1):.0%}; "
         f"oracle {oracle(task, count) / words:.1%}, {task.seconds[count]:.2f} s per sentence",
         flush=True,
     )

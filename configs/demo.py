@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.data.root = "runs/demo/data/hdf5_data_final"
     config.data.sessions = ()
     config.data.trials_per_day = 4
-    config.data.buckets = ()  # chosen from the lengths of the trials
+    config.data.buckets = ((340, 64), (460, 80), (2560, 500))
     config.data.eval_batch_size = 16
 
     config.signal.white_noise_std = 0.5

@@ -82,7 +82,8 @@ def found(hypotheses: list[Hypothesis], top: int = 20, penalty: float = 0.01) ->
 
 
 words = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=0, max_size=6)
-score = st.floats(-90.0, 5.0)
+# Libraries that flush subnormal numbers to zero make ties of them, in one of the two only.
+score = st.floats(-90.0, 5.0, allow_subnormal=False)
 
 
 @st.composite

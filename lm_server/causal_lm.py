@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_server.answer import RescoringError
 from lm_server.rescore import DEFAULT_MODEL
+from lm_server.token_tree import Tree, batches, shared_length, trees
 
 _LOG = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 512
@@ -132,7 +132,7 @@ class CausalLM:
         """Whole sequences in padded batches of like lengths."""
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         scores = [0.0] * len(sequences)
-        for batch in _batches(order, sequences, self._tokens_per_batch):
+        for batch in batches(order, sequences, self._tokens_per_batch):
             longest = len(sequences[batch[-1]])
             ids = torch.zeros((len(batch), longest), dtype=torch.long)
             mask = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -149,11 +149,11 @@ class CausalLM:
 
     def _score_trees(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Sorted distinct sequences, in trees behind what all of them begin with."""
-        shared = _shared_length(sequences)
+        shared = shared_length(sequences)
         cache = transformers.DynamicCache(config=self._model.config)
         base, last = self._run_shared(sequences[0][:shared], cache)
         scores: list[float] = []
-        for tree in _trees(sequences, shared, self._tokens_per_batch):
+        for tree in trees(sequences, shared, self._tokens_per_batch):
             logs = np.zeros(len(tree.tokens))
             inner = tree.inner
             if len(inner):
@@ -195,7 +195,7 @@ class CausalLM:
                 score += float(_log_probabilities(logits[: len(following)], following).sum())
         return score, logits[-1:]
 
-    def _run_tree(self, tree: _Tree, shared: int, cache: Any) -> torch.Tensor:
+    def _run_tree(self, tree: Tree, shared: int, cache: Any) -> torch.Tensor:
         """Logits [inner nodes, vocab] of the tree behind `shared` cached tokens."""
         inner = tree.inner
         sees = np.concatenate([np.ones((len(inner), shared), bool), tree.ancestry()], axis=1)
@@ -224,95 +224,6 @@ class CausalLM:
                 _LOG.info("%s scores whole sentences: %s", self.name, error)
                 return False
         return bool(np.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE))
-
-
-@dataclass(frozen=True)
-class _Tree:
-    """Sequences that share their beginnings; a parent stands before its children.
-
-    Attributes:
-      tokens: of every node, [nodes].
-      parents: index of every node's parent, -1 for none, [nodes].
-      depths: nodes above every node, [nodes].
-      paths: the nodes of every sequence.
-    """
-
-    tokens: np.ndarray
-    parents: np.ndarray
-    depths: np.ndarray
-    paths: list[list[int]]
-
-    @property
-    def inner(self) -> np.ndarray:
-        """Nodes with children, ascending: the only ones whose logits anybody asks for."""
-        return np.unique(self.parents[self.parents >= 0])
-
-    def ancestry(self) -> np.ndarray:
-        """Whether an inner node (row) sees another (column): itself and those above it."""
-        inner = self.inner
-        place = {int(node): index for index, node in enumerate(inner)}
-        sees = np.eye(len(inner), dtype=bool)
-        for index, node in enumerate(inner):
-            if self.parents[node] >= 0:
-                sees[index] |= sees[place[int(self.parents[node])]]
-        return sees
-
-
-def _trees(sequences: Sequence[tuple[int, ...]], shared: int, most: int) -> Iterator[_Tree]:
-    """Sorted sequences without their first `shared` tokens, in trees of about `most` nodes."""
-    tokens: list[int] = []
-    parents: list[int] = []
-    depths: list[int] = []
-    paths: list[list[int]] = []
-    before: tuple[int, ...] = ()
-
-    def tree() -> _Tree:
-        return _Tree(np.array(tokens), np.array(parents), np.array(depths), list(paths))
-
-    for sequence in sequences:
-        rest = sequence[shared:]
-        common = _common_length(before, rest) if paths else 0
-        if paths and len(tokens) + len(rest) - common > most:
-            yield tree()
-            tokens, parents, depths, paths, common = [], [], [], [], 0
-        path = paths[-1][:common] if paths else []
-        for depth in range(common, len(rest)):
-            parents.append(path[-1] if path else -1)
-            path.append(len(tokens))
-            tokens.append(rest[depth])
-            depths.append(depth)
-        paths.append(path)
-        before = rest
-    if paths:
-        yield tree()
-
-
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    length = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length
-
-
-def _shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all of the sorted sequences begin with, but not all of any."""
-    return min(_common_length(sequences[0], sequences[-1]), min(map(len, sequences)) - 1)
-
-
-def _batches(
-    order: Sequence[int], sequences: Sequence[tuple[int, ...]], most: int
-) -> Iterator[list[int]]:
-    """Indices, shortest sequence first, in batches of at most `most` tokens with their padding."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(sequences[index]) > most:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

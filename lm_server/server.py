@@ -23,6 +23,7 @@ from typing import Any
 import redis
 
 from lm_server import scripts
+from lm_server.adoption import Adopter
 from lm_server.connection import LOST, Backoff, EntryId, parse_id, plain, text
 from lm_server.conversation import (
     BATCH,
@@ -49,10 +50,6 @@ from lm_server.status import Alive, Heartbeat, Meter, longest_finish, new_name
 
 _BLOCK_MS = 500
 _HOUSEKEEPING_SECONDS = 0.1
-_ADOPTING_SECONDS = 0.5
-_ABSENT_SECONDS = 2.5
-"""An owner key must be away for so long before another server takes its session: after a FLUSHALL
-the owner writes it again within a second."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,11 +85,11 @@ class Server:
         self._registrar = Registrar(client, self.name, self)
         self._wake = f"remote_lm_wake:{self.name}"
         self._wake_position = "0-0"
-        self._absent: dict[str, float] = {}
-        self._housekept = self._adopted = 0.0
+        self._adopter = Adopter(client, self.name, self)
+        self._housekept = 0.0
         self._turn_of = 0
         self._alive: Alive = lambda within=0.0: None
-        self._adopt(at_once=True)
+        self._adopter.adopt(at_once=True)
         if DEFAULT_SESSION not in self.conversations:
             _log.warning(
                 "the default session is served by %s; standing by for it",
@@ -340,9 +337,7 @@ class Server:
             idle = conversation.idle_seconds
             if idle is not None and now - conversation.active > idle and not conversation.unsent:
                 self._registrar.close(conversation.session.name, f"idle for {idle:g} s")
-        if now - self._adopted >= _ADOPTING_SECONDS:
-            self._adopted = now
-            self._adopt()
+        self._adopter.housekeeping()
 
     def _look_after(self, conversation: Conversation) -> None:
         session = conversation.session
@@ -372,32 +367,12 @@ class Server:
         refusal = session.failed(stream, f"{last[0]}-{last[1]}", {}, reason)
         self._sender.send(conversation, [refusal])
 
-    def _adopt(self, at_once: bool = False) -> None:
-        """Takes sessions that nobody serves: the default one, open ones whose server is gone."""
-        open_: Any = self._client.hgetall(REGISTRY.sessions)
-        descriptions = {text(name): value for name, value in open_.items()}
-        candidates = [DEFAULT_SESSION, *descriptions]
-        now = time.monotonic()
-        for name in candidates:
-            if name in self.conversations:
-                self._absent.pop(name, None)
-                continue
-            if name != DEFAULT_SESSION and len(self.conversations) > self.limits.sessions:
-                continue
-            if self._client.exists(owner_key(name)):
-                self._absent.pop(name, None)
-                continue
-            since = self._absent.setdefault(name, now)
-            if at_once or now - since >= _ABSENT_SECONDS:
-                self._absent.pop(name, None)
-                if self._client.set(owner_key(name), self.name, px=LEASE_MS, nx=True):
-                    self._begin(name, descriptions.get(name))
-
-    def _begin(self, name: str, description: bytes | None) -> None:
-        session = self.new_session(name)
-        conversation = resume(self._client, session, description)
+    def begin(self, name: str, description: bytes | None) -> None:
+        """Goes on with a session where the server before us was; see `Adopter`."""
+        conversation = resume(self._client, self.new_session(name), description)
         self.conversations[name] = conversation
         if not conversation.whole:
+            session = conversation.session
             gone = RuntimeError("another server ended, and entries of the sentence are deleted")
             refusal = session.failed(session.streams.input, "0-0", {}, gone)
             self._sender.send(conversation, [refusal])

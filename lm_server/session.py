@@ -8,7 +8,6 @@ state as it was. A sentence whose rescoring takes a while is answered by a promi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,11 +19,11 @@ import numpy as np
 from lm_server.answer import Answer, complete
 from lm_server.hot_words import HotWord, HotWordError
 from lm_server.nbest import Hypothesis
+from lm_server.parameters import NOT_NEEDED, OURS, changed_settings, idle_settings
 from lm_server.processes import version
 from lm_server.protocol import (
     MAX_MESSAGE_FRAMES,
     PROTOCOL_VERSION,
-    REQUEST_ID,
     WARNING,
     ProtocolError,
     decode_hot_words,
@@ -34,12 +33,8 @@ from lm_server.protocol import (
     session_streams,
 )
 from lm_server.search import NO_HOT_WORDS, BackendError, SearchModel
-from lm_server.settings import WHOLE, Settings, SettingsError, without_effect
+from lm_server.settings import Settings, SettingsError
 
-_OURS = tuple(field.name for field in dataclasses.fields(Settings))
-_NOT_NEEDED = ("rescore",)
-"""Published parameters of what has no counterpart here since nothing is lacking: taken, with a
-warning, and told as 0."""
 STEP_FRAMES = 100
 """Frames searched at a time; between two of them other sessions and the heartbeat's thread get
 their turn."""
@@ -182,8 +177,8 @@ class Session:
         """The settings as they stand, for `remote_lm_args`, under their published names."""
         values = {
             "lm_path": str(self._model.folder),
-            **{name: getattr(self._settings, name) for name in _OURS},
-            **dict.fromkeys(_NOT_NEEDED, 0),
+            **{name: getattr(self._settings, name) for name in OURS},
+            **dict.fromkeys(NOT_NEEDED, 0),
             "protocol_version": PROTOCOL_VERSION,
             "server_version": version(),
         }
@@ -224,7 +219,7 @@ class Session:
         """
         settings = changed_settings(self._settings, fields)
         self._search = self._model.search(settings, words)
-        self._asked |= {name for name in fields if name in _OURS}
+        self._asked |= {name for name in fields if name in OURS}
         self._settings, self.hot_words, self._description = settings, dict(words), None
 
     def search_frames(self, logits: np.ndarray) -> tuple[str, ...]:
@@ -315,7 +310,7 @@ class Session:
         # A search with them, made before they are taken: what it refuses must not stay.
         search = self._model.search(settings, self.hot_words)
         self._settings, self._description = settings, None
-        self._asked |= {name for name in fields if name in _OURS}
+        self._asked |= {name for name in fields if name in OURS}
         if not self._search.frames:
             self._search = search
         return [self.args(), self._done(self.streams.done_updating_params, fields), *warnings]
@@ -371,37 +366,6 @@ def final_fields(answer: Answer, context: str) -> dict[str, bytes]:
     return {name: value.encode() for name, value in fields.items()}
 
 
-def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Settings:
-    """Settings with those that an entry gives under their published names.
-
-    Raises:
-      ProtocolError: a name is unknown or a value is no number.
-      SettingsError: a value is outside its range.
-    """
-    ours: dict[str, float] = {}
-    for name, text in fields.items():
-        if name == REQUEST_ID:
-            continue
-        value = _number(name, text)
-        if name in _OURS:
-            ours[name] = int(value) if name in WHOLE and value == int(value) else value
-        elif name not in _NOT_NEEDED:
-            known = ", ".join([*_OURS, *_NOT_NEEDED])
-            raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
-    # int is what whole settings are declared as; the values of the others are floats.
-    return replace(settings, **ours)  # type: ignore[arg-type]
-
-
-def idle_settings(
-    before: Settings, after: Settings, fields: Mapping[str, bytes], backend: str
-) -> list[str]:
-    """Why what an entry changes has no effect in a search, one text for each such setting."""
-    changed = [name for name in _OURS if getattr(after, name) != getattr(before, name)]
-    changed += [name for name in _NOT_NEEDED if name in fields and _number(name, fields[name])]
-    reasons = (without_effect(name, backend) for name in changed)
-    return [reason for reason in reasons if reason is not None]
-
-
 def _at_once(hypotheses: Sequence[Hypothesis], settings: Settings, context: str) -> Answer:
     return complete(hypotheses, settings, None, context)
 
@@ -411,17 +375,6 @@ def _hot_words(text: str | bytes) -> dict[str, HotWord]:
         word: HotWord(one.weight, one.pronunciations)
         for word, one in decode_hot_words(text).items()
     }
-
-
-def _number(name: str, text: bytes) -> float:
-    try:
-        value = float(text)
-    except ValueError as error:
-        shown = text[:40].decode(errors="replace")
-        raise ProtocolError(f"{name} is {shown!r}; needed a number") from error
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ProtocolError(f"{name} is {value}; needed a finite number")
-    return value
 
 
 def _message(stream: str, fields: Mapping[str, str]) -> Message:

@@ -28,6 +28,7 @@ from lm_server.connection import LOST, Backoff, plain, text
 from lm_server.errors import UserError
 from lm_server.key_types import set_aside, wrong_type
 from lm_server.nbest import Hypothesis
+from lm_server.parameters import changed_settings, idle_settings
 from lm_server.protocol import (
     JOB_SECONDS,
     REGISTRY,
@@ -41,9 +42,7 @@ from lm_server.search import Search, SearchModel
 from lm_server.session import (
     STEP_FRAMES,
     Finish,
-    changed_settings,
     final_fields,
-    idle_settings,
 )
 from lm_server.settings import Settings
 from lm_server.status import Alive, Heartbeat, Meter, longest_finish, new_name

@@ -1,0 +1,55 @@
+"""Taking over sessions without a server: the default one, and open ones whose server is gone."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from lm_server.connection import text
+from lm_server.conversation import LEASE_MS
+from lm_server.protocol import DEFAULT_SESSION, REGISTRY, owner_key
+
+if TYPE_CHECKING:
+    from lm_server.server import Server
+
+_LOOKING_SECONDS = 0.5
+_ABSENT_SECONDS = 2.5
+"""An owner key must be away for so long before another server takes its session: after a FLUSHALL
+the owner writes it again within a second."""
+
+
+class Adopter:
+    """Looks for sessions without an owner and gives them to its server."""
+
+    def __init__(self, client: redis.Redis, me: str, server: Server) -> None:
+        self._client, self._me, self._server = client, me, server
+        self._absent: dict[str, float] = {}
+        self._looked = 0.0
+
+    def housekeeping(self) -> None:
+        """Looks, unless it did so a moment ago."""
+        if time.monotonic() - self._looked >= _LOOKING_SECONDS:
+            self.adopt()
+
+    def adopt(self, at_once: bool = False) -> None:
+        """Takes sessions without an owner; `at_once`: without waiting for it to come back."""
+        self._looked = now = time.monotonic()
+        open_: Any = self._client.hgetall(REGISTRY.sessions)
+        descriptions = {text(name): value for name, value in open_.items()}
+        served = self._server.conversations
+        for name in [DEFAULT_SESSION, *descriptions]:
+            if name in served:
+                self._absent.pop(name, None)
+                continue
+            if name != DEFAULT_SESSION and len(served) > self._server.limits.sessions:
+                continue
+            if self._client.exists(owner_key(name)):
+                self._absent.pop(name, None)
+                continue
+            since = self._absent.setdefault(name, now)
+            if at_once or now - since >= _ABSENT_SECONDS:
+                self._absent.pop(name, None)
+                if self._client.set(owner_key(name), self._me, px=LEASE_MS, nx=True):
+                    self._server.begin(name, descriptions.get(name))

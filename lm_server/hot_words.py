@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lm_server.errors import UserError
 from lm_server.lexicon import LexiconError, Pronunciation
-from lm_server.protocol import PHONEMES
+from lm_server.protocol import PHONEMES, ProtocolError, decode_hot_words
 
 MAX_HOT_WORDS = 500
 """Hot words of one search."""
@@ -33,6 +35,41 @@ class HotWord:
 
     weight: float
     pronunciations: tuple[Pronunciation, ...] = ()
+
+
+def parse_hot_words(text: str | bytes) -> dict[str, HotWord]:
+    """JSON {word: weight, or {weight, pronunciations}} -> hot words.
+
+    Raises:
+      ProtocolError: it is not JSON of that form.
+    """
+    entries = decode_hot_words(text)
+    return {word: HotWord(one.weight, one.pronunciations) for word, one in entries.items()}
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --hot-words."""
+    parser.add_argument(
+        "--hot-words",
+        type=Path,
+        metavar="FILE",
+        help='words to favour, such as names, as JSON: {"WORD": WEIGHT} or {"WORD": {"weight": W, '
+        '"pronunciations": [["K", "AE", "T"]]}}; weights are added to a sentence\'s score (ln)',
+    )
+
+
+def from_options(args: argparse.Namespace) -> dict[str, HotWord]:
+    """The hot words of --hot-words; none without it. The search checks what they are.
+
+    Raises:
+      HotWordError: the file cannot be read or is not as needed.
+    """
+    if args.hot_words is None:
+        return {}
+    try:
+        return parse_hot_words(args.hot_words.read_bytes())
+    except (OSError, ProtocolError) as error:
+        raise HotWordError(f"--hot-words {args.hot_words}: {error}") from error
 
 
 def check_hot_words(

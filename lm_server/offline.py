@@ -14,7 +14,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -33,10 +33,11 @@ from rich.progress import (
 
 from lm_server.answer import Answer, SentenceScorer, complete
 from lm_server.errors import UserError
+from lm_server.hot_words import HotWord
 from lm_server.nbest import Hypothesis
 from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
 from lm_server.rescore import RescoringQueue
-from lm_server.search import NoSentenceError, Search, SearchModel
+from lm_server.search import NO_HOT_WORDS, NoSentenceError, Search, SearchModel
 from lm_server.settings import Settings
 
 _worker: tuple[Search, Logits] | None = None
@@ -177,6 +178,7 @@ def decode_file(
     out: Path,
     workers: int,
     load_scorer: Callable[[], SentenceScorer | None] = lambda: None,
+    hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
 ) -> int:
     """Decodes a logits file to JSON lines: trial, and what `Answer.as_json` gives.
 
@@ -192,6 +194,7 @@ def decode_file(
       workers: number of processes that search.
       load_scorer: gives the large language model that rescores, if any; called once, when the
         processes are forked.
+      hot_words: words to favour.
 
     Returns:
       Number of trials that could not be decoded, or not rescored although they should.
@@ -207,7 +210,10 @@ def decode_file(
     console = Console(stderr=True)
     problems = 0
     try:
-        with temporary.open("w") as output, searched(model, settings, logits, workers) as outcomes:
+        with (
+            temporary.open("w") as output,
+            searched(model, settings, logits, workers, hot_words) as outcomes,
+        ):
             answers = _answers(outcomes, settings, load_scorer())
             columns = (
                 TextColumn("{task.description}"),
@@ -266,10 +272,14 @@ def _answers(
 
 @contextlib.contextmanager
 def searched(
-    model: SearchModel, settings: Settings, logits: Logits, workers: int
+    model: SearchModel,
+    settings: Settings,
+    logits: Logits,
+    workers: int,
+    hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
 ) -> Iterator[Iterator[Outcome]]:
     """The outcome of every trial, in order, from this process or from a pool of workers."""
-    search = model.search(settings)
+    search = model.search(settings, hot_words)
     indices = range(len(logits.trials))
     workers = min(workers, max(len(indices), 1))
     if workers == 1:

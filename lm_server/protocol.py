@@ -358,6 +358,7 @@ class Job:
       logits: float32 [frames, 41] in the language model's order.
       settings: published name -> value; the worker's own where one is not given.
       context: what was said before, for rescoring.
+      hot_words: words to favour; None: the worker's own.
     """
 
     batch: str
@@ -365,6 +366,7 @@ class Job:
     logits: np.ndarray
     settings: Mapping[str, float] | None = None
     context: str = ""
+    hot_words: Mapping[str, HotWordEntry] | None = None
 
     def fields(self) -> dict[str, bytes]:
         """As an entry of the jobs' stream.
@@ -381,4 +383,6 @@ class Job:
             fields_["settings"] = json.dumps(dict(self.settings)).encode()
         if self.context:
             fields_["context"] = self.context.encode()
+        if self.hot_words is not None:
+            fields_["hot_words"] = encode_hot_words(self.hot_words).encode()
         return fields_

@@ -14,13 +14,12 @@ from lm_server import scripts
 from lm_server.connection import text
 from lm_server.conversation import LEASE_MS, newest_ids
 from lm_server.errors import UserError
-from lm_server.hot_words import HotWord
+from lm_server.hot_words import parse_hot_words
 from lm_server.protocol import (
     PROTOCOL_VERSION,
     REGISTRY,
     ProtocolError,
     check_session,
-    decode_hot_words,
     owner_key,
     request_id,
     session_streams,
@@ -120,10 +119,9 @@ class Registrar:
         session = server.new_session(name)
         idle = self._idle_seconds(fields)
         given = {key: value for key, value in fields.items() if key not in _NOT_SETTINGS}
-        words = {
-            word: HotWord(one.weight, one.pronunciations)
-            for word, one in decode_hot_words(fields.get("hot_words", b"{}")).items()
-        }
+        words = session.hot_words
+        if "hot_words" in fields:
+            words = parse_hot_words(fields["hot_words"])
         before = session.settings
         session.apply(given, words)
         warnings = session.warnings(before, session.settings, REGISTRY.requests, entry_id, fields)

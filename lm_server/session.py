@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from lm_server.answer import Answer, complete
-from lm_server.hot_words import HotWord, HotWordError
+from lm_server.hot_words import HotWord, HotWordError, parse_hot_words
 from lm_server.nbest import Hypothesis
 from lm_server.parameters import NOT_NEEDED, OURS, changed_settings, idle_settings
 from lm_server.processes import version
@@ -26,7 +26,6 @@ from lm_server.protocol import (
     PROTOCOL_VERSION,
     WARNING,
     ProtocolError,
-    decode_hot_words,
     decode_logits,
     encode_scoring,
     request_id,
@@ -208,7 +207,7 @@ class Session:
         """
         given = json.loads(description)
         asked = {str(name): str(value).encode() for name, value in given["settings"].items()}
-        self.apply(asked, _hot_words(json.dumps(given["hot_words"])))
+        self.apply(asked, parse_hot_words(json.dumps(given["hot_words"])))
 
     def apply(self, fields: Mapping[str, bytes], words: Mapping[str, HotWord]) -> None:
         """Begins anew with other settings and hot words; refuses both or takes both.
@@ -340,7 +339,7 @@ class Session:
                 f"a sentence of {self._search.frames} frames is under way; hot words change "
                 "between sentences: send them after finalize or reset"
             )
-        words = _hot_words(fields["words"])
+        words = parse_hot_words(fields["words"])
         self._search = self._model.search(self._settings, words)
         self.hot_words, self._description = words, None
         return [self._done(self.streams.done_hot_words, fields)]
@@ -368,13 +367,6 @@ def final_fields(answer: Answer, context: str) -> dict[str, bytes]:
 
 def _at_once(hypotheses: Sequence[Hypothesis], settings: Settings, context: str) -> Answer:
     return complete(hypotheses, settings, None, context)
-
-
-def _hot_words(text: str | bytes) -> dict[str, HotWord]:
-    return {
-        word: HotWord(one.weight, one.pronunciations)
-        for word, one in decode_hot_words(text).items()
-    }
 
 
 def _message(stream: str, fields: Mapping[str, str]) -> Message:

@@ -26,6 +26,7 @@ from lm_server import scripts
 from lm_server.answer import Answer, complete
 from lm_server.connection import LOST, Backoff, plain, text
 from lm_server.errors import UserError
+from lm_server.hot_words import HotWord, parse_hot_words
 from lm_server.key_types import set_aside, wrong_type
 from lm_server.nbest import Hypothesis
 from lm_server.parameters import changed_settings, idle_settings
@@ -38,12 +39,8 @@ from lm_server.protocol import (
     request_id,
     results_stream,
 )
-from lm_server.search import Search, SearchModel
-from lm_server.session import (
-    STEP_FRAMES,
-    Finish,
-    final_fields,
-)
+from lm_server.search import NO_HOT_WORDS, Search, SearchModel
+from lm_server.session import STEP_FRAMES, Finish, final_fields
 from lm_server.settings import Settings
 from lm_server.status import Alive, Heartbeat, Meter, longest_finish, new_name
 
@@ -107,6 +104,7 @@ class Worker:
         finish: Finish | None = None,
         terms: Terms | None = None,
         name: str | None = None,
+        hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
     ) -> None:
         """Prepares the worker.
 
@@ -117,6 +115,7 @@ class Worker:
           finish: makes the answer of the search's candidates; None: the n-gram model's at once.
           terms: how long jobs are held.
           name: of this worker; no other on this Redis may have it.
+          hot_words: words to favour, where a job does not say.
         """
         self.name = name or new_name("worker")
         self.meter = Meter()
@@ -125,7 +124,8 @@ class Worker:
         self._terms = terms or Terms()
         self._keep = client.register_script(scripts.KEEP_JOB)
         self._done = client.register_script(scripts.FINISH_JOB)
-        self._search: tuple[Settings, Search] = (settings, model.search(settings))
+        self._hot_words = dict(hot_words)
+        self._use(settings, self._hot_words)
         self._waiting: deque[_Waiting] = deque()
         self._held: set[str] = set()
         self._claimed = 0.0
@@ -257,9 +257,12 @@ class Worker:
                     "float32 [frames, 41] as raw bytes"
                 )
             logits = decode_logits(taken.fields["logits"])
-            if self._search[0] != settings:
-                self._search = (settings, self._model.search(settings))
-            search = self._search[1]
+            words = self._hot_words
+            if "hot_words" in taken.fields:
+                words = parse_hot_words(taken.fields["hot_words"])
+            if self._using != (settings, words):
+                self._use(settings, words)
+            search = self._search
             search.begin()
             for start in range(0, len(logits), STEP_FRAMES):
                 self._alive()
@@ -274,13 +277,17 @@ class Worker:
             # A fault of ours costs this job its answer, and not the other jobs their worker.
             _log.exception("failed on %s", taken)
             self.meter.count(f"failed_{type(error).__name__}")
-            self._search = (self._settings, self._model.search(self._settings))
+            self._use(self._settings, self._hot_words)
             reason = f"the worker failed on it ({type(error).__name__}: {error}); see its log"
             return _Waiting(taken, {"error": reason.encode()}, None, started)
         if isinstance(result, Answer):
             return _Waiting(taken, final_fields(result, context), None, started, "; ".join(idle))
         found = (hypotheses, settings, context)
         return _Waiting(taken, result, found, started, "; ".join(idle))
+
+    def _use(self, settings: Settings, hot_words: Mapping[str, HotWord]) -> None:
+        self._search: Search = self._model.search(settings, hot_words)
+        self._using = (settings, hot_words)
 
     def _settings_of(self, taken: _Taken) -> tuple[Settings, list[str]]:
         """A job's settings, and which of them have no effect here and why."""

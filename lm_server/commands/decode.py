@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm_server import rescore, search, settings
+from lm_server import hot_words, rescore, search, settings
 from lm_server.processes import cleaning_up_when_terminated, default_workers
 
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
     )
     search.add_option(parser)
+    hot_words.add_option(parser)
     rescore.add_options(parser)
     settings.add_options(parser)
 
@@ -42,12 +43,13 @@ def run(args: argparse.Namespace) -> int:
         raise settings.SettingsError(f"--workers is {workers}; needed at least 1")
     chosen = settings.from_options(args)
     settings.warn_without_effect(args)
+    words = hot_words.from_options(args)
     # The file first: a wrong one shows at once, not after the model is read.
     logits = read_logits(args.logits)
     with cleaning_up_when_terminated():
         model = search.load_model(args.lm, args.backend)
         problems = decode_file(
-            model, chosen, logits, args.out, workers, lambda: rescore.from_options(args)
+            model, chosen, logits, args.out, workers, lambda: rescore.from_options(args), words
         )
     if not logits.trials:
         print(f"warning: {args.logits} holds 0 trials: {args.out} is empty", file=sys.stderr)

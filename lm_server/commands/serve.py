@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lm_server import logs, rescore, search, settings
+from lm_server import hot_words, logs, rescore, search, settings
 from lm_server.processes import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
 
@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     logs.add_option(parser)
     search.add_option(parser)
+    hot_words.add_option(parser)
     rescore.add_options(parser)
     settings.add_options(parser)
 
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         url = own.url if own else args.redis
         chosen = settings.from_options(args)
         settings.warn_without_effect(args)
+        words = hot_words.from_options(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
         model = search.load_model(args.lm, args.backend)
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             finish = queue.submit
 
         def session(name: str) -> Session:
-            return Session(model, chosen, name, finish, max_frames=args.max_sentence_frames)
+            return Session(model, chosen, name, finish, words, args.max_sentence_frames)
 
         server = Server(client, session, limits)
 

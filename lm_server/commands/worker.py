@@ -14,7 +14,7 @@ import signal
 import threading
 from pathlib import Path
 
-from lm_server import logs, rescore, search, settings
+from lm_server import hot_words, logs, rescore, search, settings
 from lm_server.commands.serve import add_running_options
 from lm_server.processes import default_workers, stop_with_parent
 
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     logs.add_option(parser)
     search.add_option(parser)
+    hot_words.add_option(parser)
     rescore.add_options(parser)
     settings.add_options(parser)
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             raise settings.SettingsError(f"--{name} is {value:g}; needed at least {least:g}")
     chosen = settings.from_options(args)
     settings.warn_without_effect(args)
+    words = hot_words.from_options(args)
     terms = Terms(args.lease_seconds, args.attempts, args.rescore_seconds)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -80,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         connect(url, args.wait_seconds, stop).close()
         # Read before the processes are forked, so that they share its memory.
         model = search.load_model(args.lm, args.backend)
+        # Words that cannot be used show here once, and not in every process again and again.
+        model.search(chosen, words)
 
         def work(ended: threading.Event) -> None:
             # It answered a moment ago: should it be away now, it is waited for.
@@ -88,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
                 scorer = rescore.from_options(args)
                 queue = None if scorer is None else rescore.RescoringQueue(scorer)
                 finish = None if queue is None else queue.submit
-                Worker(client, model, chosen, finish, terms).run(ended)
+                Worker(client, model, chosen, finish, terms, hot_words=words).run(ended)
                 if queue is not None:
                     queue.close()
 

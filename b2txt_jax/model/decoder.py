@@ -215,27 +215,6 @@ class Decoder(nnx.Module):
         return self.head(x.swapaxes(0, 1), dtype), {"gru": after}
 
 
-def init_params(model: ModelConfig, features: int, days: int, key: jax.Array) -> Params:
-    """Fresh parameters, a nested dict of float32 arrays."""
-    params: Params = nnx.to_pure_dict(nnx.state(Decoder(model, features, days, key)))
-    return params
-
-
-def make_apply(model: ModelConfig, features: int, days: int) -> Any:
-    """Returns `apply(params, x, day, dropout_key=None) -> logits`, a pure function of Decoder's
-    call."""
-    abstract = nnx.eval_shape(lambda: Decoder(model, features, days, jax.random.key(0)))
-    graph = nnx.graphdef(abstract)
-
-    def apply(
-        params: Params, x: jax.Array, day: jax.Array, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        logits: jax.Array = nnx.merge(graph, params)(x, day, dropout_key)
-        return logits
-
-    return apply
-
-
 def parameter_count(params: Params) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -15,7 +15,7 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.interop.nejm import COMPILED_PREFIX, read_nejm, write_nejm
 from b2txt_jax.interop.weights import expected_shapes, from_named, moments_of, to_named
-from b2txt_jax.model.decoder import init_params
+from b2txt_jax.model.network import init_params
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.optimizer import make_optimizer
 

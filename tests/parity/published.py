@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 from b2txt_jax.config import Config, ModelConfig, OptimizerConfig
-from b2txt_jax.model.decoder import init_params
+from b2txt_jax.model.network import init_params
 
 
 class PublishedDecoder(nn.Module):

@@ -10,7 +10,7 @@ from published import PublishedDecoder, differences
 from scipy.stats import ks_2samp
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.decoder import init_params
+from b2txt_jax.model.network import init_params
 
 FEATURES, DAYS, SEEDS = 8, 2, 300
 MODEL = dataclasses.replace(

@@ -11,7 +11,7 @@ import torch
 from published import optimizer_and_schedule, rate_factor
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.decoder import init_params
+from b2txt_jax.model.network import init_params
 from b2txt_jax.training.optimizer import (
     GROUPS,
     make_optimizer,

@@ -17,7 +17,7 @@ from published import PublishedDecoder, fill, smoothed
 from b2txt_jax.config import load_config
 from b2txt_jax.data.hdf5 import SplitReader, find_sessions, index_split
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.decoder import init_params
+from b2txt_jax.model.network import init_params
 from b2txt_jax.training.step import make_eval_step
 
 CONFIG = load_config("configs/nejm_baseline.py", ["--config.model.dtype=float32"])

@@ -6,7 +6,7 @@ import pytest
 
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.decoder import make_apply
+from b2txt_jax.model.network import make_apply
 from b2txt_jax.signal.smooth import smooth
 from b2txt_jax.training.step import init_state, make_eval_step, make_train_step, step_keys
 

@@ -116,7 +116,7 @@ def test_old_candidates_keep_their_scores_and_the_best_stays_the_best(
         totals, sorted(totals, reverse=True), atol=1e-6
     )
     best = max(one.total(SCALE) for one in hypotheses)
-    assert totals[0] == pytest.approx(best)
+    assert totals[0] == pytest.approx(best, abs=1e-6)
 
 
 def test_two_words_found_apart_come_together() -> None:

@@ -19,6 +19,18 @@ SERVER_SIDE = {"torch", "transformers", "kenlm", "flashlight", "pyctcdecode", "k
 JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "h5py", "b2txt_jax", "grain"}
 
 
+def test_b2txt_imports_nothing_of_the_servers_side_where_that_is_installed():
+    program = (
+        "import sys\n"
+        "from b2txt_jax.cli import COMMANDS, make_parser\n"
+        "for name in COMMANDS: make_parser(name)\n"
+        "import b2txt_jax.training.loop, b2txt_jax.evaluation.command\n"
+        f"print(*({SERVER_SIDE!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "blocked"),
     [

@@ -46,7 +46,7 @@ lint: setup
 	$(BIN)/shellcheck launch/*.sh
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --durations=30
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --durations=30
 
 test-slow: setup setup-tpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow

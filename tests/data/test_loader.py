@@ -5,6 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
+from b2txt_jax.config import load_config
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.loader import (
     EvaluationData,
@@ -15,6 +16,7 @@ from b2txt_jax.data.loader import (
 )
 from b2txt_jax.data.packed import read_manifest
 from b2txt_jax.data.sessions import find_sessions
+from tests.conftest import REPOSITORY
 from tests.data.packing import packed
 
 
@@ -25,6 +27,13 @@ def frames_of_bins(bins):
 def training(config, root=None):
     data = config.data if root is None else dataclasses.replace(config.data, root=str(root))
     return TrainingData(data, configured_sessions(data), 14, frames_of_bins)
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tiny_overrides):
+    """With two buckets, so that there is one to choose."""
+    overrides = [*tiny_overrides, "--config.data.buckets=((160, 40), (320, 80))"]
+    return load_config(REPOSITORY / "configs/demo.py", overrides)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from b2txt_jax.inference.logits import compute_logits, load_model
 from b2txt_jax.training.loop import train
 from tests.data.packing import packed
 
+pytestmark = pytest.mark.xdist_group("packed")  # one run to compare with
+
 
 def on(config, root):
     return dataclasses.replace(

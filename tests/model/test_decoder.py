@@ -51,9 +51,9 @@ def test_dropout_is_on_with_a_key_and_off_without():
     params = perturbed_params(SMALL)
     x = np.random.default_rng(2).normal(size=(2, 20, FEATURES)).astype(np.float32)
     day = np.zeros(2, int)
-    apply = make_apply(SMALL, FEATURES, DAYS)
+    apply = jax.jit(make_apply(SMALL, FEATURES, DAYS))  # op by op, loops compile anew
     np.testing.assert_array_equal(apply(params, x, day), apply(params, x, day))
-    forward = make_forward(SMALL, FEATURES, DAYS)
+    forward = jax.jit(make_forward(SMALL, FEATURES, DAYS))
     first, second = (forward(params, x, day, jax.random.key(k)).logits for k in (0, 1))
     assert np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-3
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -17,6 +18,8 @@ import pytest
 from devices import TRAIN, finish, losses, start
 
 from b2txt_jax.config import with_overrides
+from b2txt_jax.data import loader
+from b2txt_jax.data.buckets import buckets_of_data
 from b2txt_jax.training.checkpoint import CheckpointError
 from b2txt_jax.training.loop import FINISHED_FILE, train
 from b2txt_jax.training.tracker import TrainingError
@@ -209,7 +212,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_where_so_configured(po
     assert all(np.isfinite(line["loss"]) for line in lines if line["kind"] == "val")
 
 
-def test_buckets_left_open_are_chosen_from_the_data_and_kept_for_the_run(tiny_config, tmp_path):
+def test_buckets_left_open_are_chosen_from_the_data_and_kept_for_the_run(
+    tiny_config, tmp_path, monkeypatch
+):
+    # Two instead of six: each takes seconds to compile.
+    monkeypatch.setattr(loader, "buckets_of_data", partial(buckets_of_data, count=2))
     config = with_overrides(tiny_config, ["--config.data.buckets=()", "--config.train.steps=2"])
     train(config, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["data"]["buckets"]

@@ -22,7 +22,8 @@ from b2txt_jax.training.sharding import (
     state_shardings,
 )
 
-pytestmark = pytest.mark.timeout(900)
+# One group, so that one worker makes the run that the others are compared with.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("sharding")]
 
 STEPS = 20
 
@@ -32,6 +33,7 @@ def overrides(tiny_overrides):
     """Eight rows per batch, one per device; every step logged; with dropout and augmentation."""
     return [
         *tiny_overrides,
+        "--config.data.buckets=((160, 40), (320, 80))",
         "--config.data.trials_per_day=2",
         "--config.data.eval_batch_size=8",
         f"--config.train.steps={STEPS}",

@@ -19,6 +19,7 @@ from b2txt_jax.training.loop import out_of_patience, train
 from b2txt_jax.training.sharding import rule_of
 from b2txt_jax.training.step import init_state
 
+pytestmark = pytest.mark.xdist_group("triple")  # one run for all
 STEPS = 4
 
 

@@ -250,6 +250,18 @@ def _within(limits: tuple[float, float], share: float) -> float:
     return float(np.exp(low + share * (high - low)))
 
 
+def search_curve(result: Result) -> list[tuple[float, float]]:
+    """(blank penalty, word error rate) of every search with its own best re-ranking.
+
+    What a blank penalty changes cannot be had by re-ranking, so each point is a search of its own;
+    their acoustic scales differ.
+    """
+    return sorted(
+        (one.lists.settings.blank_penalty, one.best_errors / max(result.words, 1))
+        for one in result.tried
+    )
+
+
 def curves(result: Result) -> dict[str, list[tuple[float, float]]]:
     """Setting -> (value, word error rate) with the others as found, by re-ranking."""
     settings, lists = result.settings, result.lists

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_server.errors import UserError
-from lm_server.tune import Result, curves
+from lm_server.tune import Result, curves, search_curve
 
 _TUNED = ("acoustic_scale", "blank_penalty", "word_bonus", "alpha", "confidence_temperature")
 
@@ -39,6 +39,7 @@ def about(result: Result) -> dict[str, Any]:
             for one in result.tried
         ],
         "curves": curves(result),
+        "blank_penalty_of_searches": search_curve(result),
     }
 
 
@@ -53,7 +54,9 @@ def as_text(result: Result) -> str:
     ]
     for name, points in found["curves"].items():
         lines += ["", f"WER by {name}, the rest as found:"]
-        lines.append("  " + "  ".join(f"{value:.3g}: {rate:.2%}" for value, rate in points))
+        lines.append(_points(points))
+    lines += ["", "WER by blank_penalty, a search each, re-ranked without a large model:"]
+    lines.append(_points(found["blank_penalty_of_searches"]))
     before, after = result.log_loss
     lines += [
         "",
@@ -65,6 +68,10 @@ def as_text(result: Result) -> str:
         f"log loss of the sentence confidence: {before:.3f} -> {after:.3f}",
     ]
     return "\n".join(lines)
+
+
+def _points(points: list[tuple[float, float]]) -> str:
+    return "  " + "  ".join(f"{value:.3g}: {rate:.2%}" for value, rate in points)
 
 
 def write_picture(result: Result, path: Path) -> None:
@@ -80,10 +87,10 @@ def write_picture(result: Result, path: Path) -> None:
 
     found = about(result)
     panels = found["curves"]
-    figure = Figure(figsize=(3.6 * (len(panels) + 1), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.6 * (len(panels) + 2), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels) + 1)
-    first = axes[0]
+    axes = figure.subplots(1, len(panels) + 2)
+    first, second = axes[:2]
     points = first.scatter(
         [one["acoustic_scale"] for one in found["searches"]],
         [one["blank_penalty"] for one in found["searches"]],
@@ -104,7 +111,11 @@ def write_picture(result: Result, path: Path) -> None:
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
     figure.colorbar(points, ax=first, label="WER (%)")
-    for panel, (name, curve) in zip(axes[1:], panels.items(), strict=True):
+    searched = found["blank_penalty_of_searches"]
+    second.plot([x for x, _ in searched], [100 * y for _, y in searched], "o")
+    second.axvline(result.settings.blank_penalty, linestyle=":", color="grey")
+    second.set(xscale="log", xlabel="blank_penalty", ylabel="WER (%)", title="searches, re-ranked")
+    for panel, (name, curve) in zip(axes[2:], panels.items(), strict=True):
         panel.plot([x for x, _ in curve], [100 * y for _, y in curve], marker="o")
         panel.axvline(getattr(result.settings, name), linestyle=":", color="grey")
         panel.set(xlabel=name, ylabel="WER (%)")

@@ -267,6 +267,12 @@ def test_the_command_writes_settings_that_decode_reads(
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     about = json.loads(out.read_text())["about"]
     assert about["sentences"] == 16
+    by_blank = [(one["blank_penalty"], one["wer_reranked"]) for one in about["searches"]]
+    assert about["blank_penalty_of_searches"] == [
+        pytest.approx(pair, abs=1e-6) for pair in sorted(by_blank)
+    ]
+    shown = text.split("WER by blank_penalty")[1].splitlines()[1].split("  ")[1:]
+    assert shown == [f"{blank:.3g}: {wer:.2%}" for blank, wer in sorted(by_blank)]
     decoded = tmp_path / "decoded.jsonl"
     options = ["--out", str(decoded), "--settings", str(out)]
     assert main(["decode", *common, *options]) == 0

@@ -95,6 +95,8 @@ def program_cost(text: str, devices: int) -> Cost:
     walk = _Walk(parse_module(text), devices)
     entry = walk.module.computations[walk.module.entry]
     walk.visit(Frame(entry), 1, fused=False, looped=False)
+    for (kind, group, _), (times, size) in walk.in_parts.items():
+        walk.add_collective(kind, group, times, size)
     collectives = tuple(
         Collective(kind, group, *numbers)
         for (kind, group), numbers in sorted(walk.collectives.items())
@@ -131,6 +133,8 @@ class _Walk:
         self.flops = self.hbm_bytes = self.cycles = self.loop_cycles = 0
         self.kernels = self.kernel_flops = self.kernel_bytes = self.undeclared = 0
         self.collectives: dict[tuple[str, int], tuple[int, int]] = {}
+        self.in_parts: dict[tuple[str, int, str], tuple[int, int]] = {}
+        """Collectives that go on beside other fusions, by their channel: (runs, bytes of one)."""
         self.unknown: list[str] = []
 
     def visit(self, frame: Frame, times: int, *, fused: bool, looped: bool) -> None:
@@ -194,6 +198,17 @@ class _Walk:
         group = group_size(instruction.attributes, self.devices)
         # The whole array: what each device gives, or for a gather what each one gets.
         size = given * group if kind == "all-gather" else given
+        channel = _channel_in_parts(instruction)
+        if channel is None:
+            self.add_collective(kind, group, times, size)
+            return
+        # It stands in every fusion that it goes on beside, also in those of a loop's body; it runs
+        # as often as the fusion that starts it.
+        runs, _ = self.in_parts.get((kind, group, channel), (times, size))
+        self.in_parts[kind, group, channel] = (min(runs, times), size)
+
+    def add_collective(self, kind: str, group: int, times: int, size: int) -> None:
+        """Counts a collective that runs `times` times on `size` bytes."""
         count, total = self.collectives.get((kind, group), (0, 0))
         self.collectives[kind, group] = (count + times, total + times * size)
 
@@ -204,6 +219,12 @@ class _Walk:
         self.kernel_flops += times * declared.get("flops", 0)
         self.kernel_bytes += times * declared.get("bytes_accessed", touched)
         self.undeclared += 0 if declared else times
+
+
+def _channel_in_parts(instruction: Instruction) -> str | None:
+    """The channel of a collective of which this is one part of several; None of a whole one."""
+    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return channel[1] if channel and "chain_id=" in instruction.attributes else None
 
 
 def _is_kernel(instruction: Instruction) -> bool:
@@ -316,18 +337,30 @@ def hbm_traffic(instruction: Instruction, computation: Computation, module: Modu
 
 def _fusion_traffic(instruction: Instruction, computation: Computation, module: Module) -> int:
     inner = module.computations[instruction.called("calls")[0]]
+    passed_in, passed_out = _passed_through(instruction, inner)
     total = 0
     for number, parameter in inner.parameters.items():
+        if number in passed_in:
+            continue
         source = computation.instructions[instruction.operands[number]]
         if not all(array.space for array in source.result):
             total += _read(inner, parameter)
     roots = [inner.root]
     if inner.root.opcode == "tuple":
         roots = [inner.instructions[name] for name in inner.root.operands]
-    for root, array in zip(roots, instruction.result, strict=False):
-        if array.space == 0:
+    for number, (root, array) in enumerate(zip(roots, instruction.result, strict=False)):
+        if array.space == 0 and number not in passed_out:
             total += _written(inner, root, array)
     return total
+
+
+def _passed_through(instruction: Instruction, inner: Computation) -> tuple[set[int], set[int]]:
+    """A fusion's operands and results that hold a collective under way: it does not touch them."""
+    if all(_channel_in_parts(one) is None for one in inner.instructions.values()):
+        return set(), set()
+    aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.attributes)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", aliases[1]) if aliases else []
+    return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 
 
 def _through(inner: Computation, instruction: Instruction) -> Instruction:

@@ -317,3 +317,65 @@ def test_a_kernel_counts_as_it_declares_and_is_named_where_it_does_not() -> None
 def test_text_that_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("no ENTRY computation")):
         parse_module("not a module")
+
+
+# As libtpu writes it for v5e: a gather goes on beside three products of a loop, whose iterations
+# pass its two arrays on in place.
+IN_PARTS = """HloModule parts, is_scheduled=true
+
+%starting (p.0: f32[64]) -> (f32[64], f32[256]) {
+  %p.0 = f32[64]{0} parameter(0)
+  %part.0 = f32[256]{0} all-gather(%p.0), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %t.0 = (f32[64]{0}, f32[256]{0}) tuple(%p.0, %part.0)
+}
+
+%beside (p.1: f32[64], p.2: f32[256], p.3: f32[8,8]) -> (f32[8,8], f32[64], f32[256]) {
+  %p.1 = f32[64]{0} parameter(0)
+  %p.2 = f32[256]{0} parameter(1)
+  %p.3 = f32[8,8]{1,0} parameter(2)
+  %part.1 = f32[256]{0} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  %product = f32[8,8]{1,0} dot(%p.3, %p.3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t.1 = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}) tuple(%product, %p.1, %part.1)
+}
+
+%ending (p.4: f32[64], p.5: f32[256]) -> f32[256] {
+  %p.4 = f32[64]{0} parameter(0)
+  %p.5 = f32[256]{0} parameter(1)
+  ROOT %part.2 = f32[256]{0} all-gather(%p.4), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%again (s: (f32[8,8], f32[64], f32[256])) -> (f32[8,8], f32[64], f32[256]) {
+  %s = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}) parameter(0)
+  %s.0 = f32[8,8]{1,0} get-tuple-element(%s), index=0
+  %s.1 = f32[64]{0} get-tuple-element(%s), index=1
+  %s.2 = f32[256]{0} get-tuple-element(%s), index=2
+  ROOT %step = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}) fusion(%s.1, %s.2, %s.0), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%beside
+}
+
+%more (c: (f32[8,8], f32[64], f32[256])) -> pred[] {
+  %c = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (a: f32[64], b: f32[8,8]) -> f32[256] {
+  %a = f32[64]{0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  %start = (f32[64]{0}, f32[256]{0}) fusion(%a), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%starting
+  %a.1 = f32[64]{0} get-tuple-element(%start), index=0
+  %g.1 = f32[256]{0} get-tuple-element(%start), index=1
+  %first = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}) tuple(%b, %a.1, %g.1)
+  %loop = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}) while(%first), condition=%more, body=%again, backend_config={"known_trip_count":{"n":"3"}}
+  %a.2 = f32[64]{0} get-tuple-element(%loop), index=1
+  %g.2 = f32[256]{0} get-tuple-element(%loop), index=2
+  ROOT %done = f32[256]{0} fusion(%a.2, %g.2), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%ending
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_goes_on_beside_a_loop_is_counted_once_and_its_arrays_are_not_touched():
+    cost = program_cost(IN_PARTS, devices=8)
+    assert cost.collectives == (Collective("all-gather", 4, 1, 4 * 256),)
+    assert cost.flops == 3 * 2 * 8**3
+    # The gathered array, written by the start; the products' operand and result; the given array,
+    # which the end reads.
+    assert cost.hbm_bytes == 4 * (256 + 3 * (64 + 64) + 64)

@@ -14,12 +14,9 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from b2txt_jax.inference.lm_answers import (
     Decoded,
@@ -29,6 +26,7 @@ from b2txt_jax.inference.lm_answers import (
     error_text,
     mask_password,
 )
+from b2txt_jax.inference.lm_redis import redis_client
 from lm_server.protocol import (
     DEFAULT_SESSION,
     REGISTRY,
@@ -87,22 +85,7 @@ class LanguageModelClient:
         self.timeout = timeout
         self.hello_timeout = hello_timeout
         self._streams = streams or session_streams(session)
-        try:
-            # RESP2 explicitly: redis-py's default answers XREAD in another shape. No silent
-            # retries: a lost message must not be sent twice, since the server would decode it
-            # twice.
-            self._redis: Any = redis.Redis.from_url(
-                url,
-                protocol=2,
-                retry=Retry(NoBackoff(), 0),
-                socket_connect_timeout=5.0,
-                socket_timeout=30.0,
-            )
-        except ValueError as error:
-            raise LanguageModelError(
-                f"{self.url!r} is no Redis URL ({error}); needed "
-                "redis://[:password@]host:port/database, rediss://... or unix:///path"
-            ) from error
+        self._redis = redis_client(url)
         streams_read = (
             self._streams.done_resetting,
             self._streams.partial,

@@ -13,12 +13,9 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from b2txt_jax.inference.lm_answers import (
     Decoded,
@@ -28,6 +25,7 @@ from b2txt_jax.inference.lm_answers import (
     mask_password,
 )
 from b2txt_jax.inference.lm_client import Progress
+from b2txt_jax.inference.lm_redis import redis_client
 from lm_server.protocol import (
     JOB_SECONDS,
     REGISTRY,
@@ -67,19 +65,7 @@ class JobClient:
         self.duplicates = 0
         """Results that came a second time, which exactly-once delivery forbids."""
         self._timeout, self._reconnect_seconds = timeout, reconnect_seconds
-        try:
-            self._redis: Any = redis.Redis.from_url(
-                url,
-                protocol=2,
-                retry=Retry(NoBackoff(), 0),
-                socket_connect_timeout=5.0,
-                socket_timeout=30.0,
-            )
-        except ValueError as error:
-            raise LanguageModelError(
-                f"{self.url!r} is no Redis URL ({error}); needed "
-                "redis://[:password@]host:port/database, rediss://... or unix:///path"
-            ) from error
+        self._redis = redis_client(url)
         self._submit = self._redis.register_script(SUBMIT_JOB)
         try:
             self._redis.ping()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
 import redis
 
+from lm_server import scripts
 from lm_server.connection import text
 from lm_server.conversation import LEASE_MS
+from lm_server.errors import UserError
 from lm_server.protocol import DEFAULT_SESSION, REGISTRY, owner_key
 
 if TYPE_CHECKING:
@@ -18,6 +21,10 @@ _LOOKING_SECONDS = 0.5
 _ABSENT_SECONDS = 2.5
 """An owner key must be away for so long before another server takes its session: after a FLUSHALL
 the owner writes it again within a second."""
+_REFUSED_SECONDS = 30.0
+"""A session that could not be taken over is tried again after so long."""
+
+_log = logging.getLogger(__name__)
 
 
 class Adopter:
@@ -25,6 +32,7 @@ class Adopter:
 
     def __init__(self, client: redis.Redis, me: str, server: Server) -> None:
         self._client, self._me, self._server = client, me, server
+        self._release = client.register_script(scripts.RELEASE)
         self._absent: dict[str, float] = {}
         self._looked = 0.0
 
@@ -52,4 +60,15 @@ class Adopter:
             if at_once or now - since >= _ABSENT_SECONDS:
                 self._absent.pop(name, None)
                 if self._client.set(owner_key(name), self._me, px=LEASE_MS, nx=True):
-                    self._server.begin(name, descriptions.get(name))
+                    self._begin(name, descriptions.get(name), at_once)
+
+    def _begin(self, name: str, description: bytes | None, at_once: bool) -> None:
+        try:
+            self._server.begin(name, description)
+        except UserError as error:
+            self._release(keys=[owner_key(name)], args=[self._me])
+            if at_once and name == DEFAULT_SESSION:
+                raise  # What this server was started with cannot be used.
+            # One session more must not cost the others their server.
+            self._absent[name] = time.monotonic() + _REFUSED_SECONDS
+            _log.error("session %r cannot be taken over: %s; left to other servers", name, error)

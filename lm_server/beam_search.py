@@ -84,6 +84,9 @@ class LanguageModel:
         self.trie = self._spell(spellings.homophones)
         self._spare = Numbers(len(self.words), SPARE_WORDS)
         self._classes = Numbers(CLASS_COUNT, MAX_CLASSES - CLASS_COUNT)
+        self._hot_tries: weakref.WeakValueDictionary[frozenset[tuple[str, HotWord]], HotTrie] = (
+            weakref.WeakValueDictionary()
+        )
 
     def search(
         self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
@@ -92,16 +95,23 @@ class LanguageModel:
         return BeamSearch(self, settings, hot_words)
 
     def hot_trie(self, hot_words: Mapping[str, HotWord]) -> HotTrie:
-        """Puts one search's hot words into the trie; it must release them.
+        """Puts hot words into the trie, once for all searches that have the same; they are there
+        as long as somebody holds them.
 
         Raises:
           HotWordError: a hot word cannot be used, or all clients together have too many.
           ModelFolderError: the folder is not there any more.
         """
+        same = frozenset(hot_words.items())
+        shared = self._hot_tries.get(same)
+        if shared is not None:
+            return shared
         known = find_words(self.folder, {word.lower() for word in hot_words})
         checked = check_hot_words(hot_words, {word: said for word, (_, said) in known.items()})
         indices = {word: index for word, (index, _) in known.items()}
-        return HotTrie(self.trie, self.ngram, self._classes, self._spare, checked, indices)
+        made = HotTrie(self.trie, self.ngram, self._classes, self._spare, checked, indices)
+        self._hot_tries[same] = made
+        return made
 
     def _spell(self, homophones: dict[bytes, list[int]]) -> Trie:
         trie = Trie(MAX_CLASSES, SILENCE_ID)
@@ -133,8 +143,6 @@ class BeamSearch:
     ) -> None:
         self._model = model
         self._hot = model.hot_trie(hot_words) if hot_words else None
-        if self._hot:
-            weakref.finalize(self, self._hot.release)
         self._emissions = Emissions(settings)
         self.begin(settings)
 

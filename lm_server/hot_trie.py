@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -64,7 +65,7 @@ def spell(trie: Trie, spelling: list[int], words: list[int], log10: float) -> No
 
 
 class HotTrie:
-    """The hot words of one search.
+    """The hot words of one search, or of several that want the same; out of the trie with the last.
 
     Attributes:
       words: spelling of the hot words outside the vocabulary, by their index.
@@ -91,10 +92,14 @@ class HotTrie:
         self.sources: dict[int, int] = {}
         self.weights: dict[int, float] = {}
         self._entrances: list[int] = []
+        # With what must be taken out, and not with this object, whose end it waits for.
+        take_out = weakref.finalize(
+            self, _take_out, trie, classes, spare, self._entrances, self.sources, self.words
+        )
         try:
             self._insert(ngram, hot_words, indices)
         except HotWordError:
-            self.release()
+            take_out()
             raise
 
     def _insert(
@@ -142,16 +147,22 @@ class HotTrie:
         """Columns that this search's emissions need."""
         return max(self.sources, default=CLASS_COUNT - 1) + 1
 
-    def release(self) -> None:
-        """Takes the words out again; the search must not go on."""
-        root = self._trie.search([])
-        children = root.children
-        if any(children.pop(one, None) is not None for one in list(self._entrances)):
-            for one in self._entrances:
-                children.pop(one, None)
-            root.children = children
-        for one in self.sources:
-            self._classes.give_back(one)
-        for one in self.words:
-            self._spare.give_back(one)
-        self._entrances, self.sources, self.words = [], {}, {}
+
+def _take_out(
+    trie: Trie,
+    classes: Numbers,
+    spare: Numbers,
+    entrances: list[int],
+    sources: Mapping[int, int],
+    words: Mapping[int, str],
+) -> None:
+    """Takes hot words out of the trie and gives their numbers back; no search has them any more."""
+    root = trie.search([])
+    children = root.children
+    there = [one for one in entrances if children.pop(one, None) is not None]
+    if there:
+        root.children = children
+    for one in sources:
+        classes.give_back(one)
+    for one in words:
+        spare.give_back(one)

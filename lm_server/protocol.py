@@ -320,6 +320,9 @@ def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
     found = {}
     for word, value in given.items():
         value = value if isinstance(value, dict) else {"weight": value}
+        unknown = sorted(set(value) - {"weight", "pronunciations"})
+        if unknown:
+            raise ProtocolError(f"{word!r} has {unknown[0]!r}, which is unknown; needed {form}")
         weight, pronunciations = value.get("weight"), value.get("pronunciations", [])
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ProtocolError(f"the weight of {word!r} is {weight!r}; needed a number: {form}")
@@ -331,7 +334,11 @@ def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
                 f"the pronunciations of {word!r} are {pronunciations!r}; needed lists of phonemes: "
                 f"{form}"
             )
-        found[word] = HotWordEntry(float(weight), tuple(tuple(one) for one in pronunciations))
+        try:
+            number = float(weight)
+        except OverflowError as error:
+            raise ProtocolError(f"the weight of {word!r} is beyond all numbers: {form}") from error
+        found[word] = HotWordEntry(number, tuple(tuple(one) for one in pronunciations))
     return found
 
 

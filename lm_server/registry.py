@@ -119,9 +119,7 @@ class Registrar:
         session = server.new_session(name)
         idle = self._idle_seconds(fields)
         given = {key: value for key, value in fields.items() if key not in _NOT_SETTINGS}
-        words = session.hot_words
-        if "hot_words" in fields:
-            words = parse_hot_words(fields["hot_words"])
+        words = parse_hot_words(fields["hot_words"]) if "hot_words" in fields else None
         before = session.settings
         session.apply(given, words)
         warnings = session.warnings(before, session.settings, REGISTRY.requests, entry_id, fields)

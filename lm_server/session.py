@@ -117,6 +117,7 @@ class Session:
         self._finish_search: Finish = finish or _at_once
         self._search = model.search(settings, self.hot_words)
         self._asked: set[str] = set()
+        self._asked_words = False
         self._description: str | None = None
 
     @property
@@ -191,13 +192,16 @@ class Session:
         return self._description
 
     def _describe(self) -> str:
-        hot = {
-            word: {"weight": one.weight, "pronunciations": [list(p) for p in one.pronunciations]}
-            for word, one in self.hot_words.items()
-        }
         # Only what the client asked for: the rest is each server's own, as it was started.
-        asked = {name: getattr(self._settings, name) for name in sorted(self._asked)}
-        return json.dumps({"settings": asked, "hot_words": hot})
+        found: dict[str, object] = {
+            "settings": {name: getattr(self._settings, name) for name in sorted(self._asked)}
+        }
+        if self._asked_words:
+            found["hot_words"] = {
+                word: {"weight": one.weight, "pronunciations": list(map(list, one.pronunciations))}
+                for word, one in self.hot_words.items()
+            }
+        return json.dumps(found)
 
     def restore(self, description: str | bytes) -> None:
         """Takes over what `description` of another server's session gave.
@@ -207,19 +211,23 @@ class Session:
         """
         given = json.loads(description)
         asked = {str(name): str(value).encode() for name, value in given["settings"].items()}
-        self.apply(asked, parse_hot_words(json.dumps(given["hot_words"])))
+        words = given.get("hot_words")
+        self.apply(asked, None if words is None else parse_hot_words(json.dumps(words)))
 
-    def apply(self, fields: Mapping[str, bytes], words: Mapping[str, HotWord]) -> None:
-        """Begins anew with other settings and hot words; refuses both or takes both.
+    def apply(self, fields: Mapping[str, bytes], words: Mapping[str, HotWord] | None) -> None:
+        """Begins anew with other settings and hot words; refuses both or takes both. Without
+        `words`, those that the server was started with stay.
 
         Raises:
           ProtocolError, SettingsError: a setting cannot be used here.
           HotWordError, BackendError: a hot word cannot be used here.
         """
         settings = changed_settings(self._settings, fields)
-        self._search = self._model.search(settings, words)
+        wanted = self.hot_words if words is None else dict(words)
+        self._search = self._model.search(settings, wanted)
         self._asked |= {name for name in fields if name in OURS}
-        self._settings, self.hot_words, self._description = settings, dict(words), None
+        self._asked_words |= words is not None
+        self._settings, self.hot_words, self._description = settings, wanted, None
 
     def search_frames(self, logits: np.ndarray) -> tuple[str, ...]:
         """Takes frames [frames, 41] of the sentence; the best words so far.
@@ -341,7 +349,7 @@ class Session:
             )
         words = parse_hot_words(fields["words"])
         self._search = self._model.search(self._settings, words)
-        self.hot_words, self._description = words, None
+        self.hot_words, self._description, self._asked_words = words, None, True
         return [self._done(self.streams.done_hot_words, fields)]
 
     @staticmethod

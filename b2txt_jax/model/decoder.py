@@ -51,6 +51,11 @@ def first_state(key: jax.Array, units: int) -> jax.Array:
     return jax.random.uniform(key, (1, 1, units), jnp.float32, -bound, bound)
 
 
+def stacked(h0: jax.Array, layers: int, rows: int) -> jax.Array:
+    """h0 [1, 1, H] of any dtype for every layer and row, float32 [layers, B, H]."""
+    return jnp.tile(h0.astype(jnp.float32), (layers, rows, 1))
+
+
 def uniform(key: jax.Array, size: int, fan_in: int) -> jax.Array:
     """A fresh bias [size]: PyTorch's bound, 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
@@ -203,7 +208,7 @@ class Decoder(nnx.Module):
 
     def first_states(self, rows: int) -> dict[str, jax.Array]:
         """What a stream starts from: each layer's state, float32 [layers, B, H]."""
-        return {"gru": jnp.tile(self.h0[...], (self.model.layers, rows, 1))}
+        return {"gru": stacked(self.h0[...], self.model.layers, rows)}
 
     def stream(
         self, x: jax.Array, day: jax.Array, states: dict[str, jax.Array]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from b2txt_jax.config import ModelConfig
+from b2txt_jax.config import ConfigError, ModelConfig
 from b2txt_jax.model.decoder import Decoder, Params, patching
 from b2txt_jax.model.triple_gru import Outputs, TripleGRU
 
@@ -107,10 +107,19 @@ def make_stream(
 
     `x` holds the next smoothed bins of every row, [B, T, D] with any T; the logits are those of the
     frames that they complete, [B, P, C] with P from 0 on. A jitted step compiles once for each T
-    and number of kept bins: with chunks of a multiple of model.patch_stride, twice in all.
+    and number of kept bins: with chunks of one length, a multiple of model.patch_stride and at
+    least model.patch_size, twice in all; with shorter ones, until a patch is full.
+
+    Raises:
+      ConfigError: patches leave bins out.
     """
     merge = _merger(model, features, days)
     size, stride = patching(model)
+    if stride > size:
+        raise ConfigError(
+            f"model.patch_stride is {stride} and model.patch_size {size}: between such patches are "
+            "bins of none, which decoding chunk by chunk does not skip; needed stride <= size"
+        )
 
     def start(params: Params, rows: int) -> StreamState:
         return StreamState(

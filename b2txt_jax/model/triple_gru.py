@@ -30,6 +30,7 @@ from b2txt_jax.model.decoder import (
     dropout,
     first_state,
     patching,
+    stacked,
     uniform,
     xavier,
 )
@@ -282,8 +283,8 @@ class TripleGRU(nnx.Module):
     def first_states(self, rows: int) -> dict[str, jax.Array]:
         """What a stream starts from: each layer's state, float32 [layers, B, H]."""
         return {
-            "noise": jnp.tile(self.noise.h0[...], (self.model.noise_layers, rows, 1)),
-            "clean": jnp.tile(self.clean.h0[...], (self.model.layers, rows, 1)),
+            "noise": stacked(self.noise.h0[...], self.model.noise_layers, rows),
+            "clean": stacked(self.clean.h0[...], self.model.layers, rows),
         }
 
     def stream(

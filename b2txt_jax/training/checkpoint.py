@@ -30,11 +30,19 @@ class CheckpointError(UserError, RuntimeError):
 @dataclass(frozen=True)
 class BestScore:
     """The best validation so far; a lower PER wins, at equal PER the lower loss (NEJM reference,
-    section 4)."""
+    section 4).
+
+    Attributes:
+      per: phoneme error rate.
+      loss: mean CTC loss (ln).
+      step: at which it was measured.
+      validations_since: that found nothing better.
+    """
 
     per: float
     loss: float
     step: int
+    validations_since: int = 0
 
     def beats(self, other: BestScore | None) -> bool:
         """Whether this score replaces `other`."""

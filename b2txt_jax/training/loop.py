@@ -215,7 +215,7 @@ def _train_in(
             f"{compute_dtype(config.model)} on {jax.device_count()} {jax.default_backend()} "
             f"device(s)"
         )
-        if first >= config.train.steps or out_of_patience(config, first, best):
+        if first >= config.train.steps or out_of_patience(config, best):
             asked = f"{config.train.steps} are asked for"
             if first < config.train.steps:
                 asked = f"{config.train.patience} validations found nothing better (train.patience)"
@@ -252,7 +252,7 @@ def _train_in(
                     if tracker.validated(result, time.monotonic() - started):
                         assert tracker.best is not None
                         checkpoints.save_best(step, state.params, tracker.best)
-                    done = done or out_of_patience(config, step, tracker.best)
+                    done = done or out_of_patience(config, tracker.best)
                 if done or stopped_by or step % config.train.save_every == 0:
                     tracker.drain()
                     checkpoints.save_latest(step, state, tracker.best)
@@ -260,7 +260,7 @@ def _train_in(
                     break
             tracker.drain()
             checkpoints.wait()
-        early = out_of_patience(config, tracker.step, tracker.best)
+        early = out_of_patience(config, tracker.best)
         finished = early or tracker.step >= config.train.steps
         if finished and is_first():
             _write_finished(workdir, tracker.step, tracker.best, tracker.skipped)
@@ -273,11 +273,11 @@ def _train_in(
         return TrainResult(tracker.step, tracker.best, finished, stopped_by)
 
 
-def out_of_patience(config: Config, step: int, best: BestScore | None) -> bool:
-    """Whether `train.patience` validations up to this step found nothing better than `best`."""
+def out_of_patience(config: Config, best: BestScore | None) -> bool:
+    """Whether `train.patience` validations in a row found nothing better than `best`."""
     if not config.train.patience or best is None:
         return False
-    return step - best.step >= config.train.patience * config.train.validate_every
+    return best.validations_since >= config.train.patience
 
 
 def _compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -160,6 +161,9 @@ class Tracker:
         improved = score.beats(self.best)
         if improved:
             self.best = score
+        elif self.best is not None:
+            since = self.best.validations_since + 1
+            self.best = dataclasses.replace(self.best, validations_since=since)
         self._progress.update(self._task, per=percent(score))
         self._progress.console.print(
             f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %{noisy}"

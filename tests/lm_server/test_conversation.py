@@ -8,6 +8,7 @@ from small_model import say
 
 from lm_server.conversation import Conversation, Entry, Sender, resume
 from lm_server.embedded_redis import embedded_redis
+from lm_server.hot_words import HotWord
 from lm_server.protocol import encode_logits
 from lm_server.search import load_model
 from lm_server.session import Session
@@ -84,6 +85,24 @@ def test_another_server_hears_the_sentence_again_or_knows_that_it_cannot(model, 
         final, _ = second.session.handle("remote_lm_finalize", "1-0", {})
         expected, _ = first.session.handle("remote_lm_finalize", "1-0", {})
         assert final == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [(None, {"bat": HotWord(2.0)}), ('{"hat": 3}', {"hat": HotWord(3.0)}), ("{}", {})],
+    ids=["the client said nothing", "the client's", "the client wants none"],
+)
+def test_hot_words_are_the_new_servers_unless_the_client_gave_some(model, client, said, expected):
+    first = Conversation(Session(model, Settings(), hot_words={"cat": HotWord(1.0)}), None, {})
+    sender = Sender(client, "first")
+    entries = [("remote_lm_input", {"logits": encode_logits(say(["the"]))})]
+    if said is not None:
+        entries.insert(0, ("remote_lm_hot_words", {"words": said.encode()}))
+    for stream, fields in entries:
+        unsent = hear(first, client, stream, **fields)
+        sender.send(first, unsent.answers, unsent)
+    second = resume(client, Session(model, Settings(), hot_words={"bat": HotWord(2.0)}), None)
+    assert second.session.hot_words == expected
 
 
 def test_the_entries_of_a_sentence_are_deleted_when_it_is_answered(model, client):

@@ -134,8 +134,10 @@ def test_hot_words_that_cannot_be_used_are_refused(model, hot, reason):
 
 
 def test_too_many_hot_words_of_all_clients_together_are_refused_and_leave_nothing(flashlight):
-    hot = {f"zoe{number}": HotWord(1.0, (("Z",),)) for number in range(MAX_HOT_WORDS)}
-    searches = [flashlight.search(Settings(), hot) for _ in range(4)]
+    def hot(client):
+        return {f"zoe{client}_{n}": HotWord(1.0, (("Z",),)) for n in range(MAX_HOT_WORDS)}
+
+    searches = [flashlight.search(Settings(), hot(client)) for client in range(4)]
     before = set(flashlight.trie.search([]).children)
     with pytest.raises(HotWordError, match="all clients together have too many"):
         flashlight.search(Settings(), {"one": HotWord(1.0, (("Z",),))})
@@ -143,6 +145,20 @@ def test_too_many_hot_words_of_all_clients_together_are_refused_and_leave_nothin
     del searches
     gc.collect()
     flashlight.search(Settings(), {"one": HotWord(1.0, (("Z",),))})
+
+
+def test_searches_that_want_the_same_words_share_them(flashlight):
+    hot = {f"zoe{n}": HotWord(9.0 + n / 100, (ZADIE,)) for n in range(MAX_HOT_WORDS)}
+    before = set(flashlight.trie.search([]).children)
+    searches = [flashlight.search(Settings(), dict(hot)) for _ in range(12)]
+    assert len(set(flashlight.trie.search([]).children) - before) == 1  # they begin alike
+    assert {sentence(one, spoken(ZADIE)) for one in searches} == {f"zoe{MAX_HOT_WORDS - 1}"}
+    del searches[1:]
+    gc.collect()
+    assert sentence(searches[0], spoken(ZADIE)) == f"zoe{MAX_HOT_WORDS - 1}"
+    del searches
+    gc.collect()
+    assert set(flashlight.trie.search([]).children) == before
 
 
 def test_there_is_no_search_of_another_name(model_folder):

@@ -44,6 +44,11 @@ def test_decode(model_folder, tmp_path, file, workers):
         ("[1]", "words are a JSON list"),
         ('{"a b": 1}', "no single word"),
         ('{"cat": -1}', "weight -1"),
+        ('{"cat": 1' + 400 * "0" + "}", "beyond all numbers"),
+        (
+            '{"cat": {"weight": 1, "pronunciation": [["K"]]}}',
+            "has 'pronunciation', which is unknown",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_told_and_nothing_is_written(

@@ -193,6 +193,9 @@ def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp
         ended = train(config, tmp_path)
         assert (ended.step, ended.finished) == (6, True)
     assert json.loads((tmp_path / "finished.json").read_text())["step"] == 6
+    # Validating more often does not make the validations of the past more.
+    more = with_overrides(config, ["--config.train.patience=4", "--config.train.validate_every=1"])
+    assert train(more, tmp_path).step == 8
 
 
 @pytest.mark.parametrize(("buckets", "warned"), [(((1600, 80),), True), ((), False)])

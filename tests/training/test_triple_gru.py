@@ -109,10 +109,9 @@ def test_every_parameter_of_the_full_model_has_a_rule(config):
 
 
 @pytest.mark.parametrize(
-    ("patience", "step", "best", "stops"),
-    [(0, 900, 100, False), (2, 299, 100, False), (2, 300, 100, True), (2, 100, 100, False)],
+    ("patience", "since", "stops"), [(0, 9, False), (2, 0, False), (2, 1, False), (2, 2, True)]
 )
-def test_patience_counts_validations_since_the_best(tiny_config, patience, step, best, stops):
+def test_patience_counts_validations_since_the_best(tiny_config, patience, since, stops):
     schedule = dataclasses.replace(tiny_config.train, patience=patience, validate_every=100)
     config = dataclasses.replace(tiny_config, train=schedule)
-    assert out_of_patience(config, step, BestScore(0.5, 1.0, best)) is stops
+    assert out_of_patience(config, BestScore(0.5, 1.0, 437, since)) is stops

@@ -95,7 +95,7 @@ def _wait(
     )
     raise RedisUnavailableError(
         f"no Redis answers at {shown_url(url)} after {wait_seconds:g} s ({why}{hint}): "
-        "start one, or give its URL with --redis (serve and worker may bring their own: --embedded-redis)"
+        "start one, or give its URL with --redis (serve and worker: or use --embedded-redis)"
     ) from error
 
 

@@ -6,7 +6,8 @@ Run:       b2txt train --config configs/triple_gru.py --workdir runs/triple --di
 Before:    b2txt compile --topology v5e:2x2 --config configs/triple_gru.py    (memory, step time)
 Hardware:  see docs/triple_gru.md for the smallest slices; `parallel.model_axis` devices share the
   noise model.
-Result:    not yet trained on the published data; docs/triple_gru.md has simulated comparisons.
+Result:    not yet trained on the published data; in docs/triple_gru.md a small one does not help on
+  simulated sessions.
 
 Watch:     `clean_loss` falls as the baseline's does. `noisy_loss` falls at first, while lambda is
   small, and should rise again as lambda grows; the validation's `noisy_per` should stay near chance

@@ -202,7 +202,7 @@ def test_a_folder_without_a_model_and_bad_settings_are_refused(model_folder, tmp
 
 def test_an_interruption_does_not_wait_for_the_sentences_under_way():
     class Slow:
-        def search(self, settings):
+        def search(self, settings, hot_words):
             return self
 
         def begin(self):
@@ -220,7 +220,7 @@ def test_when_a_worker_is_killed_the_rest_is_decoded_all_the_same(capsys):
     here = os.getpid()
 
     class Killed:
-        def search(self, settings):
+        def search(self, settings, hot_words):
             return self
 
         def begin(self):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ import pytest
 from rich.console import Console
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
+from b2txt_jax.data import loader
+from b2txt_jax.data.buckets import buckets_of_data
 from b2txt_jax.data.hdf5 import DataError
 from b2txt_jax.inference.logits import compute_logits, load_model, write_logits
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
@@ -199,7 +202,11 @@ def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp
 
 
 @pytest.mark.parametrize(("buckets", "warned"), [(((1600, 80),), True), ((), False)])
-def test_buckets_that_do_not_suit_the_trials_are_told(tiny_overrides, tmp_path, buckets, warned):
+def test_buckets_that_do_not_suit_the_trials_are_told(
+    tiny_overrides, tmp_path, buckets, warned, monkeypatch
+):
+    # Two instead of six: each takes seconds to compile.
+    monkeypatch.setattr(loader, "buckets_of_data", partial(buckets_of_data, count=2))
     overrides = [*tiny_overrides, f"--config.data.buckets={buckets}", "--config.train.steps=1"]
     said = io.StringIO()
     train(load_config("configs/demo.py", overrides), tmp_path, Console(file=said, width=1000))

@@ -15,16 +15,15 @@ from absl import logging
 from b2txt_jax import __version__
 from b2txt_jax.errors import UserError
 from b2txt_jax.huge_pages import restart_with_huge_pages
-from lm_server.protocol import ProtocolError
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is understood)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
     "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", True),
-    "simulate": ("b2txt_jax.data.simulate", "write simulated sessions in the T15 layout", False),
+    "simulate": ("b2txt_jax.simulate.write", "write simulated sessions in the T15 layout", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or go on with a run", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),
-    "doctor": ("b2txt_jax.doctor", "check this environment, and say how to mend it", True),
+    "doctor": ("b2txt_jax.doctor.command", "check this environment, and say how to mend it", True),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (UserError, ProtocolError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status

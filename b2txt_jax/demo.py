@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from b2txt_jax.config import CONFIG_FILE, load_config, read_written_config
-from b2txt_jax.data.simulate import SimulationSettings, simulate
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
 from b2txt_jax.inference.logits import TrialLogits, compute_logits, load_model
 from b2txt_jax.metrics import ErrorRate
+from b2txt_jax.simulate.write import SimulationSettings, simulate
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.metrics_log import METRICS_FILE
 

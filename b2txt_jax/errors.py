@@ -1,5 +1,3 @@
-"""The base of all errors that a user can mend: the command prints them without a traceback."""
+"""The error that a command shows to its user in one line: one class for both packages."""
 
-
-class UserError(Exception):
-    """Says what was found, what was needed and what to do next."""
+from lm_server.errors import UserError as UserError

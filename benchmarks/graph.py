@@ -18,9 +18,9 @@ from pathlib import Path
 import kaldifst
 from simulated_logits import CORPUS
 
-from lm_server import build_lm
+from lm_server.lm import build as build_lm
+from lm_server.lm.sorted_ngrams import SortedModel
 from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE
-from lm_server.sorted_ngrams import SortedModel
 
 _LABEL = {name: index + 1 for index, name in enumerate(LM_CLASSES)}
 _BACKOFF = CLASS_COUNT + 1

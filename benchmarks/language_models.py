@@ -31,9 +31,9 @@ from decoder import wer
 from rich.console import Console
 from simulated_logits import CORPUS, held_out, label, simulate_at
 
-from lm_server.build_lm import DESCRIPTION, Options, build
-from lm_server.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie
-from lm_server.lexicon import read_lexicon
+from lm_server.lexicon.pronunciations import read_lexicon
+from lm_server.lm.build import DESCRIPTION, Options, build
+from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie
 
 MEGABYTE = 1 << 20
 SMALL = TrieForm(8, compressed=True)
@@ -118,7 +118,7 @@ def in_fresh_process(task: Callable[..., object], *args: object) -> object:
 
 def decode(answers, folder: Path, logits: Sequence[Sequence[np.ndarray]]) -> None:  # type: ignore[no-untyped-def]
     """Loads a folder and decodes every task's sentences."""
-    from lm_server.search import load_model
+    from lm_server.search.interface import load_model
     from lm_server.settings import Settings
 
     started = time.process_time()
@@ -178,8 +178,8 @@ def artificial_text(tokens: int, words: int, seed: int) -> np.ndarray:
 
 def estimate_large(answers, tokens: int, budget: int, folder: Path) -> None:  # type: ignore[no-untyped-def]
     """Makes the artificial 5-gram and writes it as every kind of trie."""
-    from lm_server.kneser_ney import estimate
-    from lm_server.sorted_ngrams import BEGIN, END, UNKNOWN, in_order_of_ids
+    from lm_server.lm.estimate.kneser_ney import estimate
+    from lm_server.lm.sorted_ngrams import BEGIN, END, UNKNOWN, in_order_of_ids
 
     plain = [UNKNOWN, BEGIN, END, *(f"w{i}" for i in range(125_000))]
     words = in_order_of_ids(plain)

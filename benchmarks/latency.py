@@ -26,13 +26,13 @@ import numpy as np
 import redis
 from simulated_logits import CORPUS, held_out, label, simulate_at
 
-from lm_server import build_lm
-from lm_server.answer import complete
-from lm_server.lexicon import read_lexicon
+from lm_server.lexicon.pronunciations import read_lexicon
+from lm_server.lm import build as build_lm
 from lm_server.protocol import encode_logits, session_streams
-from lm_server.search import SearchModel, load_model
+from lm_server.rescoring.answer import complete
+from lm_server.search.interface import SearchModel, load_model
+from lm_server.serving.status import percentile
 from lm_server.settings import default_settings
-from lm_server.status import percentile
 
 PARTIAL_TARGET = 0.020
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from lm_server.lexicon import read_lexicon
+from lm_server.lexicon.pronunciations import read_lexicon
+from lm_server.lexicon.text import normalise
 from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE
-from lm_server.text import normalise
 
-CORPUS = Path(__file__).parents[1] / "b2txt_jax" / "data" / "corpus"
+CORPUS = Path(__file__).parents[1] / "b2txt_jax" / "simulate" / "corpus"
 _IDS = {name: index for index, name in enumerate(LM_CLASSES)}
 _ALIKE = (
     "P B M",

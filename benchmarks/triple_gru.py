@@ -28,11 +28,11 @@ import matplotlib
 import numpy as np
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.data.simulate import SimulationSettings, simulate
 from b2txt_jax.inference.logits import compute_logits, load_model
 from b2txt_jax.metrics import error_rate, greedy_decode
-from b2txt_jax.model.decoder import parameter_count
+from b2txt_jax.model.gru.baseline import parameter_count
 from b2txt_jax.model.network import init_params
+from b2txt_jax.simulate.write import SimulationSettings, simulate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

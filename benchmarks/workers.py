@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from simulated_logits import CORPUS, held_out, label, simulate_at
 
-from b2txt_jax.inference.lm_jobs import JobClient
-from lm_server import build_lm
-from lm_server.lexicon import read_lexicon
+from lm_server.client.jobs import JobClient
+from lm_server.lexicon.pronunciations import read_lexicon
+from lm_server.lm import build as build_lm
 from lm_server.protocol import to_rnn_order
 
 

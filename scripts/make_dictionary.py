@@ -1,4 +1,4 @@
-"""Makes `lm_server/resources/cmudict.txt.xz` from the CMU Pronouncing Dictionary
+"""Makes `lm_server/lexicon/resources/cmudict.txt.xz` from the CMU Pronouncing Dictionary
 (cmusphinx/cmudict).
 
 Usage: python scripts/make_dictionary.py PATH/cmudict.dict
@@ -14,7 +14,7 @@ import lzma
 import re
 from pathlib import Path
 
-TARGET = Path(__file__).parents[1] / "lm_server/resources/cmudict.txt.xz"
+TARGET = Path(__file__).parents[1] / "lm_server/lexicon/resources/cmudict.txt.xz"
 
 
 def convert(lines: list[str]) -> list[str]:

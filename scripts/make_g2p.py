@@ -1,7 +1,7 @@
-"""Makes `lm_server/resources/g2p.bin` and `g2p.txt` from the CMU dictionary, and says how good the
-method is.
+"""Make `lm_server/lexicon/resources/g2p.bin` and `g2p.txt` from the CMU dictionary, and report how
+good the method is.
 
-    python scripts/make_g2p.py [--order 6] [--ngrams 400000] [--out lm_server/resources/g2p.bin]
+    python scripts/make_g2p.py [--order 6] [--ngrams 400000] [--out FILE]
 
 First a model of nine tenths of the words says the tenth that it has not seen; then the model that
 is shipped is made of all of them.
@@ -17,10 +17,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from lm_server import g2p, g2p_training
-from lm_server.lexicon import read_lexicon
+from lm_server.lexicon import g2p
+from lm_server.lexicon.pronunciations import read_lexicon
+from lm_server.lm.estimate import g2p_training
 
-_RESOURCES = Path(__file__).parents[1] / "lm_server" / "resources"
+_RESOURCES = Path(__file__).parents[1] / "lm_server" / "lexicon" / "resources"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from soak_machines import AWAY, Sentence
 
-from b2txt_jax.inference.lm_jobs import JobClient
+from lm_server.client.jobs import JobClient
 from lm_server.protocol import REGISTRY, encode_logits, session_streams, to_rnn_order
 
 ANSWER_SECONDS = 60.0

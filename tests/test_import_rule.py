@@ -40,13 +40,16 @@ def test_b2txt_imports_nothing_of_the_servers_side_where_that_is_installed():
             SERVER_SIDE,
         ),
         (
-            "import b2txt_jax.inference.lm_client\n"
+            "import lm_server.client.client\n"
             "assert [n for n in sys.modules if n.startswith('lm_server.')] == "
             "['lm_server.protocol']",
             SERVER_SIDE,
         ),
         ("from lm_server.__main__ import main; main(['decode', '--help'])", JAX_SIDE),
-        ("import lm_server.server, lm_server.beam_search, lm_server.build_lm", JAX_SIDE),
+        (
+            "import lm_server.serving.server, lm_server.search.flashlight, lm_server.lm.build",
+            JAX_SIDE,
+        ),
         (
             "import lm_server.protocol",
             JAX_SIDE | SERVER_SIDE | {"redis", "rich", "scipy", "matplotlib"},

@@ -36,9 +36,6 @@ from b2txt_jax.evaluation.evaluate import (
     write_evaluation,
 )
 from b2txt_jax.evaluation.submission import write_submission
-from b2txt_jax.inference.lm_answers import LanguageModelUnavailableError, mask_password
-from b2txt_jax.inference.lm_client import LanguageModelClient
-from b2txt_jax.inference.lm_process import serve_child
 from b2txt_jax.inference.logits import (
     CHANGEABLE,
     TrainedModel,
@@ -46,6 +43,9 @@ from b2txt_jax.inference.logits import (
     compute_logits,
     load_model,
 )
+from lm_server.client.answers import LanguageModelUnavailableError, mask_password
+from lm_server.client.client import LanguageModelClient
+from lm_server.client.process import serve_child
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 

@@ -15,9 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from b2txt_jax.evaluation.greedy_words import greedy_words
-from b2txt_jax.inference.lm_answers import Decoded
-from b2txt_jax.inference.lm_client import LanguageModelClient, Progress
-from b2txt_jax.inference.lm_jobs import JobClient
 from b2txt_jax.metrics import (
     ErrorRate,
     error_rate,
@@ -27,8 +24,11 @@ from b2txt_jax.metrics import (
     total_by,
     word_error_rates,
 )
-from b2txt_jax.text import scored_words
+from lm_server.client.answers import Decoded
+from lm_server.client.client import LanguageModelClient, Progress
+from lm_server.client.jobs import JobClient
 from lm_server.protocol import Scored
+from lm_server.text_rules import scored_words
 
 UNKNOWN_CORPUS = "unknown"
 

@@ -15,10 +15,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from b2txt_jax.data.corpus import load_pool
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID, pronunciations
-from b2txt_jax.text import scored_words
+from b2txt_jax.simulate.corpus import load_pool
 from lm_server.protocol import CLASSES
+from lm_server.text_rules import scored_words
 
 # Entries such as "a.m." would be normalised away from what the reference holds; of the names of
 # letters ("r" sounds like "are") only two are words.

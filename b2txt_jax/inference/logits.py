@@ -17,7 +17,7 @@ from rich.progress import track
 from b2txt_jax.config import CONFIG_FILE, Config, read_written_config, with_overrides
 from b2txt_jax.data.hdf5 import Trial, TrialRef
 from b2txt_jax.data.loader import Batch, EvaluationData
-from b2txt_jax.model.decoder import Params
+from b2txt_jax.model.gru.baseline import Params
 from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.sharding import (
     DATA,

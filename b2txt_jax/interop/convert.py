@@ -25,7 +25,7 @@ from b2txt_jax.interop.nejm import (
 )
 from b2txt_jax.interop.safetensors_file import config_path, read_safetensors, write_safetensors
 from b2txt_jax.interop.weights import fresh_state
-from b2txt_jax.model.decoder import parameter_count
+from b2txt_jax.model.gru.baseline import parameter_count
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.step import init_state
 

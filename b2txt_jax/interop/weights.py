@@ -23,7 +23,7 @@ import optax
 
 from b2txt_jax.config import Config
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.model.decoder import Params
+from b2txt_jax.model.gru.baseline import Params
 from b2txt_jax.training.optimizer import AdamByDayState
 from b2txt_jax.training.step import TrainState, init_state
 

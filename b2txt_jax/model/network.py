@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from b2txt_jax.config import ConfigError, ModelConfig
-from b2txt_jax.model.decoder import Decoder, Params, patching
+from b2txt_jax.model.gru.baseline import Decoder, Params, patching
 from b2txt_jax.model.triple_gru import Outputs, TripleGRU
 
 Network = Decoder | TripleGRU

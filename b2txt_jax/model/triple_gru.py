@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from b2txt_jax.config import ModelConfig
-from b2txt_jax.model.decoder import (
+from b2txt_jax.model.gru.baseline import (
     DayLayer,
     GRUStack,
     Head,
@@ -34,11 +34,11 @@ from b2txt_jax.model.decoder import (
     uniform,
     xavier,
 )
-from b2txt_jax.model.gru_wide import DATA, MODEL, spread, wide_recurrence
+from b2txt_jax.model.gru.recurrence import recurrence
+from b2txt_jax.model.gru.wide import DATA, MODEL, spread, wide_recurrence
 from b2txt_jax.model.orthogonal import orthogonal
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import contract, linear
-from b2txt_jax.model.recurrence import recurrence
 
 
 class Outputs(NamedTuple):

@@ -33,7 +33,7 @@ from b2txt_jax.data.loader import (
     configured_sessions,
     resolve_buckets,
 )
-from b2txt_jax.model.decoder import compute_dtype, parameter_count
+from b2txt_jax.model.gru.baseline import compute_dtype, parameter_count
 from b2txt_jax.model.patches import frame_count
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets

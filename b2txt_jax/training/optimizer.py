@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from b2txt_jax.config import OptimizerConfig
-from b2txt_jax.model.decoder import Params
+from b2txt_jax.model.gru.baseline import Params
 
 GROUPS = ("weights", "biases", "day")
 

@@ -11,7 +11,7 @@ import optax
 
 from b2txt_jax.config import Config
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.decoder import Params
+from b2txt_jax.model.gru.baseline import Params
 from b2txt_jax.model.network import init_params, make_apply, make_forward
 from b2txt_jax.model.patches import frame_count
 from b2txt_jax.signal.augment import augment

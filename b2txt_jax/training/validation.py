@@ -10,7 +10,7 @@ import numpy as np
 
 from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total, total_by
-from b2txt_jax.model.decoder import Params
+from b2txt_jax.model.gru.baseline import Params
 from b2txt_jax.training.step import EvalOutput
 
 

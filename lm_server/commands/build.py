@@ -109,9 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Builds the folder."""
-    from lm_server.arpa import ModelError
-    from lm_server.build_lm import Options, build
-    from lm_server.kenlm_binary import TrieForm
+    from lm_server.lm.arpa import ModelError
+    from lm_server.lm.build import Options, build
+    from lm_server.lm.trie.kenlm_binary import TrieForm
 
     try:
         form = TrieForm(args.quantise, args.compress)

@@ -11,8 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from lm_server import hot_words, rescore, search, settings
+from lm_server import settings
 from lm_server.processes import cleaning_up_when_terminated, default_workers
+from lm_server.rescoring import rescore
+from lm_server.search import hot_words
+from lm_server.search import interface as search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

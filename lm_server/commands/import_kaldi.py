@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Imports the model."""
-    from lm_server.arpa import ModelError
-    from lm_server.import_kaldi import import_kaldi
-    from lm_server.kenlm_binary import TrieForm
+    from lm_server.lm.arpa import ModelError
+    from lm_server.lm.kaldi.importer import import_kaldi
+    from lm_server.lm.trie.kenlm_binary import TrieForm
 
     try:
         form = TrieForm(args.quantise, args.compress)

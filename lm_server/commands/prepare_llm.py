@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares the folder."""
-    from lm_server.prepare_llm import from_gguf, from_package
+    from lm_server.rescoring.prepare_llm import from_gguf, from_package
 
     with cleaning_up_when_terminated():
         if args.file is not None:

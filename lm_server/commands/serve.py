@@ -14,12 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lm_server import hot_words, logs, rescore, search, settings
+from lm_server import settings
 from lm_server.processes import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
+from lm_server.rescoring import rescore
+from lm_server.search import hot_words
+from lm_server.search import interface as search
+from lm_server.serving import logs
 
 if TYPE_CHECKING:
-    from lm_server.limits import Limits
+    from lm_server.serving.limits import Limits
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -94,10 +98,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until told to stop."""
-    from lm_server.connection import connect, shown_url
-    from lm_server.embedded_redis import RedisStartError, embedded_redis
-    from lm_server.server import Server
-    from lm_server.session import Session
+    from lm_server.client.connection import connect, shown_url
+    from lm_server.serving.embedded_redis import RedisStartError, embedded_redis
+    from lm_server.serving.server import Server
+    from lm_server.serving.session import Session
 
     search.need_packages(args.backend)
     logs.use(args.log_format)
@@ -144,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    from lm_server.limits import Limits
+    from lm_server.serving.limits import Limits
 
     if not 1 <= args.max_sentence_frames <= MAX_MESSAGE_FRAMES:
         raise settings.SettingsError(

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the status once."""
-    from lm_server.connection import LOST, RedisUnavailableError, connect, shown_url
-    from lm_server.status import gather
+    from lm_server.client.connection import LOST, RedisUnavailableError, connect, shown_url
+    from lm_server.serving.status import gather
 
     with connect(args.redis, 0.0, threading.Event()) as client:
         try:

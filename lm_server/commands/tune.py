@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lm_server import rescore, search, settings
+from lm_server import settings
 from lm_server.processes import cleaning_up_when_terminated, default_workers
+from lm_server.rescoring import rescore
+from lm_server.search import interface as search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tunes."""
-    from lm_server.answer import SentenceScorer
     from lm_server.offline import read_logits
-    from lm_server.references import read_references
-    from lm_server.tune import Tuner
-    from lm_server.tune_cache import digest
-    from lm_server.tune_report import about, as_text, write_picture
+    from lm_server.rescoring.answer import SentenceScorer
+    from lm_server.tuning.cache import digest
+    from lm_server.tuning.references import read_references
+    from lm_server.tuning.report import about, as_text, write_picture
+    from lm_server.tuning.tuner import Tuner
 
     workers = default_workers() if args.workers is None else args.workers
     for name, value in (("--workers", workers), ("--searches", args.searches)):
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.absolute().parent.is_dir():
         raise settings.SettingsError(f"there is no folder {args.out.absolute().parent}: make it")
     if args.llm is not None:
-        from lm_server.causal_lm import find_model
+        from lm_server.rescoring.causal_lm import find_model
 
         # Before the searches: a wrong folder shows at once.
         find_model(args.llm)

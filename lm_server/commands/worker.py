@@ -14,9 +14,13 @@ import signal
 import threading
 from pathlib import Path
 
-from lm_server import hot_words, logs, rescore, search, settings
+from lm_server import settings
 from lm_server.commands.serve import add_running_options
 from lm_server.processes import default_workers, stop_with_parent
+from lm_server.rescoring import rescore
+from lm_server.search import hot_words
+from lm_server.search import interface as search
+from lm_server.serving import logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Works until told to stop."""
-    from lm_server.connection import connect, shown_url
-    from lm_server.embedded_redis import RedisStartError, embedded_redis
-    from lm_server.supervisor import supervise
-    from lm_server.worker import Terms, Worker
+    from lm_server.client.connection import connect, shown_url
+    from lm_server.serving.embedded_redis import RedisStartError, embedded_redis
+    from lm_server.serving.supervisor import supervise
+    from lm_server.serving.worker import Terms, Worker
 
     search.need_packages(args.backend)
     logs.use(args.log_format)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from b2txt_jax.data.corpus import load_pool
 from b2txt_jax.evaluation.greedy_words import greedy_words, words_by_pronunciation
 from b2txt_jax.metrics import edit_distance, error_rate, total
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID, pronunciations, sentence_to_ids
-from b2txt_jax.text import scored_words
+from b2txt_jax.simulate.corpus import load_pool
+from lm_server.text_rules import scored_words
 
 
 def ids(text: str) -> list[int]:

@@ -14,14 +14,14 @@ import pytest
 
 from b2txt_jax.evaluation.command import OptionsError, child_options, language_model
 from b2txt_jax.evaluation.evaluate import evaluate, run_language_model, run_workers
-from b2txt_jax.inference.lm_client import (
+from b2txt_jax.metrics import ErrorRate
+from b2txt_jax.phonemes import pronunciations, sentence_to_ids
+from lm_server.client.client import (
     LanguageModelClient,
     LanguageModelError,
     LanguageModelUnavailableError,
 )
-from b2txt_jax.inference.lm_process import serve_child
-from b2txt_jax.metrics import ErrorRate
-from b2txt_jax.phonemes import pronunciations, sentence_to_ids
+from lm_server.client.process import serve_child
 
 SAID = ["how are you today", "the cat sat on the mat", "yes i can see the dog"]
 
@@ -143,7 +143,7 @@ def test_a_folder_without_a_model_is_told_in_the_servers_words(tmp_path: Path) -
 def test_nothing_stays_behind_when_we_are_killed(model: Path) -> None:
     code = f"""
         import time
-        from b2txt_jax.inference.lm_process import serve_child
+        from lm_server.client.process import serve_child
         with serve_child({str(model)!r}) as url:
             print(url, flush=True)
             time.sleep(60)

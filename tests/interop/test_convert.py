@@ -25,7 +25,7 @@ from b2txt_jax.interop.weights import moments_of, to_named
 from b2txt_jax.metrics import error_rate, greedy_decode, total
 from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.step import init_state
-from lm_server.build_lm import build
+from lm_server.lm.build import build
 
 SESSIONS = ["t15.2023.08.11", "t15.2023.08.13"]
 LENGTHS = {SESSIONS[0]: [100, 737], SESSIONS[1]: [2000]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lm_server.build_lm import build
+from lm_server.lm.build import build
 
 # pytest imports tests by path; the modules that they share are found here.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import redis
 
-from lm_server.embedded_redis import find_program
+from lm_server.serving.embedded_redis import find_program
 
 ROOT = Path(__file__).parents[2]
 

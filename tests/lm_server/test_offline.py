@@ -14,10 +14,10 @@ from processes import ROOT
 from small_model import say
 
 from lm_server.__main__ import main
-from lm_server.beam_search import BeamSearch, LanguageModel
-from lm_server.nbest import Hypothesis
+from lm_server.hypothesis import Hypothesis
 from lm_server.offline import Logits, LogitsFileError, read_logits, searched
 from lm_server.protocol import to_rnn_order
+from lm_server.search.flashlight import BeamSearch, LanguageModel
 from lm_server.settings import Settings, SettingsError, write_settings
 
 SENTENCES = ["the cat sat", "a dog ran", "", "the bat ate the hat", "on the mat"] * 4

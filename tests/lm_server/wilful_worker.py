@@ -14,12 +14,12 @@ import threading
 import time
 from pathlib import Path
 
-from lm_server import status
-from lm_server.connection import connect
-from lm_server.search import load_model
+from lm_server.client.connection import connect
+from lm_server.search.interface import load_model
+from lm_server.serving import status
+from lm_server.serving.supervisor import supervise
+from lm_server.serving.worker import Terms, Worker
 from lm_server.settings import Settings
-from lm_server.supervisor import supervise
-from lm_server.worker import Terms, Worker
 
 DEADLY, SLOW = 7, 9
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.decoder import parameter_count
+from b2txt_jax.model.gru.baseline import parameter_count
 from b2txt_jax.model.network import init_params, make_apply, make_forward
 from b2txt_jax.model.patches import frame_count, patches
 

@@ -16,10 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from b2txt_jax.errors import UserError
-from b2txt_jax.model.gru import gru_recurrence
-from b2txt_jax.model.gru_pallas import fits_vmem, gru_recurrence_pallas, plan_for
-from b2txt_jax.model.recurrence import recurrence
-from b2txt_jax.model.vmem import (
+from b2txt_jax.model.gru.pallas import fits_vmem, gru_recurrence_pallas, plan_for
+from b2txt_jax.model.gru.recurrence import recurrence
+from b2txt_jax.model.gru.scan import gru_recurrence
+from b2txt_jax.model.gru.vmem import (
     SMALLEST,
     VMEM_BYTES,
     Blocks,

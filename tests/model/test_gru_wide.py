@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from b2txt_jax.model.gru import gru_recurrence
-from b2txt_jax.model.gru_wide import wide_recurrence
+from b2txt_jax.model.gru.scan import gru_recurrence
+from b2txt_jax.model.gru.wide import wide_recurrence
 
 FRAMES, ROWS, UNITS = 11, 4, 8
 
@@ -86,7 +86,7 @@ SHARED = """
 import jax, jax.numpy as jnp, numpy as np, sys
 sys.path.insert(0, {tests!r})
 from test_gru_wide import loss, problem
-from b2txt_jax.model.gru_wide import wide_recurrence
+from b2txt_jax.model.gru.wide import wide_recurrence
 from b2txt_jax.training.sharding import make_mesh
 from jax.sharding import NamedSharding, PartitionSpec as P
 

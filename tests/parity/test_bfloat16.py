@@ -16,7 +16,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from published import random_params
 
-import b2txt_jax.model.decoder
+import b2txt_jax.model.gru.baseline
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.training.ctc import ctc_loss
@@ -97,12 +97,12 @@ def test_every_product_of_the_model_has_bfloat16_operands(backward, count):
 
 
 def test_a_float32_product_in_the_forward_pass_is_found(monkeypatch):
-    original = b2txt_jax.model.decoder.day_layer
+    original = b2txt_jax.model.gru.baseline.day_layer
 
     def without_cast(x, day, weight, bias, dtype):
         return original(x, day, weight, bias, jnp.dtype("float32")).astype(dtype)
 
-    monkeypatch.setattr(b2txt_jax.model.decoder, "day_layer", without_cast)
+    monkeypatch.setattr(b2txt_jax.model.gru.baseline, "day_layer", without_cast)
     found = products(step_equations(CONFIG), backward=False)
     assert found.count({"float32"}) == 1
     assert len(found) == FORWARD

@@ -12,7 +12,7 @@ from published import PublishedDecoder, differences, fill, frames_of, losses_of,
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.model.day_layer import day_layer
-from b2txt_jax.model.gru import gru_recurrence
+from b2txt_jax.model.gru.scan import gru_recurrence
 from b2txt_jax.model.network import make_apply
 from b2txt_jax.model.patches import frame_count, patches, project_patches
 from b2txt_jax.training.step import make_eval_step

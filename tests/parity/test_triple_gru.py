@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.decoder import parameter_count
+from b2txt_jax.model.gru.baseline import parameter_count
 from b2txt_jax.model.network import init_params, make_apply, make_forward, make_stream
 
 FEATURES, DAYS, ROWS, BINS = 6, 3, 3, 22

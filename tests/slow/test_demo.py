@@ -5,9 +5,9 @@ import subprocess
 import sys
 import time
 
-from b2txt_jax.data.corpus import language_model_text
 from b2txt_jax.data.hdf5 import SplitReader, find_sessions, index_split
-from b2txt_jax.text import normalise
+from b2txt_jax.simulate.corpus import language_model_text
+from lm_server.text_rules import normalise
 
 COMMAND = [sys.executable, "-m", "b2txt_jax.cli", "demo"]
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("libtpu", reason="needs the tpu extra: make test-tpu")
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.model.decoder import parameter_count
+from b2txt_jax.model.gru.baseline import parameter_count
 from b2txt_jax.tpu import compile as command
 from b2txt_jax.tpu.compile import CompileError, Result, compile_step
 from b2txt_jax.tpu.topologies import parse_topology, topology_devices

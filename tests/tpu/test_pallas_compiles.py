@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from b2txt_jax.model.recurrence import recurrence
-from b2txt_jax.model.vmem import choose_blocks, core_of
+from b2txt_jax.model.gru.recurrence import recurrence
+from b2txt_jax.model.gru.vmem import choose_blocks, core_of
 from b2txt_jax.tpu.topologies import parse_topology, topology_devices
 from b2txt_jax.training.sharding import make_mesh
 

@@ -1,0 +1,357 @@
+"""`b2txt doctor`: looks at the environment and says how to mend what it finds.
+
+Exit status 0: nothing that stops training or decoding; 1: a problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+import b2txt_jax
+from b2txt_jax.config import CONFIG_FILE, Config, load_config, read_written_config, with_overrides
+from b2txt_jax.doctor import checks
+from b2txt_jax.doctor.checks import Finding
+from b2txt_jax.errors import UserError
+
+Buckets = tuple[tuple[int, int], ...]
+
+_MARKS = {"ok": ("green", "ok"), "warning": ("yellow", "warning"), "problem": ("red", "problem")}
+_CACHE_BYTES = 1e9
+_RUNTIME_BYTES = 1.5e9
+"""Python, JAX and compiled programs."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `b2txt doctor`."""
+    parser.add_argument("--config", help="configuration file: its data and memory are checked too")
+    parser.add_argument("--workdir", type=Path, help="folder of a run, there or to be made")
+    parser.add_argument("--data", help="folder of sessions, as --config.data.root is")
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        default=os.environ.get("B2TXT_REDIS_URL"),
+        help="for example redis://:PASSWORD@host:6379/0 (default: $B2TXT_REDIS_URL)",
+    )
+    parser.add_argument("--lm", type=Path, help="folder that `lm-server build` has written")
+    parser.add_argument("--opt", choices=tuple(checks.OPT_PARAMETERS), help="model to rescore with")
+    parser.add_argument("--opt-dtype", choices=tuple(checks.BYTES_PER_PARAMETER), default="float16")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    rows = [
+        f"  {size:>5}  {checks.opt_memory(size, 'float16') / 1e9:6.1f} GB float16 "
+        f"{checks.opt_memory(size, 'float32') / 1e9:7.1f} GB float32"
+        for size in checks.OPT_PARAMETERS
+    ]
+    parser.epilog = "\n".join(["Memory that rescoring with OPT takes, about:", *rows])
+
+
+def run(args: argparse.Namespace) -> int:
+    """`b2txt doctor`."""
+    console = Console(stderr=True)
+    findings = []
+    with console.status("looking") as status:
+        for name, check in _checks(args):
+            status.update(f"looking at: {name}")
+            findings.extend(check())
+    problems = sum(finding.status == "problem" for finding in findings)
+    warnings = sum(finding.status == "warning" for finding in findings)
+    if args.json:
+        listed = [dataclasses.asdict(finding) for finding in findings]
+        print(
+            json.dumps({"problems": problems, "warnings": warnings, "findings": listed}, indent=2)
+        )
+    else:
+        _print(findings)
+        print(f"{problems} problems, {warnings} warnings")
+    return 1 if problems else 0
+
+
+def _print(findings: list[Finding]) -> None:
+    out = Console(highlight=False, markup=False, soft_wrap=True)
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        color, mark = _MARKS[finding.status]
+        out.print(f"{mark:<8}", style=color, end="")
+        out.print(f"{finding.name:<{width}}  {finding.found}")
+        if finding.advice:
+            out.print(f"{'':<8}{'':<{width}}  -> {finding.advice}")
+
+
+def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
+    """(what, how) in order; the machine first, then what was asked for."""
+    chips = checks.find_tpu_chips()
+    available = checks.available_memory()
+    devices: int | None = None
+
+    def look_at_devices() -> list[Finding]:
+        nonlocal devices
+        # Only a machine with chips has anybody who could hold them.
+        finding, devices = checks.check_devices(chips, checks.find_holders() if chips.count else ())
+        return [finding]
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield "versions", lambda: [checks.check_versions(_installed(), _jax_requires(), chips)]
+    yield "devices", look_at_devices
+    yield "huge pages", lambda: [checks.check_huge_pages(chips.generation)]
+    yield "open files", lambda: [checks.check_open_files(soft, hard)]
+    yield "clock", lambda: [checks.check_clock(Path(b2txt_jax.__file__).stat().st_mtime)]
+    yield "compilation cache", _compilation_cache
+    if args.config or args.data or args.workdir or getattr(args, "overrides", []):
+        yield "training", lambda: check_training(args, chips.count > 0, available, devices)
+    if args.redis:
+        yield "Redis", lambda: check_redis(args.redis)
+    if args.lm:
+        yield "language model", lambda: [checks.check_language_model(args.lm, available)]
+    if args.opt:
+        yield "rescoring", lambda: [checks.check_opt(args.opt, args.opt_dtype, available)]
+
+
+def _installed() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _jax_requires() -> list[str]:
+    try:
+        return importlib.metadata.requires("jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _compilation_cache() -> list[Finding]:
+    name, folder = "compilation cache", os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    if not folder:
+        return [Finding(name, "warning", "off", "set JAX_COMPILATION_CACHE_DIR to a folder")]
+    if "://" in folder:
+        return [Finding(name, "ok", f"{folder}, not looked into")]
+    advice = "set JAX_COMPILATION_CACHE_DIR to a folder of yours"
+    writable = checks.check_writable(name, Path(folder), advice)
+    if writable.status != "ok":
+        return [writable]
+    return [writable, checks.check_disk("cache's disk", Path(folder), _CACHE_BYTES)]
+
+
+def check_training(
+    args: argparse.Namespace,
+    on_accelerator: bool,
+    available: int | None,
+    devices: int | None = None,
+) -> list[Finding]:
+    """Data, batch, memory and disk of the run that --config, --workdir, --data and overrides
+    describe.
+
+    Args:
+      args: of the command.
+      on_accelerator: whether the step runs on a TPU or GPU.
+      available: bytes of host memory.
+      devices: that share a batch; None: not known.
+    """
+    try:
+        config = _config(args)
+    except UserError as error:
+        advice = "mend the configuration file or the option"
+        return [Finding("configuration", "problem", str(error), advice)]
+    findings = []
+    state = None
+    try:
+        if config is None:
+            root, others = _root_alone(args)
+            if others:
+                unread = f"{', '.join(others)} not looked at: there is no configuration to change"
+                advice = "give --config FILE, or --workdir of a run that has begun"
+                findings.append(Finding("configuration", "warning", unread, advice))
+            findings.append(_sessions(root))
+        else:
+            findings.extend(_batch(config, devices))
+            found, buckets, sessions = _data(config)
+            findings.append(found)
+            state = _state_bytes(config, sessions)
+            needed = training_memory(config, state, max(buckets), on_accelerator=on_accelerator)
+            findings.append(
+                checks.check_memory(
+                    "memory",
+                    "one training process",
+                    needed,
+                    available,
+                    "lower data.trials_per_day or data.buckets, or use a larger machine",
+                )
+            )
+    except (UserError, OSError) as error:
+        findings.append(Finding("data", "problem", str(error), "see the message; then run again"))
+    if args.workdir:
+        advice = "give a --workdir of yours"
+        findings.append(_workdir_writable(args.workdir, advice))
+        # Two latest states, one more being written, and the best parameters twice.
+        needed = 4 * state if state else 3e9
+        findings.append(checks.check_disk("run's disk", args.workdir, needed))
+    return findings
+
+
+def _root_alone(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """(folder of sessions, the other keys) of a command without a configuration."""
+    key = "--config.data.root="
+    overrides: list[str] = getattr(args, "overrides", [])
+    roots = [override.removeprefix(key) for override in overrides if override.startswith(key)]
+    others = [override for override in overrides if not override.startswith(key)]
+    return args.data or (roots[-1] if roots else None), others
+
+
+def _batch(config: Config, devices: int | None) -> list[Finding]:
+    if devices is None:  # a problem of its own
+        return []
+    data = config.data
+    return [
+        checks.check_rows(
+            data.days_per_batch,
+            data.trials_per_day,
+            data.eval_batch_size,
+            devices,
+            config.parallel.model_axis,
+        )
+    ]
+
+
+def _config(args: argparse.Namespace) -> Config | None:
+    overrides = list(getattr(args, "overrides", []))
+    if args.data:
+        overrides.append(f"--config.data.root={args.data}")
+    if args.config:
+        return load_config(args.config, overrides)
+    if args.workdir and (args.workdir / CONFIG_FILE).is_file():
+        return with_overrides(read_written_config(args.workdir / CONFIG_FILE), overrides)
+    return None
+
+
+def _workdir_writable(workdir: Path, advice: str) -> Finding:
+    # A folder that looking has made would be in nobody's way, but would not be nobody's either.
+    existing = workdir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return checks.check_writable("run's folder", existing, advice)
+
+
+def _sessions(root: str | None) -> Finding:
+    from b2txt_jax.data.sessions import find_sessions, index_split
+
+    if root is None:
+        return Finding("data", "ok", "not looked at: no --config and no --data")
+    sessions = find_sessions(root)
+    trials = len(index_split(root, sessions, "train"))
+    return Finding("data", "ok", f"{len(sessions)} sessions, {trials} training trials in {root}")
+
+
+def _data(config: Config) -> tuple[Finding, Buckets, int]:
+    from b2txt_jax.data.loader import (
+        EvaluationData,
+        TrainingData,
+        configured_sessions,
+        resolve_buckets,
+    )
+    from b2txt_jax.data.sessions import SplitReader
+    from b2txt_jax.model.patches import frame_count
+
+    sessions = configured_sessions(config.data)
+    patch, stride = config.model.patch_size, config.model.patch_stride
+    training = TrainingData(
+        config.data, sessions, max(patch, 1), lambda bins: int(frame_count(bins, patch, stride))
+    )
+    validation = EvaluationData(config.data, sessions, "val", max(patch, 1), labels=True)
+    reader = SplitReader(feature_count=config.data.feature_count, labels_needed=True)
+    with contextlib.closing(reader):
+        for refs in training.refs_of_day:
+            for ref in refs[:1]:
+                reader.read(ref)
+    trials = sum(map(len, training.refs_of_day))
+    buckets = resolve_buckets(config.data, sessions)
+    shapes = ", ".join(f"{bins}x{labels}" for bins, labels in buckets)
+    found = (
+        f"{len(sessions)} sessions, {trials} training and {len(validation.refs)} validation trials "
+        f"in {config.data.root}, one read of each session; buckets {shapes}"
+    )
+    without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]
+    if without:
+        advice = f"no training trials in {', '.join(without)}: their day layers stay untrained"
+        return Finding("data", "warning", found, advice), buckets, len(sessions)
+    return Finding("data", "ok", found), buckets, len(sessions)
+
+
+def _state_bytes(config: Config, days: int) -> int:
+    """Bytes of parameters and optimizer state; nothing is computed and no device used."""
+    import jax
+
+    from b2txt_jax.training.step import init_state
+
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: init_state(config, days)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
+
+
+def training_memory(
+    config: Config, state: int, bucket: tuple[int, int], *, on_accelerator: bool
+) -> float:
+    """Bytes of host memory that one training process takes, an estimate from above.
+
+    Args:
+      config: of the run.
+      state: bytes of parameters and optimizer state.
+      bucket: the largest one, (bins, labels).
+      on_accelerator: whether the step runs on a TPU or GPU; on a CPU it takes host memory too.
+    """
+    data, model = config.data, config.model
+    rows, bins = data.days_per_batch * data.trials_per_day, bucket[0]
+    batch = rows * bins * data.feature_count * 4
+    # A state that is being saved, and batches read ahead.
+    needed = _RUNTIME_BYTES + state + 6 * batch
+    if not on_accelerator:
+        frames = bins // max(model.patch_stride, 1)
+        # Per layer and frame: projected gates, what the backward pass keeps, their gradients.
+        activations = model.layers * frames * rows * 8 * model.units * 4
+        needed += 2 * state + 4 * batch + activations
+    return needed
+
+
+def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
+    """Whether a Redis answers at `url`; passwords do not appear in what is found."""
+    import redis
+
+    from lm_server.client.client import mask_password
+
+    shown = mask_password(url)
+    try:
+        client = redis.Redis.from_url(
+            url, protocol=2, socket_connect_timeout=timeout, socket_timeout=timeout
+        )
+        started = time.perf_counter()
+        client.ping()
+        milliseconds = 1000 * (time.perf_counter() - started)
+        seconds, microseconds = client.time()
+        ahead = time.time() - (seconds + microseconds / 1e6)
+        version = client.info("server")["redis_version"]
+        client.close()
+    except ValueError:
+        needed = "needed redis://[:password@]host:port/database, rediss://... or unix:///path"
+        return [Finding("Redis", "problem", f"{shown} is no Redis URL", needed)]
+    except redis.AuthenticationError:
+        found = f"{shown} refuses the login"
+        return [Finding("Redis", "problem", found, "give user and password in the URL")]
+    except (redis.RedisError, OSError) as error:
+        reason = str(error).replace(url, shown).splitlines()[0]
+        advice = "start one: redis-server, or lm-server serve --embedded-redis; check host and port"
+        return [Finding("Redis", "problem", f"{shown} does not answer: {reason}", advice)]
+    found = f"{shown} answers in {milliseconds:.1f} ms, version {version}"
+    return [Finding("Redis", "ok", found), checks.check_clock_difference(ahead)]

@@ -1,0 +1,1 @@
+"""The GRU decoder of the published system, and the recurrences that run it."""

@@ -1,0 +1,69 @@
+"""Chooses how the GRU recurrence runs: as a `lax.scan` (gru.py) or as Pallas kernels
+(gru_pallas.py).
+
+The choice is made for the platform that a program is lowered for, not for the machine that lowers
+it, so that compiling for a TPU topology on a CPU gives the program that the TPU would run. The
+chip and the division of the batch come from the surrounding mesh: wrap the call, or all of a
+training step, in `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from b2txt_jax.errors import UserError
+from b2txt_jax.model.gru.pallas import gru_recurrence_pallas, plan_for
+from b2txt_jax.model.gru.scan import gru_recurrence
+
+KINDS = ("auto", "scan", "pallas")
+
+
+def recurrence(
+    projected: jax.Array,
+    h0: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    dtype: jnp.dtype,
+    kind: str = "auto",
+) -> jax.Array:
+    """Runs the recurrence over time, time first; all kinds give the same values and gradients.
+
+    Args:
+      projected: input projections with the input bias, [P, B, 3H].
+      h0: first state, [B, H]; taken as float32, like weight and bias.
+      weight: recurrent weight, float32 [3H, H].
+      bias: recurrent bias, float32 [3H].
+      dtype: of the recurrent products' operands and of the result; gates and state stay float32.
+      kind: 'scan'; 'pallas', elsewhere than on a TPU by Pallas's interpreter, which is slow and
+        meant for tests; 'auto': Pallas on a TPU when the weight fits VMEM and the devices share
+        the rows evenly, else the scan.
+
+    Returns:
+      States after each frame, [P, B, H] of `dtype`.
+
+    Raises:
+      UserError: an unknown kind; 'pallas' where 'auto' would have taken the scan on a TPU.
+    """
+    # A state, or parameters, that somebody keeps in bfloat16: gates and the state carried are
+    # float32 all the same.
+    h0, weight, bias = (value.astype(jnp.float32) for value in (h0, weight, bias))
+    arguments = projected, h0, weight, bias
+    scan = functools.partial(gru_recurrence, dtype=dtype)
+    if kind == "scan":
+        return gru_recurrence(*arguments, dtype)
+    compiled = functools.partial(gru_recurrence_pallas, dtype=dtype)
+    if kind == "pallas":
+        default = functools.partial(gru_recurrence_pallas, dtype=dtype, interpret=True)
+    elif kind == "auto":
+        try:
+            plan_for(h0.shape[0], h0.shape[1], dtype)
+        except UserError:
+            return gru_recurrence(*arguments, dtype)
+        default = scan
+    else:
+        raise UserError(f"model.recurrence is {kind!r}; needed one of {', '.join(KINDS)}")
+    states: jax.Array = jax.lax.platform_dependent(*arguments, tpu=compiled, default=default)
+    return states

@@ -1,0 +1,1 @@
+"""Simulated sessions in the T15 layout."""

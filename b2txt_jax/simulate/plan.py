@@ -1,0 +1,191 @@
+"""Which sentences a simulated session shows, in which blocks: settings, and the plan made of them.
+
+Part of the simulator; `simulate.py` writes the plan to files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from b2txt_jax.data.description import DataError
+from b2txt_jax.phonemes import sentence_to_ids
+from b2txt_jax.simulate.corpus import CORPORA, Pool, load_pool
+from lm_server.text_rules import normalise
+
+_DATES = """
+2023.08.11 2023.08.13 2023.08.18 2023.08.20 2023.08.25 2023.08.27 2023.09.01 2023.09.03 2023.09.24
+2023.09.29 2023.10.01 2023.10.06 2023.10.08 2023.10.13 2023.10.15 2023.10.20 2023.10.22 2023.11.03
+2023.11.04 2023.11.17 2023.11.19 2023.11.26 2023.12.03 2023.12.08 2023.12.10 2023.12.17 2023.12.29
+2024.02.25 2024.03.03 2024.03.08 2024.03.15 2024.03.17 2024.04.25 2024.04.28 2024.05.10 2024.06.14
+2024.07.19 2024.07.21 2024.07.28 2025.01.10 2025.01.12 2025.03.14 2025.03.16 2025.03.30 2025.04.13
+"""
+SESSIONS: tuple[str, ...] = tuple(f"t15.{date}" for date in _DATES.split())
+"""Names of the published sessions, in order; N simulated sessions take the first N."""
+
+# The published blocks have 5 to 50 sentences; small ones mix the corpora within a short session.
+_BLOCK_SENTENCES = 25
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """What to simulate; the files are a function of these settings alone.
+
+    Attributes:
+      sessions: number of sessions, 2 to 45; the first has only train sentences.
+      train: train sentences per session.
+      val: val sentences per session.
+      test: test sentences per session, written without labels.
+      seed: of everything random; a session is the same however many sessions are asked for.
+      difficulty: 0 (about 3 % PER can be reached) to 1 (about 30 %).
+      min_words: fewest words of a sentence.
+      max_words: most words of a sentence.
+      speaking_rate: 1 is about 65 words per minute; 2 halves all durations.
+      drift: change from session to session, 1 is the calibrated amount, 0 is none.
+      bursts: strength of movement-like bursts that many channels share; 0 is none, 1 about 1.7
+        times the modulation by speech at difficulty 0.5 (rms).
+    """
+
+    sessions: int = 6
+    train: int = 120
+    val: int = 30
+    test: int = 30
+    seed: int = 0
+    difficulty: float = 0.5
+    min_words: int = 3
+    max_words: int = 12
+    speaking_rate: float = 1.0
+    drift: float = 1.0
+    bursts: float = 0.0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "sessions": (2, len(SESSIONS)),
+            "train": (1, 10_000),
+            "val": (0, 10_000),
+            "test": (0, 10_000),
+            "seed": (0, 2**63 - 1),
+            "difficulty": (0.0, 1.0),
+            "min_words": (3, 12),
+            "max_words": (self.min_words, 12),
+            "speaking_rate": (0.5, 3.0),
+            "drift": (0.0, 3.0),
+            "bursts": (0.0, 5.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise DataError(f"--{name.replace('_', '-')} is {value}; needed {low} to {high}")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One trial to be: its split, its text as shown, its phonemes int32 [L]."""
+
+    split: Pool
+    text: str
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """A block of one corpus; number as in the table, sentences in the order of trials."""
+
+    number: int
+    corpus: str
+    sentences: tuple[Sentence, ...]
+
+    @property
+    def is_train(self) -> bool:
+        """Whether the block belongs to train (otherwise to val and test together)."""
+        return self.sentences[0].split == "train"
+
+
+def named_rng(settings: SimulationSettings, purpose: str, *numbers: int) -> np.random.Generator:
+    """Randomness by name: independent of whatever else was drawn before."""
+    return np.random.default_rng([settings.seed, *purpose.encode(), *numbers])
+
+
+def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]:
+    """Session name -> its blocks. No sentence comes twice.
+
+    Raises:
+      DataError: the corpora have too few sentences of this length.
+    """
+    queues = {split: _queues(settings, split) for split in ("train", "val", "test")}
+    plans = {}
+    for index, name in enumerate(SESSIONS[: settings.sessions]):
+        rng = named_rng(settings, "plan", index)
+        held_out = {} if index == 0 else {"val": settings.val, "test": settings.test}
+        counts = [{"train": n} for n in _block_sizes(settings.train)]
+        counts += _held_out_blocks(held_out)
+        blocks = []
+        for number, which in enumerate(rng.permutation(len(counts)), start=1):
+            wanted = counts[which]
+            corpus = _draw_corpus(queues, wanted, rng, settings)
+            taken = [
+                Sentence(split, text, sentence_to_ids(normalise(text).split()))
+                for split, count in wanted.items()
+                for text in _take(queues[split][corpus], count)
+            ]
+            order = rng.permutation(len(taken))
+            blocks.append(PlannedBlock(number, corpus, tuple(taken[i] for i in order)))
+        plans[name] = blocks
+    return plans
+
+
+def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:
+    """Corpus -> the split's sentences of fitting length, in this seed's order, last one first."""
+    queues: dict[str, list[str]] = {corpus: [] for corpus in CORPORA}
+    for text, corpus in load_pool(split):
+        if settings.min_words <= len(normalise(text).split()) <= settings.max_words:
+            queues[corpus].append(text)
+    rng = named_rng(settings, f"sentences of {split}")
+    for corpus, texts in queues.items():
+        queues[corpus] = [texts[i] for i in rng.permutation(len(texts))]
+    return queues
+
+
+def _block_sizes(sentences: int) -> list[int]:
+    """Splits `sentences` into blocks of about 25, as even as can be."""
+    blocks = max(1, round(sentences / _BLOCK_SENTENCES)) if sentences else 0
+    return [sentences // blocks + (i < sentences % blocks) for i in range(blocks)]
+
+
+def _held_out_blocks(counts: dict[str, int]) -> list[dict[str, int]]:
+    """Blocks that val and test share, as in the published set: per block, sentences by split."""
+    blocks: list[dict[str, int]] = [{} for _ in _block_sizes(sum(counts.values()))]
+    for split, count in counts.items():
+        for i, block in enumerate(blocks):
+            share = count // len(blocks) + (i < count % len(blocks))
+            if share:
+                block[split] = share
+    return blocks
+
+
+def _draw_corpus(
+    queues: dict[str, dict[str, list[str]]],
+    wanted: dict[str, int],
+    rng: np.random.Generator,
+    settings: SimulationSettings,
+) -> str:
+    """A corpus that still has the sentences wanted, by how many it has left."""
+    # One number is drawn, whatever is left, so that later draws do not depend on it.
+    place = rng.random()
+    left = np.array([min(len(queues[split][c]) for split in wanted) for c in CORPORA], float)
+    enough = [all(len(queues[split][c]) >= n for split, n in wanted.items()) for c in CORPORA]
+    left[~np.array(enough)] = 0
+    if not left.any():
+        raise DataError(
+            f"too few sentences of {settings.min_words} to {settings.max_words} words are left "
+            f"for {settings.sessions} sessions of {settings.train}/{settings.val}/{settings.test} "
+            "sentences: ask for fewer sessions or sentences, or for a wider range of words"
+        )
+    return CORPORA[int(np.searchsorted(np.cumsum(left) / left.sum(), place, side="right"))]
+
+
+def _take(queue: list[str], count: int) -> list[str]:
+    taken = queue[len(queue) - count :]
+    del queue[len(queue) - count :]
+    return taken

@@ -1,0 +1,306 @@
+"""Writes simulated sessions in the published T15 layout: attempted speech as 512 features.
+
+Modelled: phonemes of real sentences with durations by class, jitter and pauses; articulation
+  (place, manner, voicing, vowel height, backness, rounding) with coarticulation, mixed onto the
+  electrodes of four arrays that differ in how much they tell, as area 6v codes articulators
+  intermixed on single electrodes (Willett et al. 2023) and sensorimotor cortex codes kinematics
+  (Bouchard et al. 2013, Chartier et al. 2018); counts of threshold crossings and spike band power;
+  private, shared and slow noise; z-scores per block; and from session to session a rotation of the
+  tuning, changed gains and baselines, dying channels, which one linear map per day can mostly undo
+  (Degenhart et al. 2020, Gallego et al. 2020; per-day layers: Card et al. 2024).
+
+On request, bursts of activity that many channels share, as movements other than speech make them.
+
+Not modelled: sound, errors and fatigue of a participant, learning, single neurons, and any tuning
+but that to the current articulation. Strengths are chosen so that training
+behaves as on recordings; error rates say nothing about a participant. docs/simulator.md has the
+numbers, the references and what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from b2txt_jax.data.description import (
+    FILE_NAME,
+    Block,
+    DataError,
+    session_date,
+    write_description,
+)
+from b2txt_jax.simulate import neural as simulate_neural
+from b2txt_jax.simulate import speech as simulate_speech
+from b2txt_jax.simulate.corpus import language_model_text
+from b2txt_jax.simulate.plan import SESSIONS as SESSIONS
+from b2txt_jax.simulate.plan import PlannedBlock, Sentence, named_rng
+from b2txt_jax.simulate.plan import SimulationSettings as SimulationSettings
+from b2txt_jax.simulate.plan import plan_sessions as plan_sessions
+
+PADDED_LABEL = 500
+_IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
+_SETTINGS_FILE = "simulation.json"
+_TEXT_FILE = "language_model_text.txt"
+_FORMAT = 2
+"""Raised whenever the same settings would give other files: old and new sessions do not mix."""
+
+
+def simulate(out: Path, settings: SimulationSettings, force: bool = False) -> None:
+    """Writes sessions, the table of their blocks and text for a language model to folder `out`.
+
+    The sessions are OUT/hdf5_data_final/<session>/data_*.hdf5. What is there already from the same
+    settings is kept; more sessions can be added to a folder. A file appears whole or not at all.
+
+    Args:
+      out: folder to write to.
+      settings: what to simulate.
+      force: replaces sessions that were simulated there with other settings.
+
+    Raises:
+      DataError: `out` holds data that was not simulated, or simulated with other settings; or the
+        sentences do not suffice.
+    """
+    out = Path(out)
+    plans = plan_sessions(settings)
+    _claim(out, settings, force)
+    blocks = [row for name, plan in plans.items() for row in _rows(name, plan)]
+    write_description(out / FILE_NAME, blocks)
+    text = out / _TEXT_FILE
+    if not text.is_file():
+        _write_text(text, "\n".join(language_model_text()) + "\n")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    tuning = None
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("simulating sentences", total=sum(b.sentences for b in blocks))
+        done = 0
+        for index, (name, plan) in enumerate(plans.items()):
+            tuning = _tuning_of_day(settings, index, tuning)
+            # Val and test share blocks, so that one pass makes both.
+            for splits in (("train",), ("val", "test")):
+                missing = _missing_files(out, name, plan, splits)
+                for _ in _write_files(missing, name, plan, settings, index, tuning):
+                    progress.advance(task)
+            done += sum(len(block.sentences) for block in plan)
+            progress.update(task, completed=done)
+
+
+def modulation(difficulty: float) -> float:
+    """Depth of the electrodes' modulation by speech for a difficulty of 0 to 1."""
+    return float(np.exp(np.interp(difficulty, [0.0, 1.0], [np.log(1.3), np.log(0.35)])))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `b2txt simulate`."""
+    texts = {
+        "sessions": "number of sessions, the first with train sentences only",
+        "train": "train sentences per session",
+        "val": "val sentences per session",
+        "test": "test sentences per session (written without labels)",
+        "seed": "of everything random",
+        "difficulty": "0 to 1: the phoneme error rate that can be reached goes from 3 %% to 30 %%",
+        "min_words": "fewest words of a sentence",
+        "max_words": "most words of a sentence",
+        "speaking_rate": "1 is about 65 words per minute",
+        "drift": "change from session to session; 0 is none, 1 the calibrated amount",
+        "bursts": "movement-like bursts that channels share; 0 is none, 1 is strong",
+    }
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    for field in dataclasses.fields(SimulationSettings):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help=f"{texts[field.name]} (default {field.default})",
+        )
+    parser.add_argument(
+        "--force", action="store_true", help="replace sessions simulated with other settings"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `b2txt simulate`."""
+    names = [field.name for field in dataclasses.fields(SimulationSettings)]
+    settings = SimulationSettings(**{name: getattr(args, name) for name in names})
+    simulate(args.out, settings, args.force)
+    print(f"{settings.sessions} simulated sessions are in {args.out / 'hdf5_data_final'}")
+    return 0
+
+
+def _rows(session: str, plan: list[PlannedBlock]) -> Iterator[Block]:
+    date = session_date(session)
+    day = (datetime.date.fromisoformat(date) - _IMPLANTED).days
+    for block in plan:
+        split = "Train" if block.is_train else "Val/Test"
+        yield Block(date, day, block.number, len(block.sentences), block.corpus, split)
+
+
+def _tuning_of_day(
+    settings: SimulationSettings, index: int, before: simulate_neural.Tuning | None
+) -> simulate_neural.Tuning:
+    """The tuning of session `index`, from that of the session before."""
+    if before is None:
+        return simulate_neural.first_tuning(named_rng(settings, "tuning"))
+    usual = simulate_neural.Drift()
+    drift = simulate_neural.Drift(
+        rotation=settings.drift * usual.rotation,
+        renewal=min(1.0, settings.drift * usual.renewal),
+        gain=settings.drift * usual.gain,
+        death=min(1.0, settings.drift * usual.death),
+    )
+    return simulate_neural.next_tuning(before, drift, named_rng(settings, "drift", index))
+
+
+def _missing_files(
+    out: Path, session: str, plan: list[PlannedBlock], splits: Sequence[str]
+) -> dict[str, Path]:
+    """Split -> file, for those of `splits` that the session has and that are not there yet."""
+    held = {sentence.split for block in plan for sentence in block.sentences}
+    paths = {split: _session_folder(out, session) / f"data_{split}.hdf5" for split in splits}
+    return {split: path for split, path in paths.items() if split in held and not path.is_file()}
+
+
+def _write_files(
+    paths: dict[str, Path],
+    session: str,
+    plan: list[PlannedBlock],
+    settings: SimulationSettings,
+    index: int,
+    tuning: simulate_neural.Tuning,
+) -> Iterator[None]:
+    """Writes the files `paths` (by split) of one session; yields after each trial."""
+    if not paths:
+        return
+    partial = {split: path.with_suffix(".partial") for split, path in paths.items()}
+    for path in partial.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {s: stack.enter_context(h5py.File(path, "w")) for s, path in partial.items()}
+        for block in plan:
+            if not any(sentence.split in paths for sentence in block.sentences):
+                continue
+            recorded = _record_block(block, settings, index, tuning)
+            for trial, (sentence, features) in enumerate(
+                zip(block.sentences, recorded, strict=True)
+            ):
+                if sentence.split in files:
+                    file = files[sentence.split]
+                    group = file.create_group(f"trial_{len(file):04d}")
+                    _write_trial(group, session, block.number, trial, sentence, features)
+                yield
+    for split, path in paths.items():
+        os.replace(partial[split], path)
+
+
+def _record_block(
+    block: PlannedBlock, settings: SimulationSettings, index: int, tuning: simulate_neural.Tuning
+) -> list[np.ndarray]:
+    """Features of each trial of a block, float32 [T, 512]."""
+    rng = named_rng(settings, "block", index, block.number)
+    table = simulate_speech.articulation()
+    trajectories = [
+        simulate_speech.attempt(sentence.labels, table, settings.speaking_rate, rng)
+        for sentence in block.sentences
+    ]
+    bursts = None
+    if settings.bursts:
+        # Draws of their own, so that everything else stays as it is without bursts.
+        bins = sum(len(trajectory) for trajectory in trajectories)
+        patterns = simulate_neural.burst_patterns(named_rng(settings, "burst patterns"))
+        timing = named_rng(settings, "bursts", index, block.number)
+        bursts = settings.bursts * simulate_neural.bursts(bins, patterns, timing)
+    return simulate_neural.record(
+        trajectories, tuning, modulation(settings.difficulty), rng, bursts
+    )
+
+
+def _write_trial(
+    group: h5py.Group,
+    session: str,
+    block: int,
+    trial: int,
+    sentence: Sentence,
+    features: np.ndarray,
+) -> None:
+    """One trial in the published layout; test trials have no labels."""
+    group["input_features"] = features
+    group.attrs["n_time_steps"] = len(features)
+    group.attrs["session"] = session
+    group.attrs["block_num"] = block
+    group.attrs["trial_num"] = trial
+    if sentence.split == "test":
+        return
+    group["seq_class_ids"] = _padded(sentence.labels)
+    group["transcription"] = _padded(np.array([ord(letter) for letter in sentence.text]))
+    group.attrs["seq_len"] = len(sentence.labels)
+    group.attrs["sentence_label"] = sentence.text
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    padded = np.zeros(PADDED_LABEL, np.int32)
+    padded[: len(values)] = values
+    return padded
+
+
+def _session_folder(out: Path, session: str) -> Path:
+    return out / "hdf5_data_final" / session
+
+
+def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
+    """Writes the settings to `out`, or sees that those there agree."""
+    wanted = {"format": _FORMAT, **dataclasses.asdict(settings)}
+    path = out / _SETTINGS_FILE
+    data = out / "hdf5_data_final"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path} is not valid JSON ({error}), so what {out} holds is unknown: choose "
+                f"another "
+                "--out"
+            ) from error
+        # A setting that came later had its default's effect.
+        found = {**dataclasses.asdict(SimulationSettings()), **found}
+        other = sorted(k for k in {*wanted, *found} - {"sessions"} if wanted.get(k) != found.get(k))
+        if found.get("sessions", 0) > settings.sessions:
+            other.append("sessions")
+        if other and not force:
+            differences = ", ".join(f"{k} {found.get(k)} (now {wanted.get(k)})" for k in other)
+            raise DataError(
+                f"{out} holds sessions simulated with other settings: {differences}; choose "
+                "another --out, or replace them with `b2txt simulate --force`"
+            )
+        if other:
+            # The old settings go last: an interrupted removal can be taken up again.
+            (out / _TEXT_FILE).unlink(missing_ok=True)
+            for session in SESSIONS:
+                shutil.rmtree(_session_folder(out, session), ignore_errors=True)
+    elif data.exists() and any(data.iterdir()):
+        raise DataError(
+            f"{data} holds data, but {path} is not there, so they may be real recordings: choose "
+            "another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _write_text(path, json.dumps(wanted, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

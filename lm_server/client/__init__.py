@@ -1,0 +1,1 @@
+"""What talks to servers and workers: numpy and redis only."""

@@ -1,0 +1,227 @@
+"""Decoding of many trials by many workers: jobs in, results out, in any order, each exactly once.
+
+The other end are `lm-server worker` processes, on this machine or others (docs/protocol.md, Jobs).
+A worker that ends, a connection that breaks and a Redis that restarts cost time, not results: what
+has no result yet is handed in again, which does nothing where it is there already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+import redis
+
+from lm_server.client.answers import (
+    Decoded,
+    LanguageModelError,
+    LanguageModelUnavailableError,
+    candidates_of,
+    mask_password,
+)
+from lm_server.client.client import Progress
+from lm_server.client.lm_redis import redis_client
+from lm_server.protocol import (
+    JOB_SECONDS,
+    REGISTRY,
+    SUBMIT_JOB,
+    Job,
+    ProtocolError,
+    batch_key,
+    process_key,
+    results_stream,
+    to_lm_order,
+)
+
+_AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
+_BLOCK_MS = 1000
+_AHEAD = 256
+"""Jobs handed in at a time: enough for many workers, some ten megabytes of Redis's memory."""
+
+
+class JobClient:
+    """A batch of jobs on a Redis that workers share. Use it as a context manager, or `close` it:
+    jobs without a result are withdrawn then."""
+
+    def __init__(self, url: str, timeout: float = 120.0, reconnect_seconds: float = 60.0) -> None:
+        """Connects to Redis.
+
+        Args:
+          url: Redis, for example `redis://:password@127.0.0.1:6379/0` or `unix:///run/redis.sock`.
+          timeout: seconds without any result after which a living worker is asked for.
+          reconnect_seconds: how long a Redis that went away is waited for.
+
+        Raises:
+          LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
+          LanguageModelError: the URL is no Redis URL.
+        """
+        self.url = mask_password(url)
+        self.batch = f"batch-{secrets.token_hex(8)}"
+        self.duplicates = 0
+        """Results that came a second time, which exactly-once delivery forbids."""
+        self._timeout, self._reconnect_seconds = timeout, reconnect_seconds
+        self._redis = redis_client(url)
+        self._submit = self._redis.register_script(SUBMIT_JOB)
+        try:
+            self._redis.ping()
+        except _AWAY as error:
+            raise LanguageModelUnavailableError(
+                f"no Redis answers at {self.url} ({error}): start one and `lm-server worker --lm "
+                "DIR --redis URL`, or leave --redis out and give --lm DIR"
+            ) from error
+        except redis.exceptions.ResponseError as error:
+            raise LanguageModelUnavailableError(
+                f"Redis at {self.url} refuses us ({error}): give the password in the URL"
+            ) from error
+
+    def __enter__(self) -> JobClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Withdraws what has no result and closes the connection."""
+        # Should Redis be away, they expire by themselves.
+        with contextlib.suppress(redis.exceptions.RedisError, OSError):
+            self._redis.delete(batch_key(self.batch), results_stream(self.batch))
+        self._redis.close()
+
+    def decode_all(
+        self,
+        logits: Sequence[np.ndarray],
+        names: Sequence[str],
+        settings: Mapping[str, float] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Decoded]:
+        """Decodes trials; results in the order of the trials, a failed one with its reason.
+
+        Args:
+          logits: per trial [frames, 41] in the RNN's order.
+          names: per trial, such as `t15.2023.08.13/trial_0007`.
+          settings: such as acoustic_scale; the workers' own where one is not given.
+          progress: called after each result.
+
+        Raises:
+          LanguageModelUnavailableError: Redis stays away, or there is no worker.
+          ValueError: there are more names than trials, or fewer.
+        """
+        if len(logits) != len(names):
+            raise ValueError(
+                f"found {len(logits)} trials and {len(names)} names; needed one name each"
+            )
+        results: dict[int, Decoded] = {}
+        jobs: dict[int, dict[str, bytes]] = {}
+        for index, (frames, name) in enumerate(zip(logits, names, strict=True)):
+            try:
+                # A number before the name: two trials of one name are two jobs.
+                job = Job(self.batch, f"{index} {name}", to_lm_order(frames), settings)
+                jobs[index] = job.fields()
+            except (ProtocolError, IndexError) as error:
+                results[index] = Decoded(name, None, str(error), 0.0)
+        self._run(jobs, names, results, len(names), progress)
+        return [results[index] for index in range(len(names))]
+
+    def _run(
+        self,
+        jobs: Mapping[int, dict[str, bytes]],
+        names: Sequence[str],
+        results: dict[int, Decoded],
+        count: int,
+        progress: Progress | None,
+    ) -> None:
+        waiting = deque(jobs)
+        out: dict[int, None] = {}
+        position, heard, away_since = "0-0", time.monotonic(), None
+        while waiting or out:
+            try:
+                while waiting and len(out) < _AHEAD:
+                    self._hand_in(jobs[waiting[0]])
+                    out[waiting.popleft()] = None
+                found = self._redis.xread(
+                    {results_stream(self.batch): position}, count=_AHEAD, block=_BLOCK_MS
+                )
+                away_since = None
+            except _AWAY as error:
+                now = time.monotonic()
+                away_since = away_since or now
+                if now - away_since > self._reconnect_seconds:
+                    raise LanguageModelUnavailableError(
+                        f"Redis at {self.url} has been away for {self._reconnect_seconds:g} s "
+                        f"({error}); {len(results)} of {count} trials have a result"
+                    ) from error
+                time.sleep(0.2)
+                continue
+            except redis.exceptions.ResponseError as error:
+                raise LanguageModelError(
+                    f"Redis at {self.url} refused a command: {error}"
+                ) from error
+            for _, entries in found:
+                for id_, fields in entries:
+                    position = id_
+                    index = int(fields[b"job"].split(b" ", 1)[0])
+                    if index in results:
+                        self.duplicates += 1
+                        continue
+                    results[index] = _decoded(names[index], fields)
+                    out.pop(index, None)
+                    heard = time.monotonic()
+                    if progress is not None:
+                        progress(len(results), count)
+            if not found:
+                position = self._look_for_losses(jobs, out, position)
+                if time.monotonic() - heard > self._timeout:
+                    self._need_workers(len(results), count)
+                    heard = time.monotonic()
+
+    def _hand_in(self, job: Mapping[str, bytes]) -> None:
+        flat = [part for pair in job.items() for part in pair]
+        keys = [REGISTRY.jobs, batch_key(self.batch)]
+        self._submit(keys=keys, args=[job["job"], JOB_SECONDS, *flat])
+
+    def _look_for_losses(
+        self, jobs: Mapping[int, dict[str, bytes]], out: Mapping[int, None], position: str
+    ) -> str:
+        """Hands in again what a Redis lost that began anew; where to read results from."""
+        try:
+            if not out or self._redis.exists(batch_key(self.batch)):
+                return position
+            for index in out:
+                self._hand_in(jobs[index])
+        except _AWAY:
+            return position  # The loop meets it again and waits.
+        return "0-0"
+
+    def _need_workers(self, done: int, count: int) -> None:
+        try:
+            found = any(True for _ in self._redis.scan_iter(process_key("worker-*"), count=500))
+        except _AWAY:
+            return
+        if not found:
+            raise LanguageModelUnavailableError(
+                f"no worker has answered for {self._timeout:g} s and none shows a sign of life on "
+                f"{self.url}; {done} of {count} trials have a result: start `lm-server worker "
+                "--lm DIR --redis URL`"
+            )
+
+
+def _decoded(name: str, fields: Mapping[bytes, bytes]) -> Decoded:
+    seconds = float(fields.get(b"seconds", b"0"))
+    if b"error" in fields:
+        return Decoded(name, None, fields[b"error"].decode(errors="replace"), seconds)
+    try:
+        problem = fields.get(b"problem")
+        told = None if problem is None else problem.decode(errors="replace")
+        return Decoded(name, candidates_of(fields), None, seconds, told)
+    except LanguageModelError as error:
+        return Decoded(name, None, str(error), seconds)

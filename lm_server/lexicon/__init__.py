@@ -1,0 +1,1 @@
+"""Pronunciations: a dictionary, letters to phonemes, and the words of training text."""

@@ -1,0 +1,107 @@
+"""How words outside the lexicon are said: a joint n-gram model of letters and what they say.
+
+The model is trained from the CMU dictionary (`g2p_training`, `scripts/make_g2p.py`). It is a guess:
+README and lm.json say how many words of a model have guessed pronunciations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.resources
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import kenlm
+
+from lm_server.lexicon.pronunciations import LexiconError, Pronunciation, is_word
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+_BEAM = 24
+"""Partial pronunciations kept after each letter."""
+_LONGEST = 60
+"""Letters of a word; what is longer is no word."""
+
+
+def graphone(letter: str, said: Sequence[str]) -> str:
+    """A letter and what it says, as the model's word: `x:K_S`, `e:`."""
+    return f"{letter}:{'_'.join(said)}"
+
+
+@dataclass(frozen=True)
+class _Model:
+    ngrams: kenlm.Model
+    units: Mapping[str, tuple[tuple[str, Pronunciation], ...]]
+    """Per letter, its graphones and what they say."""
+
+
+def read_model(path: Path) -> _Model:
+    """A model that `g2p_training.train` wrote."""
+    units = defaultdict(list)
+    for unit in path.with_suffix(".txt").read_text().split():
+        letter, _, said = unit.partition(":")
+        units[letter].append((unit, tuple(said.split("_")) if said else ()))
+    return _Model(kenlm.Model(str(path)), {one: tuple(said) for one, said in units.items()})
+
+
+@functools.cache
+def _shipped() -> _Model:
+    folder = importlib.resources.files("lm_server.lexicon") / "resources"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(importlib.resources.as_file(folder / "g2p.txt"))
+        return read_model(stack.enter_context(importlib.resources.as_file(folder / "g2p.bin")))
+
+
+def pronounce(word: str, limit: int = 3, model: _Model | None = None) -> tuple[Pronunciation, ...]:
+    """The likeliest pronunciations of a word, best first.
+
+    Args:
+      word: lower-case letters, apostrophes and hyphens; the parts around hyphens are said one by
+        one.
+      limit: at most so many pronunciations are given.
+      model: by default that of the package.
+
+    Raises:
+      LexiconError: the word has other signs or no letter, or is too long, so that it cannot be
+        said.
+    """
+    if not is_word(word) or len(word) > _LONGEST:
+        raise LexiconError(
+            f"nobody can tell how {word[:_LONGEST]!r} is said; needed a word of at most {_LONGEST} "
+            "letters a-z, apostrophes and hyphens: give its pronunciation"
+        )
+    model = model or _shipped()
+    parts = [part for part in word.split("-") if part.strip("'")]
+    found = [_say(part, limit, model) for part in parts]
+    together = sorted(itertools.product(*found), key=lambda each: -sum(one[0] for one in each))
+    said = (tuple(itertools.chain(*(phones for _, phones in each))) for each in together)
+    return tuple(dict.fromkeys(said))[:limit]
+
+
+def _say(word: str, limit: int, model: _Model) -> list[tuple[float, Pronunciation]]:
+    """(log10 probability, pronunciation) of a word without hyphens, best first."""
+    start = kenlm.State()
+    model.ngrams.BeginSentenceWrite(start)
+    hypotheses: list[tuple[float, Pronunciation, kenlm.State]] = [(0.0, (), start)]
+    for letter in word:
+        found: dict[tuple[Pronunciation, kenlm.State], float] = {}
+        for score, phones, state in hypotheses:
+            for unit, said in model.units[letter]:
+                following = kenlm.State()
+                total = score + model.ngrams.BaseScore(state, unit, following)
+                key = (phones + said, following)
+                if total > found.get(key, -float("inf")):
+                    found[key] = total
+        best = sorted(found.items(), key=lambda item: -item[1])[:_BEAM]
+        hypotheses = [(score, phones, state) for (phones, state), score in best]
+    ended: dict[Pronunciation, float] = {}
+    for score, phones, state in hypotheses:
+        total = score + model.ngrams.BaseScore(state, "</s>", kenlm.State())
+        if phones and total > ended.get(phones, -float("inf")):
+            ended[phones] = total
+    if not ended:
+        raise LexiconError(f"nobody can tell how {word!r} is said: give its pronunciation")
+    return sorted(((score, phones) for phones, score in ended.items()), reverse=True)[:limit]

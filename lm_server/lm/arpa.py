@@ -1,0 +1,229 @@
+"""Back-off n-gram models as n-grams of words in any order: read from ARPA files, sorted for tries.
+
+All probabilities are base-10 logarithms, as in ARPA and KenLM files.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lm_server.errors import UserError
+from lm_server.lexicon.text import DAMAGED_ARCHIVE, open_text
+from lm_server.lm.sorted_ngrams import (
+    BEGIN,
+    END,
+    UNKNOWN,
+    SortedModel,
+    SortedOrder,
+    find_rows,
+    in_order_of_ids,
+    mark_contexts,
+)
+
+NEVER = -99.0
+"""Written for what has no probability."""
+
+
+class ModelError(UserError, ValueError):
+    """A model that cannot be built or read; says what was found, what was needed and what to do."""
+
+
+@dataclass(frozen=True)
+class NGrams:
+    """All n-grams of one order.
+
+    `words` [N, order] int32 holds indices into the model's word list, in spoken order. `log10` [N]
+    float32 and `backoff` [N] float32 are base-10 logarithms; the highest order has back-offs of 0.
+    """
+
+    words: np.ndarray
+    log10: np.ndarray
+    backoff: np.ndarray
+
+
+@dataclass(frozen=True)
+class Model:
+    """A back-off n-gram model: `words[0]` is `<unk>`; `orders[k]` holds the (k+1)-grams over
+    indices into `words`."""
+
+    words: Sequence[str]
+    orders: Sequence[NGrams]
+
+
+def read_arpa(path: Path, progress: Callable[[int], None] = lambda size: None) -> Model:
+    """Reads a back-off model in the ARPA format (plain, .gz or .xz); `<unk>` is added when it is
+    absent.
+
+    Args:
+      path: the file.
+      progress: called with the number of bytes read since its last call (compressed size).
+
+    Raises:
+      ModelError: the file is not in the format, or is cut short.
+    """
+    done = 0
+    with open_text(path) as (lines, position):
+
+        def show() -> None:
+            nonlocal done
+            progress(position() - done)
+            done = position()
+
+        try:
+            model = _parse_arpa(path, iter(lines), show)
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{path} is not UTF-8 text ({error}): not ARPA") from error
+        except DAMAGED_ARCHIVE as error:
+            raise ModelError(f"{path} is a damaged archive ({error}): fetch it again") from error
+        show()
+    return model
+
+
+def _parse_arpa(path: Path, lines: Iterator[str], show: Callable[[], None]) -> Model:
+    counts: list[int] = []
+    orders: list[NGrams] = []
+    words: list[str] = [UNKNOWN]
+    ids: dict[str, int] = {UNKNOWN: 0}
+    # It is one iterator: each loop goes on where the one before stopped.
+    for line in lines:
+        if line.startswith("ngram "):
+            counts.append(int(line.split("=")[1]))
+        elif line.startswith("\\1-grams:"):
+            break
+    for order in range(1, len(counts) + 1):
+        grams = array.array("i")
+        log10, backoff = array.array("f"), array.array("f")
+        for number, line in enumerate(lines):
+            if number % 65536 == 65535:
+                show()
+            fields = line.split()
+            if not fields:
+                continue
+            if line.startswith("\\") and len(fields) == 1:
+                break
+            if len(fields) not in (order + 1, order + 2):
+                raise ModelError(
+                    f"{path} has the line {line.strip()!r} among its {order}-grams: not ARPA"
+                )
+            if order == 1 and fields[1] not in ids:
+                ids[fields[1]] = len(words)
+                words.append(fields[1])
+            try:
+                log10.append(float(fields[0]))
+                backoff.append(float(fields[order + 1]) if len(fields) == order + 2 else 0.0)
+                grams.extend([ids[word] for word in fields[1 : order + 1]])
+            except (ValueError, KeyError) as error:
+                raise ModelError(
+                    f"{path} has the line {line.strip()!r} among its {order}-grams ({error}): "
+                    "needed numbers, and words that are 1-grams too"
+                ) from error
+        rows = np.array(grams, np.int32).reshape(-1, order)
+        if len(rows) != counts[order - 1]:
+            raise ModelError(
+                f"{path} has {len(rows)} {order}-grams but announces "
+                f"{counts[order - 1]}: it is cut short"
+            )
+        orders.append(NGrams(rows, np.array(log10, np.float32), np.array(backoff, np.float32)))
+    if not orders:
+        raise ModelError(f"{path} has no n-grams: not ARPA")
+    return Model(words, [_every_word(orders[0], len(words)), *orders[1:]])
+
+
+def _every_word(unigrams: NGrams, words: int) -> NGrams:
+    """The 1-grams by word, each word with one."""
+    log10 = np.full(words, NEVER, np.float32)
+    backoff = np.zeros(words, np.float32)
+    log10[unigrams.words[:, 0]] = unigrams.log10
+    backoff[unigrams.words[:, 0]] = unigrams.backoff
+    return NGrams(np.arange(words, dtype=np.int32)[:, None], log10, backoff)
+
+
+def without(model: Model, dropped: Sequence[int]) -> Model:
+    """The model without some words (indices other than 0) and all n-grams that hold one."""
+    kept = np.ones(len(model.words), bool)
+    kept[list(dropped)] = False
+    number = (np.cumsum(kept) - 1).astype(np.int32)
+    orders = []
+    for grams in model.orders:
+        rows = np.flatnonzero(kept[grams.words].all(axis=1))
+        orders.append(NGrams(number[grams.words[rows]], grams.log10[rows], grams.backoff[rows]))
+    return Model([word for word, keep in zip(model.words, kept, strict=True) if keep], orders)
+
+
+def sort_model(model: Model) -> SortedModel:
+    """The model in the order of a trie.
+
+    A suffix that pruning has left out is put in with the probability that backing off gives it, as
+    KenLM does, because a trie finds n-grams through their suffixes.
+
+    Raises:
+      ModelError: `<s>` or `</s>` is missing, or the context of an n-gram.
+    """
+    missing = {BEGIN, END} - set(model.words)
+    if missing:
+        raise ModelError(f"the model lacks {' and '.join(sorted(missing))}: needed both")
+    words = in_order_of_ids(model.words)
+    rank = {word: number for number, word in enumerate(words)}
+    ids = np.array([rank[word] for word in model.words], np.int64)
+    by_order = [ids[grams.words] for grams in model.orders]
+    added = _missing_suffixes(by_order, len(words))
+    orders: list[SortedOrder] = []
+    keys: list[np.ndarray] = []
+    for level, grams in enumerate(model.orders):
+        rows = np.concatenate([by_order[level], added[level]])
+        fill = np.full(len(added[level]), np.nan, np.float32)
+        log10 = np.concatenate([grams.log10, fill])
+        backoff = np.concatenate([grams.backoff, np.zeros_like(fill)])
+        parents = _rows_of(rows[:, 1:], keys, len(words))
+        key = parents * len(words) + rows[:, 0]
+        order = np.argsort(key, kind="stable")
+        keys.append(key[order])
+        if (keys[-1][1:] == keys[-1][:-1]).any():
+            raise ModelError(f"the model has a {level + 1}-gram twice; needed each once")
+        new = SortedOrder(
+            rows[order, 0].astype(np.uint32), parents[order], log10[order], backoff[order]
+        )
+        if len(fill):
+            blank = np.flatnonzero(np.isnan(new.log10))
+            context = _rows_of(rows[order[blank], :-1], keys, len(words))
+            # A context that the model lacks has the back-off weight 1.
+            weight = np.where(context < 0, 0.0, orders[-1].backoff[context])
+            new.log10[blank] = orders[-1].log10[new.parent[blank]] + weight
+        orders.append(new)
+    try:
+        return mark_contexts(SortedModel(words, orders))
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _missing_suffixes(by_order: Sequence[np.ndarray], words: int) -> list[np.ndarray]:
+    """Per order, suffixes of longer n-grams that are not there: ids [N, order]."""
+    added = [grams[:0] for grams in by_order]
+    for level in range(len(by_order) - 1, 1, -1):
+        longer = np.concatenate([by_order[level], added[level]])
+        there = by_order[level - 1]
+        everything = np.concatenate([there, longer[:, 1:]])
+        # One number per n-gram, column by column, so that no key outgrows 64 bits.
+        number = np.zeros(len(everything), np.int64)
+        for column in range(everything.shape[1]):
+            key = number * words + everything[:, column]
+            number = np.unique(key, return_inverse=True)[1].reshape(-1)
+        present = np.zeros(int(number.max()) + 1 if len(number) else 0, bool)
+        present[number[: len(there)]] = True
+        _, first = np.unique(number, return_index=True)
+        added[level - 1] = everything[first[~present]]
+    return added
+
+
+def _rows_of(grams: np.ndarray, keys: Sequence[np.ndarray], words: int) -> np.ndarray:
+    """Ids [N, k] -> rows in order k, -1 for those that are not there; zeros for k = 0."""
+    rows = np.zeros(len(grams), np.int64)
+    for back in range(grams.shape[1]):
+        wanted = rows * words + grams[:, -1 - back]
+        rows = np.where(rows < 0, -1, find_rows(keys[back], np.where(rows < 0, -1, wanted)))
+    return rows

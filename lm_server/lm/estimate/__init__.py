@@ -1,0 +1,1 @@
+"""Estimation from text: counting, modified Kneser-Ney smoothing, pruning."""

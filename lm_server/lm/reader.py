@@ -1,0 +1,167 @@
+"""Reads a model folder as `lm-server build` writes it: what it is, its words, how they are said."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_server.errors import UserError
+from lm_server.lexicon.pronunciations import Pronunciation
+from lm_server.protocol import LM_CLASSES, PHONEMES
+
+FORMAT = 1
+_CLASS = {name: LM_CLASSES.index(name) for name in PHONEMES}
+_REMEDY = "build the model again"
+
+
+class ModelFolderError(UserError, ValueError):
+    """A folder that is no model, or a damaged one; says what is missing and how to make it."""
+
+
+def read_description(folder: Path) -> dict[str, object]:
+    """`lm.json`, checked.
+
+    Raises:
+      ModelFolderError: the folder is none, is of another format, or a file of it is missing or
+        damaged.
+    """
+    hint = f"make one with `lm-server build --text FILE --out {folder}`"
+    if folder.is_file():
+        raise ModelFolderError(
+            f"{folder} is a file; needed a model folder: give the one that it lies in, "
+            f"{folder.parent}"
+        )
+    if not folder.is_dir():
+        raise ModelFolderError(f"there is no model folder {folder}: {hint}")
+    for name in ("lm.json", "lm.bin", "lexicon.txt"):
+        if not (folder / name).is_file():
+            raise ModelFolderError(f"{folder} is no model folder, {name} is missing in it: {hint}")
+    try:
+        description = json.loads((folder / "lm.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{folder}/lm.json cannot be read ({error}): {hint}") from error
+    if not isinstance(description, dict):
+        raise ModelFolderError(
+            f"{folder}/lm.json holds a {type(description).__name__}; needed an object: {hint}"
+        )
+    found = description.get("format")
+    if found != FORMAT:
+        raise ModelFolderError(f"{folder} has format {found}; this version reads {FORMAT}: {hint}")
+    for name in ("order", "words", "pronunciations"):
+        if not isinstance(description.get(name), int):
+            raise ModelFolderError(
+                f"{folder}/lm.json has the {name} {description.get(name)!r}; "
+                f"needed a whole number: {hint}"
+            )
+    size = (folder / "lm.bin").stat().st_size
+    wanted = description.get("bytes", size)  # Older folders do not say.
+    if size != wanted:
+        raise ModelFolderError(
+            f"{folder}/lm.bin has {size} bytes, but lm.json says {wanted}: it is damaged, cut "
+            f"short or another model's: {_REMEDY}"
+        )
+    stored = description.get("crc32")
+    if stored is not None and checksum(folder / "lm.bin") != stored:
+        raise ModelFolderError(
+            f"{folder}/lm.bin is not the file whose checksum lm.json has: it is damaged or another "
+            f"model's: {_REMEDY}"
+        )
+    return description
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found = zlib.crc32(piece, found)
+    return found
+
+
+@dataclass(frozen=True)
+class Spellings:
+    """What `lexicon.txt` says.
+
+    Attributes:
+      words: the vocabulary, likelier words first.
+      homophones: indices of the words, likelier ones first, by how they are said: the phonemes'
+        classes in the language model's order, a byte each.
+    """
+
+    words: list[str]
+    homophones: dict[bytes, list[int]]
+
+
+def read_spellings(folder: Path, description: Mapping[str, object]) -> Spellings:
+    """`lexicon.txt`, checked against `description`.
+
+    Raises:
+      ModelFolderError: a line is not as `lm-server build` writes it, or lines are missing.
+    """
+    path = folder / "lexicon.txt"
+    words: list[str] = []
+    known: set[str] = set()
+    homophones: dict[bytes, list[int]] = defaultdict(list)
+    count = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for count, line in enumerate(lines, 1):
+                word, *phones = line.split() or [""]
+                try:
+                    spelling = bytes([_CLASS[phone] for phone in phones])
+                except KeyError:
+                    spelling = b""
+                if not spelling:
+                    raise ModelFolderError(
+                        f"{path}, line {count}, is {line.rstrip()!r}; needed a word and its "
+                        f"phonemes: {_REMEDY}"
+                    )
+                if not words or words[-1] != word:
+                    if word in known:
+                        raise ModelFolderError(
+                            f"{path}, line {count}, has the word {word!r} for a second time; "
+                            f"needed all its pronunciations together: {_REMEDY}"
+                        )
+                    known.add(word)
+                    words.append(word)
+                homophones[spelling].append(len(words) - 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+    for name, found in (("words", len(words)), ("pronunciations", count)):
+        if found != description[name]:
+            raise ModelFolderError(
+                f"{path} has {found} {name}, but lm.json says {description[name]}: it is damaged "
+                f"or cut short: {_REMEDY}"
+            )
+    return Spellings(words, homophones)
+
+
+def find_words(
+    folder: Path, wanted: Collection[str]
+) -> dict[str, tuple[int, tuple[Pronunciation, ...]]]:
+    """Index and pronunciations of those of the wanted words that `lexicon.txt` has.
+
+    Raises:
+      ModelFolderError: the file cannot be read any more.
+    """
+    found: dict[str, tuple[int, tuple[Pronunciation, ...]]] = {}
+    if not wanted:
+        return found
+    path = folder / "lexicon.txt"
+    before, index = None, -1
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                word, _, phones = line.partition(" ")
+                if word != before:
+                    before, index = word, index + 1
+                if word in wanted:
+                    said = found.get(word, (index, ()))[1]
+                    found[word] = (index, (*said, tuple(phones.split())))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFolderError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+    return found

@@ -1,0 +1,1 @@
+"""The binary trie that KenLM reads."""

@@ -1,0 +1,283 @@
+"""Writes an n-gram model as a KenLM binary file (format version 5, all four kinds of trie).
+
+KenLM's own `build_binary` is in no wheel, while every KenLM reader (the `kenlm` module,
+flashlight-text) maps this file into memory at once, shared by all processes that read it. The
+layout, all little-endian:
+
+    header     magic, test values, order, kind, number of n-grams of each order
+    words      number of words, then their 64-bit hashes sorted; a word's id is its rank + 1, and
+               <unk> is 0
+    tables     bins of the quantised kinds (`quantise`)
+    1-grams    by id: probability, back-off, first child (16 bytes each)
+    2..n-1     bit-packed: word, probability (31 bits, sign dropped), back-off (32), first child;
+               quantised: word, bin of the back-off, bin of the probability, first child
+    n          bit-packed: word, probability (31) or its bin
+    strings    the words by id, each ended by a zero byte
+
+In the compressed kinds the high bits of the first children stand in an array before their order:
+where each value of these bits begins (Bhiksha Raj and Whittaker, 2003).
+
+An n-gram hangs below its suffix: the path of "a b c" is c, then b, then a. Source: K. Heafield,
+"KenLM: Faster and Smaller Language Model Queries" (2011), section 3, and KenLM's reader.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lm_server.lm.sorted_ngrams import UNKNOWN, SortedModel, SortedOrder, hashes_of
+from lm_server.lm.trie.bit_packing import pack_bits
+from lm_server.lm.trie.quantise import MAX_BITS, Tables, train
+
+_MAGIC = b"mmap lm http://kheafield.com/code format version 5\n\0\0"
+_TRIE, _QUANTISED, _COMPRESSED = 2, 1, 2
+_SEARCH_VERSION = 1
+_QUANTISATION_VERSION = 2
+_ARRAY_VERSION, _ARRAY_BITS = 0, 255
+_ROWS_PER_CHUNK = 1 << 16  # A multiple of 8, so that every chunk begins at a whole byte.
+
+
+@dataclass(frozen=True)
+class TrieForm:
+    """Which of KenLM's tries.
+
+    Attributes:
+      bits: bits of each probability and each back-off weight of order 2 and up; None keeps them as
+        they are (31 and 32 bits).
+      compressed: whether pointers are compressed (lossless, a little slower).
+    """
+
+    bits: int | None = None
+    compressed: bool = False
+
+    def __post_init__(self) -> None:
+        # Two bins of back-offs are for zeros, and there must be others.
+        if self.bits is not None and not 2 <= self.bits <= MAX_BITS:
+            raise ValueError(f"quantised to {self.bits} bits; needed 2-{MAX_BITS}: 8 is usual")
+
+    @property
+    def kind(self) -> int:
+        """KenLM's number of it."""
+        return _TRIE + _QUANTISED * (self.bits is not None) + _COMPRESSED * self.compressed
+
+
+PLAIN = TrieForm()
+
+
+def trie_bytes(counts: Sequence[int], form: TrieForm) -> int:
+    """Size in bytes of a model with so many n-grams of order 1, 2, ...; without its words'
+    strings."""
+    layout = _Layout([*counts, 0] if len(counts) == 1 else counts, form)
+    size = len(_header(layout)) + 8 * (1 + layout.counts[0]) + 16 * (layout.counts[0] + 2)
+    size += layout.table_bytes
+    for level in range(1, len(layout.counts)):
+        if layout.compressed and not layout.is_last(level):
+            size += 8 * (1 + layout.array_length(level)) + 7
+        size += layout.packed_bytes(level)
+    return size
+
+
+def write_trie(
+    path: Path,
+    model: SortedModel,
+    form: TrieForm = PLAIN,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> None:
+    """Writes the model to `path`.
+
+    Args:
+      path: file to write (in one go: a temporary file beside it is renamed at the end).
+      model: with back-offs of zero signed (`mark_contexts`); a model of order 1 is written with an
+        empty order 2, which KenLM needs.
+      form: the kind of trie.
+      progress: called with numbers of n-grams as they are written.
+
+    Raises:
+      ValueError: the words are not unique, `<unk>` is not the first or they are not in the order of
+        their hashes, or they do not match the 1-grams.
+    """
+    words, orders = model.words, list(model.orders)
+    hashes = hashes_of(words[1:])
+    if not words or words[0] != UNKNOWN or not (hashes[1:] > hashes[:-1]).all():
+        raise ValueError("needed unique words, <unk> and then the others in the order of hashes")
+    if len(orders[0]) != len(words):
+        raise ValueError(f"{len(words)} words have {len(orders[0])} 1-grams; needed one each")
+    if len(orders) == 1:
+        whole, real = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        orders.append(SortedOrder(whole.astype(np.uint32), whole, real, real))
+    layout = _Layout([len(order) for order in orders], form)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(_header(layout))
+            file.write(struct.pack("<Q", len(hashes)) + hashes.astype("<u8").tobytes() + bytes(8))
+            tables = _write_tables(file, orders, layout)
+            _write_unigrams(file, orders)
+            progress(len(words))
+            for level in range(1, len(orders)):
+                _write_order(file, orders, level, layout, tables, progress)
+            file.write("\0".join(words).encode() + b"\0")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Widths and sizes that follow from the numbers of n-grams and the form."""
+
+    counts: Sequence[int]
+    form: TrieForm
+
+    @property
+    def compressed(self) -> bool:
+        return self.form.compressed
+
+    def is_last(self, level: int) -> bool:
+        return level + 1 == len(self.counts)
+
+    @property
+    def word_bits(self) -> int:
+        return self.counts[0].bit_length()
+
+    @property
+    def table_bytes(self) -> int:
+        if self.form.bits is None:
+            return 0
+        return 8 + 4 * (1 << self.form.bits) * (2 * (len(self.counts) - 2) + 1)
+
+    def child_bits(self, level: int) -> int:
+        """Bits of the first child that stand in the row."""
+        most = self.counts[level + 1]
+        required = most.bit_length()
+        if not self.compressed:
+            return required
+
+        def cost(chopped: int) -> int:
+            array = (most >> (required - chopped)) * 64
+            return array - (self.counts[level] + 1) * chopped
+
+        return required - min(range(required + 1), key=cost)
+
+    def array_length(self, level: int) -> int:
+        """Entries of the array of a compressed order: one per value of the other bits."""
+        return (self.counts[level + 1] >> self.child_bits(level)) + 1
+
+    def row_bits(self, level: int) -> int:
+        log10, backoff = (self.form.bits,) * 2 if self.form.bits is not None else (31, 32)
+        if self.is_last(level):
+            return self.word_bits + log10
+        return self.word_bits + log10 + backoff + self.child_bits(level)
+
+    def packed_bytes(self, level: int) -> int:
+        # One row more, which ends the last child range, and 8 bytes that may be read over.
+        return ((1 + self.counts[level]) * self.row_bits(level) + 7) // 8 + 8
+
+
+def _header(layout: _Layout) -> bytes:
+    def padded(data: bytes) -> bytes:
+        return data + bytes(-len(data) % 8)
+
+    counts, kind = layout.counts, layout.form.kind
+    sanity = padded(_MAGIC) + struct.pack("<fffIIIQ", 0.0, 1.0, -0.5, 1, 0xFFFFFFFF, 0, 1)
+    fixed = struct.pack("<B3xfI?3xI", len(counts), 1.5, kind, True, _SEARCH_VERSION)
+    return padded(sanity + fixed + struct.pack(f"<{len(counts)}Q", *counts))
+
+
+def _write_tables(file: BinaryIO, orders: Sequence[SortedOrder], layout: _Layout) -> list[Tables]:
+    bits = layout.form.bits
+    if bits is None:
+        return []
+    file.write(struct.pack("<BBB5x", _QUANTISATION_VERSION, bits, bits))
+    found = []
+    for order in orders[1:]:
+        found.append(
+            train(_log10(order.log10), None if order is orders[-1] else order.backoff, bits)
+        )
+        file.write(found[-1].log10.astype("<f4").tobytes())
+        backoff = found[-1].backoff
+        if backoff is not None:
+            file.write(backoff.astype("<f4").tobytes())
+    return found
+
+
+def _write_unigrams(file: BinaryIO, orders: Sequence[SortedOrder]) -> None:
+    unigrams = orders[0]
+    record = np.zeros(len(unigrams) + 2, dtype="<f4, <f4, <u8")
+    record["f0"][:-2] = _log10(unigrams.log10)
+    record["f1"][:-2] = unigrams.backoff
+    record["f2"][:-1] = _first_children(orders[1], 0, len(unigrams) + 1)
+    file.write(record.tobytes())
+
+
+def _write_order(
+    file: BinaryIO,
+    orders: Sequence[SortedOrder],
+    level: int,
+    layout: _Layout,
+    tables: Sequence[Tables],
+    progress: Callable[[int], None],
+) -> None:
+    order, count = orders[level], layout.counts[level]
+    below = None if layout.is_last(level) else orders[level + 1]
+    child_bits = 0 if below is None else layout.child_bits(level)
+    if below is not None and layout.compressed:
+        _write_array(file, below, layout.array_length(level), child_bits)
+    written = 0
+    for start in range(0, count + 1, _ROWS_PER_CHUNK):
+        end = min(start + _ROWS_PER_CHUNK, count + 1)
+        rows = slice(start, min(end, count))
+        fields = [(np.asarray(order.word[rows]), layout.word_bits)]
+        log10, backoff = _log10(order.log10[rows]), np.asarray(order.backoff[rows], "<f4")
+        if tables:
+            bits = layout.form.bits or 0
+            if below is not None:
+                fields.append((tables[level - 1].encode_backoff(backoff), bits))
+            fields.append((tables[level - 1].encode_log10(log10), bits))
+        else:
+            fields.append((log10.view("<u4") & np.uint32(0x7FFFFFFF), 31))
+            if below is not None:
+                fields.append((backoff.view("<u4"), 32))
+        # The row that only ends the last range has nothing but its first child.
+        fields = [(_filled(values, end - start), bits) for values, bits in fields]
+        if below is not None:
+            mask = np.uint64((1 << child_bits) - 1)
+            fields.append((_first_children(below, start, end) & mask, child_bits))
+        written += file.write(pack_bits(fields))
+        progress(end - start)
+    file.write(bytes(layout.packed_bytes(level) - written))
+
+
+def _first_children(below: SortedOrder, start: int, end: int) -> np.ndarray:
+    """For the rows from `start` to `end`, where their children begin in the order below."""
+    return np.searchsorted(below.parent, np.arange(start, end), "left").astype(np.uint64)
+
+
+def _write_array(file: BinaryIO, below: SortedOrder, length: int, child_bits: int) -> None:
+    """For every value of the high bits, the first row whose first child has at least it."""
+    base = file.tell()
+    file.write(struct.pack("<BB", _ARRAY_VERSION, _ARRAY_BITS))
+    aligned = -(-base // 8) * 8
+    file.write(bytes(aligned + 8 - file.tell()))
+    array = np.zeros(length, "<u8")
+    # The first row with so many n-grams below the rows before it follows the last of their parents.
+    before = (np.arange(1, length, dtype=np.int64) << child_bits) - 1
+    array[1:] = np.asarray(below.parent[before]) + 1
+    file.write(array.tobytes())
+    file.write(bytes(7 - (aligned - base)))
+
+
+def _filled(values: np.ndarray, count: int) -> np.ndarray:
+    """The values with zeros after them, `count` in all."""
+    return np.concatenate([values, np.zeros(count - len(values), values.dtype)])
+
+
+def _log10(values: np.ndarray) -> np.ndarray:
+    return np.minimum(values, np.float32(0.0)).astype("<f4")

@@ -1,0 +1,1 @@
+"""Candidates to the answer, with a large language model where one is loaded."""

@@ -1,0 +1,351 @@
+"""Sentence log-probabilities under any causal language model that transformers can load.
+
+A score is the published server's: the sum of the tokens' log-probabilities from the second token
+on. OPT's first token is `</s>`; where a tokenizer puts no such token first, one is put there, so
+that the first word counts with every model.
+
+Candidates of one sentence are near-copies of each other. Their tokens are laid out as a tree in
+one sequence, in which a token sees its own ancestors alone, so that what candidates begin with
+alike is computed once; what all of them begin with (the context above all) is computed first and
+kept as keys and values. Models that cannot do that score batches of whole sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Nothing may be downloaded, and a wrong folder name must not be looked for on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_server.rescoring.answer import RescoringError
+from lm_server.rescoring.rescore import DEFAULT_MODEL
+from lm_server.rescoring.token_tree import Tree, batches, shared_length, trees
+
+_LOG = logging.getLogger(__name__)
+TOKENS_PER_BATCH = 512
+"""Tokens that go through the model at once; bounds its memory (50,000 logits per token)."""
+_LEAST_BATCH = 32
+DESCRIPTION = "rescoring.json"
+"""File in a model folder that says how to use it: {"text_form": "plain" | "sentence"}."""
+_PROBE = ("the cat sat on the mat", "the cat sat on a mat", "a dog")
+_PROBE_CONTEXT = "we talk of animals"
+_TOLERANCE = 0.02
+"""Relative difference between both ways of scoring the probe, which rounding in half precision
+may cause; a model that cannot do trees is off by far more."""
+
+
+class CausalLM:
+    """A model in memory with its tokenizer; a `SentenceScorer`. Not for several threads at once."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        device: str = "auto",
+        text_form: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        """Loads the model; see `rescore.load_scorer`."""
+        path = find_model(folder)
+        self.name = path.name
+        self.device = _device(device)
+        self.text_form = _text_form(path) if text_form == "auto" else text_form
+        if dtype == "auto":
+            dtype = "float16" if self.device.type == "cuda" else "float32"
+        self._model, self._tokenizer = _load(path, self.device, getattr(torch, dtype))
+        self._start = _start_token(self._tokenizer)
+        self._longest = getattr(self._model.config, "max_position_embeddings", None)
+        self._tokens_per_batch = TOKENS_PER_BATCH
+        self.trees = self._can_do_trees()
+
+    def score(
+        self, sentences: Sequence[str], context: str = "", length_penalty: float = 0.0
+    ) -> np.ndarray:
+        """Log-probabilities (ln) of `context + " " + sentence`, float64 [sentences]; see
+        `answer.SentenceScorer`.
+
+        Raises:
+          RescoringError: a sentence with its context has too many tokens, or the memory is too
+            small for a batch.
+        """
+        if not len(sentences):
+            return np.zeros(0)
+        tokens = self.tokens(sentences, context)
+        distinct = sorted(set(tokens))
+        while True:
+            try:
+                with torch.inference_mode():
+                    scores = self._score_trees(distinct) if self.trees else self._score(distinct)
+                break
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self._tokens_per_batch //= 2
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if self._tokens_per_batch < _LEAST_BATCH:
+                    self._tokens_per_batch = TOKENS_PER_BATCH
+                    raise RescoringError(
+                        f"{self.name} ran out of memory on {self.device} even with "
+                        f"{_LEAST_BATCH} tokens at once: free memory or use a smaller model"
+                    ) from error
+                _LOG.warning(
+                    "%s ran out of memory: going on with %d tokens at once",
+                    self.name,
+                    self._tokens_per_batch,
+                )
+        of = dict(zip(distinct, scores, strict=True))
+        return np.array([of[one] - length_penalty * len(one) for one in tokens], np.float64)
+
+    def tokens(self, sentences: Sequence[str], context: str = "") -> list[tuple[int, ...]]:
+        """What the model reads for each sentence.
+
+        Raises:
+          RescoringError: it is more than the model can read.
+        """
+        before = " ".join(context.split())
+        texts = [in_form(sentence, self.text_form) for sentence in sentences]
+        if before:
+            texts = [f"{before} {text}" for text in texts]
+        encoded = self._tokenizer(texts)["input_ids"]
+        start = () if self._start is None else (self._start,)
+        tokens = [(*start, *ids) for ids in encoded]
+        longest = max(map(len, tokens))
+        if self._longest is not None and longest > self._longest:
+            raise RescoringError(
+                f"a sentence with its context has {longest} tokens; {self.name} reads at most "
+                f"{self._longest}: send a shorter context"
+            )
+        return tokens
+
+    def _score(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        """Whole sequences in padded batches of like lengths."""
+        order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        scores = [0.0] * len(sequences)
+        for batch in batches(order, sequences, self._tokens_per_batch):
+            longest = len(sequences[batch[-1]])
+            ids = torch.zeros((len(batch), longest), dtype=torch.long)
+            mask = torch.zeros((len(batch), longest), dtype=torch.long)
+            for row, index in enumerate(batch):
+                ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
+                mask[row, : len(sequences[index])] = 1
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logs = _log_probabilities(logits[:, :-1], ids[:, 1:])
+            sums = (logs * mask[:, 1:]).sum(dim=1).tolist()
+            for index, value in zip(batch, sums, strict=True):
+                scores[index] = value
+        return scores
+
+    def _score_trees(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
+        """Sorted distinct sequences, in trees behind what all of them begin with."""
+        shared = shared_length(sequences)
+        cache = transformers.DynamicCache(config=self._model.config)
+        base, last = self._run_shared(sequences[0][:shared], cache)
+        scores: list[float] = []
+        for tree in trees(sequences, shared, self._tokens_per_batch):
+            logs = np.zeros(len(tree.tokens))
+            inner = tree.inner
+            if len(inner):
+                logits = self._run_tree(tree, shared, cache)
+                cache.crop(-len(inner))
+                children = np.flatnonzero(tree.parents >= 0)
+                parents = np.searchsorted(inner, tree.parents[children])
+                logs[children] = self._gather(logits, parents, tree.tokens[children])
+            if last is not None:
+                roots = np.flatnonzero(tree.parents < 0)
+                logs[roots] = self._gather(last, np.zeros(len(roots), int), tree.tokens[roots])
+            scores += [base + float(logs[list(path)].sum()) for path in tree.paths]
+        return scores
+
+    def _gather(self, logits: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Log-probabilities (ln) of tokens [n], each by its row of the logits [rows, vocab]."""
+        normaliser = torch.logsumexp(logits.float(), dim=-1)
+        index = torch.tensor(rows, device=self.device)
+        chosen = logits[index, torch.tensor(tokens, device=self.device)].float()
+        found: np.ndarray = (chosen - normaliser[index]).double().cpu().numpy()
+        return found
+
+    def _run_shared(self, ids: Sequence[int], cache: Any) -> tuple[float, torch.Tensor | None]:
+        """Fills the cache with the tokens that all share: their score, and the logits [1, vocab]
+        behind the last."""
+        if not len(ids):
+            return 0.0, None
+        score = 0.0
+        for start in range(0, len(ids), self._tokens_per_batch):
+            part = torch.tensor([ids[start : start + self._tokens_per_batch]], device=self.device)
+            logits = self._model(
+                input_ids=part,
+                attention_mask=torch.ones((1, start + part.shape[1]), device=self.device).long(),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[0]
+            following = torch.tensor(ids[start + 1 : start + 1 + len(logits)], device=self.device)
+            if len(following):
+                score += float(_log_probabilities(logits[: len(following)], following).sum())
+        return score, logits[-1:]
+
+    def _run_tree(self, tree: Tree, shared: int, cache: Any) -> torch.Tensor:
+        """Logits [inner nodes, vocab] of the tree behind `shared` cached tokens."""
+        inner = tree.inner
+        sees = np.concatenate([np.ones((len(inner), shared), bool), tree.ancestry()], axis=1)
+        dtype = self._model.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype)
+        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
+        logits: torch.Tensor = self._model(
+            input_ids=torch.tensor(tree.tokens[inner], device=self.device)[None],
+            position_ids=torch.tensor(shared + tree.depths[inner], device=self.device)[None],
+            attention_mask=mask[None, None].to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[0]
+        return logits
+
+    def _can_do_trees(self) -> bool:
+        """Whether the model takes positions and masks of its own: both ways must agree on a
+        probe."""
+        probe = sorted(set(self.tokens(_PROBE, _PROBE_CONTEXT)))
+        with torch.inference_mode():
+            expected = np.array(self._score(probe))
+            try:
+                found = np.array(self._score_trees(probe))
+            # Whatever a model's code makes of a mask that it does not know.
+            except Exception as error:
+                _LOG.info("%s scores whole sentences: %s", self.name, error)
+                return False
+        return bool(np.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE))
+
+
+def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [..., vocab] and tokens [...] -> their log-probabilities (ln) [...], float32."""
+    chosen = logits.gather(-1, tokens[..., None])[..., 0].float()
+    return chosen - torch.logsumexp(logits.float(), dim=-1)
+
+
+def in_form(sentence: str, form: str) -> str:
+    """A sentence of the search as the model reads it; `sentence`: as an English text has it."""
+    if form != "sentence":
+        return sentence
+    words = [
+        "I" + word[1:] if word == "i" or word.startswith("i'") else word
+        for word in sentence.split()
+    ]
+    text = " ".join(words)
+    return text[:1].upper() + text[1:] + "."
+
+
+def find_model(folder: Path | str) -> Path:
+    """The model's folder, or the one of that name in the Hugging Face cache.
+
+    Raises:
+      RescoringError: there is neither; says how to get one.
+    """
+    path = Path(folder)
+    if (path / "config.json").is_file():
+        return path
+    name = str(folder)
+    if not path.exists() and name.count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            pass
+    what = "is no model folder (it has no config.json)" if path.is_dir() else "is not there"
+    wanted = name if name.count("/") == 1 and not name.startswith((".", "/")) else DEFAULT_MODEL
+    raise RescoringError(
+        f"the large language model {name} {what}: fetch one where there is a network, "
+        f"`hf download {wanted} --local-dir DIR` (facebook/opt-6.7b: 13 GB), or make a small one "
+        "with `lm-server prepare-llm --out DIR`, and give --llm DIR"
+    )
+
+
+def _text_form(path: Path) -> str:
+    file = path / DESCRIPTION
+    if not file.is_file():
+        return "plain"
+    try:
+        form = json.loads(file.read_text(encoding="utf-8"))["text_form"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RescoringError(
+            f"{file} cannot be read ({error}): delete it or give --llm-text"
+        ) from error
+    if form not in ("plain", "sentence"):
+        raise RescoringError(f"{file} has the text_form {form!r}; needed plain or sentence")
+    return str(form)
+
+
+def _device(name: str) -> torch.device:
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise RescoringError(
+            "the device cuda was asked for, but torch finds no GPU: give --llm-device cpu"
+        )
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and found) else "cpu")
+
+
+def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Weights come from safetensors, or by torch.load(weights_only=True); no code of the
+        # folder's is run.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model, info = loaded[0].to(device).eval(), loaded[1]
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RescoringError(
+            f"{path} does not fit into the memory of {device}: use a smaller model"
+        ) from error
+    # A damaged folder makes transformers, tokenizers, safetensors and torch fail in any way.
+    except Exception as error:
+        text = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise RescoringError(
+            f"the large language model in {path} cannot be loaded ({type(error).__name__}: "
+            f"{text}): fetch it again"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise RescoringError(
+            f"the large language model in {path} lacks {len(missing)} of its weights, first "
+            f"{missing[0]}: fetch it again"
+        )
+    return model, tokenizer
+
+
+def _start_token(tokenizer: Any) -> int | None:
+    """The token to put before every text; None if the tokenizer does so, or knows none."""
+    first = tokenizer("a")["input_ids"][:1]
+    if first and first[0] in tokenizer.all_special_ids:
+        return None
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "can't allocate memory" in str(error) or "out of memory" in str(error)
+    )

@@ -1,0 +1,1 @@
+"""Logits to candidates: one file for each search, and what they share."""

@@ -1,0 +1,256 @@
+"""Lexicon-constrained CTC beam search with a word n-gram model: begin, step(frames), finish.
+
+flashlight-text does the search. Here it is fitted to phoneme models whose words end in a silence:
+
+- A pronunciation is spelled into the trie with its silence, which is compulsory: that is more
+  accurate and several times faster than an optional one. A silence that the logits lack is stood
+  in for by a blank, see `lm_server.search.emissions`; the last word of a sentence needs none at
+  all, see `BeamSearch.finish`.
+- Only the likeliest classes of a frame are looked at (`max_classes`), which a silence that costs
+  little more than a blank makes harmless.
+- Words of any number may be said alike, and each search may have hot words of its own, see
+  `lm_server.search.hot_trie`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from flashlight.lib.text.decoder import (
+    CriterionType,
+    DecodeResult,
+    LexiconDecoder,
+    LexiconDecoderOptions,
+    SmearingMode,
+    Trie,
+)
+from flashlight.lib.text.decoder.kenlm import KenLM
+from flashlight.lib.text.dictionary import Dictionary
+
+from lm_server.hypothesis import Hypothesis, rank
+from lm_server.lm.reader import ModelFolderError, find_words, read_description, read_spellings
+from lm_server.protocol import CLASS_COUNT, MAX_MESSAGE_FRAMES, ProtocolError, check_logits
+from lm_server.search.emissions import BLANK_ID, SILENCE_ID, Emissions
+from lm_server.search.hot_trie import MAX_CLASSES, SPARE_WORDS, HotTrie, Numbers, spell
+from lm_server.search.hot_words import HotWord, check_hot_words
+from lm_server.search.interface import NO_HOT_WORDS
+from lm_server.settings import Settings
+
+_LOG10 = math.log(10.0)
+_FORBIDDEN = -1e4
+"""Log-probability of what the closing frame excludes, and of other searches' hot words; far below
+any frame's, whose floor is `lm_server.search.emissions.FLOOR`."""
+MAX_UTTERANCE_FRAMES = MAX_MESSAGE_FRAMES
+"""Frames of 80 ms in one sentence (13 minutes): the search remembers every frame."""
+
+
+class LanguageModel:
+    """A model folder in memory: word list, n-gram model and pronunciation trie; shared by any
+    number of searches."""
+
+    backend = "flashlight"
+
+    def __init__(self, folder: Path) -> None:
+        """Reads `folder`, as written by `lm-server build`.
+
+        Raises:
+          ModelFolderError: it is no model folder, is of another format, or a file of it is missing
+            or damaged.
+        """
+        self.folder = folder
+        self.description = read_description(folder)
+        self.order = int(str(self.description["order"]))
+        spellings = read_spellings(folder, self.description)
+        self.words = spellings.words
+        # The n-gram model numbers its words once, here; later hot words take the spare ones, which
+        # it scores as unknown words.
+        dictionary = Dictionary()
+        for word in self.words:
+            dictionary.add_entry(word)
+        for number in range(SPARE_WORDS):
+            dictionary.add_entry(f"<hot {number}>")
+        try:
+            self.ngram = KenLM(str(folder / "lm.bin"), dictionary)
+        # Of a damaged file KenLM's message may hold its bytes, so that reporting it fails too.
+        except Exception as error:
+            raise ModelFolderError(
+                f"{folder}/lm.bin cannot be read ({error}): build the model again"
+            ) from error
+        del dictionary
+        self.trie = self._spell(spellings.homophones)
+        self._spare = Numbers(len(self.words), SPARE_WORDS)
+        self._classes = Numbers(CLASS_COUNT, MAX_CLASSES - CLASS_COUNT)
+        self._hot_tries: weakref.WeakValueDictionary[frozenset[tuple[str, HotWord]], HotTrie] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def search(
+        self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
+    ) -> BeamSearch:
+        """A new search; see `lm_server.search.interface.SearchModel`."""
+        return BeamSearch(self, settings, hot_words)
+
+    def hot_trie(self, hot_words: Mapping[str, HotWord]) -> HotTrie:
+        """Puts hot words into the trie, once for all searches that have the same; they are there
+        as long as somebody holds them.
+
+        Raises:
+          HotWordError: a hot word cannot be used, or all clients together have too many.
+          ModelFolderError: the folder is not there any more.
+        """
+        same = frozenset(hot_words.items())
+        shared = self._hot_tries.get(same)
+        if shared is not None:
+            return shared
+        known = find_words(self.folder, {word.lower() for word in hot_words})
+        checked = check_hot_words(hot_words, {word: said for word, (_, said) in known.items()})
+        indices = {word: index for word, (index, _) in known.items()}
+        made = HotTrie(self.trie, self.ngram, self._classes, self._spare, checked, indices)
+        self._hot_tries[same] = made
+        return made
+
+    def _spell(self, homophones: dict[bytes, list[int]]) -> Trie:
+        trie = Trie(MAX_CLASSES, SILENCE_ID)
+        nothing = self.ngram.start(True)
+        while homophones:
+            spelling, words = homophones.popitem()
+            # The first is the likeliest.
+            unigram = self.ngram.score(nothing, words[0])[1]
+            spell(trie, [*spelling, SILENCE_ID], words, unigram)
+        # Every node learns the best 1-gram score below it, which the search uses until the word is
+        # known.
+        trie.smear(SmearingMode.MAX)
+        return trie
+
+
+class BeamSearch:
+    """The search for one sentence after another: begin, step for every chunk of frames, finish.
+
+    Settings given while a sentence is under way hold from the next `begin`, so that every frame of
+    a sentence is scored alike. Where `max_active` cuts through hypotheses of exactly equal scores
+    (homophones that the text lacks), which of them stay is arbitrary.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        settings: Settings,
+        hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
+    ) -> None:
+        self._model = model
+        self._hot = model.hot_trie(hot_words) if hot_words else None
+        self._emissions = Emissions(settings)
+        self.begin(settings)
+
+    def begin(self, settings: Settings | None = None) -> None:
+        """Starts a sentence, dropping the one under way."""
+        if settings is not None:
+            self._decoder = self._make_decoder(settings)
+            self.settings = settings
+        self._emissions.begin(self.settings)
+        self._decoder.decode_begin()
+        self.frames = 0
+
+    def step(self, logits: np.ndarray) -> tuple[str, ...]:
+        """Takes the next frames, [frames, 41] in the language model's order; any number of them.
+
+        Returns:
+          The best sentence so far; a word stands in it once its silence has begun.
+
+        Raises:
+          ProtocolError: the shape is wrong, a value is not finite, or the sentence becomes too
+            long. The sentence under way is unchanged.
+        """
+        logits = check_logits(logits)
+        if self.frames + len(logits) > MAX_UTTERANCE_FRAMES:
+            raise ProtocolError(
+                f"the sentence would have {self.frames + len(logits)} frames; at most "
+                f"{MAX_UTTERANCE_FRAMES} are possible: send finalize or reset between sentences"
+            )
+        if len(logits):
+            self._decode(self._emissions.of(logits))
+            self.frames += len(logits)
+        return self._words(self._decoder.get_best_hypothesis(0).words) if self.frames else ()
+
+    def finish(self) -> tuple[Hypothesis, ...]:
+        """Ends the sentence: the n best candidates, distinct and best first; none when there were
+        no frames.
+
+        A closing frame, in which only silence is possible and costs nothing, completes a last word
+        whose own silence was cut off or overlooked. A hypothesis that has its last silence only
+        stays in it.
+        """
+        if not self.frames:
+            return ()
+        closing = np.full((1, CLASS_COUNT), _FORBIDDEN)
+        closing[0, SILENCE_ID] = 0.0
+        before = self._decoder.get_best_hypothesis(0).emittingModelScore
+        self._decode(closing)
+        self._decoder.decode_end()
+        results = self._decoder.get_all_final_hypothesis()
+        surplus = 0.0
+        if results and max(one.emittingModelScore for one in results) < before + _FORBIDDEN / 2:
+            # Every hypothesis stood inside a word that could not end there; the closing frame
+            # forbade nothing. (No beam reaches over `_FORBIDDEN`: it is all of them or none.)
+            surplus = _FORBIDDEN
+        found = [self._hypothesis(one, surplus) for one in results]
+        settings = self.settings
+        self.begin()
+        return rank(found, settings.acoustic_scale, settings.nbest, settings.lattice_beam)
+
+    def _hypothesis(self, result: DecodeResult, surplus: float) -> Hypothesis:
+        words = self._words(result.words)
+        weights = 0.0
+        if self._hot:
+            weights = sum(
+                self._hot.weights[token]
+                for token in result.tokens
+                if token in self._hot.weights  # entrances weigh nothing, endings have one frame
+            )
+        return Hypothesis(
+            words,
+            (result.emittingModelScore - surplus - weights + self._emissions.skipped)
+            / self.settings.acoustic_scale,
+            result.lmScore * _LOG10,
+            bonus=weights + self.settings.word_bonus * len(words),
+        )
+
+    def _decode(self, emissions: np.ndarray) -> None:
+        """Searches emissions [frames, 41]; this search's own classes follow as further columns."""
+        if self._hot:
+            every = np.full((len(emissions), self._hot.columns), _FORBIDDEN)
+            every[:, :CLASS_COUNT] = emissions
+            for own, source in self._hot.sources.items():
+                every[:, own] = emissions[:, source] + self._hot.weights[own]
+            emissions = every
+        ready = np.ascontiguousarray(emissions, np.float32)
+        self._decoder.decode_step(ready.ctypes.data, *ready.shape)
+
+    def _words(self, ids: list[int]) -> tuple[str, ...]:
+        vocabulary, extra = self._model.words, self._hot.words if self._hot else {}
+        known = len(vocabulary)
+        return tuple(
+            [vocabulary[word] if word < known else extra[word] for word in ids if word >= 0]
+        )
+
+    def _make_decoder(self, settings: Settings) -> LexiconDecoder:
+        options = LexiconDecoderOptions(
+            beam_size=settings.max_active,
+            # A search's own classes copy others, and may take their places among the likeliest.
+            beam_size_token=settings.max_classes + (len(self._hot.sources) if self._hot else 0),
+            beam_threshold=settings.beam,
+            # KenLM counts in base 10, the emissions in ln.
+            lm_weight=_LOG10,
+            word_score=settings.word_bonus,
+            unk_score=-math.inf,
+            sil_score=0.0,
+            log_add=False,
+            criterion_type=CriterionType.CTC,
+        )
+        return LexiconDecoder(
+            options, self._model.trie, self._model.ngram, SILENCE_ID, BLANK_ID, -1, [], False
+        )

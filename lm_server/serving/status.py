@@ -1,0 +1,213 @@
+"""What servers and workers tell about themselves, and `lm-server status` shows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import redis
+
+from lm_server.client.connection import LOST, plain, text
+from lm_server.processes import version
+from lm_server.protocol import (
+    DEFAULT_SESSION,
+    PROTOCOL_VERSION,
+    REGISTRY,
+    owner_key,
+    process_key,
+)
+
+BEAT_SECONDS = 1.0
+"""Time between heartbeats."""
+STATUS_SECONDS = 15
+"""A status is shown for so long after the last heartbeat."""
+_STUCK_SECONDS = 60.0
+_FINISH_SECONDS_PER_FRAME = 1.0
+"""Far more than the slowest search takes to end a sentence (0.1 s, a second and wider search)."""
+_KEPT = 4000
+
+
+def new_name(kind: str) -> str:
+    """A name for this process that no other has: server-HOST-PID-RANDOM."""
+    host = "".join(c if c.isalnum() or c in "-." else "-" for c in platform.node())[:24]
+    return f"{kind}-{host}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+class Alive(Protocol):
+    """A sign of life; the next one comes `within` so many seconds, or the usual time."""
+
+    def __call__(self, within: float = 0.0) -> None:
+        """See `Heartbeat.alive`."""
+
+
+def longest_finish(frames: int) -> float:
+    """Seconds that the end of a sentence of so many frames may take."""
+    return _FINISH_SECONDS_PER_FRAME * frames
+
+
+class Meter:
+    """Counts of what was done, and how long it took; threads may share it."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._times: dict[str, deque[float]] = {}
+        self._lock = threading.Lock()
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Adds to a count."""
+        with self._lock:
+            self.counts[what] += number
+
+    def took(self, what: str, seconds: float) -> None:
+        """Notes one duration; the last 4000 of each kind are kept."""
+        with self._lock:
+            self._times.setdefault(what, deque(maxlen=_KEPT)).append(seconds)
+
+    def failures(self) -> dict[str, int]:
+        """Faults of ours so far, by the exception's name."""
+        with self._lock:
+            return {
+                name.removeprefix("failed_"): number
+                for name, number in self.counts.items()
+                if name.startswith("failed_")
+            }
+
+    def summary(self) -> dict[str, str]:
+        """Counts, and per kind of duration p50, p99 and the longest in milliseconds."""
+        with self._lock:
+            found = {name: str(value) for name, value in self.counts.items()}
+            times = {name: sorted(values) for name, values in self._times.items()}
+        for name, values in times.items():
+            for label, share in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+                found[f"{name}_ms_{label}"] = f"{1000 * percentile(values, share):.2f}"
+        return found
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value below which `share` of the ordered values lie (nearest rank)."""
+    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+
+
+def memory_megabytes() -> float:
+    """Memory of this process, now where the system tells (Linux), else its peak."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+class Heartbeat:
+    """A thread that writes this process's status to Redis every second, and renews what it holds.
+
+    It beats only while the main loop shows signs of life (`alive`), so that what a stuck process
+    holds goes to another.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        name: str,
+        kind: str,
+        meter: Meter,
+        describe: Callable[[], Mapping[str, str]],
+        renew: Callable[[], None] = lambda: None,
+        seconds: float = BEAT_SECONDS,
+    ) -> None:
+        self._seconds = seconds
+        self._client, self._name, self._meter = client, name, meter
+        self._describe, self._renew = describe, renew
+        self._fixed = {
+            "kind": kind,
+            "host": platform.node(),
+            "pid": str(os.getpid()),
+            "version": version(),
+            "protocol": PROTOCOL_VERSION,
+            "started": f"{time.time():.3f}",
+        }
+        self._alive_until = time.monotonic() + _STUCK_SECONDS
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5.0)
+        with contextlib.suppress(*LOST):
+            self._client.delete(process_key(self._name))
+
+    def alive(self, within: float = 0.0) -> None:
+        """The main loop's sign of life; the next one comes within a minute, or `within` seconds if
+        that is longer."""
+        self._alive_until = time.monotonic() + max(_STUCK_SECONDS, within)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            if time.monotonic() < self._alive_until:
+                self._beat()
+
+    def _beat(self) -> None:
+        try:
+            self._renew()
+            fields: dict[Any, Any] = self._fixed | dict(self._describe()) | self._meter.summary()
+            fields["memory_mb"] = f"{memory_megabytes():.1f}"
+            key = process_key(self._name)
+            with self._client.pipeline() as pipeline:
+                pipeline.hset(key, mapping=fields)
+                pipeline.expire(key, STATUS_SECONDS)
+                pipeline.execute()
+        except LOST:
+            pass  # The main loop meets the same error and says so.
+
+
+def gather(client: redis.Redis) -> dict[str, Any]:
+    """Everything that `lm-server status` shows: processes, sessions, jobs and Redis itself.
+
+    Redis errors are the caller's.
+    """
+    processes = []
+    for key in sorted(text(one) for one in client.scan_iter(process_key("*"), count=500)):
+        found: Any = client.hgetall(key)
+        fields = {name: text(value) for name, value in plain(found).items()}
+        if fields:
+            processes.append({"name": key.removeprefix(process_key("")), **fields})
+    sessions: dict[str, str | None] = {}
+    keys: Any = client.hkeys(REGISTRY.sessions)
+    named = [text(one) for one in keys]
+    for session in (DEFAULT_SESSION, *sorted(named)):
+        owner = client.get(owner_key(session))
+        sessions[session or "(default)"] = None if owner is None else text(owner)
+    memory: Any = client.info("memory")
+    server: Any = client.info("server")
+    return {
+        "processes": processes,
+        "sessions": sessions,
+        "jobs": _jobs(client),
+        "redis": {
+            "version": server.get("valkey_version") or server.get("redis_version"),
+            "memory_mb": round(memory["used_memory"] / 1e6, 1),
+        },
+    }
+
+
+def _jobs(client: redis.Redis) -> dict[str, int]:
+    try:
+        groups: Any = client.xinfo_groups(REGISTRY.jobs)
+    except redis.exceptions.ResponseError:
+        return {"in_stream": 0, "under_way": 0, "waiting": 0}
+    length: Any = client.xlen(REGISTRY.jobs)
+    total = int(length)
+    pending = sum(int(one["pending"]) for one in groups)
+    return {"in_stream": total, "under_way": pending, "waiting": total - pending}

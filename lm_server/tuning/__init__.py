@@ -1,0 +1,1 @@
+"""Settings found on sentences whose truth is known."""

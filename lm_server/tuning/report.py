@@ -1,0 +1,133 @@
+"""What tuning found, for people: a text, and a picture of the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lm_server.errors import UserError
+from lm_server.tuning.tuner import Result, curves, search_curve
+
+_TUNED = ("acoustic_scale", "blank_penalty", "word_bonus", "alpha", "confidence_temperature")
+
+
+class ReportError(UserError, OSError):
+    """A picture that cannot be written."""
+
+
+def about(result: Result) -> dict[str, Any]:
+    """What stands beside the settings in their file."""
+    return {
+        "sentences": len(result.lists.sentences),
+        "words": result.words,
+        "wer": round(result.wer, 6),
+        "expected_wer": round(result.expected, 6),
+        "wer_before": round(result.default_errors / max(result.words, 1), 6),
+        "oracle_wer": round(float(result.lists.oracle().sum()) / max(result.words, 1), 6),
+        "rescored": result.lists.rescored,
+        "log_loss_of_confidence": [round(one, 4) for one in result.log_loss],
+        "searches": [
+            {
+                "acoustic_scale": one.lists.settings.acoustic_scale,
+                "blank_penalty": one.lists.settings.blank_penalty,
+                "word_bonus": one.lists.settings.word_bonus,
+                "wer": round(one.errors / max(result.words, 1), 6),
+                "wer_reranked": round(one.best_errors / max(result.words, 1), 6),
+                "oracle_wer": round(float(one.lists.oracle().sum()) / max(result.words, 1), 6),
+            }
+            for one in result.tried
+        ],
+        "curves": curves(result),
+        "blank_penalty_of_searches": search_curve(result),
+    }
+
+
+def as_text(result: Result) -> str:
+    """Every search, the curves around what was found, and the outcome."""
+    found = about(result)
+    lines = ["acoustic scale  blank penalty  word bonus     WER  re-ranked  oracle"]
+    lines += [
+        f"{one['acoustic_scale']:14g} {one['blank_penalty']:14g} {one['word_bonus']:11g} "
+        f"{one['wer']:7.2%} {one['wer_reranked']:10.2%} {one['oracle_wer']:7.2%}"
+        for one in found["searches"]
+    ]
+    for name, points in found["curves"].items():
+        lines += ["", f"WER by {name}, the rest as found:"]
+        lines.append(_points(points))
+    lines += ["", "WER by blank_penalty, a search each, re-ranked without a large model:"]
+    lines.append(_points(found["blank_penalty_of_searches"]))
+    before, after = result.log_loss
+    lines += [
+        "",
+        "found: " + ", ".join(f"{name} {getattr(result.settings, name):g}" for name in _TUNED),
+        f"WER on these {found['sentences']} sentences: {found['wer_before']:.2%} -> "
+        f"{found['wer']:.2%}" + (" with rescoring" if found["rescored"] else ""),
+        f"WER to expect of other sentences (chosen on one half, counted on the other): "
+        f"{found['expected_wer']:.2%}",
+        f"log loss of the sentence confidence: {before:.3f} -> {after:.3f}",
+    ]
+    return "\n".join(lines)
+
+
+def _points(points: list[tuple[float, float]]) -> str:
+    return "  " + "  ".join(f"{value:.3g}: {rate:.2%}" for value, rate in points)
+
+
+def write_picture(result: Result, path: Path) -> None:
+    """The curves and the searches as a PNG, whole or not at all.
+
+    Raises:
+      ReportError: it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    found = about(result)
+    panels = found["curves"]
+    figure = Figure(figsize=(3.6 * (len(panels) + 2), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels) + 2)
+    first, second = axes[:2]
+    points = first.scatter(
+        [one["acoustic_scale"] for one in found["searches"]],
+        [one["blank_penalty"] for one in found["searches"]],
+        # A logarithm has no zero.
+        c=[max(100 * one["wer"], 0.1) for one in found["searches"]],
+        cmap="viridis_r",
+        norm=LogNorm(),
+    )
+    first.set(
+        xscale="log",
+        yscale="log",
+        xlabel="acoustic_scale",
+        ylabel="blank_penalty",
+        title="searches",
+    )
+    for axis in (first.xaxis, first.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    figure.colorbar(points, ax=first, label="WER (%)")
+    searched = found["blank_penalty_of_searches"]
+    second.plot([x for x, _ in searched], [100 * y for _, y in searched], "o")
+    second.axvline(result.settings.blank_penalty, linestyle=":", color="grey")
+    second.set(xscale="log", xlabel="blank_penalty", ylabel="WER (%)", title="searches, re-ranked")
+    for panel, (name, curve) in zip(axes[2:], panels.items(), strict=True):
+        panel.plot([x for x, _ in curve], [100 * y for _, y in curve], marker="o")
+        panel.axvline(getattr(result.settings, name), linestyle=":", color="grey")
+        panel.set(xlabel=name, ylabel="WER (%)")
+    if path.exists() and not path.is_file():
+        raise ReportError(
+            f"cannot write {path}: it is there and is no regular file: choose another place"
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ReportError(f"cannot write {path} ({error}): choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)

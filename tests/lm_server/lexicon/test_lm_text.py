@@ -1,0 +1,138 @@
+"""Text becomes words as they are spoken; what cannot be spoken for sure is dropped and counted."""
+
+import gzip
+import lzma
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm_server.lexicon.text import (
+    Counts,
+    TextError,
+    find_texts,
+    normalise,
+    read_words,
+    split_sentences,
+)
+
+KNOWN = {"x-ray", "'em", "boys'", "the", "well", "known"}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "words"),
+    [
+        ("The CAT,  sat!", ("the", "cat", "sat")),
+        ("it's \u2018quoted\u2019 o\u2019clock", ("it's", "quoted", "o'clock")),
+        ("an x-ray of a well-known thing", ("an", "x-ray", "of", "a", "well", "known", "thing")),
+        ("get 'em, the boys' 'dogs'", ("get", "'em", "the", "boys'", "dogs")),
+        ("one\u2014two -- three--four - five", ("one", "two", "three", "four", "five")),
+        ("Caf\u00e9 na\u00efve \u00c5ngstr\u00f6m", ("cafe", "naive", "angstrom")),
+        ("co\u2010operate soft\u00adhyphen", ("co", "operate", "softhyphen")),
+        ("Stra\u00dfe \ufb01ne", ("strasse", "fine")),
+        ("a;b/c", ("a", "b", "c")),
+    ],
+)
+def test_a_sentence_becomes_the_words_that_are_spoken(sentence, words):
+    assert normalise(sentence, KNOWN) == words
+
+
+@pytest.mark.parametrize(
+    ("sentence", "reason"),
+    [
+        ("he was 7", "dropped_digits"),
+        ("half \u00bd a \u00b2", "dropped_digits"),
+        ("\u0663 arabic digit", "dropped_digits"),
+        ("\u041c\u043e\u0441\u043a\u0432\u0430", "dropped_letters"),
+        ("--- ... '", "empty"),
+        ("", "empty"),
+    ],
+)
+def test_a_sentence_whose_words_are_unsure_is_dropped_by_name(sentence, reason):
+    assert normalise(sentence) == reason
+
+
+@given(st.text())
+def test_any_text_gives_clean_words_or_a_reason(sentence):
+    words = normalise(sentence, KNOWN)
+    if isinstance(words, str):
+        assert words in vars(Counts())
+    else:
+        assert words
+        for word in words:
+            assert set(word) <= set("abcdefghijklmnopqrstuvwxyz'-")
+            assert word in KNOWN or ("-" not in word and word.strip("'") == word)
+        # Normalised text is in its final form.
+        assert normalise(" ".join(words), KNOWN) == words
+
+
+@pytest.mark.parametrize(
+    ("line", "sentences"),
+    [
+        ("He left. She stayed!  Why? I know", ["He left.", "She stayed!", "Why?", "I know"]),
+        ("Mr. Smith met J. Doe. They left.", ["Mr. Smith met J. Doe.", "They left."]),
+        ("It was I. He said so.", ["It was I.", "He said so."]),
+        ('He said "Go." Then he went.', ['He said "Go."', "Then he went."]),
+        ("version 2.5 is out.", ["version 2.5 is out."]),
+        ("", []),
+    ],
+)
+def test_a_line_is_cut_into_its_sentences(line, sentences):
+    assert split_sentences(line) == sentences
+
+
+def test_plain_gzip_and_xz_files_read_alike(tmp_path):
+    text = "One two. Three 4 five.\nsix\n\n"
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "a.xz").write_bytes(lzma.compress(text.encode()))
+    for name in ("a.txt", "a.gz", "a.xz"):
+        read = list(read_words([tmp_path / name]))
+        assert [words for words, _ in read if words] == [("one", "two"), ("six",)]
+        total = sum((change for _, change in read), Counts())
+        assert total == Counts(sentences=2, words=3, dropped_digits=1)
+
+
+def test_progress_adds_up_to_the_size_of_the_files(tmp_path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.gz"]
+    paths[0].write_text("one two\n" * 5000)
+    paths[1].write_bytes(gzip.compress(b"three\n" * 5000))
+    sizes: list[int] = []
+    list(read_words(paths, progress=sizes.append))
+    assert sum(sizes) == sum(path.stat().st_size for path in paths)
+
+
+def test_a_folder_stands_for_the_texts_below_it(tmp_path):
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for name in ("a.txt", "b/x.gz", "b/c/y.xz", "b/z.md", "b/.hidden.txt"):
+        (tmp_path / name).write_bytes(b"")
+    found = [tmp_path / name for name in ("a.txt", "b/c/y.xz", "b/x.gz")]
+    assert find_texts([tmp_path]) == found
+    # A file that is named may have any name, and is read once.
+    assert find_texts([tmp_path / "b" / "z.md", tmp_path, tmp_path / "a.txt"]) == [
+        tmp_path / "b" / "z.md",
+        *found,
+    ]
+    with pytest.raises(TextError, match="there is no text file"):
+        find_texts([tmp_path / "absent"])
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(TextError, match=r"hollow holds no text; needed \.txt, \.gz, \.xz"):
+        find_texts([tmp_path / "hollow"])
+
+
+def test_unreadable_files_are_named(tmp_path):
+    packed = gzip.compress(b"word\n" * 1000)
+    broken = {
+        # A header as it should be, and noise where the packed data begin.
+        "noise.gz": packed[:10] + b"\xff" * 8 + packed[18:],
+        "absent.txt": None,
+        "latin.txt": "caf\u00e9".encode("latin-1"),
+        "cut.xz": lzma.compress(b"word\n" * 1000)[:-30],
+        "cut.gz": gzip.compress(b"word\n" * 1000)[:-9],
+        "fake.gz": b"plain text",
+    }
+    for name, content in broken.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(TextError, match=name):
+            list(read_words([tmp_path / name]))

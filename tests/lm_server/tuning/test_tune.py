@@ -1,0 +1,330 @@
+"""Claims about tuning: references, re-ranking equal to real answers, held-out honesty, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from small_model import say
+
+from lm_server.__main__ import main
+from lm_server.hypothesis import Hypothesis
+from lm_server.offline import Logits, read_logits
+from lm_server.protocol import to_rnn_order
+from lm_server.rescoring.answer import complete
+from lm_server.search.interface import SearchModel, load_model
+from lm_server.settings import Settings, SettingsError, read_settings, write_settings
+from lm_server.tuning import lists as tuning
+from lm_server.tuning import report as tune_report
+from lm_server.tuning.references import ReferencesError, read_references, word_errors
+from lm_server.tuning.tuner import Tuner
+
+SENTENCES = (
+    "the cat sat on the mat",
+    "the dog saw the cat",
+    "a cat had a hat",
+    "the bat was on the mat",
+    "the dog ate the hat",
+    "a dog had two hat",
+    "the cat ran to the dog",
+    "the dog ran",
+)
+
+
+def noisy(sentence: str, seed: int) -> np.ndarray:
+    """Logits in which some phonemes are hard to tell."""
+    clean = say(sentence.split(), strength=4.0)
+    return clean + np.random.default_rng(seed).normal(0.0, 2.6, clean.shape).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_SAMPLES", 250)
+
+
+@pytest.fixture(scope="module")
+def logits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tune") / "val.npz"
+    logits = [noisy(sentence, seed) for seed, sentence in enumerate(SENTENCES * 2)]
+    np.savez(
+        path,
+        logits=to_rnn_order(np.concatenate(logits)),
+        frames=[len(one) for one in logits],
+        trial=[f"day/{index}" for index in range(len(logits))],
+        sentence=[f"{one.capitalize()}." for one in SENTENCES * 2],
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> SearchModel:
+    return load_model(model_folder)
+
+
+@dataclasses.dataclass
+class Knowing:
+    """A model that knows what people say; counts what it is asked."""
+
+    likely: frozenset[str]
+    name: str = "knowing"
+    asked: int = 0
+
+    def score(
+        self, sentences: Sequence[str], context: str = "", length_penalty: float = 0.0
+    ) -> np.ndarray:
+        self.asked += len(sentences)
+        return np.array([-1.0 if one in self.likely else -60.0 for one in sentences])
+
+
+def tuner(model: SearchModel, logits: Logits, references: Path, cache: Path) -> Tuner:
+    return Tuner(model, logits, read_references(references), cache, 1, console=Console(quiet=True))
+
+
+def test_word_errors_are_counted_as_the_published_evaluation_does(tmp_path: Path) -> None:
+    file = tmp_path / "refs.txt"
+    file.write_text("day/1\tWell-known, isn't it?\nday/2\t'Tis -- over\n")
+    found = read_references(file)
+    assert found["day/1"] == ("well-known", "isn't", "it")
+    assert word_errors(found["day/1"], "well-known isn't") == 1
+
+
+def test_references_are_read_from_every_format(tmp_path: Path, logits_file: Path) -> None:
+    tab, lines, table = tmp_path / "a.txt", tmp_path / "a.jsonl", tmp_path / "a.csv"
+    tab.write_text("day/0\tThe cat.\n\nday/1\tA dog\n")
+    rows = [{"trial": "day/0", "sentence": "The cat."}, {"trial": "day/1", "sentence": "A dog"}]
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    table.write_text('id,trial,sentence\n0,day/0,"The cat."\n1,day/1,A dog\n')
+    expected = {"day/0": ("the", "cat"), "day/1": ("a", "dog")}
+    for path in (tab, lines, table):
+        assert read_references(path) == expected
+    assert read_references(logits_file)["day/1"] == tuple(SENTENCES[1].split())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.txt", "day/0 the cat\n", "line 1"),
+        ("a.txt", "day/0\tthe cat\nday/0\tthe cat\n", "twice"),
+        ("a.txt", "", "no sentences"),
+        ("a.jsonl", '{"trial": "x"}', "line 1"),
+        ("a.csv", "id,text\n1,2\n", "columns"),
+        ("a.npz", "no archive", "cannot be read"),
+    ],
+)
+def test_unusable_references_are_named(tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ReferencesError, match=says):
+        read_references(tmp_path / name)
+
+
+def test_reranking_equals_the_answer_with_those_settings() -> None:
+    rng = np.random.default_rng(0)
+    vocabulary = ["a", "b", "c"]
+    found, references = [], []
+    for _ in range(30):
+        words = {tuple(rng.choice(vocabulary, rng.integers(0, 4))) for _ in range(6)}
+        some = [
+            Hypothesis(one, rng.uniform(-30, 0), rng.uniform(-20, 0), bonus=0.5 * len(one))
+            for one in sorted(words)
+        ]
+        found.append(tuple(some) if rng.random() < 0.9 else ())
+        references.append(tuple(rng.choice(vocabulary, 3)))
+    searched = Settings(word_bonus=0.5, acoustic_scale=1.0)
+    lists = tuning.make_lists(found, references, searched)
+    scores = {one: float(rng.uniform(-40, 0)) for some in lists.sentences for one in some}
+    for scorer, used in ((None, lists), (scores, lists.with_llm(scores))):
+        for _ in range(20):
+            # Augmentation is the search's, so its scale stays; the answer is then the same.
+            bonus, alpha = float(rng.uniform(-2, 2)), float(rng.uniform())
+            settings = dataclasses.replace(searched, word_bonus=bonus, alpha=alpha)
+            rebonused = [
+                [dataclasses.replace(h, bonus=bonus * len(h.words)) for h in some] for some in found
+            ]
+            table = None if scorer is None else _Table(scorer)
+            expected = [
+                word_errors(reference, complete(some, settings, table).sentence)
+                for reference, some in zip(references, rebonused, strict=True)
+            ]
+            assert used.errors_of_best(settings).tolist() == expected
+
+
+class _Table:
+    name = "table"
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores = scores
+
+    def score(
+        self, sentences: Sequence[str], context: str = "", length_penalty: float = 0.0
+    ) -> np.ndarray:
+        return np.array([self.scores[one] for one in sentences])
+
+
+def test_reranking_finds_a_scale_at_which_the_right_candidates_win() -> None:
+    # The true sentence has the better acoustics by 3 and the worse n-gram score by 4.
+    right, wrong = Hypothesis(("a",), -10.0, -8.0), Hypothesis(("b",), -13.0, -4.0)
+    settings = Settings(acoustic_scale=1.0, top_candidates_to_augment=0)
+    lists = tuning.make_lists([(right, wrong)] * 4, [("a",)] * 4, settings)
+    assert lists.errors_of_best(settings).sum() == 4
+    found, errors = tuning.rerank(lists, 0)
+    assert errors == 0
+    assert found.acoustic_scale > 4 / 3
+
+
+def test_the_expected_rate_does_not_believe_the_luck_of_the_chosen() -> None:
+    # Six searches that toss coins: the luckiest looks better than chance, and is not.
+    settings = Settings(top_candidates_to_augment=0)
+    rng = np.random.default_rng(0)
+    lists = []
+    for _ in range(6):
+        found = []
+        for _ in range(40):
+            pair = [Hypothesis(("a",), 0.0, -1.0), Hypothesis(("b",), 0.0, -1.5)]
+            swap = rng.random() < 0.5
+            found.append([Hypothesis(one.words, 0.0, -2.5 - one.ngram) for one in pair])
+            found[-1] = found[-1] if swap else pair
+        lists.append(tuning.make_lists(found, [("a",)] * 40, settings))
+    chosen = min(tuning.rerank(one, 0)[1] for one in lists) / 40
+    assert chosen < 0.45
+    assert tuning.expected_errors(lists, 0) > chosen + 0.03
+
+
+def test_calibration_lowers_the_log_loss_of_confidences_that_are_too_sure() -> None:
+    # Half of the sentences are wrong, but the totals are 8 apart.
+    some = (Hypothesis(("a",), -2.0, 0.0), Hypothesis(("b",), -10.0, 0.0))
+    settings = Settings(acoustic_scale=1.0, top_candidates_to_augment=0)
+    references = [("a",), ("b",)] * 10
+    lists = tuning.make_lists([some] * 20, references, settings)
+    temperature, before, after = tuning.calibrate(lists, settings)
+    assert after < before
+    calibrated = dataclasses.replace(settings, confidence_temperature=temperature)
+    assert complete(some, calibrated).confidence == pytest.approx(0.5, abs=0.1)
+
+
+def test_tuning_lowers_errors_and_goes_on_from_its_cache(
+    model: SearchModel, logits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = read_logits(logits_file)
+    bad = Settings(acoustic_scale=0.05, blank_penalty=50.0)
+    knowing = Knowing(frozenset(SENTENCES))
+    cache = tmp_path / "cache"
+    first = tuner(model, logits, logits_file, cache)
+    searches = []
+    search = first._search
+    monkeypatch.setattr(first, "_search", lambda one: searches.append(one) or search(one))
+    result = first.run(bad, 6, lambda: (knowing, ["knowing"]))
+    assert result.default_errors > 10
+    assert result.errors < result.default_errors / 2
+    assert len(searches) == 7
+    assert knowing.asked
+    # What is reported is what those settings really give.
+    assert result.errors == sum(
+        word_errors(
+            tuple(sentence.split()),
+            complete(some, result.settings, knowing).sentence,
+        )
+        for sentence, some in zip(SENTENCES * 2, search(result.settings), strict=True)
+    )
+    asked = knowing.asked
+    again = tuner(model, logits, logits_file, cache)
+    monkeypatch.setattr(again, "_search", None)
+    repeated = again.run(bad, 6, lambda: (knowing, ["knowing"]))
+    assert repeated.settings == result.settings
+    assert tune_report.about(repeated) == tune_report.about(result)
+    assert knowing.asked == asked, "a score was asked for twice"
+
+
+def test_an_interrupted_cache_is_mended(
+    model: SearchModel, logits_file: Path, tmp_path: Path
+) -> None:
+    logits = read_logits(logits_file)
+    knowing = Knowing(frozenset(SENTENCES))
+    whole = tuner(model, logits, logits_file, tmp_path).run(
+        Settings(), 2, lambda: (knowing, ["knowing"])
+    )
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text()[:-30])
+    mended = tuner(model, logits, logits_file, tmp_path).run(
+        Settings(), 2, lambda: (knowing, ["knowing"])
+    )
+    assert mended.settings == whole.settings
+
+
+def test_the_command_writes_settings_that_decode_reads(
+    model_folder: Path, logits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "settings.json"
+    common = ["--lm", str(model_folder), "--logits", str(logits_file), "--workers", "1"]
+    assert main(["tune", *common, "--out", str(out), "--searches", "3", "--nbest", "7"]) == 0
+    text = capsys.readouterr().out
+    assert "WER to expect" in text
+    settings = read_settings(out)
+    assert settings.nbest == 7
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    about = json.loads(out.read_text())["about"]
+    assert about["sentences"] == 16
+    by_blank = [(one["blank_penalty"], one["wer_reranked"]) for one in about["searches"]]
+    assert about["blank_penalty_of_searches"] == [
+        pytest.approx(pair, abs=1e-6) for pair in sorted(by_blank)
+    ]
+    shown = text.split("WER by blank_penalty")[1].splitlines()[1].split("  ")[1:]
+    assert shown == [f"{blank:.3g}: {wer:.2%}" for blank, wer in sorted(by_blank)]
+    decoded = tmp_path / "decoded.jsonl"
+    options = ["--out", str(decoded), "--settings", str(out)]
+    assert main(["decode", *common, *options]) == 0
+    lines = [json.loads(line) for line in decoded.read_text().splitlines()]
+    errors = sum(
+        word_errors(tuple(sentence.split()), line["sentence"])
+        for sentence, line in zip(SENTENCES * 2, lines, strict=True)
+    )
+    assert errors == round(about["wer"] * about["words"])
+
+
+def test_trials_without_a_sentence_are_counted_and_none_at_all_is_an_error(
+    model: SearchModel, logits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = tmp_path / "some.txt"
+    some.write_text("day/3\tthe bat\n")
+    tuner(model, read_logits(logits_file), some, tmp_path / "cache")
+    assert "15 trials have no true sentence" in capsys.readouterr().err
+    some.write_text("other/3\tthe bat\n")
+    with pytest.raises(ReferencesError, match="same names"):
+        tuner(model, read_logits(logits_file), some, tmp_path / "cache")
+
+
+def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    settings = Settings(alpha=0.3, acoustic_scale=0.325, nbest=7)
+    write_settings(path, settings, {"wer": 0.1})
+    assert read_settings(path) == settings
+    path.write_text(json.dumps({"format": 1, "settings": {"alpha": 1}}))
+    assert read_settings(path) == Settings(alpha=1.0)
+    path.write_text(json.dumps({"format": 1, "settings": {"acoustic_scale": 0.4}}))
+    wfst = read_settings(path, "wfst")
+    assert (wfst.acoustic_scale, wfst.max_active, wfst.beam) == (0.4, 7000, 17.0)
+    write_settings(path, settings, {"backend": "flashlight"})
+    assert read_settings(path, "flashlight") == settings
+    with pytest.raises(SettingsError, match="tuned for the search flashlight, and this is wfst"):
+        read_settings(path, "wfst")
+    for values, says in (
+        ({"alfa": 1}, "alfa"),
+        ({"alpha": 2.0}, "alpha is 2.0"),
+        ({"alpha": "x"}, "needed a number"),
+        ({"alpha": True}, "needed a number"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"nbest": 1.5}, "whole number"),
+    ):
+        path.write_text(json.dumps({"format": 1, "settings": values}))
+        with pytest.raises(SettingsError, match=says):
+            read_settings(path)
+    for text in ("", "[]", '{"format": 2, "settings": {}}', '{"format": 1}'):
+        path.write_text(text)
+        with pytest.raises(SettingsError):
+            read_settings(path)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_settings(tmp_path / "nowhere.json")

@@ -15,7 +15,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2txt_jax.errors import UserError
+from lm_server.atomic_file import replacing
 from lm_server.protocol import CLASS_COUNT
 
 CONFIG_FILE = "config.json"
@@ -431,9 +431,8 @@ def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
 
 def write_config(config: Config, path: Path) -> None:
     """Writes a Config as JSON, whole or not at all, so that a run's folder says how it was made."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_written_config(path: Path) -> Config:

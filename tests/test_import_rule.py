@@ -42,7 +42,7 @@ def test_b2txt_imports_nothing_of_the_servers_side_where_that_is_installed():
         (
             "import lm_server.client.client\n"
             "assert [n for n in sys.modules if n.startswith('lm_server.')] == "
-            "['lm_server.protocol']",
+            "['lm_server.client', 'lm_server.protocol']",
             SERVER_SIDE,
         ),
         ("from lm_server.__main__ import main; main(['decode', '--help'])", JAX_SIDE),

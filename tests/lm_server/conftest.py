@@ -12,7 +12,8 @@ from rich.console import Console
 from lm_server.lm.build import build
 
 # pytest imports tests by path; the modules that they share are found here.
-sys.path.insert(0, str(Path(__file__).parent))
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(_HERE), *(str(room) for room in _HERE.iterdir() if room.is_dir())]
 
 from processes import Running, serving
 from small_model import LEXICON, TEXT

@@ -13,7 +13,7 @@ from lm_server.lm.build import build
 
 # pytest imports tests by path; the modules that they share are found here.
 _HERE = Path(__file__).parent
-sys.path[:0] = [str(_HERE), *(str(room) for room in _HERE.iterdir() if room.is_dir())]
+sys.path.extend([str(_HERE), *(str(room) for room in _HERE.iterdir() if room.is_dir())])
 
 from processes import Running, serving
 from small_model import LEXICON, TEXT

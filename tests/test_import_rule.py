@@ -41,8 +41,9 @@ def test_b2txt_imports_nothing_of_the_servers_side_where_that_is_installed():
         ),
         (
             "import lm_server.client.client, lm_server.client.jobs, lm_server.client.process\n"
-            "rooms = {name.split('.')[1] for name in sys.modules if name.startswith('lm_server.')}\n"
-            "assert not rooms & {'lexicon', 'lm', 'search', 'rescoring', 'tuning', 'serving'}, rooms",
+            "rooms = {name.split('.')[1] for name in sys.modules if 'lm_server.' in name}\n"
+            "heavy = {'lexicon', 'lm', 'search', 'rescoring', 'tuning', 'serving'}\n"
+            "assert not rooms & heavy, rooms",
             SERVER_SIDE | {"rich", "scipy", "jax", "h5py"},
         ),
         ("from lm_server.__main__ import main; main(['decode', '--help'])", JAX_SIDE),

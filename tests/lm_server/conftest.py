@@ -15,8 +15,8 @@ from lm_server.lm.build import build
 _HERE = Path(__file__).parent
 sys.path.extend([str(_HERE), *(str(room) for room in _HERE.iterdir() if room.is_dir())])
 
-from processes import Running, serving
-from small_model import LEXICON, TEXT
+from processes import Running, serving  # noqa: E402
+from small_model import LEXICON, TEXT  # noqa: E402
 
 
 @pytest.fixture(scope="session")

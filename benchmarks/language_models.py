@@ -32,7 +32,8 @@ from rich.console import Console
 from simulated_logits import CORPUS, held_out, label, simulate_at
 
 from lm_server.lexicon.pronunciations import read_lexicon
-from lm_server.lm.build import DESCRIPTION, Options, build
+from lm_server.lm.build import Options, build
+from lm_server.lm.reader import DESCRIPTION
 from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie
 
 MEGABYTE = 1 << 20

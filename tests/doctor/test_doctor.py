@@ -19,7 +19,8 @@ import pytest
 from b2txt_jax.doctor import checks
 from b2txt_jax.doctor import command as doctor
 from b2txt_jax.doctor.checks import TpuChips
-from lm_server.lm.build import FORMAT, build
+from lm_server.lm.build import build
+from lm_server.lm.reader import FORMAT
 from lm_server.serving.embedded_redis import find_program
 
 REPOSITORY = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm_server.errors import UserError
 
-_MAGIC, _SYMBOLS_MAGIC = 2125659606, 2125658996
+MAGIC, _SYMBOLS_MAGIC = 2125659606, 2125658996
 _INPUT_SYMBOLS, _OUTPUT_SYMBOLS, _ALIGNED = 1, 2, 4
 _ALIGNED_VERSION, _ALIGNMENT = 1, 16
 _STATES_PER_STEP = 1 << 16
@@ -97,7 +97,7 @@ def read_fst(path: Path, progress: Callable[[int, int], None] = lambda done, tot
     if not path.is_file():
         raise FstError(f"there is no file {path}; needed an OpenFst transducer: check the path")
     reader = _Reader(path)
-    if len(reader.data) < 4 or reader.numbers("<i")[0] != _MAGIC:
+    if len(reader.data) < 4 or reader.numbers("<i")[0] != MAGIC:
         raise FstError(
             f"{path} is no OpenFst file; needed a vector or const "
             "transducer such as G.fst: check the path, or fetch it again"

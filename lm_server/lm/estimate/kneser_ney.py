@@ -341,7 +341,7 @@ def _with_backoffs(order: _Order, shares: _Shares) -> _Order:
 
 
 def locate(key: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the rows of `wanted` [M, columns] in `key` [N, columns], -1 if absent. Both are sorted."""
+    """Find the sorted `wanted` [M, columns] in the sorted `key` [N, columns]: rows, or -1."""
     if not len(wanted) or not len(key):
         return np.full(len(wanted), -1, np.int64)
     # Load only the part of the file that the block can match.

@@ -418,7 +418,7 @@ def test_a_root_without_a_configuration_is_looked_at_and_other_keys_are_named(ca
     assert status == 0
     assert "4 sessions, 32 training trials" in findings["data"]["found"]
     assert findings["configuration"]["status"] == "warning"
-    assert "--config.model.units=3 not looked at" in findings["configuration"]["found"]
+    assert "--config.model.units=3 not checked" in findings["configuration"]["found"]
     status, findings, _ = diagnose(capsys, overrides=("--config.data.root=/no/such/folder",))
     assert (status, findings["data"]["status"]) == (1, "problem")
 

@@ -374,7 +374,7 @@ def check_language_model(folder: Path, available: int | None) -> Finding:
 
 
 def opt_memory(size: str, dtype: str) -> float:
-    """Estimate the bytes of rescoring with OPT: weights, a tenth for activations, 1 GB of libraries."""
+    """Estimate the memory of rescoring: weights, a tenth for activations, 1 GB of libraries."""
     return 1.1 * OPT_PARAMETERS[size] * BYTES_PER_PARAMETER[dtype] + 1e9
 
 

@@ -126,7 +126,7 @@ def test_an_edited_configuration_beside_the_file_is_not_passed_over(exported, tm
         beside.write_bytes(content)
         (note,) = read_safetensors(file).notes
         assert "m.json is not a configuration" in note or "missing keys" in note
-        assert "itself was taken" in note
+        assert "itself was used" in note
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b"7", b"[" * 100_000])

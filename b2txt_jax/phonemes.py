@@ -27,7 +27,7 @@ def pronunciations() -> dict[str, tuple[tuple[str, ...], ...]]:
     one first."""
     # The dictionary is a data file of the server's package; reading it imports none of the server's
     # code.
-    resource = importlib.resources.files("lm_server") / "resources" / "cmudict.txt.xz"
+    resource = importlib.resources.files("lm_server.lexicon") / "resources" / "cmudict.txt.xz"
     found: dict[str, list[tuple[str, ...]]] = {}
     for line in lzma.decompress(resource.read_bytes()).decode().splitlines():
         word, *phones = line.split()

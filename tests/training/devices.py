@@ -16,7 +16,7 @@ TRAIN = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/de
 
 def environment(devices: int) -> dict[str, str]:
     """The environment of a process that sees so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 

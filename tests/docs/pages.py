@@ -34,6 +34,8 @@ NOT_RUN = {
     "exchange": "messages of the protocol",
     "ipython": "a cell of a notebook",
 }
+RUN_BY_OTHERS = ("env", "exchange")
+"""Languages whose blocks another test must run or compare."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pages import (
     PAGES,
     REPOSITORY,
     Block,
+    RUN_BY_OTHERS,
     PageError,
     blocks_of,
     commands_of,
@@ -73,6 +74,8 @@ def test_blocks_say_how_they_are_run_and_their_commands_exist(page):
     for block in blocks_of(page):
         if block.run_by is not None:
             assert (REPOSITORY / block.run_by).is_file(), block.place
+        else:
+            assert block.language not in RUN_BY_OTHERS, f"{block.place}: no test runs this block"
         if block.language == "python":
             compile(block.text, block.place, "exec")
         if block.language in ("sh", "ipython"):
@@ -90,6 +93,8 @@ def test_commands_paths_modules_and_links_of_the_prose_exist(page):
         folder = path.partition("/")[0]
         if "/" in path and (REPOSITORY / folder).is_dir() and "*" not in path and folder:
             assert (REPOSITORY / path).exists(), f"{place}: there is no {path}"
+        if re.fullmatch(r"test_\w+\.py", text):
+            assert any((REPOSITORY / "tests").rglob(text)), f"{place}: there is no {text}"
         if re.fullmatch(r"(b2txt_jax|lm_server)(\.\w+)+", text):
             assert exists(text), f"{place}: there is no {text}"
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
@@ -244,14 +249,12 @@ def small_api(monkeypatch) -> None:
     monkeypatch.setattr(b2txt_jax, "train", small_train)
 
 
-def pages_to_run() -> list[Path]:
-    """The pages that have something to run."""
-    return [page for page in PAGES if any(block.runs for block in blocks_of(page))]
-
-
-@pytest.mark.parametrize("page", pages_to_run(), ids=lambda page: page.stem)
-def test_the_blocks_of_a_page_run_in_their_order(page, checkout, request):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_in_their_order(page, request):
     blocks = [block for block in blocks_of(page) if block.runs]
+    if not blocks:
+        return
+    checkout = request.getfixturevalue("checkout")
     if any(block.language == "python" for block in blocks):
         request.getfixturevalue("small_api")
     with Servers(checkout) as servers:

@@ -6,6 +6,7 @@ Simulations, models and trainings are made smaller: SMALLER lists the options th
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib
 import os
@@ -24,8 +25,8 @@ from pages import (
     NOT_RUN,
     PAGES,
     REPOSITORY,
-    Block,
     RUN_BY_OTHERS,
+    Block,
     PageError,
     blocks_of,
     commands_of,
@@ -58,6 +59,7 @@ SMALLER: dict[tuple[str, str], Sequence[str]] = {
         f"--speaking-rate={SPEAKING_RATE}",
     ],
     ("b2txt", "train"): TRAINING,
+    ("lm-server", "build"): ["--vocabulary=2000"],
     ("lm-server", "tune"): ["--searches=2"],
 }
 SENTENCES = 2000
@@ -145,10 +147,7 @@ def parse(program: str, words: list[str], place: str) -> None:
     """Parse a command line of one of ours as it will be; the configuration's keys too."""
     overrides = [word for word in words if word.startswith("--config.")]
     plain = [word for word in words if word not in overrides]
-    if program == "b2txt":
-        parser = cli.make_parser(plain[0])
-    else:
-        parser = lm_server_command._parser()
+    parser = parser_of(program, plain[0])
     try:
         args = parser.parse_args(plain)
     except SystemExit:
@@ -160,12 +159,14 @@ def parse(program: str, words: list[str], place: str) -> None:
         load_config(config or REPOSITORY / "configs/nejm_baseline.py", overrides)
 
 
+def parser_of(program: str, command: str) -> argparse.ArgumentParser:
+    """Return the parser of one of our commands; b2txt has the options of one subcommand only."""
+    return cli.make_parser(command) if program == "b2txt" else lm_server_command._parser()
+
+
 def check_options(words: list[str], place: str) -> None:
     """Assert that the options of a command in the prose exist, as far as it is written out."""
-    if words[0] == "b2txt":
-        parser = cli.make_parser(words[1])
-    else:
-        parser = lm_server_command._parser()
+    parser = parser_of(*words[:2])
     commands = next(action.choices for action in parser._actions if action.dest == "command")
     assert words[1] in commands, f"{place}: {words[0]} has no {words[1]}"
     for word in words[2:]:
@@ -203,8 +204,8 @@ def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = folder / "runs" / "demo"
     simulate(demo / "data")
     text = demo / "data" / "language_model_text.txt"
-    build = ["build", "--text", str(text), "--order", "3", "--lexicon", "cmudict"]
-    run_lm_server([*build, "--out", str(demo / "lm_3gram")])
+    build = ["build", "--text", str(text), "--order", "3", "--out", str(demo / "lm_3gram")]
+    run_lm_server([*build, *SMALLER["lm-server", "build"]])
     root = f"--config.data.root={demo / 'data' / 'hdf5_data_final'}"
     config = str(REPOSITORY / "configs/demo.py")
     train = ["train", "--config", config, "--workdir", str(demo / "run"), root, *TRAINING]

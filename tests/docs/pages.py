@@ -91,6 +91,8 @@ def blocks_of(page: Path) -> list[Block]:
             text.append(line)
         elif comment := _COMMENT.match(line):
             comments.append(comment[1])
+        elif re.match(r"\s+```|\s*~~~", line):
+            raise PageError(f"{page.name}:{number}: a block begins with ``` at the line's start")
         elif comments:
             raise PageError(f"{page.name}:{number}: a comment for a block, and no block after it")
     if opened is not None:

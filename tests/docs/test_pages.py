@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib
+import itertools
 import os
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -89,6 +91,7 @@ def test_blocks_say_how_they_are_run_and_their_commands_exist(page):
 def test_commands_paths_modules_and_links_of_the_prose_exist(page):
     for line, text in inline_code_of(page):
         place = f"{page.relative_to(REPOSITORY)}:{line}"
+        check_extras(text, place)
         if text.startswith(("b2txt ", "lm-server ")) and "--" in text:
             check_options(text.split(), place)
         path = text.partition(":")[0].partition(" ")[0]
@@ -130,6 +133,10 @@ def check_command(command: str, place: str) -> None:
         targets = (REPOSITORY / "Makefile").read_text()
         for target in words[1:]:
             assert re.search(rf"^{target}:", targets, re.MULTILINE), f"{place}: make {target}"
+    elif program == "timeout":
+        check_command(shlex.join(itertools.dropwhile(is_of_timeout, words[1:])), place)
+    elif program == "pip":
+        check_extras(command, place)
     elif program == "python" and words[1].endswith(".py"):
         script = REPOSITORY / words[1]
         assert script.is_file(), f"{place}: there is no {words[1]}"
@@ -138,9 +145,19 @@ def check_command(command: str, place: str) -> None:
                 assert f'"{word}"' in script.read_text(), f"{place}: {words[1]} has no {word}"
     elif "/" in words[0] and not words[0].startswith((".", "~", "/")):
         assert (REPOSITORY / words[0]).is_file(), f"{place}: there is no {words[0]}"
-    if "b2txt" in map(os.path.basename, words[1:]):  # behind `timeout` and the like
-        inner = [os.path.basename(word) for word in words].index("b2txt")
-        parse("b2txt", words[inner + 1 :], place)
+
+
+def is_of_timeout(word: str) -> bool:
+    """Return whether a word is an option or the duration of `timeout`."""
+    return word.startswith("--") or re.fullmatch(r"[\d.]+[smhd]?", word) is not None
+
+
+def check_extras(text: str, place: str) -> None:
+    """Assert that the extras of an installation such as `.[lm,llm]` exist."""
+    known = (REPOSITORY / "setup.cfg").read_text()
+    for extras in re.findall(r"\.\[([\w,]+)\]", text):
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} =$", known, re.MULTILINE), f"{place}: no extra {extra}"
 
 
 def parse(program: str, words: list[str], place: str) -> None:
@@ -150,7 +167,9 @@ def parse(program: str, words: list[str], place: str) -> None:
     parser = parser_of(program, plain[0])
     try:
         args = parser.parse_args(plain)
-    except SystemExit:
+    except SystemExit as stopped:
+        if stopped.code == 0:  # --help and --version
+            return
         pytest.fail(f"{place}: {program} {' '.join(words)} is not a command line of {program}")
     config = getattr(args, "config", None)
     if config is not None and str(config).endswith(".py"):
@@ -370,6 +389,7 @@ def page(tmp_path, monkeypatch) -> Iterator[Path]:
         ("```\nls\n```\n", "page.md:1: a block of language ''"),
         ("<!-- needs: luck -->\n```sh\nls\n```\n", "page.md:2: a block that needs 'luck'"),
         ("```sh\nls\n", "page.md:1: this block is not closed"),
+        ("- item\n  ```sh\n  ls\n  ```\n", "page.md:2: a block begins"),
         ("<!-- needs: tpu -->\n\ntext\n", "page.md:2: a comment for a block"),
     ],
 )
@@ -385,6 +405,7 @@ def test_an_unknown_option_key_or_script_fails_with_its_line():
         "lm-server serve --lm x --no-such-option",
         "python benchmarks/no_such.py",
         "make no-such-target",
+        "pip install '.[lm,nothing]' -c constraints.txt",
     ):
         with pytest.raises((AssertionError, pytest.fail.Exception), match=r"docs/x\.md:7"):
             check_command(command, "docs/x.md:7")

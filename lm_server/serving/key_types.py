@@ -33,7 +33,7 @@ def registry_keys() -> dict[str, str]:
 
 
 def session_keys(session: str) -> dict[str, str]:
-    """Return the type of each key of a session, except the context key, which is the client's own."""
+    """Return the type of each key of a session, without the context key, which clients own."""
     streams = dict.fromkeys(vars(session_streams(session)).values(), "stream")
     return {**streams, state_key(session): "hash", owner_key(session): "string"}
 

@@ -123,7 +123,7 @@ class OwnedSession:
         idle_seconds: float | None = None,
         positions: Mapping[str, EntryId] | None = None,
     ) -> None:
-        """Begin after `positions`; with `idle_seconds` None, the session is never closed as idle."""
+        """Begin after `positions`; with `idle_seconds` None, never close the session as idle."""
         self.session = session
         self.idle_seconds = idle_seconds
         names = session.streams
@@ -333,7 +333,7 @@ class OwnedSessions:
     def renew(self) -> None:
         """Renew all leases; a session of which another process holds the lease is lost."""
         for owned in self:
-            arguments = [self.me, self.lease_ms, self.limits.state_seconds]
+            arguments: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
             if not self._renewal(keys=owned.keys, args=arguments):
                 owned.lost = True
 

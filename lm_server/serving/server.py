@@ -1,8 +1,8 @@
-"""The server's loop: reads entries of all its sessions, advances them in turns, sends the replies.
+"""The server's loop: reads entries of all sessions, advances the sessions in turns, sends replies.
 
-One blocking XREAD waits on all input streams, so an entry is handled when it arrives. The order of a
-session's entries is that of their ids, which Redis makes from its clock in milliseconds. Entries of
-one millisecond are handled in the order reset, update_params, hot_words, input, finalize.
+One blocking XREAD waits on all input streams, so an entry is handled when it arrives. A session's
+entries are handled in the order of their ids, which Redis makes from its clock in milliseconds.
+Within one millisecond the order is reset, update_params, hot_words, input, finalize.
 
 Each round advances every session by one entry, or by one slice of a long search. So a long search
 delays the other sessions by one slice at most.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lm_server.client.connection import EntryId
-from lm_server.hypothesis import Answer
+from lm_server.rescoring.answer import Answer
 from lm_server.processes import version
 from lm_server.protocol import (
     MAX_MESSAGE_FRAMES,
@@ -322,7 +322,7 @@ def final_fields(answer: Answer, context: str) -> dict[str, bytes]:
     """Return an answer as the fields of a final entry or of a job's result."""
     fields = {
         "lm_response_final": answer.sentence,
-        "scoring": encode_scoring(answer.hypotheses),
+        "scoring": encode_scoring(answer.scoring()),
         "context_str": context,
         "rescored": str(int(answer.rescored)),
         "word_confidences": json.dumps([round(one, 6) for one in answer.word_confidences]),

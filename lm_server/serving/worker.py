@@ -1,9 +1,9 @@
 """Offline decoding of jobs from a stream, shared by any number of workers on any machines.
 
-The stream has a consumer group. A worker keeps its job by heartbeats. When these end, another worker
-claims the job. The result is written and the job deleted in one step, so a job has exactly one
-result, whatever happens to workers and connections. A job that loses its worker again and again is
-answered by an error.
+The stream has a consumer group. A worker keeps its job by heartbeats. When these end, another
+worker claims the job. The result is written and the job deleted in one step, so a job has exactly
+one result, whatever happens to workers and connections. A job that loses its worker again and again
+is answered by an error.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Worker:
         )
 
     def run(self, stop: threading.Event, check: Callable[[], None] = lambda: None) -> None:
-        """Decode jobs until `stop` is set, then finish those begun; wait for a Redis that goes away.
+        """Decode jobs until `stop` is set, then finish those begun; wait for a lost Redis.
 
         Args:
           stop: looked at between jobs.

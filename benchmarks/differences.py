@@ -32,11 +32,10 @@ from b2txt_jax.data.loader import EvaluationData
 from b2txt_jax.data.plan import plan
 from b2txt_jax.inference.logits import TrainedModel, load_model
 from b2txt_jax.metrics import error_rate, greedy_decode, total
-from b2txt_jax.model.patches import frame_count
 from b2txt_jax.signal.augment import augment, time_mask
 from b2txt_jax.training import step as step_module
 from b2txt_jax.training.loop import train
-from b2txt_jax.training.step import make_eval_step, step_keys
+from b2txt_jax.training.step import make_eval_step, model_of, step_keys
 from b2txt_jax.training.validation import validate
 
 PADDINGS = (1, 2, 4, 8, 160)
@@ -90,7 +89,7 @@ def best_per(workdir: Path) -> float:
 
 def evaluation_data(config: Config) -> EvaluationData:
     data = config.data
-    return EvaluationData(data, data.sessions, "val", config.model.patch_size, labels=True)
+    return EvaluationData(data, data.sessions, "val", config.model.least_bins, labels=True)
 
 
 def eval_step_of(config: Config) -> Any:
@@ -147,9 +146,10 @@ def print_alignment(config: Config, seeds: Sequence[int]) -> None:
     refs = index_split(config.data.root, config.data.sessions, "train", config.data.feature_count)
     needed = {ref: frames_needed(read_trial(ref).labels) for ref in refs}  # type: ignore[arg-type]
 
+    model = model_of(config, len(config.data.sessions))
+
     def spare(ref: TrialRef, cut: int) -> int:
-        frames = frame_count(ref.bins - cut, config.model.patch_size, config.model.patch_stride)
-        return int(frames) - needed[ref]
+        return model.frames(ref.bins - cut) - needed[ref]
 
     largest_cut = max(config.signal.random_cut - 1, 0)
     tightest = min(refs, key=lambda ref: spare(ref, 0))

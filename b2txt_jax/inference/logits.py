@@ -10,21 +10,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
 from b2txt_jax.config import CONFIG_FILE, Config, read_written_config, with_overrides
 from b2txt_jax.data.hdf5 import Trial, TrialRef
 from b2txt_jax.data.loader import Batch, EvaluationData
-from b2txt_jax.model.gru.baseline import Params
+from b2txt_jax.model.interface import Params
 from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.sharding import (
     DATA,
     abstract_state,
     jit_eval_step,
     make_mesh,
-    state_shardings,
+    placement,
 )
 
 CHANGEABLE = frozenset(
@@ -92,22 +91,11 @@ def load_model(workdir: Path, overrides: Sequence[str] = ()) -> TrainedModel:
       CheckpointError: the run has no best checkpoint yet, or it is damaged.
     """
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
-    like = _abstract_params(config, make_mesh())
+    # Whole on every device of this mesh, however many devices trained them.
+    like = abstract_state(config, len(config.data.sessions), make_mesh()).params
     with Checkpoints(workdir, read_only=True) as checkpoints:
         params, best = checkpoints.restore_best(like)
     return TrainedModel(config, params, best.step)
-
-
-def _abstract_params(config: Config, mesh: Mesh) -> Params:
-    """Shapes of the parameters, each with its place: whole on every device of `make_mesh()`,
-    however many devices trained them."""
-    state = abstract_state(config, len(config.data.sessions))
-    params: Params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state.params,
-        state_shardings(state, mesh).params,
-    )
-    return params
 
 
 def compute_logits(
@@ -127,10 +115,10 @@ def compute_logits(
     config = replace(model.config, data=replace(model.config.data, eval_batch_size=size))
     sessions = config.data.sessions
     step = jit_eval_step(config, len(sessions), mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(config, mesh))
+    places = placement(abstract_state(config, len(sessions), mesh).params)
     params = jax.device_put(model.params, places)
     data = EvaluationData(
-        config.data, sessions, split, max(config.model.patch_size, 1), labels=split != "test"
+        config.data, sessions, split, config.model.least_bins, labels=split != "test"
     )
     results: dict[int, TrialLogits] = {}
     batches: Iterable[tuple[list[int], list[Trial], Batch]] = data.batches()

@@ -33,11 +33,10 @@ from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import TrialRef, frames_needed
 from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.metrics import error_rate, greedy_decode, total
-from b2txt_jax.model.patches import frame_count
 from b2txt_jax.signal.augment import augment, time_mask
 from b2txt_jax.training import step as step_module
 from b2txt_jax.training.loop import train
-from b2txt_jax.training.step import make_eval_step, step_keys
+from b2txt_jax.training.step import make_eval_step, model_of, step_keys
 from b2txt_jax.training.validation import validate
 
 PADDINGS = (1, 2, 4, 8, 160)
@@ -91,7 +90,7 @@ def best_per(workdir: Path) -> float:
 
 def evaluation_data(config: Config) -> EvaluationData:
     data = config.data
-    return EvaluationData(data, data.sessions, "val", config.model.patch_size, labels=True)
+    return EvaluationData(data, data.sessions, "val", config.model.least_bins, labels=True)
 
 
 def eval_step_of(config: Config) -> Any:
@@ -149,9 +148,10 @@ def print_alignment(config: Config, seeds: Sequence[int]) -> None:
     refs = reader.trials(config.data.sessions, "train")
     needed = {ref: frames_needed(reader.read(ref).labels) for ref in refs}  # type: ignore[arg-type]
 
+    model = model_of(config, len(config.data.sessions))
+
     def spare(ref: TrialRef, cut: int) -> int:
-        frames = frame_count(ref.bins - cut, config.model.patch_size, config.model.patch_stride)
-        return int(frames) - needed[ref]
+        return model.frames(ref.bins - cut) - needed[ref]
 
     largest_cut = max(config.signal.random_cut - 1, 0)
     tightest = min(refs, key=lambda ref: spare(ref, 0))

@@ -35,9 +35,8 @@ def train(config: Path, root: Path, workdir: Path, seed: int, day_layer: bool) -
 def per_by_layer(model: Run) -> np.ndarray:
     """Errors and lengths, int [days, layers, 2]: each day's trials through each layer."""
     sessions = model.config.data.sessions
-    data = EvaluationData(
-        model.config.data, sessions, "val", model.config.model.patch_size, labels=True
-    )
+    least = model.config.model.least_bins
+    data = EvaluationData(model.config.data, sessions, "val", least, labels=True)
     step = jax.jit(make_eval_step(model.config, len(sessions)))
     counts = np.zeros((len(sessions), len(sessions), 2), int)
     for _, trials, batch in data.batches():

@@ -30,8 +30,7 @@ import numpy as np
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import error_rate, greedy_decode
-from b2txt_jax.model.gru.baseline import parameter_count
-from b2txt_jax.model.network import init_params
+from b2txt_jax.model.interface import make_model, parameter_count
 from b2txt_jax.simulate.plan import SimulationSettings
 from b2txt_jax.simulate.write import simulate
 
@@ -46,7 +45,7 @@ def parameters(config: Config, **changes: int) -> int:
     """Parameters of a configuration's model for the benchmark's sessions."""
     model = dataclasses.replace(config.model, **changes)
     features = config.data.feature_count
-    shapes = jax.eval_shape(lambda: init_params(model, features, _DAYS, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: make_model(model, features, _DAYS).init(jax.random.key(0)))
     return parameter_count(shapes)
 
 

@@ -12,6 +12,7 @@ the tpu extra.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -30,12 +31,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from b2txt_jax.config import load_config
 from b2txt_jax.tpu.chips import CHIPS
 from b2txt_jax.tpu.compile import (
-    VARIANTS,
     CompileError,
     compile_step,
     session_count,
     typical_bucket,
-    with_recurrence,
 )
 from b2txt_jax.tpu.topologies import SHAPES, parse_topology
 
@@ -45,6 +44,7 @@ WEAK_ROWS = 64
 """Per device, in the table of weak scaling: the published batch on every device."""
 SIZES = (4, 16, 64, 256)
 """Chips. Each kind of chip has a slice of each of these."""
+VARIANTS = ("scan", "pallas")
 COMPARED = ("v5e:2x2", "v5e:4x4")
 """Slices whose step is compiled with the scan, too: elsewhere only with what `auto` takes."""
 
@@ -158,7 +158,9 @@ def _compile(case: Case, config_file: Path, folder: Path, minutes: int = 15) -> 
     config = load_config(config_file)
     try:
         result = compile_step(
-            with_recurrence(config, case.recurrence),
+            dataclasses.replace(
+                config, model=dataclasses.replace(config.model, recurrence=case.recurrence)
+            ),
             parse_topology(case.topology),
             days=session_count(config),
             bucket=BUCKET if not config.data.buckets else typical_bucket(config),

@@ -243,14 +243,12 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
         configured_sessions,
         resolve_buckets,
     )
-    from b2txt_jax.model.patches import frame_count
+    from b2txt_jax.training.step import model_of
 
     sessions = configured_sessions(config.data)
-    patch, stride = config.model.patch_size, config.model.patch_stride
-    training = TrainingData(
-        config.data, sessions, max(patch, 1), lambda bins: int(frame_count(bins, patch, stride))
-    )
-    validation = EvaluationData(config.data, sessions, "val", max(patch, 1), labels=True)
+    least, frames = config.model.least_bins, model_of(config, len(sessions)).frames
+    training = TrainingData(config.data, sessions, least, frames)
+    validation = EvaluationData(config.data, sessions, "val", least, labels=True)
     with training.reader as reader:
         for refs in training.refs_of_day:
             for ref in refs[:1]:
@@ -290,16 +288,16 @@ def training_memory(
       bucket: the largest bucket, (bins, labels).
       on_accelerator: whether the step runs on a TPU or GPU. On a CPU it uses host memory too.
     """
-    data, model = config.data, config.model
+    from b2txt_jax.training.step import model_of
+
+    data = config.data
     rows, bins = data.days_per_batch * data.trials_per_day, bucket[0]
     batch = rows * bins * data.feature_count * 4
     # A state that is being saved, and batches read ahead.
     needed = _RUNTIME_BYTES + state + 6 * batch
     if not on_accelerator:
-        frames = bins // max(model.patch_stride, 1)
-        # Per layer and frame: projected gates, what the backward pass keeps, their gradients.
-        activations = model.layers * frames * rows * 8 * model.units * 4
-        needed += 2 * state + 4 * batch + activations
+        model = model_of(config, len(data.sessions) or 1)
+        needed += 2 * state + 4 * batch + model.activation_bytes(rows, bins)
     return needed
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lm_server.client.connection import EntryId
-from lm_server.rescoring.answer import Answer
 from lm_server.processes import version
 from lm_server.protocol import (
     MAX_MESSAGE_FRAMES,
@@ -26,6 +25,7 @@ from lm_server.protocol import (
     request_id,
     session_streams,
 )
+from lm_server.rescoring.answer import Answer
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.search.hot_words import HotWord, HotWordError, parse_hot_words
 from lm_server.search.interface import NO_HOT_WORDS, BackendError, SearchModel

@@ -17,10 +17,10 @@ from b2txt_jax.training.sharding import (
     abstract_state,
     check_rows,
     make_mesh,
-    rule_of,
     sharded_state,
     state_shardings,
 )
+from b2txt_jax.training.step import model_of
 
 # One group, so that one worker makes the run that the others are compared with.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("sharding")]
@@ -101,7 +101,7 @@ def test_the_triple_gru_has_the_losses_of_one_device_when_devices_share_its_unit
 ):
     """Also in two processes, where the sockets between them make every frame slow."""
     model = {
-        "kind": "triple_gru",
+        "name": "triple_gru",
         **{"noise_units": noise_units, "noise_layers": 2, "noisy_layers": 1},
         **{"patch_size": patch, "patch_stride": patch or 1, "recompute_frames": 32},
     }
@@ -158,10 +158,10 @@ def test_a_run_saved_on_eight_devices_goes_on_with_one(overrides, alone, tmp_pat
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
 
 
-def test_every_parameter_and_moment_of_the_baseline_has_a_rule():
+def test_the_day_layers_are_split_and_everything_else_is_on_every_device():
     config = load_config("configs/nejm_baseline.py")
     state = abstract_state(config, 45)
-    shardings = state_shardings(state, make_mesh(1))
+    shardings = state_shardings(state, make_mesh(1), model_of(config, 45))
     by_name = {
         jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
         for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
@@ -171,11 +171,6 @@ def test_every_parameter_and_moment_of_the_baseline_has_a_rule():
     # The day layers and their two moments; everything else is on every device.
     assert split == {name for name in by_name if "day/weight" in name or "day/bias" in name}
     assert len(split) == 6
-
-
-def test_a_parameter_without_a_rule_is_an_error_that_names_it():
-    with pytest.raises(KeyError, match=r"params/decoder/new_weight.*RULES"):
-        rule_of("params/decoder/new_weight")
 
 
 def test_rows_that_the_devices_cannot_share_are_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.network import make_apply
+from b2txt_jax.model.interface import make_model
 from b2txt_jax.signal.smooth import smooth
 from b2txt_jax.training.step import init_state, make_eval_step, make_train_step, step_keys
 
@@ -129,5 +129,6 @@ def test_valid_padding_gives_the_logits_of_a_trial_cut_by_half_a_kernel_at_each_
     assert list(same.frames) == [(60 - 14) // 4 + 1] * 3
     # Nine taps: 'valid' has no bin whose smoothing reached beyond the trial, four less at each end.
     smoothed = jax.numpy.asarray(smooth(batch.features, 2.0, 100))[:, 4:-4]
-    expected = make_apply(small.model, 5, DAYS)(params, smoothed, batch.day)
+    model = make_model(small.model, 5, DAYS)
+    expected = model.apply(params, smoothed, batch.bins - 8, batch.day).logits
     np.testing.assert_allclose(cut.logits, expected, atol=1e-5)

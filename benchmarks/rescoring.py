@@ -27,8 +27,9 @@ from rapidfuzz.distance import Levenshtein
 from rich.progress import track
 
 from lm_server.hypothesis import Hypothesis
-from lm_server.rescoring.answer import SentenceScorer, augmented, ranked_answer, sentences_to_score
-from lm_server.rescoring.rescore import load_scorer
+from lm_server.rescoring.load import load_scorer
+from lm_server.rescoring.ranking import augmented, ranked_answer, sentences_to_score
+from lm_server.rescoring.scorer import SentenceScorer
 from lm_server.search.interface import load_model
 from lm_server.settings import Settings
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lm_server import settings
 from lm_server.processes import cleaning_up_when_terminated, default_workers
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import add_llm_options, llm_from_options
 from lm_server.search import hot_words
 from lm_server.search import interface as search
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     search.add_option(parser)
     hot_words.add_option(parser)
-    rescore.add_options(parser)
+    add_llm_options(parser)
     settings.add_options(parser)
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with cleaning_up_when_terminated():
         model = search.load_model(args.lm, args.backend)
         problems = decode_file(
-            model, chosen, logits, args.out, workers, lambda: rescore.from_options(args), words
+            model, chosen, logits, args.out, workers, lambda: llm_from_options(args), words
         )
     if not logits.trials:
         print(f"warning: {args.logits} holds 0 trials: {args.out} is empty", file=sys.stderr)

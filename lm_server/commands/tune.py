@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lm_server import settings
 from lm_server.processes import cleaning_up_when_terminated, default_workers
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import add_llm_options, llm_from_options
 from lm_server.search import interface as search
 
 
@@ -49,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
     )
     search.add_option(parser)
-    rescore.add_options(parser)
+    add_llm_options(parser)
     settings.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Tunes."""
     from lm_server.offline import read_logits
-    from lm_server.rescoring.answer import SentenceScorer
+    from lm_server.rescoring.scorer import SentenceScorer
     from lm_server.tuning.cache import digest
     from lm_server.tuning.references import read_references
     from lm_server.tuning.report import about, as_text, write_picture
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         find_model(args.llm)
 
     def load() -> tuple[SentenceScorer, list[object]] | None:
-        scorer = rescore.from_options(args)
+        scorer = llm_from_options(args)
         if scorer is None:
             return None
         form = getattr(scorer, "text_form", "")

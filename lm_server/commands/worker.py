@@ -23,7 +23,7 @@ from lm_server.commands.serve import (
     stopped_by_signals,
 )
 from lm_server.processes import default_workers, stop_with_parent
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import llm_from_options
 from lm_server.search import hot_words
 from lm_server.search import interface as search
 from lm_server.serving import logs
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             # It answered a moment ago: should it be away now, it is waited for.
             with connect(url, float("inf"), ended) as client:
                 # torch does not survive a fork, so each process loads its own.
-                answering = Answering(rescore.from_options(args), args.rescore_seconds)
+                answering = Answering(llm_from_options(args), args.rescore_seconds)
                 Worker(client, model, chosen, answering, terms, hot_words=words).run(ended)
                 answering.close()
 

@@ -24,14 +24,13 @@ from lm_server.protocol import (
     REGISTRY,
     WARNING,
     ProtocolError,
-    decode_logits,
     owner_key,
     session_streams,
     state_key,
 )
 from lm_server.serving import scripts
 from lm_server.serving.key_types import registry_keys, session_keys, set_aside
-from lm_server.serving.session import Entry, Message, Reply, Session
+from lm_server.serving.session import Entry, Message, Reply, Session, logits_of
 
 BATCH = 16
 """Entries read from one stream at a time."""
@@ -210,7 +209,7 @@ class OwnedSession:
         self._first = first
         for id_, fields in entries:
             try:
-                logits = decode_logits(plain(fields).get("logits", b""))
+                logits = logits_of(plain(fields))
                 yield from self.session.search_frames(logits)
             except ProtocolError:
                 continue  # The first server refused it, too.
@@ -291,14 +290,10 @@ class OwnedSessions:
             stream, entry_id = unsent.entry.stream, unsent.entry.name
             state, done_with = unsent.state, unsent.done_with
         arguments: list[Any] = [self.me, self.lease_ms, stream, entry_id]
-        arguments += [self.limits.state_seconds, _OUTPUT_ENTRIES, len(state)]
-        for pair in state.items():
-            arguments += pair
+        arguments += [self.limits.state_seconds, _OUTPUT_ENTRIES, len(state), *scripts.flat(state)]
         arguments.append(len(messages))
         for message in messages:
-            arguments += [message.stream, len(message.fields)]
-            for field in message.fields.items():
-                arguments += field
+            arguments += [message.stream, len(message.fields), *scripts.flat(message.fields)]
         for entry in done_with:
             arguments += entry
         if not self._answer(keys=owned.keys, args=arguments):

@@ -106,9 +106,7 @@ class SessionRequests:
         description = OwnedSession(session, idle).description()
         arguments: list[Any] = [sessions.me, sessions.lease_ms, name, description]
         for answer in (done, _refusal(entry, reason)):
-            arguments.append(len(answer))
-            for pair in answer.items():
-                arguments += pair
+            arguments += [len(answer), *scripts.flat(answer)]
         if self._open_script(keys=keys, args=arguments) and name not in sessions:
             sessions.add(session, idle, session.warnings(before, entry))
             _log.info("opened session %r", name)
@@ -140,8 +138,8 @@ class SessionRequests:
         self._answer_once(entry, _refusal(entry, reason))
 
     def _answer_once(self, entry: Entry, answer: Mapping[str, bytes]) -> None:
-        flat = [part for pair in answer.items() for part in pair]
-        self._once(keys=[_mark(entry), REGISTRY.answers], args=[self._sessions.me, *flat])
+        arguments = [self._sessions.me, *scripts.flat(answer)]
+        self._once(keys=[_mark(entry), REGISTRY.answers], args=arguments)
 
 
 def _answer(entry: Entry) -> dict[str, bytes]:

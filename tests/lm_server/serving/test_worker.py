@@ -18,7 +18,8 @@ from small_model import say
 
 from lm_server.client.client import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
-from lm_server.protocol import Job, process_key, results_stream, to_rnn_order
+from lm_server.protocol import Job, process_key, results_stream, to_lm_order, to_rnn_order
+from lm_server.rescoring.ranking import ngram_answer
 from lm_server.search.interface import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.settings import Settings
@@ -110,13 +111,10 @@ def test_workers_share_jobs_and_each_has_the_offline_decoders_answer_once(model_
     assert [one.candidates[0].sentence.split() for one in found] == said
     assert seen == [(i + 1, 40) for i in range(40)]
     search = load_model(model_folder).search(Settings(acoustic_scale=0.9))
-    from lm_server.protocol import to_lm_order
-    from lm_server.rescoring.answer import complete
-
     for trial, one in zip(logits, found, strict=True):
         search.begin()
         search.step(to_lm_order(trial))
-        expected = complete(search.finish(), search.settings).scoring()
+        expected = ngram_answer(search.finish(), search.settings).hypotheses
         assert {(c.sentence, c.acoustic, c.ngram, c.total) for c in one.candidates} == {
             (c.sentence.strip(), c.acoustic, c.ngram, c.total) for c in expected
         }

@@ -26,8 +26,8 @@ from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
 from b2txt_jax.inference.run import TrialLogits, load_run
 from b2txt_jax.metrics import ErrorRate
-from b2txt_jax.simulate.plan import SimulationSettings
-from b2txt_jax.simulate.write import simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.metrics_log import METRICS_FILE
 

@@ -32,8 +32,8 @@ from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import error_rate, greedy_decode
 from b2txt_jax.model.gru.baseline import parameter_count
 from b2txt_jax.model.network import init_params
-from b2txt_jax.simulate.plan import SimulationSettings
-from b2txt_jax.simulate.write import simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

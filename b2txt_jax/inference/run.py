@@ -88,7 +88,7 @@ class Run:
 
     @overload
     def logits(
-        self, trials: ArrayLike, day: str | None = None, console: Console | None = None
+        self, trials: np.ndarray | jax.Array, day: str | None = None, console: Console | None = None
     ) -> np.ndarray: ...
 
     def logits(
@@ -107,7 +107,7 @@ class Run:
             "train", "val" or "test": every trial of that split in `config.data.root`.
           day: the name of the recording day that the features are from, such as
             "t15.2023.08.13", one of `sessions`. With a list also one name per array. Optional where
-            the run has one day or all days share one input layer.
+            the run has one day.
           console: shows the progress of a split.
 
         Returns:
@@ -203,7 +203,7 @@ class Run:
     def _day_index(self, day: str | None) -> int:
         if day in self.sessions:
             return self.sessions.index(day)
-        if day is None and (len(self.sessions) == 1 or not self.config.model.day_layer):
+        if day is None and len(self.sessions) == 1:
             return 0
         near = difflib.get_close_matches(str(day), self.sessions, n=3, cutoff=0.3)
         shown = ", ".join(near or self.sessions[:3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -49,8 +49,7 @@ _BUCKETS = ((512, 64),)
 
 @dataclass(frozen=True)
 class TrialLogits:
-    """One trial's logits, float32 [frames, 41] in the RNN's class order, and what is known of
-    it."""
+    """One trial's logits, float32 [frames, 41] in the RNN's class order, with its labels."""
 
     ref: TrialRef
     logits: np.ndarray
@@ -64,7 +63,7 @@ class Run:
     """A trained run: its configuration and its best parameters."""
 
     config: Config
-    params: Params
+    params: Params = field(repr=False)
     step: int
     """Optimizer step of the parameters."""
 

@@ -1,14 +1,13 @@
 """The main job end to end: simulate sessions, build language models, train, decode, report.
 
-Writes a folder with everything: data/, lm_1gram/, lm_3gram/, run/, report.html, summary.json.
-Called again, it keeps what is done and goes on with what is not.
+Writes a folder with data/, lm_1gram/, lm_3gram/, run/, report.html and summary.json. A second call
+keeps what is finished and continues with the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,25 +25,27 @@ from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
 from b2txt_jax.inference.run import TrialLogits, load_run
 from b2txt_jax.metrics import ErrorRate
-from b2txt_jax.simulate.plan import SimulationSettings
-from b2txt_jax.simulate.write import simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.metrics_log import METRICS_FILE
+from lm_server.atomic_file import replacing
 
-DEFAULT_CONFIG = Path("configs/demo.py")
 _ORDERS = (1, 3)
 _SENTENCES_SHOWN = 10
 _TEST_SENTENCES = 10
+_BUCKETS = ((340, 64), (460, 80), (2560, 500))
+"""For the short trials below: two programs to compile, where a choice from the data makes six."""
 
 
 class DemoError(UserError, RuntimeError):
-    """A part of the demo failed; the text names it."""
+    """A part of the demo failed. The message names it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `b2txt demo`."""
+    """Add the arguments of `b2txt demo`."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="training recipe")
+    parser.add_argument("--config", default="demo", help="training recipe (default: demo)")
     parser.add_argument("--sessions", type=int, default=6, help="simulated sessions")
     parser.add_argument("--train", type=int, default=120, help="training sentences per session")
     parser.add_argument("--val", type=int, default=30, help="validation sentences per session")
@@ -54,12 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`b2txt demo`."""
+    """Run `b2txt demo`."""
     console = Console()
     out: Path = args.out
-    # A mistake in the configuration is told before the work.
-    overrides = [f"--config.data.root={out / 'data' / 'hdf5_data_final'}", *args.overrides]
-    config = load_config(args.config, overrides)
+    # First, so that a mistake in the configuration is reported before the work.
+    root = out / "data" / "hdf5_data_final"
+    overrides = [f"--config.data.root={root}", f"--config.data.buckets={_BUCKETS}"]
+    config = load_config(args.config, [*overrides, *args.overrides])
     settings = SimulationSettings(
         sessions=args.sessions,
         train=args.train,
@@ -91,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         write_results(out / f"val_{order}gram", evaluations[order])
     console.rule("5 of 5: report")
     summary = _summary(out, evaluations, config.train.steps)
-    _write_json(out / "summary.json", summary)
+    with replacing(out / "summary.json") as unfinished:
+        unfinished.write_text(json.dumps(summary, indent=2) + "\n")
     rows = wer_rows(evaluations)
     write_report(out / "report.html", _report_inputs(out, summary, rows, trials, evaluations))
     _print(console, summary, rows, evaluations)
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def wer_rows(evaluations: Mapping[int, Evaluation]) -> list[tuple[str, ErrorRate]]:
-    """Name and rate of each way from phonemes to words."""
+    """Return name and rate of each way from phonemes to words."""
     last = evaluations[max(evaluations)]
     assert last.wer_without_lm is not None
     rows = [("without LM", last.wer_without_lm.all)]
@@ -124,7 +127,7 @@ def _language_model(out: Path, order: int, console: Console) -> Path:
     status = subprocess.run(command, check=False).returncode
     if status:
         raise DemoError(
-            f"`{' '.join(command)}` ended with exit status {status}; its message stands above"
+            f"`{' '.join(command)}` ended with exit status {status}; see its message above"
         )
     return folder
 
@@ -145,7 +148,7 @@ def _summary(out: Path, evaluations: Mapping[int, Evaluation], steps: int) -> di
 
 
 def _training_seconds(workdir: Path) -> float:
-    """Seconds of steps and validations, over all calls of the training."""
+    """Return the seconds of steps and validations, over all calls of the training."""
     lines = (workdir / METRICS_FILE).read_text().splitlines()
     return sum(float(json.loads(line)["seconds"]) for line in lines)
 
@@ -199,9 +202,3 @@ def _print(
     for sentence in sentences[:: max(1, len(sentences) // _SENTENCES_SHOWN)][:_SENTENCES_SHOWN]:
         shown.add_row(sentence.true or "", sentence.decoded or "(failed)")
     console.print(shown)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -31,8 +31,8 @@ from b2txt_jax.config import Config, load_config
 from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import error_rate, greedy_decode
 from b2txt_jax.model.interface import make_model, parameter_count
-from b2txt_jax.simulate.plan import SimulationSettings
-from b2txt_jax.simulate.write import simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -49,8 +49,7 @@ _BUCKETS = ((512, 64),)
 
 @dataclass(frozen=True)
 class TrialLogits:
-    """One trial's logits, float32 [frames, 41] in the RNN's class order, and what is known of
-    it."""
+    """One trial's logits, float32 [frames, 41] in the RNN's class order, with its labels."""
 
     ref: TrialRef
     logits: np.ndarray
@@ -64,7 +63,7 @@ class Run:
     """A trained run: its configuration and its best parameters."""
 
     config: Config
-    params: Params
+    params: Params = field(repr=False)
     step: int
     """Optimizer step of the parameters."""
 
@@ -88,7 +87,7 @@ class Run:
 
     @overload
     def logits(
-        self, trials: ArrayLike, day: str | None = None, console: Console | None = None
+        self, trials: np.ndarray | jax.Array, day: str | None = None, console: Console | None = None
     ) -> np.ndarray: ...
 
     def logits(
@@ -107,7 +106,7 @@ class Run:
             "train", "val" or "test": every trial of that split in `config.data.root`.
           day: the name of the recording day that the features are from, such as
             "t15.2023.08.13", one of `sessions`. With a list also one name per array. Optional where
-            the run has one day or all days share one input layer.
+            the run has one day.
           console: shows the progress of a split.
 
         Returns:
@@ -203,7 +202,7 @@ class Run:
     def _day_index(self, day: str | None) -> int:
         if day in self.sessions:
             return self.sessions.index(day)
-        if day is None and (len(self.sessions) == 1 or not self.config.model.day_layer):
+        if day is None and len(self.sessions) == 1:
             return 0
         near = difflib.get_close_matches(str(day), self.sessions, n=3, cutoff=0.3)
         shown = ", ".join(near or self.sessions[:3])

@@ -11,7 +11,7 @@ import numpy as np
 
 from b2txt_jax.data.description import DataError
 from b2txt_jax.phonemes import sentence_to_ids
-from b2txt_jax.simulate.corpus import CORPORA, Pool, load_pool
+from b2txt_jax.simulation.corpus import CORPORA, Pool, load_pool
 from lm_server.text_rules import normalise
 
 _DATES = """

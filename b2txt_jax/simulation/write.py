@@ -40,9 +40,9 @@ from b2txt_jax.data.description import (
     session_date,
     write_description,
 )
-from b2txt_jax.simulate import neural, speech
-from b2txt_jax.simulate.corpus import language_model_text
-from b2txt_jax.simulate.plan import (
+from b2txt_jax.simulation import neural, speech
+from b2txt_jax.simulation.corpus import language_model_text
+from b2txt_jax.simulation.plan import (
     SESSIONS,
     PlannedBlock,
     Sentence,

@@ -19,7 +19,7 @@ from b2txt_jax.huge_pages import restart_with_huge_pages
 # name -> (module with add_arguments and run, help, whether --config.key=value is understood)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
     "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", True),
-    "simulate": ("b2txt_jax.simulate.write", "write simulated sessions in the T15 layout", False),
+    "simulate": ("b2txt_jax.simulation.write", "write simulated sessions in the T15 layout", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or go on with a run", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),

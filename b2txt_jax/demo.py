@@ -24,9 +24,10 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
-from b2txt_jax.inference.logits import TrialLogits, compute_logits, load_model
+from b2txt_jax.inference.run import TrialLogits, load_run
 from b2txt_jax.metrics import ErrorRate
-from b2txt_jax.simulate.write import SimulationSettings, simulate
+from b2txt_jax.simulate.plan import SimulationSettings
+from b2txt_jax.simulate.write import simulate
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.metrics_log import METRICS_FILE
 
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if not result.finished:
         return 130
     console.rule("4 of 5: decoding")
-    model = load_model(out / "run")
-    trials = compute_logits(model, "val", console)
+    model = load_run(out / "run")
+    trials = model.logits("val", console=console)
     evaluations = {}
     for order, folder in models.items():
         with language_model(None, folder) as (url, name):

@@ -28,10 +28,11 @@ import matplotlib
 import numpy as np
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.inference.logits import compute_logits, load_model
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import error_rate, greedy_decode
 from b2txt_jax.model.interface import make_model, parameter_count
-from b2txt_jax.simulate.write import SimulationSettings, simulate
+from b2txt_jax.simulate.plan import SimulationSettings
+from b2txt_jax.simulate.write import simulate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -69,7 +70,7 @@ def train(kind: str, units: int, seed: int, steps: int, root: Path, workdir: Pat
 def counts(workdir: Path) -> np.ndarray:
     """Errors and lengths of every validation trial, int [trials, 2]."""
     found = []
-    for trial in compute_logits(load_model(workdir), "val"):
+    for trial in load_run(workdir).logits("val"):
         assert trial.labels is not None
         rate = error_rate(trial.labels.tolist(), greedy_decode(trial.logits).tolist())
         found.append((rate.errors, rate.length))

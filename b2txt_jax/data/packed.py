@@ -13,7 +13,6 @@ index has one in the manifest, and the manifest one of itself.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import threading
@@ -30,11 +29,11 @@ import numpy as np
 
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.trial import (
+    DEFAULT_FEATURES,
+    Reader,
     Trial,
     TrialRef,
     check_split,
-    existing_folder,
-    no_trials,
     too_short,
     unknown_session,
 )
@@ -106,23 +105,6 @@ def index_path(root: Path | str, session: str, split: str) -> Path:
     return features_path(root, session, split).with_suffix(".json")
 
 
-def is_packed(root: Path | str) -> bool:
-    """Whether `root` was written by `b2txt prepare`.
-
-    Raises:
-      DataError: it was begun and not finished.
-    """
-    root = Path(root)
-    if (root / MANIFEST).is_file():
-        return True
-    if any(root.glob(f"*/data_*{SUFFIX}*")) and not any(root.glob("*/data_*.hdf5")):
-        raise DataError(
-            f"{root} has packed files but no {MANIFEST}, which `b2txt prepare` writes last: it was "
-            "interrupted; call it again with the same arguments, and it goes on"
-        )
-    return False
-
-
 def read_manifest(root: Path | str) -> Manifest:
     """Reads the manifest.
 
@@ -150,12 +132,6 @@ def read_manifest(root: Path | str) -> Manifest:
 def checksum_of(values: Mapping[str, Any]) -> int:
     """CRC-32 of the manifest's values but for its own checksum."""
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-@functools.lru_cache(maxsize=1024)
-def read_split(root: Path, session: str, split: str, crc32: int | None) -> PackedSplit:
-    """As `load_split`; equal arguments give the same object, as the checksum names the content."""
-    return load_split(root, session, split, crc32)
 
 
 def load_split(root: Path, session: str, split: str, crc32: int | None) -> PackedSplit:
@@ -199,78 +175,83 @@ def check_size(split: PackedSplit) -> None:
     raise DataError(f"{split.path} has {size} bytes; needed {split.size}{first}; {_AGAIN}")
 
 
-def find_sessions(root: Path | str) -> tuple[str, ...]:
-    """Names of the packed sessions, sorted."""
-    return read_manifest(root).sessions
+class PackedReader(Reader):
+    """Reads trials of a packed folder at random. Threads read at once, without a lock."""
 
+    suffix = SUFFIX
 
-def list_trials(
-    root: Path | str,
-    sessions: Sequence[str],
-    split: str,
-    feature_count: int = 512,
-    *,
-    min_bins: int = 1,
-    labels_needed: bool | None = None,
-) -> list[TrialRef]:
-    """As `hdf5.list_trials`, with the same errors, for a packed folder."""
-    root = existing_folder(root)
-    check_split(split)
-    manifest = read_manifest(root)
-    if manifest.feature_count != feature_count:
-        raise DataError(
-            f"{root} has {manifest.feature_count} features per bin; needed {feature_count}: these "
-            "are other features than the model's; set data.feature_count, or pack other sessions"
-        )
-    needed = split == "train" if labels_needed is None else labels_needed
-    refs: list[TrialRef] = []
-    for session in sessions:
-        if session not in manifest.sessions:
-            raise unknown_session(root, session, "packed trials", manifest.sessions)
-        if (session, split) not in manifest.indices:
-            continue
-        packed = read_split(root, session, split, manifest.indices[session, split])
-        check_size(packed)
-        for trial in packed.trials.values():
-            where = f"{packed.path} {trial.ref.key}"
-            if needed and trial.labels is None:
-                raise DataError(f"{where} has no labels; needed for this split: pack others")
-            if trial.ref.bins < min_bins:
-                raise too_short(where, trial.ref.bins, min_bins)
-            refs.append(trial.ref)
-    return refs
+    def __init__(self, root: Path | str, feature_count: int = DEFAULT_FEATURES) -> None:
+        """Read the manifest.
 
-
-def index_split(
-    root: Path | str,
-    sessions: Sequence[str],
-    split: str,
-    feature_count: int = 512,
-    *,
-    min_bins: int = 1,
-    labels_needed: bool | None = None,
-) -> list[TrialRef]:
-    """As `hdf5.index_split`, with the same errors, for a packed folder."""
-    refs = list_trials(
-        root, sessions, split, feature_count, min_bins=min_bins, labels_needed=labels_needed
-    )
-    if not refs:
-        raise no_trials(root, split, sessions, f"data_{split}{SUFFIX}")
-    return refs
-
-
-class PackedReader:
-    """Reads trials of packed folders; safe to use from several threads, which read at once."""
-
-    def __init__(self) -> None:
+        Raises:
+          DataError: it is damaged, or the folder has other features.
+        """
+        super().__init__(root, feature_count)
+        self.manifest = read_manifest(self.root)
+        self.dtype = self.manifest.dtype
+        if self.manifest.feature_count != feature_count:
+            raise DataError(
+                f"{root} has {self.manifest.feature_count} features per bin; needed "
+                f"{feature_count}: these are other features than the model's; set "
+                "data.feature_count, or pack other sessions"
+            )
+        self._splits: dict[tuple[str, str], PackedSplit] = {}
         self._files: dict[Path, _OpenFile] = {}
-        self._manifests: dict[Path, Manifest] = {}
         self._lock = threading.Lock()
         # Not at exit: threads that read ahead may still be reading.
         weakref.finalize(self, _close_all, self._files).atexit = False
 
+    @classmethod
+    def holds(cls, root: Path) -> bool:
+        """Return whether `b2txt prepare` wrote `root`.
+
+        Raises:
+          DataError: packing was begun and not finished.
+        """
+        if (root / MANIFEST).is_file():
+            return True
+        if any(root.glob(f"*/data_*{SUFFIX}*")) and not any(root.glob("*/data_*.hdf5")):
+            raise DataError(
+                f"{root} has packed files but no {MANIFEST}, which `b2txt prepare` writes last: it "
+                "was interrupted; call it again with the same arguments, and it goes on"
+            )
+        return False
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Names of the packed sessions, sorted."""
+        return self.manifest.sessions
+
+    def find_trials(
+        self,
+        sessions: Sequence[str],
+        split: str,
+        *,
+        min_bins: int = 1,
+        labels_needed: bool | None = None,
+    ) -> list[TrialRef]:
+        """As in `Reader`; reads the index of each session's split."""
+        check_split(split)
+        needed = split == "train" if labels_needed is None else labels_needed
+        refs: list[TrialRef] = []
+        for session in sessions:
+            if session not in self.sessions:
+                raise unknown_session(self.root, session, "packed trials", self.sessions)
+            if (session, split) not in self.manifest.indices:
+                continue
+            packed = self._split(session, split)
+            check_size(packed)
+            for trial in packed.trials.values():
+                where = f"{packed.path} {trial.ref.key}"
+                if needed and trial.labels is None:
+                    raise DataError(f"{where} has no labels; needed for this split: pack others")
+                if trial.ref.bins < min_bins:
+                    raise too_short(where, trial.ref.bins, min_bins)
+                refs.append(trial.ref)
+        return refs
+
     def will_need(self, refs: Sequence[TrialRef]) -> None:
-        """Asks the kernel to fetch trials from the disk, all at once and in the background."""
+        """Ask the kernel to fetch trials from the disk, all at once and in the background."""
         for ref in refs:
             file = self._file(ref.path)
             trial = _packed_trial(file.split, ref)
@@ -279,14 +260,7 @@ class PackedReader:
                 os.posix_fadvise(file.descriptor, trial.offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
-        """Reads a trial's features into the first rows of `out` [at least its bins, D].
-
-        Args:
-          ref: from `index_split`.
-          out: C-contiguous; of the packed dtype it is filled by the kernel, without a copy.
-
-        Returns:
-          The trial; its features are a view of `out`.
+        """As in `Reader`. The kernel fills an `out` of the packed dtype, without a copy.
 
         Raises:
           DataError: the file ends too early, or the trial does not match its checksum.
@@ -315,9 +289,17 @@ class PackedReader:
         return Trial(trial.ref, rows, trial.labels, trial.sentence)
 
     def close(self) -> None:
-        """Closes the files; reading again opens them again."""
+        """Close the files. Reading opens them again."""
         with self._lock:
             _close_all(self._files)
+
+    def _split(self, session: str, split: str) -> PackedSplit:
+        place = session, split
+        if place not in self._splits:
+            self._splits[place] = load_split(
+                self.root, session, split, self.manifest.indices.get(place)
+            )
+        return self._splits[place]
 
     def _file(self, path: Path) -> _OpenFile:
         found = self._files.get(path)
@@ -325,17 +307,11 @@ class PackedReader:
             return found
         with self._lock:
             if path not in self._files:
-                self._files[path] = self._open(path)
+                packed = self._split(path.parent.name, path.stem.removeprefix("data_"))
+                check_size(packed)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[path] = _OpenFile(packed, descriptor, set())
             return self._files[path]
-
-    def _open(self, path: Path) -> _OpenFile:
-        root, session, split = path.parent.parent, path.parent.name, path.stem.removeprefix("data_")
-        if root not in self._manifests:
-            self._manifests[root] = read_manifest(root)
-        crc32 = self._manifests[root].indices.get((session, split))
-        packed = read_split(root, session, split, crc32)
-        check_size(packed)
-        return _OpenFile(packed, os.open(path, os.O_RDONLY | os.O_CLOEXEC), set())
 
 
 @dataclass(frozen=True)

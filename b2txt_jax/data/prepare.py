@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from b2txt_jax.config import ConfigError, load_config
-from b2txt_jax.data import hdf5
 from b2txt_jax.data.buckets import BucketChoice
 from b2txt_jax.data.description import FILE_NAME, DataError
+from b2txt_jax.data.hdf5 import Hdf5Reader, session_file
 from b2txt_jax.data.pack import PackSettings as PackSettings
 from b2txt_jax.data.pack import whole_file, write_manifest, write_split
 from b2txt_jax.data.packed import (
@@ -37,7 +37,7 @@ from b2txt_jax.data.packed import (
     index_path,
     load_split,
 )
-from b2txt_jax.data.trial import SPLITS, TrialRef
+from b2txt_jax.data.trial import SPLITS, Reader, TrialRef
 
 _LOCK = ".prepare.lock"
 
@@ -113,27 +113,27 @@ def prepare(
         is writing there.
     """
     root, out = Path(root), Path(out)
-    sessions = settings.sessions or hdf5.find_sessions(root)
+    reader = Hdf5Reader(root, settings.feature_count)
+    sessions = settings.sessions or reader.sessions
     _check_out(out, settings)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out), _progress(console) as progress:
-        kept, todo = _sort_out(root, out, sessions, settings, progress)
+    with reader, _locked(out), _progress(console) as progress:
+        kept, todo = _sort_out(reader, out, sessions, settings, progress)
         _check_space(out, todo, settings)
         if todo:
             (out / MANIFEST).unlink(missing_ok=True)
         task = progress.add_task("packing trials", total=sum(len(refs) for refs in todo.values()))
         packed = dict(kept)
-        with hdf5.SplitReader(feature_count=settings.feature_count) as reader:
-            for (session, split), refs in todo.items():
-                packed[session, split] = write_split(
-                    out,
-                    session,
-                    split,
-                    (reader.read(ref) for ref in refs),
-                    settings,
-                    _source(hdf5.session_file(root, session, split)),
-                    lambda: progress.advance(task),
-                )
+        for (session, split), refs in todo.items():
+            packed[session, split] = write_split(
+                out,
+                session,
+                split,
+                (reader.read(ref) for ref in refs),
+                settings,
+                _source(session_file(root, session, split)),
+                lambda: progress.advance(task),
+            )
         choice = write_manifest(out, packed, settings)
         _copy_description(root, out)
     return Prepared(
@@ -147,7 +147,7 @@ def prepare(
 
 
 def _sort_out(
-    root: Path, out: Path, sessions: Sequence[str], settings: PackSettings, progress: Progress
+    reader: Reader, out: Path, sessions: Sequence[str], settings: PackSettings, progress: Progress
 ) -> tuple[dict[tuple[str, str], PackedSplit], dict[tuple[str, str], list[TrialRef]]]:
     """(session, split) -> what is packed already and whole; and the trials yet to be packed."""
     kept: dict[tuple[str, str], PackedSplit] = {}
@@ -155,14 +155,12 @@ def _sort_out(
     task = progress.add_task("listing files", total=len(sessions) * len(SPLITS))
     for session in sessions:
         for split in SPLITS:
-            source = hdf5.session_file(root, session, split)
+            source = session_file(reader.root, session, split)
             found = _kept(out, session, split, source, settings, progress)
             if found is not None:
                 kept[session, split] = found
             else:
-                refs = hdf5.list_trials(
-                    root, [session], split, settings.feature_count, min_bins=settings.min_bins
-                )
+                refs = reader.find_trials([session], split, min_bins=settings.min_bins)
                 if source.is_file():
                     todo[session, split] = refs
             progress.advance(task)

@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from b2txt_jax.data.description import session_date
-from b2txt_jax.data.hdf5 import read_description
+from b2txt_jax.data.description import read_description, session_date
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
@@ -36,13 +35,7 @@ from b2txt_jax.evaluation.evaluate import (
     write_evaluation,
 )
 from b2txt_jax.evaluation.submission import write_submission
-from b2txt_jax.inference.logits import (
-    CHANGEABLE,
-    TrainedModel,
-    TrialLogits,
-    compute_logits,
-    load_model,
-)
+from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
 from lm_server.client.answers import LanguageModelUnavailableError, mask_password
 from lm_server.client.client import LanguageModelClient
 from lm_server.client.process import serve_child
@@ -81,11 +74,11 @@ def run(args: argparse.Namespace) -> int:
     """`b2txt evaluate`; exit status 1 when trials failed."""
     console = Console()
     options = child_options(args)
-    model = load_model(args.workdir, args.overrides)
+    model = load_run(args.workdir, args.overrides)
     out = args.out or args.workdir / args.split
     out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before the work
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
-        trials = compute_logits(model, args.split, console)
+        trials = model.logits(args.split, console=console)
         told = {"language_model": name}
         given = {
             "llm": args.llm,
@@ -193,7 +186,7 @@ def language_model(
 
 
 def evaluate_run(
-    model: TrainedModel,
+    model: Run,
     trials: Sequence[TrialLogits],
     split: str,
     url: str,

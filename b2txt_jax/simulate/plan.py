@@ -1,6 +1,6 @@
-"""Which sentences a simulated session shows, in which blocks: settings, and the plan made of them.
+"""The settings of a simulation, and the plan made of them: each session's blocks of sentences.
 
-Part of the simulator; `simulate.py` writes the plan to files.
+`write.py` writes the plan to files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK_SENTENCES = 25
 
 @dataclass(frozen=True)
 class SimulationSettings:
-    """What to simulate; the files are a function of these settings alone.
+    """What to simulate. The files depend on these settings alone.
 
     Attributes:
       sessions: number of sessions, 2 to 45; the first has only train sentences.
@@ -81,7 +81,7 @@ class SimulationSettings:
 
 @dataclass(frozen=True)
 class Sentence:
-    """One trial to be: its split, its text as shown, its phonemes int32 [L]."""
+    """One planned trial: its split, its text as shown, its phonemes int32 [L]."""
 
     split: Pool
     text: str
@@ -90,7 +90,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """A block of one corpus; number as in the table, sentences in the order of trials."""
+    """A block of one corpus: its number in the table, its sentences in the order of trials."""
 
     number: int
     corpus: str
@@ -98,17 +98,17 @@ class PlannedBlock:
 
     @property
     def is_train(self) -> bool:
-        """Whether the block belongs to train (otherwise to val and test together)."""
+        """Whether the block belongs to train. Otherwise val and test share it."""
         return self.sentences[0].split == "train"
 
 
 def named_rng(settings: SimulationSettings, purpose: str, *numbers: int) -> np.random.Generator:
-    """Randomness by name: independent of whatever else was drawn before."""
+    """Return randomness by name, independent of what was drawn before."""
     return np.random.default_rng([settings.seed, *purpose.encode(), *numbers])
 
 
 def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]:
-    """Session name -> its blocks. No sentence comes twice.
+    """Return session name -> blocks. No sentence occurs twice.
 
     Raises:
       DataError: the corpora have too few sentences of this length.
@@ -136,7 +136,7 @@ def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]
 
 
 def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:
-    """Corpus -> the split's sentences of fitting length, in this seed's order, last one first."""
+    """Return corpus -> sentences of fitting length, in this seed's order, the last one first."""
     queues: dict[str, list[str]] = {corpus: [] for corpus in CORPORA}
     for text, corpus in load_pool(split):
         if settings.min_words <= len(normalise(text).split()) <= settings.max_words:
@@ -148,13 +148,13 @@ def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:
 
 
 def _block_sizes(sentences: int) -> list[int]:
-    """Splits `sentences` into blocks of about 25, as even as can be."""
+    """Split `sentences` into blocks of about 25, as evenly as possible."""
     blocks = max(1, round(sentences / _BLOCK_SENTENCES)) if sentences else 0
     return [sentences // blocks + (i < sentences % blocks) for i in range(blocks)]
 
 
 def _held_out_blocks(counts: dict[str, int]) -> list[dict[str, int]]:
-    """Blocks that val and test share, as in the published set: per block, sentences by split."""
+    """Return blocks that val and test share, as in the published set: sentences by split."""
     blocks: list[dict[str, int]] = [{} for _ in _block_sizes(sum(counts.values()))]
     for split, count in counts.items():
         for i, block in enumerate(blocks):
@@ -170,8 +170,8 @@ def _draw_corpus(
     rng: np.random.Generator,
     settings: SimulationSettings,
 ) -> str:
-    """A corpus that still has the sentences wanted, by how many it has left."""
-    # One number is drawn, whatever is left, so that later draws do not depend on it.
+    """Draw a corpus that still has the wanted sentences, weighted by how many are left."""
+    # Always one draw, so that later draws do not depend on what is left.
     place = rng.random()
     left = np.array([min(len(queues[split][c]) for split in wanted) for c in CORPORA], float)
     enough = [all(len(queues[split][c]) >= n for split, n in wanted.items()) for c in CORPORA]

@@ -16,7 +16,8 @@ pytest.importorskip("libtpu", reason="needs the tpu extra: make test-tpu")
 from b2txt_jax.config import Config, load_config, with_overrides
 from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.tpu import compile as command
-from b2txt_jax.tpu.compile import CompileError, Result, compile_step
+from b2txt_jax.tpu.compile import CompileError, compile_step
+from b2txt_jax.tpu.report import Result
 from b2txt_jax.tpu.topologies import parse_topology, topology_devices
 from b2txt_jax.training.sharding import abstract_state
 

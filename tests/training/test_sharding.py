@@ -7,7 +7,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from devices import finish, losses, start, validations
+from devices import finish, losses, start, train_here, validations
 from jax.sharding import PartitionSpec
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
@@ -48,7 +48,7 @@ def overrides(tiny_overrides):
 def alone_in(overrides, tmp_path_factory):
     """Folder of the run on one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    finish(start(workdir, overrides))
+    train_here(workdir, overrides)
     return workdir
 
 
@@ -73,8 +73,12 @@ def assert_same_validations(workdir, expected):
 
 @pytest.mark.parametrize(
     ("devices", "processes", "model_axis"),
-    [(8, 1, 1), (8, 1, 2), (4, 2, 1)],
-    ids=["8 devices", "4 x 2 devices", "2 processes of 4 devices"],
+    [
+        pytest.param(8, 1, 1, id="8 devices", marks=pytest.mark.slow),
+        # Half of such a run is in `..._saved_on_eight_devices_...`.
+        pytest.param(8, 1, 2, id="4 x 2 devices", marks=pytest.mark.slow),
+        pytest.param(4, 2, 1, id="2 processes of 4 devices"),
+    ],
 )
 def test_the_losses_are_those_of_one_device(
     devices, processes, model_axis, overrides, alone, alone_in, tmp_path
@@ -150,8 +154,7 @@ def test_each_of_two_processes_reads_only_its_rows_in_validation_and_gets_the_re
 def test_a_run_saved_on_eight_devices_goes_on_with_one(overrides, alone, tmp_path):
     half = [*overrides, f"--config.train.steps={STEPS // 2}", "--config.parallel.model_axis=2"]
     finish(start(tmp_path, half, devices=8))
-    outputs = finish(start(tmp_path, overrides))
-    assert f"going on from step {STEPS // 2}" in outputs[0]
+    assert f"going on from step {STEPS // 2}" in train_here(tmp_path, overrides)
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
 
 

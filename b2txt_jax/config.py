@@ -133,6 +133,11 @@ class ModelSettings:
         """Fewest bins that give a frame; trials with fewer are refused."""
         return 1
 
+    @property
+    def days_differ(self) -> bool:
+        """Whether logits depend on the recording day."""
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

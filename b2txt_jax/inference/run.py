@@ -202,7 +202,7 @@ class Run:
     def _day_index(self, day: str | None) -> int:
         if day in self.sessions:
             return self.sessions.index(day)
-        if day is None and len(self.sessions) == 1:
+        if day is None and (len(self.sessions) == 1 or not self.config.model.days_differ):
             return 0
         near = difflib.get_close_matches(str(day), self.sessions, n=3, cutoff=0.3)
         shown = ", ".join(near or self.sessions[:3])

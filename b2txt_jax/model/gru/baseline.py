@@ -70,6 +70,11 @@ class GRUSettings(ModelSettings):
         """Those of one patch."""
         return self.patching[0]
 
+    @property
+    def days_differ(self) -> bool:
+        """Whether each day has an input layer of its own."""
+        return self.day_layer
+
 
 def first_state(key: jax.Array, units: int) -> jax.Array:
     """Return a fresh h0 [1, 1, H]: Xavier as PyTorch counts it, fan-in H, fan-out H (its

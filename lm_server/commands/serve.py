@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lm_server import settings
 from lm_server.processes import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import add_llm_options, llm_from_options
 from lm_server.search import hot_words
 from lm_server.search import interface as search
 from lm_server.serving import logs
@@ -109,7 +109,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     logs.add_option(parser)
     search.add_option(parser)
     hot_words.add_option(parser)
-    rescore.add_options(parser)
+    add_llm_options(parser)
     settings.add_options(parser)
 
 
@@ -141,7 +141,7 @@ def chosen_redis(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], N
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
-    from lm_server.client.connection import connect, shown_url
+    from lm_server.client.connection import connect, mask_password
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.ownership import Limits
     from lm_server.serving.server import Server
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
         model = search.load_model(args.lm, args.backend)
-        answering = Answering(rescore.from_options(args), args.rescore_seconds)
+        answering = Answering(llm_from_options(args), args.rescore_seconds)
         stack.callback(answering.close)
 
         def session(name: str) -> Session:
@@ -174,6 +174,6 @@ def run(args: argparse.Namespace) -> int:
             lease_seconds=args.lease_seconds,
         )
         server = Server(client, session, limits)
-        print(f"lm-server ready redis={shown_url(url)} lm={args.lm}", flush=True)
+        print(f"lm-server ready redis={mask_password(url)} lm={args.lm}", flush=True)
         server.run(stop, check)
     return 0

@@ -23,7 +23,7 @@ from lm_server.commands.serve import (
     stopped_by_signals,
 )
 from lm_server.processes import default_workers, stop_with_parent
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import llm_from_options
 from lm_server.search import hot_words
 from lm_server.search import interface as search
 from lm_server.serving import logs
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Work until stopped."""
-    from lm_server.client.connection import connect, shown_url
+    from lm_server.client.connection import connect, mask_password
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.supervisor import supervise
     from lm_server.serving.worker import Terms, Worker
@@ -76,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
             # It answered a moment ago: should it be away now, it is waited for.
             with connect(url, float("inf"), ended) as client:
                 # torch does not survive a fork, so each process loads its own.
-                answering = Answering(rescore.from_options(args), args.rescore_seconds)
+                answering = Answering(llm_from_options(args), args.rescore_seconds)
                 Worker(client, model, chosen, answering, terms, hot_words=words).run(ended)
                 answering.close()
 
         print(
-            f"lm-server ready redis={shown_url(url)} lm={args.lm} workers={args.workers} "
+            f"lm-server ready redis={mask_password(url)} lm={args.lm} workers={args.workers} "
             f"pid={os.getpid()}",
             flush=True,
         )

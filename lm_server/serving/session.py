@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lm_server.client.connection import EntryId
-from lm_server.rescoring.answer import Answer
+from lm_server.hypothesis import Answer
 from lm_server.processes import version
 from lm_server.protocol import (
     MAX_MESSAGE_FRAMES,

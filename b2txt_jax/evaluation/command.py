@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from b2txt_jax.data.description import session_date
-from b2txt_jax.data.hdf5 import read_description
+from b2txt_jax.data.description import read_description, session_date
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
@@ -36,13 +35,7 @@ from b2txt_jax.evaluation.evaluate import (
     write_evaluation,
 )
 from b2txt_jax.evaluation.submission import write_submission
-from b2txt_jax.inference.logits import (
-    CHANGEABLE,
-    TrainedModel,
-    TrialLogits,
-    compute_logits,
-    load_model,
-)
+from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
@@ -82,11 +75,11 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt evaluate`. Return exit status 1 when trials failed."""
     console = Console()
     options = child_options(args)
-    model = load_model(args.workdir, args.overrides)
+    model = load_run(args.workdir, args.overrides)
     out = args.out or args.workdir / args.split
     out.mkdir(parents=True, exist_ok=True)  # A wrong --out is an error before the work.
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
-        trials = compute_logits(model, args.split, console)
+        trials = model.logits(args.split, console=console)
         settings = {
             "language_model": name,
             "llm": args.llm,
@@ -194,7 +187,7 @@ def language_model(
 
 
 def evaluate_run(
-    model: TrainedModel,
+    model: Run,
     trials: Sequence[TrialLogits],
     split: str,
     url: str,

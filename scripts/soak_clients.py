@@ -220,8 +220,11 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
 
 
 def do_jobs(url: str, sentences: Sequence[Sentence], count: int, spoken: int, tally: Tally) -> None:
-    """Submit jobs, batch by batch, and check their results. Keep in step with the `spoken` sentences
-    of the real-time clients, so that the workers are busy when they are killed."""
+    """Submit jobs, batch by batch, and check their results.
+
+    Keep in step with the `spoken` sentences of the real-time clients, so that the workers are busy
+    when they are killed.
+    """
     done = 0
     while done < count:
         if done * spoken > (tally.counts["real-time sentences"] + _BATCH) * count:

@@ -161,7 +161,7 @@ class Machines:
                     with contextlib.suppress(ProcessLookupError):
                         # Stopped first, to be sure that it dies with the job in its hands.
                         os.kill(pid, signal.SIGSTOP)
-                        while _state(pid) not in ("T", "Z"):
+                        while _state(pid) not in ("T", "Z", ""):
                             time.sleep(0.001)
                         # Twice: a result that it sent before the stop is written by the second
                         # time, because Redis reads all its connections in turn.
@@ -182,7 +182,9 @@ class Machines:
 
     def _held(self) -> list[tuple[str, str]]:
         """Return entry and worker of each job in the hands of a living process."""
-        return [(entry, name) for entry, name in self._pending() if _state(_pid(name))]
+        return [
+            (entry, name) for entry, name in self._pending() if _state(_pid(name)) not in ("", "Z")
+        ]
 
     def _pending(self) -> list[tuple[str, str]]:
         try:

@@ -244,7 +244,7 @@ def do_jobs(url: str, sentences: Sequence[Sentence], count: int, spoken: int, ta
 
             results = client.decode_all(logits, [str(i) for i in range(size)], None, progress)
             for one, result in zip(mine, results, strict=True):
-                best = result.candidates[0].sentence if result.candidates else None
+                best = result.answer.sentence if result.answer else None
                 if result.error is not None or best is None:
                     tally.count("lost", f"job {result.name}: {result.error}")
                 elif best != one.text.strip():

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lm_server.__main__ import main
 from lm_server.rescoring import prepare_llm
-from lm_server.rescoring.answer import RescoringError
+from lm_server.rescoring.scorer import RescoringError
 from lm_server.rescoring.causal_lm import CausalLM
 from lm_server.rescoring.prepare_llm import from_gguf
 

@@ -9,7 +9,7 @@ import pytest
 from small_model import say
 
 from lm_server.protocol import LM_CLASSES, SILENCE
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import add_llm_options
 from lm_server.search.emissions import Emissions
 from lm_server.search.interface import BACKENDS, add_option, load_model
 from lm_server.settings import (
@@ -64,9 +64,9 @@ def test_only_settings_and_published_parameters_are_said_to_have_no_effect():
 def test_lattice_beam_leaves_out_what_is_much_worse_than_the_best(model, lattice_beam):
     logits = noisy(["the", "cat", "sat"])
     everything = decoded(model, logits, beam=40.0)
-    best = everything[0].total(Settings().acoustic_scale)
+    best = everything[0].total
     near = [
-        one for one in everything if one.total(Settings().acoustic_scale) >= best - lattice_beam
+        one for one in everything if one.total >= best - lattice_beam
     ]
     assert len(everything) > len(near) > 0
     assert list(decoded(model, logits, beam=40.0, lattice_beam=lattice_beam)) == near
@@ -172,7 +172,7 @@ def test_options_without_effect_are_told_in_a_line_each(capsys, given, named):
     parser = argparse.ArgumentParser()
     add_option(parser)
     add_options(parser)
-    rescore.add_options(parser)
+    add_llm_options(parser)
     warn_without_effect(parser.parse_args(given))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == [f"--{name}" for name in named]

@@ -25,7 +25,7 @@ from processes import (
 from small_model import say
 
 from lm_server.__main__ import main
-from lm_server.client.connection import connect, shown_url
+from lm_server.client.connection import connect, mask_password
 from lm_server.protocol import decode_scoring, encode_logits
 from lm_server.search.flashlight import LanguageModel
 from lm_server.serving.embedded_redis import embedded_redis
@@ -437,4 +437,4 @@ def test_a_backlog_longer_than_one_read_is_taken_in_order(server, client):
     ],
 )
 def test_passwords_are_not_shown(url, shown):
-    assert shown_url(url) == shown
+    assert mask_password(url) == shown

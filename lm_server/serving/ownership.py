@@ -116,13 +116,8 @@ class OwnedSession:
       lost: whether another process owns the session now.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        idle_seconds: float | None = None,
-        positions: Mapping[str, EntryId] | None = None,
-    ) -> None:
-        """Begin after `positions`; with `idle_seconds` None, never close the session as idle."""
+    def __init__(self, session: Session, idle_seconds: float | None = None) -> None:
+        """Begin at the start of all streams; `idle_seconds` None: never close it as idle."""
         self.session = session
         self.idle_seconds = idle_seconds
         names = session.streams
@@ -131,7 +126,7 @@ class OwnedSession:
             *(names.reset, names.update_params, names.hot_words),
             *(names.input, names.finalize),
         )
-        self.positions = dict.fromkeys(self.inputs, (0, 0)) | dict(positions or {})
+        self.positions: dict[str, EntryId] = dict.fromkeys(self.inputs, (0, 0))
         self.read: deque[Entry] = deque()
         self.work: Generator[None, None, None] | None = None
         self.unsent: deque[Unsent] = deque()
@@ -193,8 +188,8 @@ class OwnedSession:
                 done_with = [self._of_sentence.pop(0)]
         else:
             done_with = [(entry.stream, entry.name)]
-        sentence = {"first": self._first, "frames": self.session.frames}
-        state = {"sentence": json.dumps(sentence), "session": self.session.description()}
+        sentence = json.dumps({"first": self._first, "frames": self.session.frames})
+        state = {"sentence": sentence, "session": self.session.description()}
         self.unsent.append(Unsent(entry, reply, started, state, done_with))
 
     def replay(
@@ -209,8 +204,7 @@ class OwnedSession:
         self._first = first
         for id_, fields in entries:
             try:
-                logits = logits_of(plain(fields))
-                yield from self.session.search_frames(logits)
+                yield from self.session.search_frames(logits_of(plain(fields)))
             except ProtocolError:
                 continue  # The first server refused it, too.
             self._of_sentence.append((self.session.streams.input, text(id_)))
@@ -321,16 +315,15 @@ class OwnedSessions:
         self._owned.pop(name, None)
         _log.info("closed session %r%s", name, f": {reason}" if reason else "")
         if reason:
-            answer: dict[Any, Any] = {"action": "close", "session": name, "done": "1"}
+            answer: dict[Any, Any] = {"action": "close", "session": name, "done": 1}
             answer["reason"] = reason
             self._client.xadd(REGISTRY.answers, answer, maxlen=10_000, approximate=True)
 
     def renew(self) -> None:
         """Renew all leases; a session of which another process holds the lease is lost."""
         for owned in self:
-            arguments: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
-            if not self._renewal(keys=owned.keys, args=arguments):
-                owned.lost = True
+            lease: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
+            owned.lost = owned.lost or not self._renewal(keys=owned.keys, args=lease)
 
     def drop_lost(self) -> None:
         """Remove the sessions that another process owns now."""
@@ -358,13 +351,10 @@ class OwnedSessions:
         open_: Any = self._client.hgetall(REGISTRY.sessions)
         descriptions = {text(name): value for name, value in open_.items()}
         for name in [DEFAULT_SESSION, *descriptions]:
-            if name in self._owned:
+            if name in self._owned or self._client.exists(owner_key(name)):
                 self._absent.pop(name, None)
                 continue
             if name != DEFAULT_SESSION and self.full:
-                continue
-            if self._client.exists(owner_key(name)):
-                self._absent.pop(name, None)
                 continue
             since = self._absent.setdefault(name, now)
             if at_once or now - since >= self.limits.absent_seconds:

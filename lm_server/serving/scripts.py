@@ -62,8 +62,8 @@ end
 return 1
 """
 )
-"""Sends the answers to one entry, saves the state, and deletes entries that nobody needs. It does so
-only while the session is ours. 1: done now or before. 0: the session is another server's."""
+"""Sends the answers to one entry, saves the state, and deletes entries that nobody needs, but only
+while the session is ours. 1: done now or before. 0: the session is another server's."""
 
 OPEN = (
     _NEEDS

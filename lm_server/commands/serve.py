@@ -10,16 +10,15 @@ import contextlib
 import os
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from lm_server import settings
+from lm_server.commands import options
 from lm_server.processes import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
 from lm_server.rescoring import rescore
-from lm_server.search import hot_words
-from lm_server.search import interface as search
+from lm_server.search import load as search
 from lm_server.serving import logs
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    options.add_model_option(parser)
     add_running_options(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -90,10 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at the stop, time for sentences under way to end (default 3)",
     )
     logs.add_option(parser)
-    search.add_option(parser)
-    hot_words.add_option(parser)
-    rescore.add_options(parser)
-    settings.add_options(parser)
+    options.add_search_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,9 +114,8 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         own = stack.enter_context(embedded_redis()) if args.embedded_redis else None
         url = own.url if own else args.redis
-        chosen = settings.from_options(args)
-        settings.warn_without_effect(args)
-        words = hot_words.from_options(args)
+        chosen = options.settings_from(args)
+        words = options.hot_words_from(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
         model = search.load_model(args.lm, args.backend)

@@ -12,24 +12,21 @@ import contextlib
 import os
 import signal
 import threading
-from pathlib import Path
 
 from lm_server import settings
+from lm_server.commands import options
 from lm_server.commands.serve import add_running_options
 from lm_server.processes import default_workers, stop_with_parent
 from lm_server.rescoring import rescore
-from lm_server.search import hot_words
-from lm_server.search import interface as search
+from lm_server.search import load as search
 from lm_server.serving import logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    options.add_model_option(parser)
     add_running_options(parser)
-    parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
-    )
+    options.add_workers_option(parser)
     parser.add_argument(
         "--lease-seconds",
         type=float,
@@ -49,10 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a sentence not rescored by then is answered without it (default 60)",
     )
     logs.add_option(parser)
-    search.add_option(parser)
-    hot_words.add_option(parser)
-    rescore.add_options(parser)
-    settings.add_options(parser)
+    options.add_search_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,9 +67,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value, least in (*given, *seconds):
         if not value >= least:
             raise settings.SettingsError(f"--{name} is {value:g}; needed at least {least:g}")
-    chosen = settings.from_options(args)
-    settings.warn_without_effect(args)
-    words = hot_words.from_options(args)
+    chosen = options.settings_from(args)
+    words = options.hot_words_from(args)
     terms = Terms(args.lease_seconds, args.attempts, args.rescore_seconds)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

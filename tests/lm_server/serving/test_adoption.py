@@ -8,7 +8,7 @@ from small_model import say
 
 from lm_server.errors import UserError
 from lm_server.protocol import REGISTRY, encode_logits, owner_key
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.serving.server import Server
 from lm_server.serving.session import Session

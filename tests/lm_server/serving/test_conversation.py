@@ -8,7 +8,7 @@ from small_model import say
 
 from lm_server.protocol import encode_logits
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.conversation import Conversation, Entry, Sender, resume
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.serving.session import Session

@@ -29,7 +29,7 @@ from simulated_logits import CORPUS, held_out, label, simulate_at
 from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.lm import build as build_lm
 from lm_server.protocol import encode_logits, session_streams
-from lm_server.rescoring.answer import complete
+from lm_server.rescoring.ranking import ngram_answer
 from lm_server.search.interface import SearchModel
 from lm_server.search.load import default_settings, load_model
 from lm_server.serving.status import percentile
@@ -58,7 +58,7 @@ def direct(
             search.step(frame[None])
             partials.append(clock() - started)
         started = clock()
-        complete(search.finish(), settings)
+        ngram_answer(search.finish(), settings)
         finals.append(clock() - started)
     return partials, finals
 

@@ -31,8 +31,9 @@ from simulated_logits import CORPUS, held_out, label, simulate_at
 from lm_server.hypothesis import Hypothesis
 from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.lm import build as build_lm
-from lm_server.rescoring.answer import SentenceScorer, augmented, ranked_answer, sentences_to_score
-from lm_server.rescoring.rescore import load_scorer
+from lm_server.rescoring.load import load_scorer
+from lm_server.rescoring.ranking import augmented, ranked_answer, sentences_to_score
+from lm_server.rescoring.scorer import SentenceScorer
 from lm_server.search.load import load_model
 from lm_server.settings import Settings
 

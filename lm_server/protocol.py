@@ -1,7 +1,6 @@
 """What both sides agree on: classes, their order, stream names and message contents.
 
-This is the only module that the JAX side imports from `lm_server`; it needs numpy and the standard
-library alone. The streams and their fields are those of the published NEJM server, so that either
+It needs numpy and the standard library alone. The streams and their fields are those of the published NEJM server, so that either
 end can be exchanged for the published one. What that lacks is added beside them: error entries,
 request ids, sessions with streams of their own, and jobs (docs/protocol.md).
 """
@@ -11,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from lm_server.errors import UserError
+from lm_server.hypothesis import Hypothesis
 
 PHONEMES: tuple[str, ...] = (
     *("AA", "AE", "AH", "AO", "AW", "AY", "B", "CH", "D", "DH", "EH", "ER", "EY", "F", "G", "HH"),
@@ -157,20 +157,6 @@ def request_id(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
     return {} if given is None else {REQUEST_ID: given[:MAX_REQUEST_ID]}
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One candidate sentence; every score is a natural logarithm (ln).
-
-    `acoustic` is unscaled. `llm` is None when no large language model scored the sentence.
-    """
-
-    sentence: str
-    acoustic: float
-    ngram: float
-    llm: float | None
-    total: float
-
-
 def to_lm_order(logits: np.ndarray) -> np.ndarray:
     """Reorders classes from the RNN's order to the language model's: [..., 41] -> [..., 41]."""
     return np.asarray(logits)[..., _RNN_OF_LM]
@@ -235,29 +221,34 @@ def decode_logits(payload: bytes) -> np.ndarray:
     return check_logits(np.frombuffer(payload, dtype="<f4").reshape(frames, CLASS_COUNT))
 
 
-def encode_scoring(candidates: Sequence[Scored]) -> str:
+def encode_scoring(hypotheses: Sequence[Hypothesis]) -> str:
     """Candidates -> the final entry's `scoring` field, `sentence;ac;ngram;llm;total` joined by `;`.
 
-    The published format has no room for "not rescored": it is written as 0.0, as published servers
+    The published format has no room for "not scored". It is written as 0.0, as published servers
     do.
 
     Raises:
       ProtocolError: a sentence holds a `;`, which the format cannot carry.
+      ValueError: a candidate has no total, so it was not ranked.
     """
     fields: list[str] = []
-    for candidate in candidates:
-        if ";" in candidate.sentence:
+    for one in hypotheses:
+        if ";" in one.sentence:
             raise ProtocolError(
-                f"sentence {candidate.sentence!r} holds a ';', the separator of `scoring`"
+                f"sentence {one.sentence!r} holds a ';', the separator of `scoring`"
             )
-        llm = 0.0 if candidate.llm is None else candidate.llm
-        scores = (candidate.acoustic, candidate.ngram, llm, candidate.total)
-        fields += [candidate.sentence, *(repr(float(score)) for score in scores)]
+        if one.total is None:
+            raise ValueError(f"{one.sentence!r} has no total; needed ranked candidates: rank them")
+        scores = (one.acoustic, one.ngram, one.llm or 0.0, one.total)
+        fields += [one.sentence, *(repr(float(score)) for score in scores)]
     return ";".join(fields)
 
 
-def decode_scoring(text: str) -> list[Scored]:
-    """The `scoring` field -> candidates, in the order sent; an empty text is an empty list.
+def decode_scoring(text: str) -> list[Hypothesis]:
+    """Return the candidates of a `scoring` field in the order sent. An empty text has none.
+
+    The format carries no bonus, which the total contains. Where all candidates have the llm score
+    0, they were not scored, and `llm` is None.
 
     Raises:
       ProtocolError: the number of fields is no multiple of five, or a score is no number.
@@ -270,16 +261,16 @@ def decode_scoring(text: str) -> list[Scored]:
             f"scoring has {len(fields)} fields; needed five per candidate: "
             "sentence;ac;ngram;llm;total"
         )
-    candidates = []
-    for start in range(0, len(fields), 5):
+    found = []
+    for sentence, *given in zip(*[iter(fields)] * 5, strict=True):
         try:
-            acoustic, ngram, llm, total = (float(field) for field in fields[start + 1 : start + 5])
+            acoustic, ngram, llm, total = map(float, given)
         except ValueError as error:
-            raise ProtocolError(
-                f"scoring of {fields[start]!r} is not four numbers: {error}"
-            ) from error
-        candidates.append(Scored(fields[start], acoustic, ngram, llm, total))
-    return candidates
+            raise ProtocolError(f"scoring of {sentence!r} is not four numbers: {error}") from error
+        found.append(Hypothesis(tuple(sentence.split()), acoustic, ngram, llm, total=total))
+    if all(one.llm == 0.0 for one in found):
+        found = [replace(one, llm=None) for one in found]
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lm_server.lm.build import build
 from lm_server.protocol import LM_CLASSES, REGISTRY, SILENCE, encode_scoring
-from lm_server.rescoring.answer import complete
+from lm_server.rescoring.ranking import ngram_answer
 from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import find_program
 from lm_server.settings import Settings
@@ -83,8 +83,8 @@ def make_sentences(model: Path, count: int, rng: np.random.Generator) -> list[Se
         logits = logits.astype(np.float32)
         search.begin()
         search.step(logits)
-        answer = complete(search.finish(), search.settings)
-        found.append(Sentence(logits, answer.sentence, encode_scoring(answer.scoring())))
+        answer = ngram_answer(search.finish(), search.settings)
+        found.append(Sentence(logits, answer.sentence, encode_scoring(answer.hypotheses)))
     return found
 
 

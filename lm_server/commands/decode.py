@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model, need_packages
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     with cleaning_up_when_terminated():
         model = load_model(args.lm, args.backend)
         problems = decode_file(
-            model, settings, logits, args.out, workers, lambda: rescore.from_options(args), words
+            model, settings, logits, args.out, workers, lambda: llm_from_options(args), words
         )
     if not logits.trials:
         print(f"warning: {args.logits} holds 0 trials: {args.out} is empty", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lm_server import settings
 from lm_server.processes import default_workers
 from lm_server.protocol import ProtocolError
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import add_llm_options
 from lm_server.search.hot_words import HotWord, HotWordError, parse_hot_words
 from lm_server.search.load import BACKENDS, default_settings, without_effect
 from lm_server.settings import Settings, SettingsError
@@ -47,7 +47,7 @@ def add_search_options(parser: argparse.ArgumentParser, hot_words: bool = True) 
             'W, "pronunciations": [["K", "AE", "T"]]}}; weights are added to a sentence\'s total '
             "(ln)",
         )
-    rescore.add_options(parser)
+    add_llm_options(parser)
     settings.add_options(parser)
 
 

@@ -15,13 +15,13 @@ from lm_server.commands.serve import add_redis_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     add_redis_option(parser)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shows the status once."""
+    """Show the status once."""
     from lm_server.client.connection import LOST, RedisUnavailableError, connect, shown_url
     from lm_server.serving.status import gather
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
             found = gather(client)
         except LOST as error:
             raise RedisUnavailableError(
-                f"Redis at {shown_url(args.redis)} cannot tell its status ({error}): "
+                f"Redis at {shown_url(args.redis)} cannot report its status ({error}): "
                 "try again, or look at the user's rights"
             ) from error
     if args.json:

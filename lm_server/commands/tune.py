@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
-from lm_server.rescoring import rescore
+from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model
 from lm_server.settings import SettingsError, write_settings
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Tune."""
     from lm_server.offline import read_logits
-    from lm_server.rescoring.answer import SentenceScorer
+    from lm_server.rescoring.scorer import SentenceScorer
     from lm_server.tuning.cache import digest
     from lm_server.tuning.references import read_references
     from lm_server.tuning.report import about, as_text, write_picture
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         find_model(args.llm)
 
     def load() -> tuple[SentenceScorer, list[object]] | None:
-        scorer = rescore.from_options(args)
+        scorer = llm_from_options(args)
         if scorer is None:
             return None
         form = getattr(scorer, "text_form", "")

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import redis
+from lm_server.rescoring.answer import RescoringError
 from processes import ROOT, serving, wait_until
 from session_client import SessionClient
 from small_model import say
@@ -22,11 +23,10 @@ from lm_server.client.connection import connect
 from lm_server.client.jobs import JobClient
 from lm_server.client.process import serve_child
 from lm_server.protocol import decode_scoring, to_rnn_order
-from lm_server.rescoring.answer import RescoringError
-from lm_server.rescoring.rescore import RescoringQueue
+from lm_server.rescoring.answering import Answering
 from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
-from lm_server.serving.limits import Limits
+from lm_server.serving.ownership import Limits
 from lm_server.serving.server import Server
 from lm_server.serving.session import Session
 from lm_server.settings import Settings
@@ -49,10 +49,10 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def running(model_folder, scorer, **limits):
+def running(model_folder, scorer, rescore_seconds=20.0):
     """A server in this process, so that the test has its scorer in hand; and two connections."""
     model = load_model(model_folder)
-    stop, queue = threading.Event(), RescoringQueue(scorer)
+    stop, answering = threading.Event(), Answering(scorer, rescore_seconds)
     with (
         embedded_redis() as own,
         redis.Redis.from_url(own.url, protocol=2) as connection,
@@ -60,8 +60,8 @@ def running(model_folder, scorer, **limits):
     ):
         server = Server(
             side,
-            lambda name: Session(model, Settings(), name, queue.submit),
-            Limits(grace_seconds=0.5, **limits),
+            lambda name: Session(model, Settings(), name, answering),
+            Limits(grace_seconds=0.5),
         )
         thread = threading.Thread(target=server.run, args=(stop,))
         thread.start()
@@ -71,7 +71,7 @@ def running(model_folder, scorer, **limits):
             scorer.go.set()
             stop.set()
             thread.join(timeout=15)
-            queue.close()
+            answering.close()
 
 
 def test_other_sessions_are_served_while_one_waits_for_its_rescoring(model_folder):

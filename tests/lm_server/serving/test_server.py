@@ -160,11 +160,11 @@ def test_a_setting_that_no_search_can_have_is_refused_and_the_server_stays(clien
 class Faulty(Session):
     """A session that fails in the middle of every sentence of 7 frames."""
 
-    def handle(self, stream, entry_id, fields, context=""):
-        answers = super().handle(stream, entry_id, fields, context)
-        if len(fields.get("logits", b"")) == 7 * 164:
+    def handle(self, entry, context=""):
+        reply = yield from super().handle(entry, context)
+        if len(entry.fields.get("logits", b"")) == 7 * 164:
             raise ZeroDivisionError("a fault of ours")
-        return answers
+        return reply
 
 
 def test_a_fault_of_ours_is_answered_and_logged_and_the_server_goes_on(model_folder, caplog):

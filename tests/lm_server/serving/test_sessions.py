@@ -213,7 +213,7 @@ def test_answered_entries_are_deleted_on_a_shared_redis_too(model_folder):
 
 
 def test_a_killed_servers_sessions_go_on_at_another_in_the_middle_of_the_sentence(model_folder):
-    with servers(model_folder, 2) as (running, connection):
+    with servers(model_folder, 2, "--lease-seconds", "1") as (running, connection):
         default = SessionClient(connection)
         client = SessionClient(connection, "moving", nbest="3")
         default.decode(["the", "cat"])
@@ -244,7 +244,7 @@ def test_a_killed_servers_sessions_go_on_at_another_in_the_middle_of_the_sentenc
 
 
 def test_a_paused_server_that_wakes_leaves_its_session_to_the_one_that_took_it(model_folder):
-    with servers(model_folder, 2) as (running, connection):
+    with servers(model_folder, 2, "--lease-seconds", "1") as (running, connection):
         client = SessionClient(connection, "paused")
         holder = owner(connection, "paused")
         first = next(r for r in running if f"-{r.process.pid}-".encode() in holder)

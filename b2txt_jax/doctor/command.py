@@ -329,7 +329,7 @@ def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
     """Whether a Redis answers at `url`; passwords do not appear in what is found."""
     import redis
 
-    from lm_server.client.client import mask_password
+    from lm_server.client.connection import mask_password
 
     shown = mask_password(url)
     try:

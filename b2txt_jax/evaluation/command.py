@@ -44,7 +44,7 @@ from b2txt_jax.inference.logits import (
     load_model,
 )
 from lm_server.client.answers import LanguageModelUnavailableError, mask_password
-from lm_server.client.client import LanguageModelClient
+from lm_server.client.client import Client
 from lm_server.client.process import serve_child
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
@@ -180,7 +180,7 @@ def language_model(
         return
     url = redis or os.environ.get("B2TXT_REDIS_URL", DEFAULT_URL)
     try:
-        with LanguageModelClient(url) as client:
+        with Client(url) as client:
             client.check()
     except LanguageModelUnavailableError as error:
         if redis is not None:

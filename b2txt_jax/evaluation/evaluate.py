@@ -25,7 +25,7 @@ from b2txt_jax.metrics import (
     word_error_rates,
 )
 from lm_server.client.answers import Decoded
-from lm_server.client.client import LanguageModelClient, Progress
+from lm_server.client.client import Client, Progress
 from lm_server.client.jobs import JobClient
 from lm_server.protocol import Scored
 from lm_server.text_rules import scored_words
@@ -129,7 +129,7 @@ def run_language_model(
     names: Sequence[str],
     url: str,
     progress: Progress | None = None,
-    connect: Callable[[str], LanguageModelClient] = LanguageModelClient,
+    connect: Callable[[str], Client] = Client,
 ) -> LanguageModelRun:
     """Decodes every trial on the server at `url`, one after another.
 

@@ -137,7 +137,7 @@ def chosen_redis(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], N
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
-    from lm_server.client.connection import connect, shown_url
+    from lm_server.client.connection import connect, mask_password
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.ownership import Limits
     from lm_server.serving.server import Server
@@ -169,6 +169,6 @@ def run(args: argparse.Namespace) -> int:
             lease_seconds=args.lease_seconds,
         )
         server = Server(client, session, limits)
-        print(f"lm-server ready redis={shown_url(url)} lm={args.lm}", flush=True)
+        print(f"lm-server ready redis={mask_password(url)} lm={args.lm}", flush=True)
         server.run(stop, check)
     return 0

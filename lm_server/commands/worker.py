@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Work until stopped."""
-    from lm_server.client.connection import connect, shown_url
+    from lm_server.client.connection import connect, mask_password
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.supervisor import supervise
     from lm_server.serving.worker import Terms, Worker
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 answering.close()
 
         print(
-            f"lm-server ready redis={shown_url(url)} lm={args.lm} workers={args.workers} "
+            f"lm-server ready redis={mask_password(url)} lm={args.lm} workers={args.workers} "
             f"pid={os.getpid()}",
             flush=True,
         )

@@ -17,7 +17,7 @@ from b2txt_jax.evaluation.evaluate import evaluate, run_language_model, run_work
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import pronunciations, sentence_to_ids
 from lm_server.client.client import (
-    LanguageModelClient,
+    Client,
     LanguageModelError,
     LanguageModelUnavailableError,
 )
@@ -53,7 +53,7 @@ def test_sentences_come_back_and_are_scored(model: Path) -> None:
     with serve_child(model) as url:
         decoded, failures, seconds, _ = run_language_model(logits, names, url)
         started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-        with LanguageModelClient(url) as client:
+        with Client(url) as client:
             whole = client.decode(logits[0])
             chunks = client.decode(logits[0], chunk_frames=5)
             with pytest.raises(LanguageModelError, match="nbest is -3"):

@@ -61,9 +61,9 @@ def test_a_published_parameter_is_a_setting_or_has_a_reason_why_not(search):
 def test_lattice_beam_leaves_out_what_is_much_worse_than_the_best(model, lattice_beam):
     logits = noisy(["the", "cat", "sat"])
     everything = decoded(model, logits, beam=40.0)
-    best = everything[0].total(Settings().acoustic_scale)
+    best = everything[0].total
     near = [
-        one for one in everything if one.total(Settings().acoustic_scale) >= best - lattice_beam
+        one for one in everything if one.total >= best - lattice_beam
     ]
     assert len(everything) > len(near) > 0
     assert list(decoded(model, logits, beam=40.0, lattice_beam=lattice_beam)) == near

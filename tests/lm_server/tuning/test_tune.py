@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import answer_of
 from rich.console import Console
 from small_model import say
 
@@ -16,7 +17,6 @@ from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.offline import Logits, read_logits
 from lm_server.protocol import to_rnn_order
-from lm_server.rescoring.answer import complete
 from lm_server.search.interface import SearchModel
 from lm_server.search.load import default_settings, load_model
 from lm_server.settings import Settings, SettingsError, read_settings, write_settings
@@ -148,7 +148,7 @@ def test_reranking_equals_the_answer_with_those_settings() -> None:
             ]
             table = None if scorer is None else _Table(scorer)
             expected = [
-                word_errors(reference, complete(some, settings, table).sentence)
+                word_errors(reference, answer_of(some, settings, table).sentence)
                 for reference, some in zip(references, rebonused, strict=True)
             ]
             assert used.errors_of_best(settings).tolist() == expected
@@ -204,7 +204,7 @@ def test_calibration_lowers_the_log_loss_of_confidences_that_are_too_sure() -> N
     temperature, before, after = tuning.calibrate(lists, settings)
     assert after < before
     calibrated = dataclasses.replace(settings, confidence_temperature=temperature)
-    assert complete(some, calibrated).confidence == pytest.approx(0.5, abs=0.1)
+    assert answer_of(some, calibrated).confidence == pytest.approx(0.5, abs=0.1)
 
 
 def test_tuning_lowers_errors_and_goes_on_from_its_cache(
@@ -227,7 +227,7 @@ def test_tuning_lowers_errors_and_goes_on_from_its_cache(
     assert result.errors == sum(
         word_errors(
             tuple(sentence.split()),
-            complete(some, result.settings, knowing).sentence,
+            answer_of(some, result.settings, knowing).sentence,
         )
         for sentence, some in zip(SENTENCES * 2, search(result.settings), strict=True)
     )

@@ -25,9 +25,9 @@ from decoding import lm_server, model_folder, parser_of, save, simulated
 
 from lm_server.protocol import encode_logits, session_streams
 from lm_server.rescoring.ranking import ngram_answer
-from lm_server.search.interface import SearchModel, load_model
+from lm_server.search.interface import SearchModel
+from lm_server.search.load import default_settings, load_model
 from lm_server.serving.status import percentile
-from lm_server.settings import default_settings
 
 PARTIAL_TARGET = 0.020
 

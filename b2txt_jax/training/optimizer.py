@@ -60,7 +60,7 @@ def scale_by_adam_by_day(
 
     def init(params: optax.Params) -> AdamByDayState:
         leaves = jax.tree.leaves(params)
-        days = leaves[0].shape[0] if leaves else 0
+        days = leaves[0].shape[0] if leaves else 1  # checkpoints hold no empty array
         zeros = jax.tree.map(jnp.zeros_like, params)
         return AdamByDayState(jnp.zeros(days, jnp.int32), zeros, zeros)
 

@@ -73,7 +73,7 @@ class Run:
         return self.config.data.sessions
 
     @overload  # A str is an ArrayLike too, and the first signature that fits counts.
-    def logits(  # type: ignore[overload-overlap]
+    def logits(
         self, trials: str, day: None = None, console: Console | None = None
     ) -> list[TrialLogits]: ...
 

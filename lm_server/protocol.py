@@ -1,8 +1,9 @@
 """What both sides agree on: classes, their order, stream names and message contents.
 
-It needs numpy and the standard library alone. The streams and their fields are those of the published NEJM server, so that either
-end can be exchanged for the published one. What that lacks is added beside them: error entries,
-request ids, sessions with streams of their own, and jobs (docs/protocol.md).
+It needs numpy and the standard library alone. The streams and their fields are those of the
+published NEJM server, so that either end can be exchanged for the published one. What that lacks is
+added beside them: error entries, request ids, sessions with streams of their own, and jobs
+(docs/protocol.md).
 """
 
 from __future__ import annotations

@@ -205,9 +205,7 @@ def evaluate_run(
     with Progress(console=console) as progress:
         task = progress.add_task(f"sentences of {split}", total=len(trials))
         decode = run_workers if jobs else run_language_model
-        results = decode(
-            logits, names, url, lambda done, _: progress.update(task, completed=done)
-        )
+        results = decode(logits, names, url, lambda done, _: progress.update(task, completed=done))
     problems = {one.name: one.answer.problem for one in results if one.answer}
     not_rescored = [name for name, problem in problems.items() if problem]
     if not_rescored:

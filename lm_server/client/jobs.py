@@ -117,7 +117,9 @@ class JobClient:
         for index, (frames, name) in enumerate(zip(logits, names, strict=True)):
             try:
                 # A number before the name: two trials of one name are two jobs.
-                job = Job(self.batch, f"{index} {name}", to_lm_order(check_logits(frames)), settings)
+                job = Job(
+                    self.batch, f"{index} {name}", to_lm_order(check_logits(frames)), settings
+                )
                 jobs[index] = job.fields()
             except ProtocolError as error:
                 results[index] = Result(name, None, str(error), 0.0)

@@ -28,9 +28,7 @@ logits_arrays = hnp.arrays(
 )
 words = st.text(st.characters(blacklist_characters=";", blacklist_categories=["Cs", "Z", "Cc"]))
 sentences = st.lists(words.filter(bool)).map(tuple)
-hypotheses = st.builds(
-    Hypothesis, sentences, finite, finite, st.floats(-1e30, -1e-9), total=finite
-)
+hypotheses = st.builds(Hypothesis, sentences, finite, finite, st.floats(-1e30, -1e-9), total=finite)
 
 
 def test_the_published_orders_of_the_classes():

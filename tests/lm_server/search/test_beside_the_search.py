@@ -22,8 +22,8 @@ from lm_server.client.connection import connect
 from lm_server.client.jobs import JobClient
 from lm_server.client.process import serve_child
 from lm_server.protocol import decode_scoring, to_rnn_order
-from lm_server.rescoring.answer import RescoringError
 from lm_server.rescoring.answering import Answering
+from lm_server.rescoring.scorer import RescoringError
 from lm_server.search.interface import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.serving.ownership import Limits

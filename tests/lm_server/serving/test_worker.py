@@ -18,7 +18,8 @@ from small_model import say
 
 from lm_server.client.client import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
-from lm_server.protocol import Job, process_key, results_stream, to_rnn_order
+from lm_server.protocol import Job, process_key, results_stream, to_lm_order, to_rnn_order
+from lm_server.rescoring.ranking import ngram_answer
 from lm_server.search.interface import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.settings import Settings
@@ -110,9 +111,6 @@ def test_workers_share_jobs_and_each_has_the_offline_decoders_answer_once(model_
     assert [one.answer.sentence.split() for one in found] == said
     assert seen == [(i + 1, 40) for i in range(40)]
     search = load_model(model_folder).search(Settings(acoustic_scale=0.9))
-    from lm_server.protocol import to_lm_order
-    from lm_server.rescoring.ranking import ngram_answer
-
     for trial, one in zip(logits, found, strict=True):
         search.begin()
         search.step(to_lm_order(trial))
@@ -239,7 +237,7 @@ def test_a_job_that_kills_its_workers_is_answered_by_an_error_and_the_others_are
 
 def test_jobs_of_a_client_that_left_are_dropped(model_folder, url, connection):
     with JobClient(url) as client:
-        client._hand_in(Job(client.batch, "0 x", say(["a"])).fields())
+        client._send(Job(client.batch, "0 x", say(["a"])).fields())
         stream = results_stream(client.batch)
     assert connection.xlen("remote_lm_jobs") == 1
     with worker(model_folder, url):

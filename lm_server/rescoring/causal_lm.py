@@ -167,7 +167,7 @@ class CausalLM:
         return scores
 
     def _gather(self, logits: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Return log-probabilities (ln) of tokens [n], each from its row of logits [rows, vocab]."""
+        """Return log-probabilities (ln) of tokens [n], each by its row of logits [rows, vocab]."""
         normaliser = torch.logsumexp(logits.float(), dim=-1)
         index = torch.tensor(rows, device=self.device)
         chosen = logits[index, torch.tensor(tokens, device=self.device)].float()

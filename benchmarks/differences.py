@@ -27,10 +27,11 @@ import numpy as np
 from rich.console import Console
 
 from b2txt_jax.config import Config, SignalConfig, load_config
-from b2txt_jax.data.hdf5 import TrialRef, frames_needed, index_split, read_trial
 from b2txt_jax.data.loader import EvaluationData
 from b2txt_jax.data.plan import plan
-from b2txt_jax.inference.logits import TrainedModel, load_model
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.trial import TrialRef, frames_needed
+from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.metrics import error_rate, greedy_decode, total
 from b2txt_jax.model.patches import frame_count
 from b2txt_jax.signal.augment import augment, time_mask
@@ -97,7 +98,7 @@ def eval_step_of(config: Config) -> Any:
     return jax.jit(make_eval_step(config, len(config.data.sessions)))
 
 
-def print_padding(model: TrainedModel, seed: int) -> None:
+def print_padding(model: Run, seed: int) -> None:
     """Effect of the noise that follows a trial; the noise within the trial is always the same."""
     signal = dataclasses.replace(model.config.signal, random_cut=0)
     step = eval_step_of(model.config)
@@ -135,7 +136,7 @@ def print_padding(model: TrainedModel, seed: int) -> None:
         print(f"{name:<13}{listed}{100 * per:>8.2f}")
 
 
-def print_smoothing(model: TrainedModel, seed: int) -> None:
+def print_smoothing(model: Run, seed: int) -> None:
     for padding in ("same", "valid"):
         signal = dataclasses.replace(model.config.signal, eval_padding=padding)
         config = dataclasses.replace(model.config, signal=signal)
@@ -144,8 +145,9 @@ def print_smoothing(model: TrainedModel, seed: int) -> None:
 
 
 def print_alignment(config: Config, seeds: Sequence[int]) -> None:
-    refs = index_split(config.data.root, config.data.sessions, "train", config.data.feature_count)
-    needed = {ref: frames_needed(read_trial(ref).labels) for ref in refs}  # type: ignore[arg-type]
+    reader = open_folder(config.data.root, config.data.feature_count)
+    refs = reader.trials(config.data.sessions, "train")
+    needed = {ref: frames_needed(reader.read(ref).labels) for ref in refs}  # type: ignore[arg-type]
 
     def spare(ref: TrialRef, cut: int) -> int:
         frames = frame_count(ref.bins - cut, config.model.patch_size, config.model.patch_stride)
@@ -173,7 +175,7 @@ def print_alignment(config: Config, seeds: Sequence[int]) -> None:
         print(f"  seed {seed}: {impossible} of {draws} draws in {config.train.steps} steps")
 
 
-def print_validation_loss(model: TrainedModel, seed: int) -> None:
+def print_validation_loss(model: Run, seed: int) -> None:
     config = model.config
     step = eval_step_of(config)
     data = evaluation_data(config)
@@ -226,7 +228,7 @@ def main() -> None:
         spread = rates.std(ddof=1) if len(rates) > 1 else float("nan")
         listed = " / ".join(f"{rate:.2f}" for rate in rates)
         print(f"PER, {name}: {listed} %, mean {rates.mean():.2f}, standard deviation {spread:.2f}")
-    models = {seed: load_model(run) for seed, run in own.items()}
+    models = {seed: load_run(run) for seed, run in own.items()}
     for measure in (print_padding, print_smoothing, print_validation_loss):
         for seed, model in models.items():
             measure(model, seed)

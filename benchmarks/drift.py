@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from b2txt_jax.data.loader import EvaluationData
-from b2txt_jax.inference.logits import TrainedModel, load_model
+from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode
 from b2txt_jax.training.step import make_eval_step
 
@@ -32,7 +32,7 @@ def train(config: Path, root: Path, workdir: Path, seed: int, day_layer: bool) -
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def per_by_layer(model: TrainedModel) -> np.ndarray:
+def per_by_layer(model: Run) -> np.ndarray:
     """Errors and lengths, int [days, layers, 2]: each day's trials through each layer."""
     sessions = model.config.data.sessions
     data = EvaluationData(
@@ -71,13 +71,13 @@ def main() -> None:
 
     print(f"{'seed':>5} {'own':>8} {'other':>8} {'ratio':>6} {'least of days':>14} {'shared':>8}")
     for seed in args.seeds:
-        counts = per_by_layer(load_model(names[seed, True]))
+        counts = per_by_layer(load_run(names[seed, True]))
         days = np.flatnonzero(counts[:, 0, 1])  # the first session has no validation trials
         own = counts[days, days].sum(0)
         crossed = counts[days].sum(1) - counts[days, days]
         ratios = (crossed[:, 0] / crossed[:, 1]) / (counts[days, days, 0] / counts[days, days, 1])
         other = crossed.sum(0)
-        shared = per_by_layer(load_model(names[seed, False]))[:, 0].sum(0)
+        shared = per_by_layer(load_run(names[seed, False]))[:, 0].sum(0)
         rates = [ErrorRate(*map(int, pair)).rate or 0.0 for pair in (own, other, shared)]
         own_per, other_per, shared_per = (f"{100 * rate:>6.1f} %" for rate in rates)
         ratio = rates[1] / rates[0]

@@ -14,7 +14,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.simulate.write import SimulationSettings, simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 
 REPOSITORY = Path(__file__).parents[1]
 

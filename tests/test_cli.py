@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from b2txt_jax.cli import COMMANDS, main
-from b2txt_jax.data.hdf5 import find_sessions
+from b2txt_jax.data.reader import open_folder
 from b2txt_jax.training.loop import train
 from lm_server.__main__ import main as lm_server
 
@@ -45,7 +45,7 @@ def damaged(simulated, tmp_path):
     def train_on(change, tiny_overrides, capsys):
         root = tmp_path / "sessions"
         shutil.copytree(simulated / "hdf5_data_final", root)
-        session = find_sessions(root)[0]
+        session = open_folder(root).sessions[0]
         change(root / session / "data_train.hdf5")
         arguments = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]
         arguments += [*tiny_overrides, f"--config.data.root={root}"]

@@ -6,7 +6,6 @@ Exit status 0: nothing that stops training or decoding; 1: a problem.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -247,12 +246,13 @@ def _workdir_writable(workdir: Path, advice: str) -> Finding:
 
 
 def _sessions(root: str | None) -> Finding:
-    from b2txt_jax.data.sessions import find_sessions, index_split
+    from b2txt_jax.data.reader import open_folder
 
     if root is None:
         return Finding("data", "ok", "not looked at: no --config and no --data")
-    sessions = find_sessions(root)
-    trials = len(index_split(root, sessions, "train"))
+    reader = open_folder(root)
+    sessions = reader.sessions
+    trials = len(reader.trials(sessions, "train"))
     return Finding("data", "ok", f"{len(sessions)} sessions, {trials} training trials in {root}")
 
 
@@ -263,7 +263,6 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
         configured_sessions,
         resolve_buckets,
     )
-    from b2txt_jax.data.sessions import SplitReader
     from b2txt_jax.model.patches import frame_count
 
     sessions = configured_sessions(config.data)
@@ -272,8 +271,7 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
         config.data, sessions, max(patch, 1), lambda bins: int(frame_count(bins, patch, stride))
     )
     validation = EvaluationData(config.data, sessions, "val", max(patch, 1), labels=True)
-    reader = SplitReader(feature_count=config.data.feature_count, labels_needed=True)
-    with contextlib.closing(reader):
+    with training.reader as reader:
         for refs in training.refs_of_day:
             for ref in refs[:1]:
                 reader.read(ref)

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from b2txt_jax.config import Config
-from b2txt_jax.data.hdf5 import TrialRef
 from b2txt_jax.data.loader import Batch, bucket_of
+from b2txt_jax.data.trial import TrialRef
 from b2txt_jax.model.gru.baseline import Params
 from b2txt_jax.training.sharding import (
     abstract_state,

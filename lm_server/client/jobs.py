@@ -34,6 +34,7 @@ from lm_server.protocol import (
     Job,
     ProtocolError,
     batch_key,
+    check_logits,
     process_key,
     results_stream,
     to_lm_order,
@@ -116,9 +117,9 @@ class JobClient:
         for index, (frames, name) in enumerate(zip(logits, names, strict=True)):
             try:
                 # A number before the name: two trials of one name are two jobs.
-                job = Job(self.batch, f"{index} {name}", to_lm_order(frames), settings)
+                job = Job(self.batch, f"{index} {name}", to_lm_order(check_logits(frames)), settings)
                 jobs[index] = job.fields()
-            except (ProtocolError, IndexError) as error:
+            except ProtocolError as error:
                 results[index] = Result(name, None, str(error), 0.0)
         self._run(jobs, names, results, len(names), progress)
         return [results[index] for index in range(len(names))]

@@ -19,8 +19,9 @@ from rich.console import Console
 from b2txt_jax.config import ConfigError, load_config, with_overrides
 from b2txt_jax.data import loader
 from b2txt_jax.data.buckets import buckets_of_data
-from b2txt_jax.data.hdf5 import DataError
-from b2txt_jax.inference.logits import compute_logits, load_model, write_logits
+from b2txt_jax.data.description import DataError
+from b2txt_jax.inference.logits import write_logits
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.step import init_state
@@ -53,7 +54,7 @@ def test_a_run_leaves_metrics_checkpoints_and_its_configuration(trained, tiny_co
         assert entry["per"] == pytest.approx(entry["errors"] / entry["length"])
         assert len(entry["per_day"]) == 3
     assert list((trained / "tensorboard").iterdir())
-    model = load_model(trained)
+    model = load_run(trained)
     assert len(model.config.data.sessions) == 4
     best = min(validations, key=lambda entry: (entry["per"], entry["loss"]))
     assert model.step == best["step"]
@@ -113,12 +114,12 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(trained, tmp_path):
         if path.is_file() and path.stat().st_size > 2000:
             path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"checkpoints/best/.* cannot be read"):
-        load_model(workdir)
+        load_run(workdir)
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="not a run's folder"):
-        load_model(tmp_path)
+        load_run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +131,9 @@ def test_a_lower_per_wins_and_at_equal_per_the_lower_loss(score, wins):
 
 
 def test_the_logits_file_has_the_documented_arrays(trained, tmp_path, simulated):
-    model = load_model(trained)
+    model = load_run(trained)
     for split, has_sentences in (("val", True), ("test", False)):
-        trials = compute_logits(model, split)
+        trials = model.logits(split)
         write_logits(tmp_path / "logits.npz", trials)
         with np.load(tmp_path / "logits.npz") as file:
             assert file["logits"].dtype == np.float32
@@ -154,7 +155,7 @@ def test_a_call_that_failed_on_the_data_leaves_nothing_in_the_way_of_the_next(
         train(wrong, tmp_path / "run")
     short = with_overrides(tiny_config, ["--config.train.steps=2"])
     assert train(short, tmp_path / "run").finished
-    assert len(load_model(tmp_path / "run").config.data.sessions) == 4
+    assert len(load_run(tmp_path / "run").config.data.sessions) == 4
 
 
 def test_a_best_checkpoint_of_steps_that_were_lost_is_replaced(tmp_path):
@@ -170,7 +171,7 @@ def test_a_best_checkpoint_of_steps_that_were_lost_is_replaced(tmp_path):
 
 def test_the_sessions_of_a_trained_model_cannot_be_reordered_when_it_is_used(trained):
     with pytest.raises(ConfigError, match="belongs to the trained model"):
-        load_model(trained, ["--config.data.sessions=('b', 'a')"])
+        load_run(trained, ["--config.data.sessions=('b', 'a')"])
 
 
 def test_steps_per_second_are_the_steps_of_a_window_over_its_seconds(trained):

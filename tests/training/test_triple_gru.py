@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from b2txt_jax.inference.logits import compute_logits, load_model
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.interop.convert import read_workdir
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.model.network import make_stream
@@ -71,8 +71,8 @@ def test_validation_tells_the_clean_and_the_noisy_per(run):
 
 
 def test_inference_decodes_the_clean_path_and_a_stream_equals_it(config, run):
-    model = load_model(run)
-    trials = compute_logits(model, "val")
+    model = load_run(run)
+    trials = model.logits("val")
     trial = trials[0]
     x = _smoothed(config, trial)
     start, step = make_stream(
@@ -89,9 +89,9 @@ def test_inference_decodes_the_clean_path_and_a_stream_equals_it(config, run):
 
 
 def _smoothed(config, trial):
-    from b2txt_jax.data.hdf5 import read_trial
+    from b2txt_jax.data.reader import open_folder
 
-    features = read_trial(trial.ref).features[None]
+    features = open_folder(config.data.root).read(trial.ref).features[None]
     return smooth(features, config.signal.smooth_std, config.signal.smooth_size)
 
 

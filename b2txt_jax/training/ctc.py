@@ -100,8 +100,8 @@ def _extended(labels: jax.Array, label_length: jax.Array) -> jax.Array:
 
 
 def _reversal(valid: jax.Array, size: int) -> jax.Array:
-    """Return indices that reverse the first `valid` entries of an axis and leave the rest in place: [B]
-    -> [B, size]."""
+    """Return indices that reverse the first `valid` entries of an axis and leave the rest in
+    place: [B] -> [B, size]."""
     index = jnp.arange(size)
     return jnp.where(index < valid[:, None], valid[:, None] - 1 - index, index)
 

@@ -266,17 +266,38 @@ def model_class(name: str) -> Any:
     return found
 
 
+def find_config_file(config: str | Path) -> Path:
+    """Return the file of a configuration: a path, or a name of the package's such as "demo".
+
+    Raises:
+      ConfigError: there is none.
+    """
+    package = Path(__file__).parent
+    folder = package / "configs"  # where it is installed
+    if not folder.is_dir():
+        folder = package.parent / "configs"  # in a checkout
+    name = str(config)
+    is_name = name == Path(name).stem
+    path = folder / f"{name}.py" if is_name else Path(config)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.py")))
+        raise ConfigError(
+            f"the configuration {name} does not exist; needed the path of a Python file, or one of "
+            f"the names {known}"
+        )
+    return path
+
+
 def read_config_file(path: str | Path) -> ConfigDict:
-    """Run `get_config()` of a configuration file; for files that start from another one.
+    """Run `get_config()` of a configuration file, also for files that start from another one.
+
+    Args:
+      path: of the file, or a name as in `find_config_file`.
 
     Raises:
       ConfigError: no such file, or it has no `get_config()`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"configuration file {path} does not exist; give a file such as configs/demo.py"
-        )
+    path = find_config_file(path)
     spec = importlib.util.spec_from_file_location(f"b2txt_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"configuration file {path} is not a Python file (*.py)")

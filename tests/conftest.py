@@ -23,8 +23,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.simulate.plan import SimulationSettings
-from b2txt_jax.simulate.write import simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -6,10 +6,9 @@
       transcription   int [>= chars]  character codes padded with 0 (absent without labels)
       attributes n_time_steps, seq_len, sentence_label, session, block_num, trial_num
 
-What the published loader reads is read here too: any width of integer or float, text as bytes or
-str, rows after `n_time_steps`, labels padded to any length, groups and attributes that nobody asked
-for. Refused is
-what would train or score wrongly in silence: see `Hdf5Reader.read`.
+All that the published loader reads is read here too: any width of integer or float, text as bytes
+or str, rows after `n_time_steps`, labels padded to any length, further groups and attributes.
+Refused is what would train or score wrongly in silence: see `Hdf5Reader.read`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,7 @@ import h5py
 import numpy as np
 
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.trial import (
-    DEFAULT_FEATURES,
-    SPLITS,
-    Reader,
-    Trial,
-    TrialRef,
-    check_split,
-    too_short,
-    unknown_session,
-)
+from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split
 from b2txt_jax.phonemes import SILENCE_ID
 
 _TRIAL_KEY = re.compile(r"trial_(\d+)")
@@ -85,28 +75,15 @@ class Hdf5Reader(Reader):
             )
         return names
 
-    def find_trials(
-        self,
-        sessions: Sequence[str],
-        split: str,
-        *,
-        min_bins: int = 1,
-        labels_needed: bool | None = None,
-    ) -> list[TrialRef]:
-        """As in `Reader`; reads attributes and shapes."""
-        needed = split == "train" if labels_needed is None else labels_needed
-        refs: list[TrialRef] = []
-        for session in sessions:
-            path = session_file(self.root, session, split)
-            if not path.is_file():
-                self._check_session(session)
-                continue
-            with _open(path) as file, _readable(path):
-                refs += [
-                    _reference(file[key], session, path, self.feature_count, min_bins, needed)
-                    for key in _trial_keys(file)
-                ]
-        return refs
+    def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
+        path = session_file(self.root, session, split)
+        if not path.is_file():
+            return None
+        with _open(path) as file, _readable(path):
+            return [
+                _reference(file[key], session, path, self.feature_count, labels_needed)
+                for key in _trial_keys(file)
+            ]
 
     def read(self, ref: TrialRef) -> Trial:
         """Read and check one trial.
@@ -146,7 +123,7 @@ class Hdf5Reader(Reader):
         # The attributes are read again: the file may not be the one that was listed. Labels that
         # it had then must still be there.
         needed = ref.label_length > 0 or ref.path.stem == "data_train"
-        ref = _reference(group, ref.session, ref.path, self.feature_count, 1, needed)
+        ref = _reference(group, ref.session, ref.path, self.feature_count, needed)
         stored = _read(group["input_features"], ref, slice(0, ref.bins))
         features = stored.astype(np.float32, copy=False)
         _check_finite(features, ref)
@@ -165,13 +142,6 @@ class Hdf5Reader(Reader):
                 self._files.popitem(last=False)[1].close()
         return self._files[path]
 
-    def _check_session(self, session: str) -> None:
-        """Raise DataError unless there is a file of some split of `session`."""
-        if any(session_file(self.root, session, split).is_file() for split in SPLITS):
-            return
-        what = "data_train, data_val or data_test.hdf5"
-        raise unknown_session(self.root, session, what, self.sessions)
-
 
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
@@ -189,7 +159,7 @@ def _open(path: Path) -> h5py.File:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what h5py raises on damaged contents into an error that names the file."""
+    """Raise what h5py raises on damaged contents as an error that names the file."""
     try:
         yield
     except (OSError, RuntimeError, KeyError) as error:
@@ -205,14 +175,9 @@ def _trial_keys(file: h5py.File) -> list[str]:
 
 
 def _reference(
-    group: h5py.Group,
-    session: str,
-    path: Path,
-    feature_count: int,
-    min_bins: int,
-    labels_needed: bool,
+    group: h5py.Group, session: str, path: Path, feature_count: int, labels_needed: bool
 ) -> TrialRef:
-    """A trial's reference, its shapes and attributes checked."""
+    """Return a trial's reference, its shapes and attributes checked."""
     where = _where(path, group.name)
     features = _dataset(group, "input_features", where)
     if features.ndim != 2 or features.shape[1] != feature_count:
@@ -229,8 +194,6 @@ def _reference(
             f"{where}: `n_time_steps` is {bins}; needed 1 to {features.shape[0]}, the rows of "
             "`input_features`: the trial was cut off; leave it out or copy the file again"
         )
-    if bins < min_bins:
-        raise too_short(where, bins, min_bins)
     return TrialRef(
         session,
         group.name.strip("/"),
@@ -243,7 +206,7 @@ def _reference(
 
 
 def _label_length(group: h5py.Group, where: str, needed: bool) -> int:
-    """The label's length by `seq_len`; 0 for a trial without labels."""
+    """Return the label's length by `seq_len`, or 0 for a trial without labels."""
     present = ("seq_class_ids" in group, "seq_len" in group.attrs)
     if not needed and not all(present):
         return 0
@@ -285,7 +248,7 @@ def _check_labels(labels: np.ndarray, ref: TrialRef) -> None:
 
 
 def _sentence(group: h5py.Group, ref: TrialRef) -> str | None:
-    """The sentence by `sentence_label`, else by the character codes; None without either."""
+    """Return the sentence by `sentence_label`, else by the character codes, else None."""
     text = group.attrs.get("sentence_label")
     if text is not None:
         text = np.asarray(text).reshape(-1)[0] if np.ndim(text) else text
@@ -324,7 +287,7 @@ def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice) -> np.ndarray:
     try:
         return np.asarray(dataset[rows])
     except (OSError, RuntimeError) as error:
-        # A damaged chunk: everything before it in the file may be whole, so the trial is named.
+        # A damaged chunk. Other trials of the file may be whole, so the error names this one.
         raise DataError(
             f"{_where(ref.path, ref.key)}: `{dataset.name.rsplit('/', 1)[-1]}` cannot be read "
             f"({error}); needed a whole HDF5 file: copy or download it again"

@@ -30,15 +30,12 @@ _Loaded = TypeVar("_Loaded")
 
 
 class Batch(NamedTuple):
-    """Trials padded with zeros to one bucket's shape.
-
-    The loader fills it with numpy arrays, which a jitted step takes as they are.
-    """
+    """Trials padded with zeros to one bucket's shape. The loader fills it with numpy arrays."""
 
     features: jax.Array
-    """[B, T, D], one row per 20 ms bin; float32, or as packed (float16, bfloat16): steps cast."""
+    """[B, T, D], one row per 20 ms bin: float32, or float16 or bfloat16, which steps cast."""
     bins: jax.Array
-    """int32 [B], valid bins; 0 marks a row that only fills the batch."""
+    """int32 [B], valid bins. 0 marks a row without a trial."""
     day: jax.Array
     """int32 [B], index of the session in the configured list."""
     labels: jax.Array

@@ -1,14 +1,14 @@
-"""Reads sessions packed by `b2txt prepare`: flat files of features, read at random and checked.
+"""Reads sessions packed by `b2txt prepare`: flat files of features with checksums.
 
-    ROOT/packed.json                         the manifest, written last: a folder without is none
+    ROOT/packed.json                         the manifest, written last
     ROOT/<session>/data_<split>.features     trials' features one after another, [bins, 512] each
     ROOT/<session>/data_<split>.json         offsets, checksums, labels, sentences, numbers
 
-Why flat files and not ArrayRecord: a trial's bytes are the bytes of its rows of the batch, so one
+Why flat files and not ArrayRecord: a trial's bytes are the bytes of its rows of the batch. One
 `preadv` puts them there without a copy, a parse or a lock, and any tool can read them. They are not
-mapped into memory: what is read counts as page cache, which the kernel bounds, and never as the
-process's own. Every trial has a CRC-32, checked when a process reads it for the first time; the
-index has one in the manifest, and the manifest one of itself.
+mapped into memory: what is read counts as page cache, which the kernel bounds, and not as memory of
+the process. Every trial has a CRC-32, checked when a process reads it for the first time. The
+manifest has the CRC-32 of each index and of itself.
 """
 
 from __future__ import annotations
@@ -28,20 +28,12 @@ import ml_dtypes
 import numpy as np
 
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.trial import (
-    DEFAULT_FEATURES,
-    Reader,
-    Trial,
-    TrialRef,
-    check_split,
-    too_short,
-    unknown_session,
-)
+from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split
 
 MANIFEST = "packed.json"
 SUFFIX = ".features"
 FORMAT = 1
-"""Raised whenever older folders could not be read any more."""
+"""Incremented when older folders cannot be read any more."""
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -51,7 +43,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class PackedTrial:
-    """One trial of a packed split; its features are `bins * row bytes` from `offset` (bytes)."""
+    """One trial of a packed split. Its features are `bins * row bytes` from `offset` (bytes)."""
 
     ref: TrialRef
     offset: int
@@ -70,7 +62,7 @@ class PackedSplit:
     dtype: np.dtype
     feature_count: int
     size: int
-    """Bytes of the features' file."""
+    """Bytes of the file with the features."""
     source: Mapping[str, Any]
     """File name, bytes and time of change of what was packed."""
     trials: Mapping[str, PackedTrial]
@@ -95,18 +87,18 @@ class Manifest:
 
 
 def features_path(root: Path | str, session: str, split: str) -> Path:
-    """Where the features of a session's split are, there or not."""
+    """Return the path of the features of a session's split, whether it exists or not."""
     check_split(split)
     return Path(root) / session / f"data_{split}{SUFFIX}"
 
 
 def index_path(root: Path | str, session: str, split: str) -> Path:
-    """Where the index of a session's split is, there or not."""
+    """Return the path of the index of a session's split, whether it exists or not."""
     return features_path(root, session, split).with_suffix(".json")
 
 
 def read_manifest(root: Path | str) -> Manifest:
-    """Reads the manifest.
+    """Read the manifest.
 
     Raises:
       DataError: it is missing, damaged, or of a format that this version does not know.
@@ -130,18 +122,18 @@ def read_manifest(root: Path | str) -> Manifest:
 
 
 def checksum_of(values: Mapping[str, Any]) -> int:
-    """CRC-32 of the manifest's values but for its own checksum."""
+    """Return the CRC-32 of the manifest's values without its own checksum."""
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def load_split(root: Path, session: str, split: str, crc32: int | None) -> PackedSplit:
-    """Reads the index of a session's split.
+    """Read the index of a session's split.
 
     Args:
       root: of the packed folder.
       session: its name.
       split: train, val or test.
-      crc32: that the index must have; None: not checked.
+      crc32: the checksum of the index. None: not checked.
 
     Raises:
       DataError: the index is missing or damaged.
@@ -162,7 +154,7 @@ def load_split(root: Path, session: str, split: str, crc32: int | None) -> Packe
 
 
 def check_size(split: PackedSplit) -> None:
-    """Raises DataError unless the features' file has the size that its index says."""
+    """Raise DataError unless the file with the features has the size that its index states."""
     try:
         size = split.path.stat().st_size
     except OSError as error:
@@ -222,33 +214,18 @@ class PackedReader(Reader):
         """Names of the packed sessions, sorted."""
         return self.manifest.sessions
 
-    def find_trials(
-        self,
-        sessions: Sequence[str],
-        split: str,
-        *,
-        min_bins: int = 1,
-        labels_needed: bool | None = None,
-    ) -> list[TrialRef]:
-        """As in `Reader`; reads the index of each session's split."""
-        check_split(split)
-        needed = split == "train" if labels_needed is None else labels_needed
-        refs: list[TrialRef] = []
-        for session in sessions:
-            if session not in self.sessions:
-                raise unknown_session(self.root, session, "packed trials", self.sessions)
-            if (session, split) not in self.manifest.indices:
-                continue
-            packed = self._split(session, split)
-            check_size(packed)
-            for trial in packed.trials.values():
-                where = f"{packed.path} {trial.ref.key}"
-                if needed and trial.labels is None:
-                    raise DataError(f"{where} has no labels; needed for this split: pack others")
-                if trial.ref.bins < min_bins:
-                    raise too_short(where, trial.ref.bins, min_bins)
-                refs.append(trial.ref)
-        return refs
+    def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
+        if (session, split) not in self.manifest.indices:
+            return None
+        packed = self._split(session, split)
+        check_size(packed)
+        for trial in packed.trials.values():
+            if labels_needed and trial.labels is None:
+                raise DataError(
+                    f"{packed.path} {trial.ref.key} has no labels; needed for this split: pack "
+                    "others"
+                )
+        return [trial.ref for trial in packed.trials.values()]
 
     def will_need(self, refs: Sequence[TrialRef]) -> None:
         """Ask the kernel to fetch trials from the disk, all at once and in the background."""
@@ -319,7 +296,7 @@ class _OpenFile:
     split: PackedSplit
     descriptor: int
     checked: set[str]
-    """Keys of the trials whose checksum was found right."""
+    """Keys of the trials whose checksum was verified."""
 
 
 _AGAIN = (
@@ -399,7 +376,7 @@ def _read_json(path: Path, crc32: int | None) -> dict[str, Any]:
 
 @contextmanager
 def _understood(path: Path) -> Iterator[None]:
-    """Turns what a table of another make raises into an error that names its file."""
+    """Raise what a table of another form causes as an error that names its file."""
     try:
         yield
     except DataError:

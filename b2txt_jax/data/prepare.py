@@ -1,10 +1,9 @@
 """Packs sessions once into files that training reads at random, several times faster than HDF5.
 
-Writes OUT/packed.json last; until then OUT is no data folder. OUT stands in for the HDF5 folder
-wherever data.root is used. Interrupted at any moment, the same command goes on: finished files are
-checked and kept. Length buckets are chosen from all trials and printed; data.buckets = () takes
-them. float16 and bfloat16 halve disk, reading and the transfer to the device; the training step
-computes in float32 either way.
+OUT/packed.json is written last. OUT can then be used as data.root instead of the HDF5 folder. After
+an interruption the same command continues: finished files are checked and kept. Length buckets are
+chosen from all trials and printed. data.buckets = () uses them. float16 and bfloat16 halve disk
+space, reading and the transfer to the device. The training step computes in float32 in every case.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ _LOCK = ".prepare.lock"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a call of `prepare` left in the folder."""
+    """Contents of the folder after a call of `prepare`."""
 
     sessions: int
     trials: int
     kept: int
-    """Files of an earlier call that were whole."""
+    """Whole files of an earlier call."""
     written: int
     """Files."""
     size: int
@@ -58,7 +57,7 @@ class Prepared:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `b2txt prepare`."""
+    """Add the options of `b2txt prepare`."""
     parser.add_argument("--root", type=Path, help="folder of HDF5 sessions (default: the config's)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument(
@@ -70,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
-        help="configuration file: its sessions, feature count, patch size and batches are used",
+        help="configuration: its sessions, feature count, patch size and batches are used",
     )
     parser.epilog = "Any key of the configuration, when one is given: --config.section.key=value."
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `b2txt prepare`."""
+    """Run `b2txt prepare`."""
     settings, root = PackSettings(dtype=args.dtype), args.root
     overrides = getattr(args, "overrides", [])
     if args.config is not None:
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 def prepare(
     root: Path | str, out: Path | str, settings: PackSettings, console: Console | None = None
 ) -> Prepared:
-    """Packs the HDF5 sessions in `root` into `out`, going on where an earlier call stopped.
+    """Pack the HDF5 sessions in `root` into `out`, continuing an earlier call that was interrupted.
 
     Raises:
       DataError: a trial cannot be used; `out` holds something else; the disk is full; another call
@@ -149,7 +148,7 @@ def prepare(
 def _sort_out(
     reader: Reader, out: Path, sessions: Sequence[str], settings: PackSettings, progress: Progress
 ) -> tuple[dict[tuple[str, str], PackedSplit], dict[tuple[str, str], list[TrialRef]]]:
-    """(session, split) -> what is packed already and whole; and the trials yet to be packed."""
+    """Return (session, split) -> whole packed split, and (session, split) -> trials to pack."""
     kept: dict[tuple[str, str], PackedSplit] = {}
     todo: dict[tuple[str, str], list[TrialRef]] = {}
     task = progress.add_task("listing files", total=len(sessions) * len(SPLITS))
@@ -170,7 +169,7 @@ def _sort_out(
 def _kept(
     out: Path, session: str, split: str, source: Path, settings: PackSettings, progress: Progress
 ) -> PackedSplit | None:
-    """A session's split as packed before, if it is of this source and whole."""
+    """Return a session's split as packed before, if it is of this source and whole."""
     if not source.is_file() or not index_path(out, session, split).is_file():
         return None
     try:
@@ -178,7 +177,7 @@ def _kept(
         if (packed.source, packed.feature_count) != (_source(source), settings.feature_count):
             return None
         if any(trial.ref.bins < settings.min_bins for trial in packed.trials.values()):
-            return None  # listing the source says which trial is too short
+            return None  # listing the source names the trial that is too short
         check_size(packed)
         _verify(packed)
     except DataError as error:
@@ -188,7 +187,7 @@ def _kept(
 
 
 def _verify(packed: PackedSplit) -> None:
-    """Raises DataError at the first trial that does not match its checksum."""
+    """Raise DataError at the first trial that does not match its checksum."""
     row = packed.feature_count * packed.dtype.itemsize
     with packed.path.open("rb") as file:
         for trial in packed.trials.values():
@@ -198,7 +197,7 @@ def _verify(packed: PackedSplit) -> None:
 
 
 def _check_out(out: Path, settings: PackSettings) -> None:
-    """Raises DataError when `out` holds something that must not be mixed with what is packed."""
+    """Raise DataError when `out` holds something that must not be mixed with the packed files."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; needed a folder: choose another --out")
     if any(out.glob("*/data_*.hdf5")):
@@ -237,7 +236,7 @@ def _source(path: Path) -> dict[str, Any]:
 
 
 def _copy_description(root: Path, out: Path) -> None:
-    """Copies the table that names the corpus of each block, where there is one."""
+    """Copy the table that names the corpus of each block, where there is one."""
     for folder in (root, root.resolve().parent):
         if (folder / FILE_NAME).is_file():
             with whole_file(out / FILE_NAME) as file:
@@ -247,7 +246,7 @@ def _copy_description(root: Path, out: Path) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keeps other calls out of the folder; a killed one leaves no lock behind."""
+    """Lock the folder for this call. The system releases the lock of a killed process."""
     with (out / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -82,6 +82,28 @@ class Reader(ABC):
         """
 
     @abstractmethod
+    def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
+        """List the trials of a session's split by number; None: it has no file of this split.
+
+        Raises:
+          DataError: a trial's shapes or attributes do not fit, or it has no labels where needed.
+        """
+
+    @abstractmethod
+    def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
+        """Read a trial's features into the first rows of `out` [at least its bins, D].
+
+        Args:
+          ref: from `find_trials` of this folder.
+          out: C-contiguous, of any float type.
+
+        Returns:
+          The checked trial. Its features are a view of `out`.
+
+        Raises:
+          DataError: the trial cannot be read, is damaged, or changed since it was listed.
+        """
+
     def find_trials(
         self,
         sessions: Sequence[str],
@@ -101,23 +123,20 @@ class Reader(ABC):
           labels_needed: whether a trial without labels is an error. By default in train only.
 
         Raises:
-          DataError: unknown session, or a trial whose shapes or attributes do not fit.
+          DataError: unknown session or split, or a trial whose shapes or attributes do not fit.
         """
-
-    @abstractmethod
-    def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
-        """Read a trial's features into the first rows of `out` [at least its bins, D].
-
-        Args:
-          ref: from `find_trials` of this folder.
-          out: C-contiguous, of any float type.
-
-        Returns:
-          The checked trial. Its features are a view of `out`.
-
-        Raises:
-          DataError: the trial cannot be read, is damaged, or changed since it was listed.
-        """
+        check_split(split)
+        needed = split == "train" if labels_needed is None else labels_needed
+        found: list[TrialRef] = []
+        for session in sessions:
+            refs = self._list(session, split, needed)
+            if refs is None and session not in self.sessions:
+                raise self._unknown(session)
+            found += refs or []
+        for ref in found:
+            if ref.bins < min_bins:
+                raise too_short(f"{ref.path} {ref.key}", ref.bins, min_bins)
+        return found
 
     def trials(
         self,
@@ -166,6 +185,15 @@ class Reader(ABC):
     def close(self) -> None:  # noqa: B027  a format without open files has nothing to do
         """Close the files. Reading opens them again."""
 
+    def _unknown(self, session: str) -> DataError:
+        names = self.sessions
+        near = difflib.get_close_matches(session, names, n=3, cutoff=0.3) or list(names[:3])
+        return DataError(
+            f"the session {session!r} has no data_train, data_val or data_test{self.suffix} in "
+            f"{self.root}; nearest of its {len(names)} sessions: {', '.join(near)}: correct "
+            "data.sessions"
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -207,15 +235,6 @@ def existing_folder(root: Path | str) -> Path:
             "(hdf5_data_final): correct data.root, or write sessions with `b2txt simulate`"
         )
     return root
-
-
-def unknown_session(root: Path, session: str, what: str, names: Sequence[str]) -> DataError:
-    """Return the error for a session that `root` does not have, with the nearest that it has."""
-    near = difflib.get_close_matches(session, names, n=3, cutoff=0.3) or list(names[:3])
-    return DataError(
-        f"the session {session!r} has no {what} in {root}; "
-        f"nearest of its {len(names)} sessions: {', '.join(near)}: correct data.sessions"
-    )
 
 
 def too_short(where: str, bins: int, min_bins: int) -> DataError:

@@ -305,7 +305,7 @@ def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
     """Check that a Redis server answers at `url`. Findings do not contain the password."""
     import redis
 
-    from lm_server.client.client import mask_password
+    from lm_server.client.connection import mask_password
 
     shown = mask_password(url)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -49,8 +49,7 @@ _BUCKETS = ((512, 64),)
 
 @dataclass(frozen=True)
 class TrialLogits:
-    """One trial's logits, float32 [frames, 41] in the RNN's class order, and what is known of
-    it."""
+    """One trial's logits, float32 [frames, 41] in the RNN's class order, with its labels."""
 
     ref: TrialRef
     logits: np.ndarray
@@ -64,7 +63,7 @@ class Run:
     """A trained run: its configuration and its best parameters."""
 
     config: Config
-    params: Params
+    params: Params = field(repr=False)
     step: int
     """Optimizer step of the parameters."""
 
@@ -73,7 +72,7 @@ class Run:
         """Names of the recording days that the run has an input layer for, in their order."""
         return self.config.data.sessions
 
-    @overload
+    @overload  # A str is an ArrayLike too, and the first signature that fits counts.
     def logits(
         self, trials: str, day: None = None, console: Console | None = None
     ) -> list[TrialLogits]: ...
@@ -88,7 +87,7 @@ class Run:
 
     @overload
     def logits(
-        self, trials: ArrayLike, day: str | None = None, console: Console | None = None
+        self, trials: np.ndarray | jax.Array, day: str | None = None, console: Console | None = None
     ) -> np.ndarray: ...
 
     def logits(
@@ -107,7 +106,7 @@ class Run:
             "train", "val" or "test": every trial of that split in `config.data.root`.
           day: the name of the recording day that the features are from, such as
             "t15.2023.08.13", one of `sessions`. With a list also one name per array. Optional where
-            the run has one day or all days share one input layer.
+            the run has one day.
           console: shows the progress of a split.
 
         Returns:
@@ -216,8 +215,7 @@ class Run:
 
     @property
     def _min_bins(self) -> int:
-        least: int = self.config.model.least_bins
-        return least
+        return self.config.model.least_bins
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
@@ -235,8 +233,8 @@ class Run:
 
     @functools.cached_property
     def _placed_params(self) -> Params:
-        places = placement(_abstract_params(self.config, self._mesh))
-        params: Params = jax.device_put(self.params, places)
+        state = abstract_state(self.config, len(self.sessions), self._mesh)
+        params: Params = jax.device_put(self.params, placement(state.params))
         return params
 
     def _of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
@@ -260,12 +258,8 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = ()) -> Run:
     """
     workdir = Path(workdir)
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
-    like = _abstract_params(config, make_mesh())
+    # Whole on every device of this mesh, however many devices trained them.
+    like = abstract_state(config, len(config.data.sessions), make_mesh()).params
     with other_libraries_quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
         params, best = checkpoints.restore_best(like)
     return Run(config, params, best.step)
-
-
-def _abstract_params(config: Config, mesh: Mesh) -> Params:
-    """Return the shapes of the parameters, each whole on every device, whatever trained them."""
-    return abstract_state(config, len(config.data.sessions), mesh).params

@@ -24,14 +24,13 @@ from lm_server.protocol import (
     REGISTRY,
     WARNING,
     ProtocolError,
-    decode_logits,
     owner_key,
     session_streams,
     state_key,
 )
 from lm_server.serving import scripts
 from lm_server.serving.key_types import registry_keys, session_keys, set_aside
-from lm_server.serving.session import Entry, Message, Reply, Session
+from lm_server.serving.session import Entry, Message, Reply, Session, logits_of
 
 BATCH = 16
 """Entries read from one stream at a time."""
@@ -117,13 +116,8 @@ class OwnedSession:
       lost: whether another process owns the session now.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        idle_seconds: float | None = None,
-        positions: Mapping[str, EntryId] | None = None,
-    ) -> None:
-        """Begin after `positions`; with `idle_seconds` None, never close the session as idle."""
+    def __init__(self, session: Session, idle_seconds: float | None = None) -> None:
+        """Begin at the start of all streams; `idle_seconds` None: never close it as idle."""
         self.session = session
         self.idle_seconds = idle_seconds
         names = session.streams
@@ -132,7 +126,7 @@ class OwnedSession:
             *(names.reset, names.update_params, names.hot_words),
             *(names.input, names.finalize),
         )
-        self.positions = dict.fromkeys(self.inputs, (0, 0)) | dict(positions or {})
+        self.positions: dict[str, EntryId] = dict.fromkeys(self.inputs, (0, 0))
         self.read: deque[Entry] = deque()
         self.work: Generator[None, None, None] | None = None
         self.unsent: deque[Unsent] = deque()
@@ -194,8 +188,8 @@ class OwnedSession:
                 done_with = [self._of_sentence.pop(0)]
         else:
             done_with = [(entry.stream, entry.name)]
-        sentence = {"first": self._first, "frames": self.session.frames}
-        state = {"sentence": json.dumps(sentence), "session": self.session.description()}
+        sentence = json.dumps({"first": self._first, "frames": self.session.frames})
+        state = {"sentence": sentence, "session": self.session.description()}
         self.unsent.append(Unsent(entry, reply, started, state, done_with))
 
     def replay(
@@ -210,8 +204,7 @@ class OwnedSession:
         self._first = first
         for id_, fields in entries:
             try:
-                logits = decode_logits(plain(fields).get("logits", b""))
-                yield from self.session.search_frames(logits)
+                yield from self.session.search_frames(logits_of(plain(fields)))
             except ProtocolError:
                 continue  # The first server refused it, too.
             self._of_sentence.append((self.session.streams.input, text(id_)))
@@ -291,14 +284,10 @@ class OwnedSessions:
             stream, entry_id = unsent.entry.stream, unsent.entry.name
             state, done_with = unsent.state, unsent.done_with
         arguments: list[Any] = [self.me, self.lease_ms, stream, entry_id]
-        arguments += [self.limits.state_seconds, _OUTPUT_ENTRIES, len(state)]
-        for pair in state.items():
-            arguments += pair
+        arguments += [self.limits.state_seconds, _OUTPUT_ENTRIES, len(state), *scripts.flat(state)]
         arguments.append(len(messages))
         for message in messages:
-            arguments += [message.stream, len(message.fields)]
-            for field in message.fields.items():
-                arguments += field
+            arguments += [message.stream, len(message.fields), *scripts.flat(message.fields)]
         for entry in done_with:
             arguments += entry
         if not self._answer(keys=owned.keys, args=arguments):
@@ -326,16 +315,15 @@ class OwnedSessions:
         self._owned.pop(name, None)
         _log.info("closed session %r%s", name, f": {reason}" if reason else "")
         if reason:
-            answer: dict[Any, Any] = {"action": "close", "session": name, "done": "1"}
+            answer: dict[Any, Any] = {"action": "close", "session": name, "done": 1}
             answer["reason"] = reason
             self._client.xadd(REGISTRY.answers, answer, maxlen=10_000, approximate=True)
 
     def renew(self) -> None:
         """Renew all leases; a session of which another process holds the lease is lost."""
         for owned in self:
-            arguments: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
-            if not self._renewal(keys=owned.keys, args=arguments):
-                owned.lost = True
+            lease: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
+            owned.lost = owned.lost or not self._renewal(keys=owned.keys, args=lease)
 
     def drop_lost(self) -> None:
         """Remove the sessions that another process owns now."""
@@ -363,13 +351,10 @@ class OwnedSessions:
         open_: Any = self._client.hgetall(REGISTRY.sessions)
         descriptions = {text(name): value for name, value in open_.items()}
         for name in [DEFAULT_SESSION, *descriptions]:
-            if name in self._owned:
+            if name in self._owned or self._client.exists(owner_key(name)):
                 self._absent.pop(name, None)
                 continue
             if name != DEFAULT_SESSION and self.full:
-                continue
-            if self._client.exists(owner_key(name)):
-                self._absent.pop(name, None)
                 continue
             since = self._absent.setdefault(name, now)
             if at_once or now - since >= self.limits.absent_seconds:

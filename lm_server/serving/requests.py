@@ -62,7 +62,7 @@ class SessionRequests:
             else:
                 self._close(name, entry)
         except (ProtocolError, UserError) as error:
-            self._refuse(entry, str(error))
+            self._answer_once(entry, _refusal(entry, str(error)))
         self._client.xtrim(REGISTRY.requests, maxlen=_KEPT_REQUESTS, approximate=True)
         # Moved after the work: what failed with Redis is read again, and done once all the same.
         self.position = entry.name
@@ -73,11 +73,11 @@ class SessionRequests:
         due = [entry for when, entry in self._later if when <= now]
         self._later = [one for one in self._later if one[0] > now]
         for entry in due:
-            self._refuse(
-                entry,
+            reason = (
                 f"all servers are full (this one serves {self._sessions.limits.sessions} "
-                "sessions): close a session, or start another server",
+                "sessions): close a session, or start another server"
             )
+            self._answer_once(entry, _refusal(entry, reason))
         (newest,), _ = newest_ids(self._client, [REGISTRY.requests])
         last, _, count = self.position.partition("-")
         if (0, 0) < newest < (int(last), int(count)):
@@ -106,9 +106,7 @@ class SessionRequests:
         description = OwnedSession(session, idle).description()
         arguments: list[Any] = [sessions.me, sessions.lease_ms, name, description]
         for answer in (done, _refusal(entry, reason)):
-            arguments.append(len(answer))
-            for pair in answer.items():
-                arguments += pair
+            arguments += [len(answer), *scripts.flat(answer)]
         if self._open_script(keys=keys, args=arguments) and name not in sessions:
             sessions.add(session, idle, session.warnings(before, entry))
             _log.info("opened session %r", name)
@@ -136,12 +134,9 @@ class SessionRequests:
             raise ProtocolError(f"idle_seconds is {asked:g}; needed above 0 and at most {most:g}")
         return asked
 
-    def _refuse(self, entry: Entry, reason: str) -> None:
-        self._answer_once(entry, _refusal(entry, reason))
-
     def _answer_once(self, entry: Entry, answer: Mapping[str, bytes]) -> None:
-        flat = [part for pair in answer.items() for part in pair]
-        self._once(keys=[_mark(entry), REGISTRY.answers], args=[self._sessions.me, *flat])
+        arguments = [self._sessions.me, *scripts.flat(answer)]
+        self._once(keys=[_mark(entry), REGISTRY.answers], args=arguments)
 
 
 def _answer(entry: Entry) -> dict[str, bytes]:

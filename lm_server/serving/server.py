@@ -189,7 +189,7 @@ class Server:
                 *(entry.name, entry.stream, self.meter.failures()),
             )
             reply = Reply([session.failed(entry, error)])
-        if reply.pending is not None:
+        if reply.pending is not None and not reply.done():
             reply.pending.on_done(self._wake_up)
         owned.handled(entry, reply, started)
         self._flush(owned)
@@ -206,7 +206,7 @@ class Server:
         self.sessions.warn(owned, entry, reason)
         return ""
 
-    def _wake_up(self, *_: object) -> None:
+    def _wake_up(self) -> None:
         """End the wait of `_read`; the rescoring thread calls this."""
         # Without Redis, the loop wakes by itself soon enough.
         with contextlib.suppress(*LOST):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lm_server.client.connection import EntryId
-from lm_server.rescoring.answer import Answer
+from lm_server.hypothesis import Answer
 from lm_server.processes import version
 from lm_server.protocol import (
     MAX_MESSAGE_FRAMES,
@@ -80,6 +80,20 @@ class Reply:
         if self.pending is not None:
             self._messages, self.pending = self._compose(self.pending.result()), None
         return self._messages
+
+
+def logits_of(fields: Mapping[str, bytes]) -> np.ndarray:
+    """Return the logits of an input entry or of a job, float32 [frames, 41].
+
+    Raises:
+      ProtocolError: there are none, or they cannot be used.
+    """
+    if "logits" not in fields:
+        raise ProtocolError(
+            f"the entry has the fields {sorted(fields)}; needed `logits`: float32 [frames, 41] as "
+            "raw bytes"
+        )
+    return decode_logits(fields["logits"])
 
 
 def slices(logits: np.ndarray) -> Iterator[np.ndarray]:
@@ -248,12 +262,8 @@ class Session:
 
     def refusal(self, reason: str, entry: Entry, severity: str = "error") -> Message:
         """Return an error message: instead of an answer, or a warning beside one."""
-        answer = {
-            "error": reason,
-            "stream": entry.stream,
-            "entry_id": entry.name,
-            "severity": severity,
-        }
+        answer = {"error": reason, "stream": entry.stream, "entry_id": entry.name}
+        answer["severity"] = severity
         sent = {name: value.encode() for name, value in answer.items()}
         return Message(self.streams.error, sent | request_id(entry.fields))
 
@@ -263,12 +273,7 @@ class Session:
         return [self.refusal(reason, entry, WARNING) for reason in reasons]
 
     def _step(self, entry: Entry) -> Generator[None, None, Message]:
-        if "logits" not in entry.fields:
-            raise ProtocolError(
-                f"the entry has the fields {sorted(entry.fields)}; needed `logits`: "
-                "float32 [frames, 41] as raw bytes"
-            )
-        words = yield from self.search_frames(decode_logits(entry.fields["logits"]))
+        words = yield from self.search_frames(logits_of(entry.fields))
         partial = {"lm_response_partial": " ".join(words).encode(), **request_id(entry.fields)}
         return Message(self.streams.partial, partial)
 
@@ -322,7 +327,7 @@ def final_fields(answer: Answer, context: str) -> dict[str, bytes]:
     """Return an answer as the fields of a final entry or of a job's result."""
     fields = {
         "lm_response_final": answer.sentence,
-        "scoring": encode_scoring(answer.scoring()),
+        "scoring": encode_scoring(answer.hypotheses),
         "context_str": context,
         "rescored": str(int(answer.rescored)),
         "word_confidences": json.dumps([round(one, 6) for one in answer.word_confidences]),

@@ -27,7 +27,6 @@ from lm_server.protocol import (
     REGISTRY,
     ProtocolError,
     batch_key,
-    decode_logits,
     request_id,
     results_stream,
 )
@@ -38,7 +37,7 @@ from lm_server.serving import scripts
 from lm_server.serving.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
 from lm_server.serving.parameters import changed_settings, idle_settings
-from lm_server.serving.session import final_fields, slices
+from lm_server.serving.session import final_fields, logits_of, slices
 from lm_server.serving.status import STUCK_SECONDS, Heartbeat, Meter, longest_finish, new_name
 from lm_server.settings import Settings
 
@@ -124,7 +123,6 @@ class Worker:
         self._hot_words = dict(hot_words)
         self._use(settings, self._hot_words)
         self._waiting: deque[_Job] = deque()
-        self._rescored = threading.Event()
         self._held: set[str] = set()
         self._claimed = 0.0
         self._grouped = False
@@ -244,24 +242,24 @@ class Worker:
                     "logits"
                 )
             job.result = self._search_job(job)
-        except (ProtocolError, UserError) as error:
-            job.result = {"error": str(error).encode()}
+        except UserError as error:
+            self._refuse(job, str(error))
         except Exception as error:
             # A fault of ours costs this job its answer, and not the other jobs their worker.
             _log.exception("failed on %s", job)
             self.meter.count(f"failed_{type(error).__name__}")
             self._use(self._settings, self._hot_words)
-            reason = f"the worker failed on it ({type(error).__name__}: {error}); see its log"
-            job.result = {"error": reason.encode()}
+            self._refuse(
+                job, f"the worker failed on it ({type(error).__name__}: {error}); see its log"
+            )
+
+    @staticmethod
+    def _refuse(job: _Job, reason: str) -> None:
+        job.result, job.warning = {"error": reason.encode()}, ""
 
     def _search_job(self, job: _Job) -> PendingAnswer:
         settings = self._settings_of(job)
-        if "logits" not in job.fields:
-            raise ProtocolError(
-                f"the job has the fields {sorted(job.fields)}; needed `logits`: "
-                "float32 [frames, 41] as raw bytes"
-            )
-        logits = decode_logits(job.fields["logits"])
+        logits = logits_of(job.fields)
         words = self._hot_words
         if "hot_words" in job.fields:
             words = parse_hot_words(job.fields["hot_words"])
@@ -272,9 +270,7 @@ class Worker:
             self._heartbeat.alive()
             self._search.step(part)
         self._heartbeat.alive(within=longest_finish(len(logits)))
-        pending = self._answering.submit(self._search.finish(), settings, job.of("context"))
-        pending.on_done(lambda *_: self._rescored.set())
-        return pending
+        return self._answering.submit(self._search.finish(), settings, job.of("context"))
 
     def _use(self, settings: Settings, hot_words: Mapping[str, HotWord]) -> None:
         self._search: Search = self._model.search(settings, hot_words)
@@ -334,8 +330,7 @@ class Worker:
                 pipeline.xdel(REGISTRY.jobs, job.id)
                 pipeline.execute()
             return
-        flat = [part for pair in result.items() for part in pair]
-        arguments: list[Any] = [REGISTRY.workers, job.id, name, JOB_SECONDS, *flat]
+        arguments: list[Any] = [REGISTRY.workers, job.id, name, JOB_SECONDS, *scripts.flat(result)]
         try:
             written = self._finish(keys=keys, args=arguments)
         except redis.exceptions.ResponseError as error:
@@ -369,11 +364,8 @@ class Worker:
         return False
 
     def _wait_for_rescoring(self) -> None:
-        """Wait for half a second, or until a rescoring is done."""
-        first = self._waiting[0].result if self._waiting else None
-        self._rescored.clear()
-        if isinstance(first, PendingAnswer) and not first.done():
-            self._rescored.wait(max(0.0, min(0.5, first.deadline - time.monotonic())))
+        if self._waiting and isinstance(self._waiting[0].result, PendingAnswer):
+            self._waiting[0].result.wait(0.5)
 
     def _describe(self) -> dict[str, str]:
         return {"held_jobs": str(len(self._held))}

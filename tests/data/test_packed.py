@@ -151,7 +151,7 @@ def test_another_format_and_other_features_are_refused(copy):
     names = open_folder(copy).sessions
     with pytest.raises(DataError, match=r"has 512 features per bin; needed 256"):
         open_folder(copy, 256)
-    with pytest.raises(DataError, match=r"'t15.2023.08.1' has no packed trials .* t15.2023.08.1"):
+    with pytest.raises(DataError, match=r"'t15.2023.08.1' has no data_train, .* t15.2023.08.1"):
         open_folder(copy).trials(["t15.2023.08.1"], "train")
     with pytest.raises(DataError, match=r"trial_0000: the trial has \d+ bins; the model needs 999"):
         open_folder(copy).trials(names, "train", min_bins=999)

@@ -6,7 +6,7 @@ import sys
 import time
 
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.simulate.corpus import language_model_text
+from b2txt_jax.simulation.corpus import language_model_text
 from lm_server.text_rules import normalise
 
 COMMAND = [sys.executable, "-m", "b2txt_jax.cli", "demo"]

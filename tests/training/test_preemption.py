@@ -28,7 +28,7 @@ def uninterrupted(tiny_overrides, tmp_path_factory):
     folders = {}
 
     def of_steps(steps, devices, processes):
-        asked = -(-steps // 50) * 50  # most often the first call's steps are enough for all
+        asked = -(-steps // 10) * 10  # few, and most often enough for the next call too
         key = (devices, processes, asked)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("uninterrupted")

@@ -25,7 +25,7 @@ from b2txt_jax.training.step import model_of
 # One group, so that one worker makes the run that the others are compared with.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("sharding")]
 
-STEPS = 20
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def overrides(tiny_overrides):
         "--config.data.eval_batch_size=8",
         f"--config.train.steps={STEPS}",
         "--config.train.log_every=1",
-        "--config.train.validate_every=10",
-        "--config.train.save_every=10",
+        f"--config.train.validate_every={STEPS // 2}",
+        f"--config.train.save_every={STEPS // 2}",
         "--config.optimizer.warmup_steps=2",
     ]
 

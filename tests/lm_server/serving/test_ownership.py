@@ -3,6 +3,7 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 import redis
 from small_model import say
@@ -10,11 +11,11 @@ from small_model import say
 from lm_server.errors import UserError
 from lm_server.protocol import REGISTRY, encode_logits, owner_key
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
-from lm_server.serving.ownership import OwnedSessions
+from lm_server.serving.ownership import Limits, OwnedSessions
 from lm_server.serving.server import Server
-from lm_server.serving.session import Entry, Session
+from lm_server.serving.session import STEP_FRAMES, Entry, Session
 from lm_server.settings import Settings
 
 
@@ -32,11 +33,11 @@ def client():
         yield connection
 
 
-def owning(client, me, model, settings=None, **options):
+def owning(client, me, model, settings=None, limits=None, **options):
     """A table that owns the default session, and that session; its replay is done."""
     client.delete(owner_key(""))
     table = OwnedSessions(
-        client, me, lambda name: Session(model, settings or Settings(), name, **options)
+        client, me, lambda name: Session(model, settings or Settings(), name, **options), limits
     )
     table.adopt(at_once=True)
     (owned,) = table
@@ -177,6 +178,36 @@ def test_what_cannot_be_restored_is_left_at_this_servers_settings(model, client,
     _, found = owning(client, "me", model, Settings(nbest=9))
     assert found.session.settings.nbest == 9
     assert "cannot be used here" in caplog.text
+
+
+def test_a_backlog_beyond_the_limit_is_dropped_and_its_client_gets_an_error(model, client):
+    table, owned = owning(client, "me", model, limits=Limits(backlog=5))
+    ids = [client.xadd("remote_lm_input", {"logits": encode_logits(say(["a"]))}) for _ in range(6)]
+    owned.take({"remote_lm_input": [Entry("remote_lm_input", (1, 0))]})
+    table.look_after()
+    assert not client.xlen("remote_lm_input")
+    assert not owned.ready
+    assert "{}-{}".format(*owned.positions["remote_lm_input"]) == ids[-1].decode()
+    ((_, error),) = client.xrange("remote_lm_error")
+    assert b"6 entries waited; at most 5 may" in error[b"error"]
+
+
+def test_a_long_search_delays_the_other_sessions_by_one_slice_a_round(model, client):
+    server = Server(client, lambda name: Session(model, Settings(), name))
+    client.xadd(REGISTRY.requests, {"action": "open", "session": "quick"})
+    server._round(stopping=False)
+    (greedy, quick) = server.sessions
+    client.xadd("remote_lm_input", {"logits": encode_logits(np.zeros((10_000, 41)))})
+    server._round(stopping=False)
+    client.xadd("remote_lm_input:quick", {"logits": encode_logits(say(["a", "cat"]))})
+    time.sleep(0.002)
+    client.xadd("remote_lm_finalize:quick", {"done": 0})
+    before = greedy.session.frames
+    for _ in range(2):
+        server._round(stopping=False)
+    assert client.xlen("remote_lm_output_final:quick") == 1
+    assert greedy.session.frames == before + 2 * STEP_FRAMES
+    assert not quick.busy
 
 
 def test_a_session_that_cannot_be_made_is_left_to_others_and_the_rest_is_served(

@@ -40,9 +40,9 @@ from b2txt_jax.data.description import (
     session_date,
     write_description,
 )
-from b2txt_jax.simulate import neural, speech
-from b2txt_jax.simulate.corpus import language_model_text
-from b2txt_jax.simulate.plan import (
+from b2txt_jax.simulation import neural, speech
+from b2txt_jax.simulation.corpus import language_model_text
+from b2txt_jax.simulation.plan import (
     SESSIONS,
     PlannedBlock,
     Sentence,
@@ -116,26 +116,13 @@ def modulation(difficulty: float) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `b2txt simulate`."""
-    texts = {
-        "sessions": "number of sessions, the first with train sentences only",
-        "train": "train sentences per session",
-        "val": "val sentences per session",
-        "test": "test sentences per session (written without labels)",
-        "seed": "of everything random",
-        "difficulty": "0 to 1: the phoneme error rate that can be reached goes from 3 %% to 30 %%",
-        "min_words": "fewest words of a sentence",
-        "max_words": "most words of a sentence",
-        "speaking_rate": "1 is about 65 words per minute",
-        "drift": "change from session to session; 0 is none, 1 the calibrated amount",
-        "bursts": "movement-like bursts that channels share; 0 is none, 1 is strong",
-    }
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    for field in dataclasses.fields(SimulationSettings):
+    for setting in dataclasses.fields(SimulationSettings):
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
-            default=field.default,
-            help=f"{texts[field.name]} (default {field.default})",
+            f"--{setting.name.replace('_', '-')}",
+            type=type(setting.default),
+            default=setting.default,
+            help=f"{setting.metadata['help']} (default {setting.default})".replace("%", "%%"),
         )
     parser.add_argument(
         "--force", action="store_true", help="replace sessions simulated with other settings"

@@ -42,5 +42,5 @@ def language_model_text() -> list[str]:
 
 
 def _read(name: str) -> list[str]:
-    resource = importlib.resources.files("b2txt_jax.simulate") / "corpus" / name
+    resource = importlib.resources.files("b2txt_jax.simulation") / "corpus" / name
     return lzma.decompress(resource.read_bytes()).decode().splitlines()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from b2txt_jax.simulate.speech import LATENT_COUNT, TUNED_COUNT, smooth
+from b2txt_jax.simulation.speech import LATENT_COUNT, TUNED_COUNT, smooth
 
 ELECTRODES = 64
 ARRAYS: tuple[str, ...] = ("ventral 6v", "area 4", "55b", "dorsal 6v")

@@ -17,10 +17,10 @@ from b2txt_jax.data.description import DataError, read_description
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import Trial, frames_needed
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID, sentence_to_ids
-from b2txt_jax.simulate import neural, speech
-from b2txt_jax.simulate.corpus import CORPORA, load_pool
-from b2txt_jax.simulate.plan import SESSIONS, SimulationSettings, plan_sessions
-from b2txt_jax.simulate.write import add_arguments, modulation, run, simulate
+from b2txt_jax.simulation import neural, speech
+from b2txt_jax.simulation.corpus import CORPORA, load_pool
+from b2txt_jax.simulation.plan import SESSIONS, SimulationSettings, plan_sessions
+from b2txt_jax.simulation.write import add_arguments, modulation, run, simulate
 from lm_server.text_rules import normalise
 
 SMALL = SimulationSettings(sessions=3, train=9, val=3, test=4, seed=5)

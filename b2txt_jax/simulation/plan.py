@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
 from b2txt_jax.data.description import DataError
 from b2txt_jax.phonemes import sentence_to_ids
-from b2txt_jax.simulate.corpus import CORPORA, Pool, load_pool
+from b2txt_jax.simulation.corpus import CORPORA, Pool, load_pool
 from lm_server.text_rules import normalise
 
 _DATES = """
@@ -28,55 +29,53 @@ SESSIONS: tuple[str, ...] = tuple(f"t15.{date}" for date in _DATES.split())
 _BLOCK_SENTENCES = 25
 
 
+def _setting(default: float, least: float, most: float, help: str) -> Any:
+    return field(default=default, metadata={"least": least, "most": most, "help": help})
+
+
 @dataclass(frozen=True)
 class SimulationSettings:
     """What to simulate. The files depend on these settings alone.
 
-    Attributes:
-      sessions: number of sessions, 2 to 45; the first has only train sentences.
-      train: train sentences per session.
-      val: val sentences per session.
-      test: test sentences per session, written without labels.
-      seed: of everything random; a session is the same however many sessions are asked for.
-      difficulty: 0 (about 3 % PER can be reached) to 1 (about 30 %).
-      min_words: fewest words of a sentence.
-      max_words: most words of a sentence.
-      speaking_rate: 1 is about 65 words per minute; 2 halves all durations.
-      drift: change from session to session, 1 is the calibrated amount, 0 is none.
-      bursts: strength of movement-like bursts that many channels share; 0 is none, 1 about 1.7
-        times the modulation by speech at difficulty 0.5 (rms).
+    A session is the same however many sessions are asked for.
+
+    Raises:
+      DataError: a setting is out of range.
     """
 
-    sessions: int = 6
-    train: int = 120
-    val: int = 30
-    test: int = 30
-    seed: int = 0
-    difficulty: float = 0.5
-    min_words: int = 3
-    max_words: int = 12
-    speaking_rate: float = 1.0
-    drift: float = 1.0
-    bursts: float = 0.0
+    sessions: int = _setting(6, 2, len(SESSIONS), "sessions; the first has train sentences only")
+    train: int = _setting(120, 1, 10_000, "train sentences per session")
+    val: int = _setting(30, 0, 10_000, "val sentences per session")
+    test: int = _setting(30, 0, 10_000, "test sentences per session (written without labels)")
+    seed: int = _setting(0, 0, 2**63 - 1, "of everything random")
+    difficulty: float = _setting(
+        0.5, 0, 1, "0 to 1: the phoneme error rate that can be reached goes from 3 % to 30 %"
+    )
+    min_words: int = _setting(3, 3, 12, "fewest words of a sentence")
+    max_words: int = _setting(12, 3, 12, "most words of a sentence")
+    speaking_rate: float = _setting(
+        1.0, 0.5, 3, "1 is about 65 words per minute; 2 halves all durations"
+    )
+    drift: float = _setting(
+        1.0, 0, 3, "change from session to session; 0 is none, 1 the calibrated amount"
+    )
+    bursts: float = _setting(
+        0.0,
+        0,
+        5,
+        "strength of movement-like bursts that channels share; 0 is none, 1 about 1.7 times the "
+        "modulation by speech at difficulty 0.5 (rms)",
+    )
 
     def __post_init__(self) -> None:
-        bounds = {
-            "sessions": (2, len(SESSIONS)),
-            "train": (1, 10_000),
-            "val": (0, 10_000),
-            "test": (0, 10_000),
-            "seed": (0, 2**63 - 1),
-            "difficulty": (0.0, 1.0),
-            "min_words": (3, 12),
-            "max_words": (self.min_words, 12),
-            "speaking_rate": (0.5, 3.0),
-            "drift": (0.0, 3.0),
-            "bursts": (0.0, 5.0),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise DataError(f"--{name.replace('_', '-')} is {value}; needed {low} to {high}")
+        for setting in fields(self):
+            value, least = getattr(self, setting.name), setting.metadata["least"]
+            if setting.name == "max_words":
+                least = self.min_words
+            if not least <= value <= setting.metadata["most"]:
+                option = f"--{setting.name.replace('_', '-')}"
+                most = setting.metadata["most"]
+                raise DataError(f"{option} is {value}; needed {least} to {most}")
 
 
 @dataclass(frozen=True)

@@ -1,53 +1,54 @@
-"""How good, fast and small are the searches with the whole CMU dictionary and a 3-gram model?
+"""How accurate, fast and small are the searches with the whole CMU dictionary and a 3-gram model?
 
     python benchmarks/decoder.py [--backends flashlight pyctcdecode] [--graph DIR] [--quick]
 
-Builds the model once (kept in the work folder), simulates logits (`simulated_logits`) at stated
-phoneme error rates of greedy decoding and shares of left-out silences, tunes acoustic_scale and
-blank_penalty of every search alike on development sentences (all tasks together), and decodes other
-sentences in a fresh process on one core. Printed per search and task: WER, WER of the best
-candidate in the n-best list (oracle), share of sentences right, seconds of CPU time per sentence
-(and of wall time, worst), peak memory and loading time; and the ratio to what was measured of the
-published decoder, built and tuned, on such a task: same dictionary, other text (perplexity 329), so
-that its WER is no strict comparison.
+Builds the model once (kept in the work folder). Simulates logits (`simulated_logits`) at given
+phoneme error rates of greedy decoding and shares of left-out silences. Tunes acoustic_scale and
+blank_penalty of every search alike on development sentences, over all tasks together. Decodes other
+sentences in a fresh process on one core. Prints per search and task: WER, WER of the best
+hypothesis in the n-best list (oracle), share of sentences right, seconds of CPU time per sentence
+(and the worst wall time), peak memory and loading time. Also prints the ratios to figures of the
+published decoder, built and tuned, on a similar task. That task has the same dictionary but another
+text (perplexity 329), so its WER is no strict comparison.
 
-The search wfst runs where --graph names a folder with TLG.fst and words.txt. Searches that need
-more than 0.2 s per sentence are given the first --slow sentences only.
+The search wfst needs --graph, a folder with TLG.fst and words.txt. Searches slower than 0.2 s per
+sentence decode the first --slow sentences only.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
-import multiprocessing
-import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
 from pathlib import Path
 
 import numpy as np
+from decoding import (
+    Words,
+    decode,
+    in_fresh_process,
+    memory,
+    model_folder,
+    parser_of,
+    save,
+    simulated,
+)
 from rapidfuzz.distance import Levenshtein
-from simulated_logits import CORPUS, held_out, label, simulate_at
 
-from lm_server.lexicon.pronunciations import read_lexicon
-from lm_server.lm import build as build_lm
-from lm_server.search.interface import BACKENDS
-from lm_server.settings import Settings, default_settings
-
-__all__ = ["held_out", "label", "simulate_at"]
+from lm_server.lm.reader import DESCRIPTION
+from lm_server.search.load import BACKENDS, default_settings
+from lm_server.settings import Settings
 
 PUBLISHED = {0.14: (0.067, 0.046), 0.19: (0.083, 0.084)}
 """WER and seconds per sentence of the published decoder, tuned, at greedy PER 14 and 19 %."""
 PUBLISHED_MEGABYTES = 851
 _GRID = {"acoustic_scale": (0.8, 1.0, 1.2, 1.5, 1.8), "blank_penalty": (2.0, 4.0, 8.0, 16.0)}
-"""What every search is tuned over."""
+"""Grid over which every search is tuned."""
 _DEMANDING = {"silence_penalty": 1000.0, "max_classes": 41}
-"""Settings under which every silence must be in the logits."""
+"""Settings that require every silence in the logits."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,17 @@ class Task:
 
     per: float
     dropped: float
-    truth: tuple[tuple[str, ...], ...]
-    logits: tuple[np.ndarray, ...]
-    reached: float
+    truth: Sequence[Words]
+    logits: Sequence[np.ndarray]
 
     def first(self, count: int) -> Task:
-        """The same with fewer sentences."""
+        """Return the task with fewer sentences."""
         return dataclasses.replace(self, truth=self.truth[:count], logits=self.logits[:count])
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a search did on a task; times in seconds."""
+    """Figures of a search on a task. Times are in seconds."""
 
     search: str
     per: float
@@ -83,44 +83,32 @@ class Row:
     settings: dict[str, float]
 
 
-def wer(
-    truth: Sequence[tuple[str, ...]], found: Sequence[Sequence[tuple[str, ...]]], oracle: bool
-) -> float:
-    """Word errors over words; of the best candidate, or of the one nearest to the truth."""
+def wer(truth: Sequence[Words], found: Sequence[Sequence[Words]], oracle: bool) -> float:
+    """Return the word error rate of the best hypothesis, or of the one nearest to the truth."""
     errors = 0
-    for words, candidates in zip(truth, found, strict=True):
-        chosen = (candidates if oracle else candidates[:1]) or [()]
-        errors += min(Levenshtein.distance(words, candidate) for candidate in chosen)
+    for words, hypotheses in zip(truth, found, strict=True):
+        chosen = (hypotheses if oracle else hypotheses[:1]) or [()]
+        errors += min(Levenshtein.distance(words, one) for one in chosen)
     return errors / sum(map(len, truth))
 
 
 def make_tasks(
     pool: str, count: int, pers: Sequence[float], drops: Sequence[float], seed: int
 ) -> list[Task]:
-    """The tasks of one pool of sentences (`val`, `test`: they share none)."""
-    known = read_lexicon("cmudict").entries
-    truth = held_out(count, seed, pool)
-    tasks = []
-    for per, dropped in itertools.product(pers, drops):
-        rng = np.random.default_rng(seed)
-        labels = [label(words, known, dropped, rng) for words in truth]
-        logits, reached = simulate_at(labels, per, seed)
-        tasks.append(Task(per, dropped, tuple(truth), tuple(logits), reached))
-    return tasks
+    """Make the tasks of one pool of sentences."""
+    return [
+        Task(per, dropped, *simulated(pool, count, per, seed, dropped)[:2])
+        for per, dropped in itertools.product(pers, drops)
+    ]
 
 
 def measure(
-    name: str,
-    folder: Path,
-    dev: list[Task],
-    tests: list[Task],
-    slow: int,
-    answers: Queue[Row | None],
-) -> None:
-    """Runs in a fresh process: tunes one search, decodes every task, sends a row for each."""
+    name: str, folder: Path, dev: list[Task], tests: list[Task], slow: int
+) -> Iterator[Row]:
+    """Tune one search, decode every task and yield a row for each. Runs in a fresh process."""
     backend = name.split(" ")[0]
     started = time.process_time()
-    from lm_server.search.interface import load_model
+    from lm_server.search.load import load_model
 
     model = load_model(folder, backend)
     loading = time.process_time() - started
@@ -128,15 +116,13 @@ def measure(
     if "demanding" in name:
         base = dataclasses.replace(base, **_DEMANDING)  # type: ignore[arg-type]
 
-    def run(task: Task, settings: Settings) -> tuple[list[list[tuple[str, ...]]], float, float]:
-        search = model.search(settings)
+    def run(task: Task, settings: Settings) -> tuple[list[list[Words]], float, float]:
         found, worst, began = [], 0.0, time.process_time()
-        for logits in task.logits:
-            at = time.perf_counter()
-            search.begin()
-            search.step(logits)
-            found.append([one.words for one in search.finish()])
+        at = time.perf_counter()
+        for hypotheses in decode(model, settings, task.logits):
             worst = max(worst, time.perf_counter() - at)
+            found.append([one.words for one in hypotheses])
+            at = time.perf_counter()
         return found, (time.process_time() - began) / len(task.logits), worst
 
     *_, seconds, _ = run(dev[0].first(3), base)
@@ -153,31 +139,17 @@ def measure(
     for task in tests:
         found, seconds, worst = run(task, tuned)
         right = [c[:1] == [w] for w, c in zip(task.truth, found, strict=True)]
-        # Not getrusage's ru_maxrss: a child inherits there what its parent had used.
-        status = Path("/proc/self/status").read_text()
-        row = Row(
+        yield Row(
             *(name, task.per, task.dropped, len(task.truth)),
             *(wer(task.truth, found, False), wer(task.truth, found, True)),
             *(sum(right) / len(right), seconds, worst),
-            int(status.split("VmHWM:")[1].split()[0]) / 1024,
-            *(loading, chosen),
+            *(memory("VmHWM") / (1 << 20), loading),
+            chosen,
         )
-        answers.put(row)
-    answers.put(None)
-
-
-def next_row(child: BaseProcess, answers: Queue[Row | None]) -> Row | None:
-    """The next row of a process, or None at its end; ends the program where it has failed."""
-    while True:
-        try:
-            return answers.get(timeout=1.0)
-        except queue.Empty:
-            if child.exitcode is not None and answers.empty():
-                raise SystemExit(f"the measuring process ended with {child.exitcode}") from None
 
 
 def show(row: Row) -> str:
-    """A row as a line, with the ratios to the published decoder where it was measured alike."""
+    """Format a row, with the ratios to the published decoder if it was measured alike."""
     line = (
         f"  greedy PER {row.per:.0%}, {row.dropped:.0%} of silences left out: "
         f"WER {row.wer:.1%}, oracle {row.oracle:.1%}, right {row.right:.0%}, "
@@ -193,10 +165,8 @@ def show(row: Row) -> str:
 
 
 def main() -> None:
-    """Builds, simulates, tunes, decodes, prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Build, simulate, tune, decode and print."""
+    parser = parser_of(__doc__)
     option = parser.add_argument
     option("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="which searches")
     option("--quick", action="store_true", help="few sentences, one error rate")
@@ -205,18 +175,13 @@ def main() -> None:
     option("--slow", type=int, default=24, help="test sentences of slow searches (default 24)")
     option("--per", type=float, nargs="+", default=[0.14, 0.19], help="greedy error rates")
     option("--dropped", type=float, nargs="+", default=[0.0, 0.08, 0.2], help="silences left out")
-    option("--lm", type=Path, help="a model folder instead of the one built here")
     option("--graph", type=Path, help="folder with TLG.fst and words.txt, for the search wfst")
     option("--order", type=int, default=3, help="order of the n-gram model (default 3)")
-    option("--workdir", type=Path, default=Path("runs/benchmarks"), help="where the model is kept")
-    option("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.quick:
         args.sentences, args.dev, args.slow, args.per = 24, 12, 4, args.per[:1]
-    folder = args.lm or args.workdir / f"lm{args.order}"
-    if not (folder / build_lm.DESCRIPTION).is_file():
-        build_lm.build([CORPUS / "language_model.txt.xz"], args.order, "cmudict", folder)
-    about = json.loads((folder / build_lm.DESCRIPTION).read_text())
+    folder = model_folder(args, args.order)
+    about = json.loads((folder / DESCRIPTION).read_text())
     print(f"{about['words']} words, order {about['order']}, perplexity {about['perplexity']:.0f}")
     dev = make_tasks("val", args.dev, args.per, args.dropped, args.seed)
     tests = make_tasks("test", args.sentences, args.per, args.dropped, args.seed)
@@ -229,25 +194,16 @@ def main() -> None:
     if "flashlight" in names:
         names.insert(names.index("flashlight") + 1, "flashlight demanding every silence")
     for name in names:
-        context = multiprocessing.get_context("spawn")
-        answers = context.Queue()
         place = args.graph if name == "wfst" else folder
-        child = context.Process(target=measure, args=(name, place, dev, tests, args.slow, answers))
-        child.start()
-        mine: list[Row] = []
-        while (row := next_row(child, answers)) is not None:
-            if not mine:
+        for row in in_fresh_process(measure, name, place, dev, tests, args.slow):
+            if not rows or rows[-1].search != name:
                 print(
                     f"{name}: tuned to {row.settings}, {row.sentences} sentences, "
                     f"loaded in {row.loading:.1f} s"
                 )
-            mine.append(row)
+            rows.append(row)
             print(show(row), flush=True)
-        child.join()
-        rows += mine
-    out = args.workdir / "decoder.json"
-    out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
-    print(f"written to {out}")
+    print(f"written to {save(args, 'decoder.json', [dataclasses.asdict(row) for row in rows])}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What do the differences from NEJM change? Measures those that simulated sessions can show.
+"""What do the differences from NEJM change? Measures those that are visible in simulated sessions.
 
-Trains, for each seed, as this package does (own_SEED) and with noise in the padding as NEJM has it
+Trains, for each seed, as this package does (own_SEED) and with noise in the padding as in NEJM
 (noise_SEED), and prints
 
 - padding: loss and logits of validation trials by how far they are padded; PER of both trainings,
@@ -10,7 +10,7 @@ Trains, for each seed, as this package does (own_SEED) and with noise in the pad
 - steps whose loss or gradient was not finite, and the PER's spread over seeds.
 
 Usage: python benchmarks/differences.py
-Runs that are there already are kept. About 6 minutes per run and core, and 1 per seed for the rest.
+Existing runs are kept. About 6 minutes per run and core, and 1 per seed for the rest.
 """
 
 import argparse
@@ -33,11 +33,10 @@ from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import TrialRef, frames_needed
 from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.metrics import error_rate, greedy_decode, total
-from b2txt_jax.model.patches import frame_count
 from b2txt_jax.signal.augment import augment, time_mask
 from b2txt_jax.training import step as step_module
 from b2txt_jax.training.loop import train
-from b2txt_jax.training.step import make_eval_step, step_keys
+from b2txt_jax.training.step import make_eval_step, model_of, step_keys
 from b2txt_jax.training.validation import validate
 
 PADDINGS = (1, 2, 4, 8, 160)
@@ -49,25 +48,25 @@ EVAL_BATCH_SIZES = (16, 64)
 def augment_like_nejm(
     key: jax.Array, features: jax.Array, bins: jax.Array, signal: SignalConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """As `augment`, with the same draws, but what follows a trial in its batch is noise too."""
+    """Augment with the same draws as `augment`, but add noise to the padding too."""
     length = features.shape[1]
     noisy, kept = augment(key, features, jnp.full_like(bins, length), signal)
     bins = jnp.maximum(bins - (length - kept), 0)
-    # NEJM pads to the longest trial of a batch, not to a bucket: behind that one there is no noise.
+    # NEJM: batches are padded to their longest trial, not to a bucket. No noise follows that trial.
     longest = jnp.full_like(bins, bins.max())
     return jnp.where(time_mask(longest, length), noisy, 0), bins
 
 
 def train_run(config: Config, workdir: Path, like_nejm: bool) -> None:
-    """`b2txt train`, which goes on or does nothing where a run is there already."""
+    """Train, which continues an existing run or does nothing if it is complete."""
     if like_nejm:
-        assert step_module.augment is augment  # or replacing it would change nothing
+        assert step_module.augment is augment  # otherwise replacing it has no effect
         step_module.augment = augment_like_nejm
     train(config, workdir, Console(quiet=True))
 
 
 def train_all(config_file: Path, root: Path, out: Path, seeds: Sequence[int]) -> None:
-    """Trains what is missing, each run in a process of its own: one of them changes the step."""
+    """Train the missing runs, each in its own process: one kind replaces part of the step."""
     context = multiprocessing.get_context("spawn")
     for seed in seeds:
         overrides = [f"--config.data.root={root}", f"--config.train.seed={seed}"]
@@ -91,7 +90,7 @@ def best_per(workdir: Path) -> float:
 
 def evaluation_data(config: Config) -> EvaluationData:
     data = config.data
-    return EvaluationData(data, data.sessions, "val", config.model.patch_size, labels=True)
+    return EvaluationData(data, data.sessions, "val", config.model.least_bins, labels=True)
 
 
 def eval_step_of(config: Config) -> Any:
@@ -99,7 +98,7 @@ def eval_step_of(config: Config) -> Any:
 
 
 def print_padding(model: Run, seed: int) -> None:
-    """Effect of the noise that follows a trial; the noise within the trial is always the same."""
+    """Print the effect of noise after a trial. The noise within the trial stays the same."""
     signal = dataclasses.replace(model.config.signal, random_cut=0)
     step = eval_step_of(model.config)
     add_noise = jax.jit(lambda key, x, bins: augment(key, x, bins, signal)[0])
@@ -149,9 +148,10 @@ def print_alignment(config: Config, seeds: Sequence[int]) -> None:
     refs = reader.trials(config.data.sessions, "train")
     needed = {ref: frames_needed(reader.read(ref).labels) for ref in refs}  # type: ignore[arg-type]
 
+    model = model_of(config, len(config.data.sessions))
+
     def spare(ref: TrialRef, cut: int) -> int:
-        frames = frame_count(ref.bins - cut, config.model.patch_size, config.model.patch_stride)
-        return int(frames) - needed[ref]
+        return model.frames(ref.bins - cut) - needed[ref]
 
     largest_cut = max(config.signal.random_cut - 1, 0)
     tightest = min(refs, key=lambda ref: spare(ref, 0))
@@ -200,7 +200,7 @@ def print_validation_loss(model: Run, seed: int) -> None:
 
 
 def print_finite(runs: Sequence[Path]) -> None:
-    # A logged value is a mean over steps: finite only if each of them was.
+    # A logged value is a mean over steps. It is finite only if every step was.
     found = [(run, entry) for run in runs for entry in metrics_of(run, "train")]
     bad = sum(not np.isfinite([e["loss"], e["gradient_norm"]]).all() for _, e in found)
     infeasible = sum(entry["infeasible"] for _, entry in found)

@@ -1,12 +1,12 @@
-"""Is the simulated drift worth calibrating for? Trains with day layers and with a shared one.
+"""Does the simulated drift need calibration? Trains with day layers and with a shared one.
 
 Prints, for each training seed,
 
 - the PER of days decoded with their own day layer and with each other day's,
-- the PER with one input layer shared by all days, at the same number of steps.
+- the PER with one input layer shared by all days, after the same number of steps.
 
 Usage: python benchmarks/drift.py --data runs/demo/data --out runs/drift
-Runs that are there already are kept. About 7 minutes per run and core.
+Existing runs are kept. About 7 minutes per run and core.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from b2txt_jax.training.step import make_eval_step
 
 
 def train(config: Path, root: Path, workdir: Path, seed: int, day_layer: bool) -> None:
-    """Runs `b2txt train`, which goes on or does nothing where a run is there already."""
+    """Run `b2txt train`, which continues an existing run or does nothing if it is complete."""
     command = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", str(config)]
     command += ["--workdir", str(workdir), f"--config.data.root={root}"]
     command += [f"--config.train.seed={seed}", f"--config.model.day_layer={day_layer}"]
@@ -33,11 +33,10 @@ def train(config: Path, root: Path, workdir: Path, seed: int, day_layer: bool) -
 
 
 def per_by_layer(model: Run) -> np.ndarray:
-    """Errors and lengths, int [days, layers, 2]: each day's trials through each layer."""
+    """Return errors and lengths, int [days, layers, 2], of each day's trials with each layer."""
     sessions = model.config.data.sessions
-    data = EvaluationData(
-        model.config.data, sessions, "val", model.config.model.patch_size, labels=True
-    )
+    least = model.config.model.least_bins
+    data = EvaluationData(model.config.data, sessions, "val", least, labels=True)
     step = jax.jit(make_eval_step(model.config, len(sessions)))
     counts = np.zeros((len(sessions), len(sessions), 2), int)
     for _, trials, batch in data.batches():

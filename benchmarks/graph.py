@@ -1,10 +1,10 @@
-"""Builds a model folder and, of the same words and n-grams, a graph as published ones are.
+"""Builds a model folder and, from the same words and n-grams, a graph like the published ones.
 
     python benchmarks/graph.py --out DIR
     python benchmarks/decoder.py --lm DIR/lm --graph DIR
 
-The graph, TLG.fst and words.txt, is for the search wfst; like the other searches it demands a
-silence after every word but the last. Takes gigabytes of memory and minutes, as published ones do.
+The graph, TLG.fst and words.txt, is for the search wfst. Like the published graphs, it requires a
+silence after every word but the last, and needs minutes and gigabytes of memory to build.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import kaldifst
-from simulated_logits import CORPUS
+from decoding import TEXT
 
-from lm_server.lm import build as build_lm
+from lm_server.lm.build import Options, build
 from lm_server.lm.sorted_ngrams import SortedModel
 from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE
 
 _LABEL = {name: index + 1 for index, name in enumerate(LM_CLASSES)}
 _BACKOFF = CLASS_COUNT + 1
-"""Input label of the lexicon's #0; #1 and so on, which tell homophones apart, follow."""
+"""Input label of the lexicon's #0. Those of #1 and so on, which distinguish homophones, follow."""
 
 
 def grammar(model: SortedModel, numbers: dict[str, int]) -> kaldifst.StdVectorFst:
-    """The n-grams as an acceptor of words: a state per n-gram below the top; a back-off reads #0.
+    """Convert the n-grams to an acceptor of words, with one state per n-gram below the top order.
 
-    Words that the model lacks have the score of its unknown word.
+    A back-off reads #0. Words that the model lacks have the score of its unknown word.
     """
     ids = {word: index for index, word in enumerate(model.words)}
     top = len(model.orders)
@@ -79,14 +79,14 @@ def grammar(model: SortedModel, numbers: dict[str, int]) -> kaldifst.StdVectorFs
     for name, number in numbers.items():
         if name not in ids and name != "#0":
             arcs.append(f"0 0 {number} {number} {unseen:.5f}")
-    # The first line's state is where it begins.
+    # The state of the first line is the start state.
     start = next(index for index, arc in enumerate(arcs) if arc.startswith(f"{first} "))
     arcs[0], arcs[start] = arcs[start], arcs[0]
     return kaldifst.compile("\n".join([*arcs, *finals]) + "\n")
 
 
 def lexicon(path: Path, numbers: dict[str, int]) -> tuple[kaldifst.StdVectorFst, int]:
-    """Phonemes -> words, a silence after each but the last; and how many #1, #2... it needs."""
+    """Return a transducer from phonemes and silences to words, and its number of #1, #2 ..."""
     lines = [f"0 0 {_LABEL[SILENCE]} 0", f"0 0 {_BACKOFF} {numbers['#0']}", "0"]
     alike: Counter[str] = Counter()
     free, most = 1, 0
@@ -104,7 +104,7 @@ def lexicon(path: Path, numbers: dict[str, int]) -> tuple[kaldifst.StdVectorFst,
 
 
 def tokens(disambiguators: int) -> kaldifst.StdVectorFst:
-    """CTC: classes of frames -> phonemes; #0, #1... are read from nothing."""
+    """Return CTC's transducer from classes of frames to phonemes. #0, #1 ... read nothing."""
     labels = range(2, CLASS_COUNT + 1)
     lines = ["0 0 1 0"]
     lines += [f"0 0 0 {_BACKOFF + number}" for number in range(disambiguators + 1)]
@@ -116,7 +116,7 @@ def tokens(disambiguators: int) -> kaldifst.StdVectorFst:
 
 
 def main() -> None:
-    """Builds the graph, telling the time of each part."""
+    """Build the graph and print the time of each part."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,22 +126,13 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
 
-    def tell(what: str, graph: kaldifst.StdVectorFst) -> None:
+    def report(what: str, graph: kaldifst.StdVectorFst) -> None:
         seconds = time.perf_counter() - started
         print(f"{seconds:6.0f} s: {what}, {graph.num_states} states", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    models: list[SortedModel] = []
-    write_trie = build_lm.write_trie
-
-    def keep(path: Path, model: SortedModel, *rest: object) -> None:
-        models.append(model)
-        write_trie(path, model, *rest)  # type: ignore[arg-type]
-
-    build_lm.write_trie = keep  # type: ignore[assignment]
-    folder, corpus = args.out / "lm", CORPUS / "language_model.txt.xz"
-    options = build_lm.Options(ngrams=args.ngrams)
-    build_lm.build([corpus], args.order, "cmudict", folder, options=options)
+    folder, options = args.out / "lm", Options(ngrams=args.ngrams)
+    model = build([TEXT], args.order, "cmudict", folder, options=options)
     numbers: dict[str, int] = defaultdict(lambda: len(numbers) + 1)
     for line in (folder / "lexicon.txt").open(encoding="utf-8"):
         _ = numbers[line.partition(" ")[0]]
@@ -149,21 +140,21 @@ def main() -> None:
     names = ["<eps> 0", *(f"{word} {number}" for word, number in numbers.items())]
     (args.out / "words.txt").write_text("\n".join(names) + "\n")
     numbers = dict(numbers)
-    words_graph = grammar(models[0], numbers)
+    words_graph = grammar(model, numbers)
     kaldifst.arcsort(words_graph, "ilabel")
-    tell("n-grams", words_graph)
+    report("n-grams", words_graph)
     said, most = lexicon(folder / "lexicon.txt", numbers)
     kaldifst.arcsort(said, "olabel")
     both = kaldifst.compose(said, words_graph)
     del said, words_graph
-    tell("with lexicon", both)
+    report("with lexicon", both)
     kaldifst.determinize_star(both, use_log=True)
-    tell("determinised", both)
+    report("determinised", both)
     kaldifst.arcsort(both, "ilabel")
     classes = tokens(most)
     kaldifst.arcsort(classes, "olabel")
     graph = kaldifst.compose(classes, both)
-    tell("with CTC", graph)
+    report("with CTC", graph)
     if not graph.write(str(args.out / "TLG.fst")):
         raise SystemExit(f"cannot write {args.out}/TLG.fst")
     print(f"{(args.out / 'TLG.fst').stat().st_size / 1e6:.0f} MB", flush=True)

@@ -1,19 +1,19 @@
-"""How many batches per second does the input give, from a set that does not fit the page cache?
+"""How many batches per second does the input deliver, from data larger than the page cache?
 
     python benchmarks/input.py [--gigabytes 8] [--cache 2] [--batches 60] [--workdir runs/input]
 
-Writes simulated sessions with lengths like those of the published set (T15) straight in packed
-form, and a part of them as HDF5; reads batches of 64 trials (4 days of 16) as `b2txt train` does,
-each format in a fresh process on 2 cores; and deletes them. The process gets --cache GB of memory
-in all, page cache included, by a memory control group where there is the right to make one, so
-that most trials come from the disk. Without it the files' cache is dropped once, at the start.
+Writes simulated sessions with lengths like those of the published data (T15) in packed form, and a
+part of them as HDF5. Reads batches of 64 trials (4 days of 16) like `b2txt train`, each format in a
+fresh process on 2 cores. Deletes the data. A memory control group, if it can be made, limits the
+process to --cache GB including the page cache, so that most trials come from the disk. Without it
+the files' cache is dropped once, at the start.
 
-Printed per format: batches per second; CPU time per batch (two free cores give 2000 ms per second:
-on a busy machine this says more than the rate); GB/s of trials, padding not counted; the largest
-resident memory of the process, and what of it is anonymous; the limit. `cached` reads few enough
-trials to stay in the page cache: that is what the loader can do without the disk.
+Prints per format: batches per second, CPU time per batch (more meaningful than the rate on a busy
+machine), GB/s of trials without padding, the peak resident memory of the process and its anonymous
+part, and the limit. `cached` reads few enough trials to stay in the page cache, which shows the
+speed of the loader without the disk.
 
-Seen on 2 cores of a cloud Xeon with a disk of 1.0 GB/s, sets of 8 GB (HDF5: 3 GB), limit 2 GB, in
+Measured on 2 cores of a cloud Xeon with a disk of 1.0 GB/s, 8 GB (HDF5: 3 GB), limit 2 GB, in
 batches per second from disk / cached, and ms of CPU per batch from disk: float16 20.2 / 34.9, 64;
 bfloat16 19.0 / 28.8, 71; float32 10.1 / 20.6, 112 (the disk is the limit); HDF5 3.5 / 5.4, 232.
 Resident 0.7 GB (16 bits) to 1.4 GB (float32), mostly the six batches read ahead.
@@ -46,18 +46,18 @@ from b2txt_jax.data.trial import Trial, TrialRef
 FEATURES = 512
 SESSIONS = 45
 _GROUPS = Path("/sys/fs/cgroup/memory")
-"""Of version 1; with version 2, `systemd-run --scope -p MemoryMax=2G` around a call does it."""
+"""Control groups of version 1. With version 2 use `systemd-run --scope -p MemoryMax=2G`."""
 
 
 def lengths(trials: int, day: int) -> np.ndarray:
-    """Bins of a day's trials: about 100 to 2,500, 800 on average, days differing."""
+    """Draw the bins of a day's trials: 100 to 2,500, about 800 on average, different per day."""
     random = np.random.default_rng([1, day])
     drawn = np.exp(random.normal(np.log(random.uniform(600, 900)), 0.4, trials))
     return np.clip(drawn, 100, 2500).astype(int)
 
 
 def trials_of(session: str, day: int, count: int) -> Iterator[Trial]:
-    """Trials of noise with labels that fit."""
+    """Yield trials of noise with labels of a fitting length."""
     random = np.random.default_rng([2, day])
     noise = random.standard_normal((5000, FEATURES), dtype=np.float32)
     for number, bins in enumerate(lengths(count, day)):
@@ -69,7 +69,7 @@ def trials_of(session: str, day: int, count: int) -> Iterator[Trial]:
 
 
 def write(folder: Path, kind: str, gigabytes: float) -> None:
-    """Sessions of about so many GB, packed as `kind` or as HDF5."""
+    """Write sessions of about this size, packed as `kind` or as HDF5."""
     itemsize = 4 if kind == "hdf5" else DTYPES[kind].itemsize
     bins = gigabytes * 1e9 / (FEATURES * itemsize)
     per_day = max(16, round(bins / SESSIONS / 810))
@@ -97,7 +97,7 @@ def write(folder: Path, kind: str, gigabytes: float) -> None:
 
 
 def drop_cache(folder: Path) -> None:
-    """Asks the kernel to forget the files' pages."""
+    """Ask the kernel to drop the files' pages."""
     for path in folder.rglob("data_*"):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -105,7 +105,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def measure(folder: Path, batches: int, distinct: int) -> None:
-    """Reads batches; prints one line of JSON. `distinct`: of so many batches again and again."""
+    """Read batches and print one line of JSON. `distinct` > 0 repeats that many batches."""
     data = DataConfig(str(folder), (), FEATURES, 4, 16, (), 64)
     sessions = open_folder(folder).sessions
     training = TrainingData(data, sessions, 14, lambda bins: (bins - 14) // 4 + 1)
@@ -118,7 +118,7 @@ def measure(folder: Path, batches: int, distinct: int) -> None:
     while count < batches:
         first = 0 if distinct else count
         for batch in training.batches(0, first, first + (distinct or batches)):
-            # A device would copy from here; the shapes and sums are all that is looked at.
+            # A device would copy the batch here. Only shapes and sums are used.
             real += int(np.sum(batch.bins))
             padded += batch.features.shape[0] * batch.features.shape[1]
             count += 1
@@ -146,7 +146,7 @@ def measure(folder: Path, batches: int, distinct: int) -> None:
 
 @contextlib.contextmanager
 def limited(gigabytes: float) -> Iterator[Path | None]:
-    """A memory control group that allows so much, page cache included; None without the right."""
+    """Yield a memory control group with this limit, or None without the right to make one."""
     places = [line.split(":") for line in Path("/proc/self/cgroup").read_text().splitlines()]
     own = next((path for _, kind, path in places if kind == "memory"), "/")
     group = _GROUPS / own.lstrip("/") / f"b2txt-input-{os.getpid()}"
@@ -190,7 +190,7 @@ def main() -> None:
             write(folder, kind, size)
             for name, distinct in (("disk", 0), ("cached", 4)):
                 drop_cache(folder)
-                # What is cached must fit: four batches of trials, and those in flight.
+                # Four batches of trials and the batches in flight must fit into the cache.
                 with limited(args.cache if not distinct else 3 * args.cache) as group:
                     result = run_limited(folder, args.batches, distinct, group)
                 print(
@@ -208,7 +208,7 @@ def main() -> None:
 
 
 def run_limited(folder: Path, batches: int, distinct: int, group: Path | None) -> dict[str, float]:
-    """Measures in a fresh process inside the control group, on two cores."""
+    """Measure in a fresh process inside the control group, on two cores."""
 
     def enter() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])

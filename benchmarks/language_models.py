@@ -1,14 +1,13 @@
-"""What do order, vocabulary, pruning and quantisation cost and bring?
+"""How do order, vocabulary, pruning and quantisation change size, speed and accuracy?
 
     python benchmarks/language_models.py [--docs docs/language_models.md] [--sentences 100]
 
 Builds model folders of the package's text (kept in the work folder), and decodes simulated
-sentences with each in a fresh process: size on disk, memory of the process with the folder loaded
-(resident, mapped files included) and at the end, seconds of CPU time to load and per sentence, WER
-at two phoneme error rates of greedy decoding. Then it makes a 5-gram of a large artificial text and
-measures bytes per n-gram of every kind of trie, in the file and in memory, and the time and memory
-of making it; from these follows what a 5-gram of 100 million n-grams needs. With --docs the tables
-are written into that page.
+sentences with each in a fresh process. Measures size on disk, memory of the process after loading
+(resident, including mapped files) and at its peak, seconds of CPU time to load and per sentence,
+and WER at two phoneme error rates of greedy decoding. Then builds a 5-gram of a large artificial
+text and measures its time and memory, and bytes per n-gram of every kind of trie, in the file and
+in memory. From these it extrapolates to 100 million n-grams. --docs writes the tables into a page.
 """
 
 from __future__ import annotations
@@ -16,23 +15,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
-import os
-import queue
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from decoder import wer
-from rich.console import Console
-from simulated_logits import CORPUS, held_out, label, simulate_at
+from decoding import TEXT, decode, in_fresh_process, memory, parser_of, simulated
 
-from lm_server.lexicon.pronunciations import read_lexicon
-from lm_server.lm.build import DESCRIPTION, Options, build
+from lm_server.atomic_file import replacing
+from lm_server.lm.build import Options, build
+from lm_server.lm.reader import DESCRIPTION
 from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie
 
 MEGABYTE = 1 << 20
@@ -93,57 +89,29 @@ class Measured:
     wers: tuple[float, ...]
 
 
-def memory(what: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{what}:")[1].split()[0]) * 1024
-
-
-def in_fresh_process(task: Callable[..., object], *args: object) -> object:
-    """What `task` puts into the queue that it gets first."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    child = context.Process(target=task, args=(answers, *args))
-    child.start()
-    while True:
-        try:
-            answer: object = answers.get(timeout=1.0)
-            break
-        except queue.Empty:
-            if not child.is_alive():
-                raise RuntimeError(f"the process ended with code {child.exitcode}") from None
-    child.join()
-    return answer
-
-
-def decode(answers, folder: Path, logits: Sequence[Sequence[np.ndarray]]) -> None:  # type: ignore[no-untyped-def]
-    """Loads a folder and decodes every task's sentences."""
-    from lm_server.search.interface import load_model
+def decode_tasks(folder: Path, logits: Sequence[Sequence[np.ndarray]]) -> Iterator[tuple]:
+    """Load a folder and decode the sentences of every task."""
+    from lm_server.search.load import load_model
     from lm_server.settings import Settings
 
     started = time.process_time()
     model = load_model(folder)
     loading, loaded = time.process_time() - started, memory("VmRSS")
-    search = model.search(Settings())
-    started, found = time.process_time(), []
-    for task in logits:
-        found.append([])
-        for one in task:
-            search.begin()
-            search.step(one)
-            found[-1].append([h.words for h in search.finish()])
+    started = time.process_time()
+    found = [[[h.words for h in n_best] for n_best in decode(model, Settings(), t)] for t in logits]
     seconds = (time.process_time() - started) / sum(map(len, logits))
-    answers.put((loading, loaded, memory("VmHWM"), seconds, found))
+    yield loading, loaded, memory("VmHWM"), seconds, found
 
 
 def measure(variant: Variant, args: argparse.Namespace, tasks: Sequence[tuple]) -> Measured:
-    """Builds the folder if it is not there, and decodes with it."""
+    """Build the folder if it does not exist, and decode with it."""
     folder = args.workdir / "".join(c if c.isalnum() else "_" for c in variant.name)
     if not (folder / DESCRIPTION).is_file():
-        build(args.text, variant.order, "cmudict", folder, Console(stderr=True), variant.options)
+        build(args.text, variant.order, "cmudict", folder, options=variant.options)
     description = json.loads((folder / DESCRIPTION).read_text())
-    answer = in_fresh_process(decode, folder, [logits for _, logits in tasks])
-    loading, loaded, peak, seconds, found = answer  # type: ignore[misc]
+    ((loading, loaded, peak, seconds, found),) = in_fresh_process(
+        decode_tasks, folder, [logits for _, logits in tasks]
+    )
     wers = tuple(wer(truth, one, False) for (truth, _), one in zip(tasks, found, strict=True))
     return Measured(
         variant.name,
@@ -157,13 +125,15 @@ def measure(variant: Variant, args: argparse.Namespace, tasks: Sequence[tuple]) 
 
 
 def artificial_text(tokens: int, words: int, seed: int) -> np.ndarray:
-    """Sentences of 20 words as ids from 3 (`<unk>`, `<s>`, `</s>` have 0-2): words by Zipf's law,
-    each often followed by one of its own few successors."""
+    """Return sentences of 20 words as ids from 3 (`<unk>`, `<s>`, `</s>` have 0-2).
+
+    Words follow Zipf's law. Each is often followed by one of its few successors.
+    """
     rng = np.random.default_rng(seed)
     sentences = tokens // 22
 
     def zipf(size: int) -> np.ndarray:
-        # A density of 1 / rank: uniform in the logarithm.
+        # A density of 1 / rank is uniform in the logarithm.
         return np.minimum(np.exp(rng.random(size) * np.log(words)).astype(np.int64), words) - 1
 
     rows = np.zeros((sentences, 22), np.int32)
@@ -176,8 +146,8 @@ def artificial_text(tokens: int, words: int, seed: int) -> np.ndarray:
     return rows.ravel()
 
 
-def estimate_large(answers, tokens: int, budget: int, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    """Makes the artificial 5-gram and writes it as every kind of trie."""
+def estimate_large(tokens: int, budget: int, folder: Path) -> Iterator[tuple]:
+    """Build the artificial 5-gram and write it as every kind of trie."""
     from lm_server.lm.estimate.kneser_ney import estimate
     from lm_server.lm.sorted_ngrams import BEGIN, END, UNKNOWN, in_order_of_ids
 
@@ -193,11 +163,11 @@ def estimate_large(answers, tokens: int, budget: int, folder: Path) -> None:  # 
     seconds, wall, peak = time.process_time() - cpu, time.perf_counter() - wall, memory("VmHWM")
     for name, form in FORMS.items():
         write_trie(folder / f"{name}.bin", model, form)
-    answers.put((model.counts, seconds, wall, peak, before))
+    yield model.counts, seconds, wall, peak, before
 
 
-def load_trie(answers, path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Resident bytes that a trie adds to a process."""
+def load_trie(path: Path) -> Iterator[tuple[int, float]]:
+    """Load a trie. Yield the resident bytes that it adds to the process, and CPU seconds."""
     import kenlm
 
     config = kenlm.Config()
@@ -205,15 +175,16 @@ def load_trie(answers, path: Path) -> None:  # type: ignore[no-untyped-def]
     before, started = memory("VmRSS"), time.process_time()
     model = kenlm.Model(str(path), config)
     model.score("w1 w2 w3")
-    answers.put((memory("VmRSS") - before, time.process_time() - started))
+    yield memory("VmRSS") - before, time.process_time() - started
 
 
 def large_model(args: argparse.Namespace) -> list[str]:
-    """The lines of the page about large models."""
+    """Return the page's lines about large models."""
     with tempfile.TemporaryDirectory(dir=args.workdir) as name:
         folder = Path(name)
-        answer = in_fresh_process(estimate_large, args.tokens, args.memory, folder)
-        counts, seconds, wall, peak, before = answer  # type: ignore[misc]
+        ((counts, seconds, wall, peak, before),) = in_fresh_process(
+            estimate_large, args.tokens, args.memory, folder
+        )
         total = sum(counts)
         hundred = [
             counts[0],
@@ -233,7 +204,7 @@ def large_model(args: argparse.Namespace) -> list[str]:
         for form_name, form in FORMS.items():
             path = folder / f"{form_name}.bin"
             size = path.stat().st_size
-            resident, loading = in_fresh_process(load_trie, path)  # type: ignore[misc]
+            ((resident, loading),) = in_fresh_process(load_trie, path)
             scaled = trie_bytes(hundred, form) * resident / size
             lines.append(
                 f"| {form_name} | {size / 1e6:.0f} MB | {size / total:.2f} | "
@@ -243,7 +214,7 @@ def large_model(args: argparse.Namespace) -> list[str]:
 
 
 def table(rows: Sequence[Measured]) -> list[str]:
-    """The table of folders in Markdown."""
+    """Return the table of folders in Markdown."""
     lines = [
         "| model | n-grams | words | perplexity | outside | disk | memory loaded | at most | "
         "load | per sentence | WER at 14 % | WER at 19 % |",
@@ -266,35 +237,29 @@ def table(rows: Sequence[Measured]) -> list[str]:
 
 
 def write_docs(page: Path, lines: Sequence[str]) -> None:
-    """Puts the lines between the page's marks."""
+    """Replace the lines between the page's marks."""
     text = page.read_text()
     before, rest = text.split(_MARKS[0])
     _, after = rest.split(_MARKS[1])
-    temporary = page.with_suffix(".tmp")
-    temporary.write_text(f"{before}{_MARKS[0]}\n" + "\n".join(lines) + f"\n{_MARKS[1]}{after}")
-    os.replace(temporary, page)
+    with replacing(page) as path:
+        path.write_text(f"{before}{_MARKS[0]}\n" + "\n".join(lines) + f"\n{_MARKS[1]}{after}")
 
 
 def main() -> None:
-    """Builds, decodes, prints, writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Build, decode, print and write."""
+    parser = parser_of(__doc__)
     parser.add_argument("--docs", type=Path, help="page to write the tables into")
     parser.add_argument("--sentences", type=int, default=100, help="per error rate (default 100)")
-    parser.add_argument("--text", type=Path, nargs="+", default=[CORPUS / "language_model.txt.xz"])
+    parser.add_argument("--text", type=Path, nargs="+", default=[TEXT])
     parser.add_argument("--tokens", type=int, default=6_000_000, help="of the artificial text")
     parser.add_argument("--memory", type=int, default=500 * 10**6, help="for estimating it")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks/language_models"))
+    parser.set_defaults(workdir=Path("runs/benchmarks/language_models"))
     parser.add_argument(
         "--only", nargs="+", help="only variants that have one of these in the name"
     )
     args = parser.parse_args()
     args.workdir.mkdir(parents=True, exist_ok=True)
-    known = read_lexicon("cmudict").entries
-    truth = held_out(args.sentences, 0, "test")
-    labels = [label(words, known) for words in truth]
-    tasks = [(truth, simulate_at(labels, per, 0)[0]) for per in _PER]
+    tasks = [simulated("test", args.sentences, per, args.seed)[:2] for per in _PER]
     chosen = [v for v in VARIANTS if not args.only or any(part in v.name for part in args.only)]
     rows = []
     for variant in chosen:

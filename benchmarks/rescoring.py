@@ -1,19 +1,17 @@
-"""How many of the search's errors does a large language model take away, and in what time?
+"""How many of the search's errors does a large language model correct, and in what time?
 
     lm-server prepare-llm --out runs/smollm2
     python benchmarks/rescoring.py --llm runs/smollm2 [--sentences 120] [--per 0.14 0.19]
 
 The task is that of benchmarks/decoder.py: the whole CMU dictionary, a 3-gram model, simulated
-logits of sentences that neither has seen, the first of those that it decodes. Each sentence's 25
-and 100 best candidates are augmented and scored by the model on one core. alpha and the acoustic
-scale are chosen on other sentences (dev) and then kept. Printed per error rate: WER without and
-with the model, the share of the remaining errors that it takes away, the WER of the best candidate
-in the list (oracle), seconds of CPU time per sentence.
+logits of the first of its sentences. The 25 and 100 best hypotheses of each sentence are augmented
+and scored by the model on one core. alpha and the acoustic scale are tuned on other sentences
+(dev). Prints per error rate: WER without and with the model, the share of errors that the model
+corrects, the WER of the best hypothesis in the list (oracle), seconds of CPU time per sentence.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import os
@@ -24,16 +22,15 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
+from decoding import model_folder, parser_of, simulated
 from rapidfuzz.distance import Levenshtein
 from rich.progress import track
-from simulated_logits import CORPUS, held_out, label, simulate_at
 
 from lm_server.hypothesis import Hypothesis
-from lm_server.lexicon.pronunciations import read_lexicon
-from lm_server.lm import build as build_lm
-from lm_server.rescoring.answer import SentenceScorer, augmented, ranked_answer, sentences_to_score
-from lm_server.rescoring.rescore import load_scorer
-from lm_server.search.interface import load_model
+from lm_server.rescoring.load import load_scorer
+from lm_server.rescoring.ranking import augmented, ranked_answer, sentences_to_score
+from lm_server.rescoring.scorer import SentenceScorer
+from lm_server.search.load import load_model
 from lm_server.settings import Settings
 
 _ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
@@ -105,36 +102,24 @@ def oracle(task: Task, count: int) -> int:
 
 
 def main() -> None:
-    """Searches, scores, tunes, prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Search, score, tune and print."""
+    parser = parser_of(__doc__)
     parser.add_argument("--llm", type=Path, default=Path("runs/smollm2"), help="the model's folder")
-    parser.add_argument("--lm", type=Path, help="a model folder instead of the one built here")
     parser.add_argument("--sentences", type=int, default=120, help="held-out sentences")
     parser.add_argument("--dev", type=int, default=60, help="sentences for the choice of settings")
     parser.add_argument("--timed", type=int, default=20, help="sentences whose time is taken")
     parser.add_argument("--per", type=float, nargs="+", default=[0.14, 0.19])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/benchmarks"))
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder = args.lm or args.workdir / "lm3"
-    if not (folder / build_lm.DESCRIPTION).is_file():
-        build_lm.build([CORPUS / "language_model.txt.xz"], 3, "cmudict", folder)
+    folder = model_folder(args)
     import torch
 
     torch.set_num_threads(1)
     scorer = load_scorer(args.llm, "cpu")
-    known = dict(read_lexicon("cmudict").entries)
-    pools = {
-        "dev": held_out(args.dev, args.seed, "val"),
-        "held-out": held_out(args.sentences, args.seed, "test"),
-    }
+    pools = {"dev": ("val", args.dev), "held-out": ("test", args.sentences)}
     for per in args.per:
         tasks = {}
-        for name, truth in pools.items():
-            labels = [label(words, known) for words in truth]
-            logits, reached = simulate_at(labels, per, args.seed)
+        for name, (pool, count) in pools.items():
+            truth, logits, reached = simulated(pool, count, per, args.seed)
             timed = min(args.timed, len(truth)) if name == "held-out" else 0
             tasks[name] = prepare(truth, search(folder, logits), scorer, timed)
             print(f"{name}: {len(truth)} sentences, greedy PER {reached:.1%}", flush=True)
@@ -143,12 +128,12 @@ def main() -> None:
 
 
 def report(tasks: dict[str, Task], count: int) -> None:
-    """Tunes on dev and prints the held-out figures."""
+    """Tune on dev and print the held-out figures."""
     grid = [
         dataclasses.replace(Settings(), alpha=alpha, acoustic_scale=scale)
         for alpha, scale in itertools.product(_ALPHAS, _SCALES)
     ]
-    # Of equals the one nearest to the middle of the grid.
+    # Ties go to the setting nearest to the middle of the grid.
     best = min(grid, key=lambda one: (errors(tasks["dev"], count, one, True), abs(one.alpha - 0.5)))
     plain = min(
         (one for one in grid if one.alpha == 0.0),

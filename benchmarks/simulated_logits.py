@@ -1,8 +1,8 @@
-"""Logits as a trained CTC model might give them, for sentences that the model's text lacks.
+"""Logits like those of a trained CTC model, for sentences outside the language model's text.
 
-A phoneme is a segment of 2-5 frames whose middle frames speak for it and for phonemes articulated
-alike, with the blank between; noise makes confusions, deletions and insertions. The logits know
-nothing of the sentences' words. Real logits need their own settings (acoustic_scale,
+A phoneme is a segment of 2-5 frames. Its middle frames have evidence for the phoneme and for
+similarly articulated ones, the others for the blank. Noise causes confusions, deletions and
+insertions. The logits do not depend on words. Real logits need their own settings (acoustic_scale,
 blank_penalty).
 """
 
@@ -37,7 +37,7 @@ _ALIKE = (
     "AH UH IH EH",
     "HH F TH",
 )
-"""Phonemes that differ in one feature of articulation are heard for each other."""
+"""Phonemes that differ in one feature of articulation and are confused with each other."""
 
 
 def label(
@@ -46,8 +46,9 @@ def label(
     dropped: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> list[int]:
-    """Words -> class ids in the language model's order, a silence after each word, of which the
-    share `dropped` is left out.
+    """Return the class ids of words in the language model's order, with a silence after each word.
+
+    The share `dropped` of the silences is left out.
     """
     ids = []
     for word in words:
@@ -58,7 +59,7 @@ def label(
 
 
 def similarity() -> np.ndarray:
-    """[41, 41]: 1 on the diagonal, 0.6 for phonemes articulated alike, 0 otherwise."""
+    """Return [41, 41]: 1 on the diagonal, 0.6 for phonemes articulated alike, 0 otherwise."""
     alike = np.eye(CLASS_COUNT)
     for group in _ALIKE:
         for one, other in itertools.permutations([_IDS[p] for p in group.split()], 2):
@@ -67,8 +68,7 @@ def similarity() -> np.ndarray:
 
 
 def simulate(ids: Sequence[int], strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Logits [frames, 41] in the language model's order for a label; `strength` is the evidence in
-    a frame, in ln."""
+    """Simulate logits [frames, 41] in the language model's order. `strength` is in ln per frame."""
     alike = similarity()
     frames = [np.zeros((2, CLASS_COUNT))]
     frames[0][:, 0] = 6.0
@@ -86,7 +86,7 @@ def simulate(ids: Sequence[int], strength: float, rng: np.random.Generator) -> n
 
 
 def greedy(logits: np.ndarray) -> list[int]:
-    """Best class per frame, repeats and blanks removed."""
+    """Return the best class per frame, without repeats and blanks."""
     best = logits.argmax(axis=1)
     return [int(c) for c, before in zip(best, [0, *best[:-1]], strict=True) if c not in (0, before)]
 
@@ -94,8 +94,10 @@ def greedy(logits: np.ndarray) -> list[int]:
 def simulate_at(
     labels: Sequence[Sequence[int]], per: float, seed: int
 ) -> tuple[list[np.ndarray], float]:
-    """Logits of every label such that greedy decoding has a phoneme error rate of about `per`; and
-    the rate reached."""
+    """Simulate logits with a phoneme error rate of greedy decoding near `per`.
+
+    Return the logits of every label, and the rate reached.
+    """
     low, high = 1.0, 30.0
     for _ in range(12):
         strength = (low + high) / 2
@@ -111,7 +113,7 @@ def simulate_at(
 
 
 def held_out(count: int, seed: int, name: str) -> list[tuple[str, ...]]:
-    """Sentences of the package's pool `name`, all of whose words the dictionary has."""
+    """Return sentences of the package's pool `name` whose words are all in the dictionary."""
     known = read_lexicon("cmudict").entries
     lines = lzma.decompress((CORPUS / f"{name}.txt.xz").read_bytes()).decode().splitlines()
     found = []

@@ -1,9 +1,9 @@
 """One training step of the 5 x 768 baseline on one CPU core: ours against PyTorch eager.
 
 Both do the whole published step: augmentation, smoothing, forward, CTC, backward, clipping, AdamW
-with three groups. Each has a process of its own on the same core, and they step in turn, so that
-both see the same neighbours. Ours runs as `b2txt` does, with memory in huge pages where Linux
-leaves that to the program; `--huge-pages both` or `neither` makes the two alike.
+with three groups. Each has its own process on the same core. They step alternately, so that other
+load affects both. Ours uses huge pages like `b2txt`, if Linux leaves that to the program.
+`--huge-pages both` or `neither` makes the two alike.
 
 Usage: python benchmarks/train_step.py [--batch 16] [--bins 1000] [--runs 9]
 """
@@ -34,7 +34,7 @@ DAYS = 45
 
 
 def random_batch(batch: int, bins: int) -> Batch:
-    """Trials of full length with labels of a usual length (one phoneme per 120 ms)."""
+    """Return trials of full length with labels of a usual length (one phoneme per 120 ms)."""
     rng = np.random.default_rng(0)
     longest = bins // 6
     arrays = (
@@ -82,7 +82,7 @@ class Peer:
         self.kernel = taps.view(1, 1, -1).repeat(512, 1, 1)
 
     def step(self, batch: Batch) -> float:
-        """One optimizer step; returns the loss."""
+        """Run one optimizer step and return the loss."""
         model, signal = self.config.model, self.config.signal
         x, bins, day, labels, length = (torch.from_numpy(np.asarray(a)) for a in batch)
         x = x + torch.randn_like(x) * signal.white_noise_std
@@ -110,7 +110,7 @@ class Peer:
 
 
 def our_steps(config: Config, batch: Batch) -> Callable[[], float]:
-    """Compiles; each call is one step and returns the loss."""
+    """Compile the step. Return a function that runs one step and returns the loss."""
     state = init_state(config, DAYS)
     step = jax.jit(make_train_step(config, DAYS), donate_argnums=0).lower(state, batch).compile()
 
@@ -123,7 +123,7 @@ def our_steps(config: Config, batch: Batch) -> Callable[[], float]:
 
 
 def serve_steps(who: str, batch: int, bins: int) -> None:
-    """A worker: takes one step for each line of its input and prints its seconds."""
+    """Run one step for each line of the input and print its seconds."""
     torch.set_num_threads(1)
     config = load_config("configs/nejm_baseline.py", ["--config.model.dtype=float32"])
     data = random_batch(batch, bins)
@@ -143,17 +143,8 @@ def serve_steps(who: str, batch: int, bins: int) -> None:
 
 
 def start(who: str, batch: int, bins: int, huge_pages: bool) -> subprocess.Popen[str]:
-    """Starts a worker and waits until it is ready."""
-    command = [
-        sys.executable,
-        __file__,
-        "--worker",
-        who,
-        "--batch",
-        str(batch),
-        "--bins",
-        str(bins),
-    ]
+    """Start a worker and wait until it is ready."""
+    command = [sys.executable, __file__, "--worker", who, f"--batch={batch}", f"--bins={bins}"]
     environment = {**os.environ, **(huge_page_environment() if huge_pages else {})}
     pipe = subprocess.PIPE
     worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -164,7 +155,7 @@ def start(who: str, batch: int, bins: int, huge_pages: bool) -> subprocess.Popen
 
 
 def timed_step(worker: subprocess.Popen[str]) -> float:
-    """Seconds of one step."""
+    """Return the seconds of one step."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     worker.stdin.write("\n")

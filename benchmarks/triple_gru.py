@@ -10,8 +10,8 @@ Prints the validation PER of each with a 95 % confidence interval (bootstrap ove
 and the differences, and draws a picture.
 
 Usage: python benchmarks/triple_gru.py --out runs/triple --picture docs/triple_gru.png
-Runs that are there already are kept; an interrupted one goes on. On 2 quiet cores about 4 minutes
-for a baseline, 10 for each of the others.
+Existing runs are kept, and interrupted ones continue. On 2 quiet cores about 4 minutes for a
+baseline, 10 for each of the others.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ import numpy as np
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import error_rate, greedy_decode
-from b2txt_jax.model.gru.baseline import parameter_count
-from b2txt_jax.model.network import init_params
+from b2txt_jax.model.interface import make_model, parameter_count
 from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
 
@@ -43,21 +42,21 @@ _DAYS = 6
 
 
 def parameters(config: Config, **changes: int) -> int:
-    """Parameters of a configuration's model for the benchmark's sessions."""
+    """Count the parameters of a configuration's model for the benchmark's sessions."""
     model = dataclasses.replace(config.model, **changes)
     features = config.data.feature_count
-    shapes = jax.eval_shape(lambda: init_params(model, features, _DAYS, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: make_model(model, features, _DAYS).init(jax.random.key(0)))
     return parameter_count(shapes)
 
 
 def equal_units(baseline: Config, triple: Config) -> int:
-    """Units of a baseline with the triple GRU's number of parameters, or as near as can be."""
+    """Return the units with which the baseline has about as many parameters as the triple GRU."""
     wanted = parameters(triple)
     return min(range(64, 2048, 4), key=lambda n: abs(parameters(baseline, units=n) - wanted))
 
 
 def train(kind: str, units: int, seed: int, steps: int, root: Path, workdir: Path) -> None:
-    """Runs `b2txt train`, which goes on or does nothing where a run is there already."""
+    """Run `b2txt train`, which continues an existing run or does nothing if it is complete."""
     name = "triple_gru_small" if kind == "triple" else "demo"
     command = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", f"configs/{name}.py"]
     command += ["--workdir", str(workdir), f"--config.data.root={root}"]
@@ -69,7 +68,7 @@ def train(kind: str, units: int, seed: int, steps: int, root: Path, workdir: Pat
 
 
 def counts(workdir: Path) -> np.ndarray:
-    """Errors and lengths of every validation trial, int [trials, 2]."""
+    """Return errors and lengths of every validation trial, int [trials, 2]."""
     found = []
     for trial in load_run(workdir).logits("val"):
         assert trial.labels is not None
@@ -79,14 +78,16 @@ def counts(workdir: Path) -> np.ndarray:
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
-    """Of 95 %."""
+    """Return the 95 % interval."""
     low, high = np.quantile(samples, [0.025, 0.975])
     return float(low), float(high)
 
 
 def bootstrap(all_counts: dict[str, np.ndarray], draws: int = 4000) -> dict[str, np.ndarray]:
-    """PER of each kind [draws], with seeds and trials drawn anew, the same for all kinds; counts
-    are [seeds, trials, 2]."""
+    """Return the PER of each kind [draws], with seeds and trials resampled alike for all kinds.
+
+    Counts are [seeds, trials, 2].
+    """
     rng = np.random.default_rng(0)
     seeds, trials, _ = all_counts["baseline"].shape
     rates: dict[str, list[float]] = {kind: [] for kind in all_counts}
@@ -100,14 +101,14 @@ def bootstrap(all_counts: dict[str, np.ndarray], draws: int = 4000) -> dict[str,
 
 
 def logged(workdir: Path, kind: str, key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a run's metrics."""
+    """Return (steps, values) of a run's metrics."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     pairs = [(one["step"], one[key]) for one in lines if one["kind"] == kind and key in one]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def picture(path: Path, rates: dict[str, np.ndarray], folders: dict[str, list[Path]]) -> None:
-    """PER with intervals; PER over training; what the adversary reads."""
+    """Draw PER with intervals, PER over training, and the adversary's PER."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for place, kind in enumerate(KINDS):
         low, high = interval(100 * rates[kind])

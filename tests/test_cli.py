@@ -109,7 +109,7 @@ def truncate(path):
         (edit(poison), ["trial_0000", "NaN", "bin 5, feature 7"]),
         (edit(label_41), ["trial_0000", "the id 41", "needed 1 to 40"]),
         (edit(long_label), ["trial_0000", "label of 70 phonemes", "drop the trial"]),
-        (edit(cut_trial), ["trial_0000", "9 bins", "one patch needs 14"]),
+        (edit(cut_trial), ["trial_0000", "9 bins", "the model needs 14"]),
     ],
     ids=["truncated", "feature count", "NaN", "label 41", "long label", "short trial"],
 )

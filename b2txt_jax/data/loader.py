@@ -180,7 +180,7 @@ class TrainingData(_Loader):
         Args:
           data: where they are and how batches are drawn.
           sessions: in day-index order.
-          min_bins: bins that a trial must have, those of one patch.
+          min_bins: fewest bins that give a frame; a trial must have them.
           frames_of_bins: how many frames the model makes of so many bins.
 
         Raises:
@@ -201,7 +201,7 @@ class TrainingData(_Loader):
             raise DataError(
                 f"trial {ref.name} has a label of {ref.label_length} phonemes, which needs "
                 f"{needed} frames, but its {ref.bins} bins give {frames} frames: drop the trial, "
-                "correct its label, or lower model.patch_stride"
+                "correct its label, or change the model's settings (of a GRU model.patch_stride)"
             )
 
     def rows(self, seed: int, step: int) -> list[tuple[int, TrialRef]]:

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             args.dtype,
             config.data.sessions,
             config.data.feature_count,
-            max(config.model.patch_size, 1),
+            config.model.least_bins,
             config.data.days_per_batch,
             config.data.trials_per_day,
         )

@@ -238,8 +238,8 @@ def existing_folder(root: Path | str) -> Path:
 
 
 def too_short(where: str, bins: int, min_bins: int) -> DataError:
-    """Return the error for a trial shorter than one patch."""
+    """Return the error for a trial with fewer bins than the model needs for a frame."""
     return DataError(
-        f"{where}: the trial has {bins} bins; one patch needs {min_bins}: drop the trial or "
-        "lower model.patch_size"
+        f"{where}: the trial has {bins} bins; the model needs {min_bins}: drop the trial "
+        "or change the model's settings (of a GRU model.patch_size)"
     )

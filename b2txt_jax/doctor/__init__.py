@@ -1,1 +1,1 @@
-"""Checks of an environment."""
+"""Checks of an environment before training or decoding."""

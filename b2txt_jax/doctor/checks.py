@@ -1,5 +1,5 @@
-"""What `b2txt doctor` looks at on the machine: pure functions of paths and values, so that each can
-be shown a broken machine."""
+"""The checks of `b2txt doctor`: functions of paths and values, so that each can be tested on a
+broken machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from packaging.requirements import Requirement
 Status = Literal["ok", "warning", "problem"]
 
 _GB = 1e9
+_INSTALL = "from the checkout: pip install . -c constraints.txt"
+_INSTALL_TPU = _INSTALL.replace(" . ", " '.[tpu]' ")
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 # PCI device numbers, as in jax/_src/hardware_utils.py.
 _TPU_GENERATIONS = {
@@ -49,14 +51,27 @@ BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     status: Status
     found: str
     """One line."""
     advice: str = ""
-    """One line of what to do; empty when all is well."""
+    """One line with the remedy, empty if the status is ok."""
+
+
+def _graded(name: str, found: str, advice: str, *, problem: bool, warning: bool = False) -> Finding:
+    """Return a finding whose status is the worst that applies."""
+    if not (problem or warning):
+        return Finding(name, "ok", found)
+    return Finding(name, "problem" if problem else "warning", found, advice)
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the path or its nearest parent that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +83,7 @@ class TpuChips:
 
 
 def find_tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> TpuChips:
-    """Chips that the machine has, whether or not JAX can use them."""
+    """Find the machine's TPU chips, whether or not JAX can use them."""
     found = []
     for vendor in sorted(devices.glob("*/vendor")):
         with contextlib.suppress(OSError):
@@ -82,21 +97,21 @@ def find_tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> TpuChips:
 def check_versions(
     installed: Mapping[str, str | None], jax_requires: Sequence[str], chips: TpuChips
 ) -> Finding:
-    """Whether jaxlib and libtpu are the ones that this jax asks for.
+    """Check that jaxlib and libtpu have the versions that jax requires.
 
     Args:
-      installed: version of jax, jaxlib and libtpu, None where one is not installed.
-      jax_requires: jax's own requirements, as `importlib.metadata.requires("jax")` has them.
-      chips: of this machine; without any, libtpu is not needed.
+      installed: versions of jax, jaxlib and libtpu, None if not installed.
+      jax_requires: jax's requirements, as returned by `importlib.metadata.requires("jax")`.
+      chips: TPU chips of this machine. Without any, libtpu is not needed.
     """
     listed = ", ".join(f"{name} {version or 'missing'}" for name, version in installed.items())
     python = sys.version.split()[0]
     found = f"Python {python}, {listed}"
     if installed.get("jax") is None or installed.get("jaxlib") is None:
-        return Finding("versions", "problem", found, "pip install -e . in this repository")
+        return Finding("versions", "problem", found, _INSTALL)
     if chips.count and installed.get("libtpu") is None:
         found += f", on a machine with {chips.count} TPU {chips.generation} chips"
-        return Finding("versions", "problem", found, "pip install -e '.[tpu]'")
+        return Finding("versions", "problem", found, _INSTALL_TPU)
     extra = "tpu" if installed.get("libtpu") else ""
     for text in jax_requires:
         wanted = Requirement(text)
@@ -108,8 +123,8 @@ def check_versions(
                 "versions",
                 "warning" if harmless else "problem",
                 f"{found}; this jax needs {wanted.name} {wanted.specifier}",
-                f"pip install '{wanted.name}{wanted.specifier}', or reinstall with "
-                f"pip install -e '.[{extra}]'".replace(".[]", "."),
+                f"pip install '{wanted.name}{wanted.specifier}', or "
+                + (_INSTALL_TPU if extra else _INSTALL),
             )
     return Finding("versions", "ok", found)
 
@@ -126,14 +141,16 @@ def check_devices(
     command: Sequence[str] = (sys.executable, "-c", _LIST_DEVICES),
     timeout: float = 120.0,
 ) -> tuple[Finding, int | None]:
-    """What JAX computes on, asked of a process of its own, which gives the chips back; and the
-    number of devices, of all hosts of a slice, where that is known.
+    """Check the devices that JAX uses, in a separate process, which releases the chips.
 
     Args:
-      chips: that the machine has.
+      chips: TPU chips of this machine.
       holders: processes that hold them, see `find_holders`.
       command: prints `DEVICES ["platform", count, "kind", count of all hosts]`.
       timeout: seconds.
+
+    Returns:
+      The finding, and the number of devices on all hosts of a slice if it is known.
     """
     busy = f"they are in use by {', '.join(holders)}: end it, or wait" if holders else ""
     try:
@@ -163,7 +180,7 @@ def check_devices(
     if chips.count and platform != "tpu":
         found += f", though the machine has {chips.count} TPU {chips.generation} chips"
         advice = busy or (
-            "pip install -e '.[tpu]'; unset JAX_PLATFORMS"
+            f"{_INSTALL_TPU}; unset JAX_PLATFORMS"
             + (f" (it is {os.environ['JAX_PLATFORMS']!r})" if "JAX_PLATFORMS" in os.environ else "")
         )
         return Finding("devices", "problem", found, advice), None
@@ -173,14 +190,14 @@ def check_devices(
 def check_rows(
     days: int, trials: int, evaluated: int, devices: int, model_axis: int = 1
 ) -> Finding:
-    """Whether all devices get as many rows of a batch.
+    """Check that the devices can share the rows of a batch evenly.
 
     Args:
       days: data.days_per_batch.
       trials: data.trials_per_day.
-      evaluated: rows of a batch of validation, data.eval_batch_size.
-      devices: of all hosts.
-      model_axis: devices that share the large parameters, and with them their rows.
+      evaluated: data.eval_batch_size, the rows of a validation batch.
+      devices: number of devices of all hosts.
+      model_axis: devices that share the large parameters, and therefore their rows.
     """
     if devices % model_axis:
         found = f"{devices} devices cannot be grouped by parallel.model_axis, {model_axis}"
@@ -204,8 +221,10 @@ def check_rows(
 def find_holders(
     patterns: Sequence[str] = ("/dev/accel", "/dev/vfio/"), processes: Path = Path("/proc")
 ) -> list[str]:
-    """Other processes that have a file open whose path starts with one of `patterns`, as
-    `pid 123 (python)`; those of other users are seen by root alone."""
+    """List other processes with an open file whose path starts with one of `patterns`.
+
+    They are named `pid 123 (python)`. Only root sees the processes of other users.
+    """
     found = []
     for folder in sorted(processes.glob("[0-9]*"), key=lambda path: int(path.name)):
         if folder.name == str(os.getpid()):
@@ -224,8 +243,10 @@ def check_huge_pages(
     generation: str | None,
     setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled"),
 ) -> Finding:
-    """Transparent huge pages: 'always' for the TPU runtime of v5 and newer; on a CPU, 'madvise'
-    does too, since b2txt asks for them."""
+    """Check transparent huge pages: 'always' for the TPU runtime of v5 and newer.
+
+    On a CPU 'madvise' suffices, because b2txt requests them.
+    """
     name = "huge pages"
     try:
         text = setting.read_text()
@@ -243,21 +264,20 @@ def check_huge_pages(
 
 
 def check_disk(name: str, path: Path, needed: float) -> Finding:
-    """Room for `needed` bytes at `path`, which need not exist yet."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    """Check that `needed` bytes are free at `path`, which need not exist yet."""
+    free = shutil.disk_usage(existing_folder(path)).free
     found = f"{free / _GB:.1f} GB free at {path}, {needed / _GB:.1f} GB needed"
-    if free < needed:
-        return Finding(name, "problem", found, "delete old runs there, or give another folder")
-    if free < 2 * needed:
-        return Finding(name, "warning", found, "make room before a long run")
-    return Finding(name, "ok", found)
+    full = free < needed
+    advice = (
+        "delete old runs there, or give another folder"
+        if full
+        else "free more space before a long run"
+    )
+    return _graded(name, found, advice, problem=full, warning=free < 2 * needed)
 
 
 def check_writable(name: str, path: Path, advice: str) -> Finding:
-    """Whether files can be made in a folder, which is made where it is not there."""
+    """Check that files can be made in a folder. The folder is made if it does not exist."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path):
@@ -270,8 +290,7 @@ def check_writable(name: str, path: Path, advice: str) -> Finding:
 def available_memory(
     meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """Bytes that a new process can have: of the machine, or of the container if that is less; None
-    where neither is told."""
+    """Return the free bytes of the machine or, if fewer, of the container. None if unknown."""
     limits = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = meminfo.read_text().splitlines()
@@ -286,90 +305,81 @@ def available_memory(
 def check_memory(
     name: str, what: str, needed: float, available: int | None, advice: str
 ) -> Finding:
-    """`needed` bytes against `available` ones."""
+    """Compare the needed bytes with the available ones."""
     found = f"{what} takes about {needed / _GB:.1f} GB"
     if available is None:
         return Finding(name, "warning", f"{found}; free memory unknown", "look with `free -g`")
     found += f"; {available / _GB:.1f} GB of memory are free"
-    if available < needed:
-        return Finding(name, "problem", found, advice)
-    return Finding(name, "ok", found)
+    return _graded(name, found, advice, problem=available < needed)
 
 
 def check_open_files(soft: int, hard: int) -> Finding:
-    """The limit on open files: a session is one, and a checkpoint opens many for a moment."""
+    """Check the limit on open files. A session needs one, and saving a checkpoint many."""
     found = f"at most {soft} open files"
     advice = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536} before the command"
-    if 0 <= soft < 256:
-        return Finding("open files", "problem", found, advice)
-    if 0 <= soft < 1024:
-        return Finding("open files", "warning", found, advice)
-    return Finding("open files", "ok", found)
+    few, fewer = 0 <= soft < 1024, 0 <= soft < 256
+    return _graded("open files", found, advice, problem=fewer, warning=few)
 
 
 def check_clock(newest: float, now: float | None = None) -> Finding:
-    """The clock must not be before `newest`, the date of a file that came with the code (seconds
-    since 1970): cloud services refuse those who live in the past."""
+    """Check that the clock is not before the code was written. Cloud services refuse such clocks.
+
+    Args:
+      newest: date of a file of the code, in seconds since 1970.
+      now: the clock, in seconds since 1970.
+    """
     now = time.time() if now is None else now
     shown = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
-    if now < newest - 86400:
-        found = f"it says {shown}, which is before this code was written"
-        return Finding("clock", "problem", found, "sudo timedatectl set-ntp true")
-    return Finding("clock", "ok", shown)
+    early = now < newest - 86400
+    found = f"it shows {shown}, which is before this code was written" if early else shown
+    return _graded("clock", found, "sudo timedatectl set-ntp true", problem=early)
 
 
 def check_clock_difference(seconds: float) -> Finding:
-    """The clock against the one of the Redis server, `seconds` ahead."""
+    """Check that the clock, `seconds` ahead of the Redis server's, agrees with it."""
     found = f"{abs(seconds):.1f} s {'ahead of' if seconds > 0 else 'behind'} the Redis server's"
-    if abs(seconds) > 5:
-        advice = "sudo timedatectl set-ntp true, on both machines: logs cannot be compared"
-        return Finding("clock and Redis", "warning", found, advice)
-    return Finding("clock and Redis", "ok", found)
+    advice = "sudo timedatectl set-ntp true, on both machines: logs cannot be compared"
+    apart = abs(seconds) > 5
+    return _graded("clock and Redis", found, advice, problem=False, warning=apart)
 
 
 _LM_FORMAT = 1
 _LM_BYTES_PER_WORD = 2000
-"""Beside the n-grams: 279 MB were measured for 125,938 words and 25 MB of n-grams."""
+"""In addition to the n-grams. Measured: 279 MB for 125,938 words and 25 MB of n-grams."""
 
 
 def check_language_model(folder: Path, available: int | None) -> Finding:
-    """The folder that `lm-server build` writes: whole, of this format, and small enough."""
-    name = "language model"
-    build = "lm-server build --text FILE --order 3 --lexicon cmudict --out " + str(folder)
+    """Check that a model folder is complete, has the right format and fits into memory."""
+
+    def problem(found: str) -> Finding:
+        advice = f"lm-server build --text FILE --order 3 --lexicon cmudict --out {folder}"
+        return Finding("language model", "problem", found, advice)
+
     if not folder.is_dir():
-        return Finding(name, "problem", f"there is no folder {folder}", build)
-    missing = [
-        file
-        for file in ("lm.json", "lm.bin", "lexicon.txt")
-        if not (folder / file).is_file() or not (folder / file).stat().st_size
-    ]
+        return problem(f"there is no folder {folder}")
+    files = [folder / name for name in ("lm.json", "lm.bin", "lexicon.txt")]
+    missing = [path.name for path in files if not path.is_file() or not path.stat().st_size]
     if missing:
-        found = f"{folder} has no {', '.join(missing)}, or it is empty"
-        return Finding(name, "problem", found, build)
+        return problem(f"{folder} has no {', '.join(missing)}, or it is empty")
     try:
         description = json.loads((folder / "lm.json").read_text())
         words, order, version = (description[key] for key in ("words", "order", "format"))
     except (ValueError, KeyError, TypeError) as error:
-        found = f"{folder}/lm.json cannot be used: {type(error).__name__} {error}"
-        return Finding(name, "problem", found, build)
+        return problem(f"{folder}/lm.json cannot be used: {type(error).__name__} {error}")
     if version != _LM_FORMAT:
-        found = f"{folder} has format {version}; needed {_LM_FORMAT}"
-        return Finding(name, "problem", found, build)
+        return problem(f"{folder} has format {version}; needed {_LM_FORMAT}")
     needed = (folder / "lm.bin").stat().st_size + words * _LM_BYTES_PER_WORD
-    what = f"the {order}-gram model of {words:,} words"
-    return check_memory(
-        name, what, needed, available, "use a smaller text or order, or free memory"
-    )
+    what, advice = f"the {order}-gram model of {words:,} words", "use a smaller text or order"
+    return check_memory("language model", what, needed, available, f"{advice}, or free memory")
 
 
 def opt_memory(size: str, dtype: str) -> float:
-    """Bytes that rescoring with an OPT model takes, about: its weights, a tenth for activations,
-    and 1 GB for the libraries."""
+    """Estimate the memory of rescoring: weights, a tenth for activations, 1 GB of libraries."""
     return 1.1 * OPT_PARAMETERS[size] * BYTES_PER_PARAMETER[dtype] + 1e9
 
 
 def check_opt(size: str, dtype: str, available: int | None) -> Finding:
-    """Whether an OPT model fits; names the largest that does."""
+    """Check that an OPT model fits into memory, and name the largest that does."""
     fitting = [name for name in OPT_PARAMETERS if opt_memory(name, dtype) <= (available or 0)]
     advice = f"the largest that fits in {dtype}: {fitting[-1]}" if fitting else "none of them fits"
     what = f"rescoring with OPT {size} in {dtype}"

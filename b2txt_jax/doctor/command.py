@@ -1,6 +1,6 @@
-"""`b2txt doctor`: looks at the environment and says how to mend what it finds.
+"""`b2txt doctor`: checks the environment and names a remedy for every problem.
 
-Exit status 0: nothing that stops training or decoding; 1: a problem.
+The exit status is 1 if something prevents training or decoding, else 0.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Buckets = tuple[tuple[int, int], ...]
 _MARKS = {"ok": ("green", "ok"), "warning": ("yellow", "warning"), "problem": ("red", "problem")}
 _CACHE_BYTES = 1e9
 _RUNTIME_BYTES = 1.5e9
-"""Python, JAX and compiled programs."""
+"""Memory of Python, JAX and compiled programs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `b2txt doctor`."""
-    parser.add_argument("--config", help="configuration file: its data and memory are checked too")
-    parser.add_argument("--workdir", type=Path, help="folder of a run, there or to be made")
-    parser.add_argument("--data", help="folder of sessions, as --config.data.root is")
+    """Add the arguments of `b2txt doctor`."""
+    parser.add_argument("--config", help="configuration: its data and memory are checked too")
+    parser.add_argument("--workdir", type=Path, help="folder of a run, existing or planned")
+    parser.add_argument("--data", help="folder of sessions, overrides data.root")
     parser.add_argument(
         "--redis",
         metavar="URL",
@@ -52,16 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{checks.opt_memory(size, 'float32') / 1e9:7.1f} GB float32"
         for size in checks.OPT_PARAMETERS
     ]
-    parser.epilog = "\n".join(["Memory that rescoring with OPT takes, about:", *rows])
+    parser.epilog = "\n".join(["Approximate memory of rescoring with OPT:", *rows])
 
 
 def run(args: argparse.Namespace) -> int:
-    """`b2txt doctor`."""
+    """Run `b2txt doctor`."""
     console = Console(stderr=True)
     findings = []
-    with console.status("looking") as status:
+    with console.status("checking") as status:
         for name, check in _checks(args):
-            status.update(f"looking at: {name}")
+            status.update(f"checking {name}")
             findings.extend(check())
     problems = sum(finding.status == "problem" for finding in findings)
     warnings = sum(finding.status == "warning" for finding in findings)
@@ -88,14 +88,13 @@ def _print(findings: list[Finding]) -> None:
 
 
 def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Finding]]]]:
-    """(what, how) in order; the machine first, then what was asked for."""
+    """Yield (name, check) in order: first the machine, then what the arguments name."""
     chips = checks.find_tpu_chips()
     available = checks.available_memory()
     devices: int | None = None
 
     def look_at_devices() -> list[Finding]:
         nonlocal devices
-        # Only a machine with chips has anybody who could hold them.
         finding, devices = checks.check_devices(chips, checks.find_holders() if chips.count else ())
         return [finding]
 
@@ -138,7 +137,7 @@ def _compilation_cache() -> list[Finding]:
     if not folder:
         return [Finding(name, "warning", "off", "set JAX_COMPILATION_CACHE_DIR to a folder")]
     if "://" in folder:
-        return [Finding(name, "ok", f"{folder}, not looked into")]
+        return [Finding(name, "ok", f"{folder}, not checked")]
     advice = "set JAX_COMPILATION_CACHE_DIR to a folder of yours"
     writable = checks.check_writable(name, Path(folder), advice)
     if writable.status != "ok":
@@ -152,19 +151,18 @@ def check_training(
     available: int | None,
     devices: int | None = None,
 ) -> list[Finding]:
-    """Data, batch, memory and disk of the run that --config, --workdir, --data and overrides
-    describe.
+    """Check data, batch, memory and disk of the run that the arguments describe.
 
     Args:
-      args: of the command.
+      args: arguments of the command.
       on_accelerator: whether the step runs on a TPU or GPU.
       available: bytes of host memory.
-      devices: that share a batch; None: not known.
+      devices: number of devices that share a batch, None if unknown.
     """
     try:
         config = _config(args)
     except UserError as error:
-        advice = "mend the configuration file or the option"
+        advice = "correct the configuration file or the option"
         return [Finding("configuration", "problem", str(error), advice)]
     findings = []
     state = None
@@ -172,12 +170,15 @@ def check_training(
         if config is None:
             root, others = _root_alone(args)
             if others:
-                unread = f"{', '.join(others)} not looked at: there is no configuration to change"
+                unread = f"{', '.join(others)} not checked: there is no configuration to change"
                 advice = "give --config FILE, or --workdir of a run that has begun"
                 findings.append(Finding("configuration", "warning", unread, advice))
             findings.append(_sessions(root))
         else:
-            findings.extend(_batch(config, devices))
+            if devices is not None:  # otherwise the check of the devices has failed
+                data, axis = config.data, config.parallel.model_axis
+                rows = (data.days_per_batch, data.trials_per_day, data.eval_batch_size)
+                findings.append(checks.check_rows(*rows, devices, axis))
             found, buckets, sessions = _data(config)
             findings.append(found)
             state = _state_bytes(config, sessions)
@@ -195,7 +196,9 @@ def check_training(
         findings.append(Finding("data", "problem", str(error), "see the message; then run again"))
     if args.workdir:
         advice = "give a --workdir of yours"
-        findings.append(_workdir_writable(args.workdir, advice))
+        # The check must not make the run's folder.
+        existing = checks.existing_folder(args.workdir)
+        findings.append(checks.check_writable("run's folder", existing, advice))
         # Two latest states, one more being written, and the best parameters twice.
         needed = 4 * state if state else 3e9
         findings.append(checks.check_disk("run's disk", args.workdir, needed))
@@ -203,27 +206,12 @@ def check_training(
 
 
 def _root_alone(args: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """(folder of sessions, the other keys) of a command without a configuration."""
+    """Return (folder of sessions, other overrides) of a command without a configuration."""
     key = "--config.data.root="
     overrides: list[str] = getattr(args, "overrides", [])
     roots = [override.removeprefix(key) for override in overrides if override.startswith(key)]
     others = [override for override in overrides if not override.startswith(key)]
     return args.data or (roots[-1] if roots else None), others
-
-
-def _batch(config: Config, devices: int | None) -> list[Finding]:
-    if devices is None:  # a problem of its own
-        return []
-    data = config.data
-    return [
-        checks.check_rows(
-            data.days_per_batch,
-            data.trials_per_day,
-            data.eval_batch_size,
-            devices,
-            config.parallel.model_axis,
-        )
-    ]
 
 
 def _config(args: argparse.Namespace) -> Config | None:
@@ -237,19 +225,11 @@ def _config(args: argparse.Namespace) -> Config | None:
     return None
 
 
-def _workdir_writable(workdir: Path, advice: str) -> Finding:
-    # A folder that looking has made would be in nobody's way, but would not be nobody's either.
-    existing = workdir.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return checks.check_writable("run's folder", existing, advice)
-
-
 def _sessions(root: str | None) -> Finding:
     from b2txt_jax.data.reader import open_folder
 
     if root is None:
-        return Finding("data", "ok", "not looked at: no --config and no --data")
+        return Finding("data", "ok", "not checked: no --config and no --data")
     reader = open_folder(root)
     sessions = reader.sessions
     trials = len(reader.trials(sessions, "train"))
@@ -263,14 +243,12 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
         configured_sessions,
         resolve_buckets,
     )
-    from b2txt_jax.model.patches import frame_count
+    from b2txt_jax.training.step import model_of
 
     sessions = configured_sessions(config.data)
-    patch, stride = config.model.patch_size, config.model.patch_stride
-    training = TrainingData(
-        config.data, sessions, max(patch, 1), lambda bins: int(frame_count(bins, patch, stride))
-    )
-    validation = EvaluationData(config.data, sessions, "val", max(patch, 1), labels=True)
+    least, frames = config.model.least_bins, model_of(config, len(sessions)).frames
+    training = TrainingData(config.data, sessions, least, frames)
+    validation = EvaluationData(config.data, sessions, "val", least, labels=True)
     with training.reader as reader:
         for refs in training.refs_of_day:
             for ref in refs[:1]:
@@ -290,7 +268,7 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
 
 
 def _state_bytes(config: Config, days: int) -> int:
-    """Bytes of parameters and optimizer state; nothing is computed and no device used."""
+    """Return the bytes of parameters and optimizer state, without computing them."""
     import jax
 
     from b2txt_jax.training.step import init_state
@@ -302,32 +280,32 @@ def _state_bytes(config: Config, days: int) -> int:
 def training_memory(
     config: Config, state: int, bucket: tuple[int, int], *, on_accelerator: bool
 ) -> float:
-    """Bytes of host memory that one training process takes, an estimate from above.
+    """Estimate the host memory of one training process, in bytes, from above.
 
     Args:
-      config: of the run.
+      config: configuration of the run.
       state: bytes of parameters and optimizer state.
-      bucket: the largest one, (bins, labels).
-      on_accelerator: whether the step runs on a TPU or GPU; on a CPU it takes host memory too.
+      bucket: the largest bucket, (bins, labels).
+      on_accelerator: whether the step runs on a TPU or GPU. On a CPU it uses host memory too.
     """
-    data, model = config.data, config.model
+    from b2txt_jax.training.step import model_of
+
+    data = config.data
     rows, bins = data.days_per_batch * data.trials_per_day, bucket[0]
     batch = rows * bins * data.feature_count * 4
     # A state that is being saved, and batches read ahead.
     needed = _RUNTIME_BYTES + state + 6 * batch
     if not on_accelerator:
-        frames = bins // max(model.patch_stride, 1)
-        # Per layer and frame: projected gates, what the backward pass keeps, their gradients.
-        activations = model.layers * frames * rows * 8 * model.units * 4
-        needed += 2 * state + 4 * batch + activations
+        model = model_of(config, len(data.sessions) or 1)
+        needed += 2 * state + 4 * batch + model.activation_bytes(rows, bins)
     return needed
 
 
 def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
-    """Whether a Redis answers at `url`; passwords do not appear in what is found."""
+    """Check that a Redis server answers at `url`. Findings do not contain the password."""
     import redis
 
-    from lm_server.client.client import mask_password
+    from lm_server.client.connection import mask_password
 
     shown = mask_password(url)
     try:

@@ -20,7 +20,7 @@ from b2txt_jax.config import CONFIG_FILE, Config, read_written_config, with_over
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, too_short
-from b2txt_jax.model.gru.baseline import Params
+from b2txt_jax.model.interface import Params
 from b2txt_jax.quiet import other_libraries_quiet
 from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.sharding import (
@@ -28,7 +28,7 @@ from b2txt_jax.training.sharding import (
     abstract_state,
     jit_eval_step,
     make_mesh,
-    state_shardings,
+    placement,
 )
 from b2txt_jax.training.step import EvalOutput
 
@@ -72,7 +72,7 @@ class Run:
         """Names of the recording days that the run has an input layer for, in their order."""
         return self.config.data.sessions
 
-    @overload
+    @overload  # A str is an ArrayLike too, and the first signature that fits counts.
     def logits(
         self, trials: str, day: None = None, console: Console | None = None
     ) -> list[TrialLogits]: ...
@@ -202,7 +202,7 @@ class Run:
     def _day_index(self, day: str | None) -> int:
         if day in self.sessions:
             return self.sessions.index(day)
-        if day is None and len(self.sessions) == 1:
+        if day is None and (len(self.sessions) == 1 or not self.config.model.days_differ):
             return 0
         near = difflib.get_close_matches(str(day), self.sessions, n=3, cutoff=0.3)
         shown = ", ".join(near or self.sessions[:3])
@@ -215,7 +215,7 @@ class Run:
 
     @property
     def _min_bins(self) -> int:
-        return max(self.config.model.patch_size, 1)
+        return self.config.model.least_bins
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
@@ -233,8 +233,8 @@ class Run:
 
     @functools.cached_property
     def _placed_params(self) -> Params:
-        places = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(self.config, self._mesh))
-        params: Params = jax.device_put(self.params, places)
+        state = abstract_state(self.config, len(self.sessions), self._mesh)
+        params: Params = jax.device_put(self.params, placement(state.params))
         return params
 
     def _of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
@@ -258,18 +258,8 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = ()) -> Run:
     """
     workdir = Path(workdir)
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
-    like = _abstract_params(config, make_mesh())
+    # Whole on every device of this mesh, however many devices trained them.
+    like = abstract_state(config, len(config.data.sessions), make_mesh()).params
     with other_libraries_quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
         params, best = checkpoints.restore_best(like)
     return Run(config, params, best.step)
-
-
-def _abstract_params(config: Config, mesh: Mesh) -> Params:
-    """Return the shapes of the parameters, each whole on every device, whatever trained them."""
-    state = abstract_state(config, len(config.data.sessions))
-    params: Params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state.params,
-        state_shardings(state, mesh).params,
-    )
-    return params

@@ -1,1 +1,1 @@
-"""Weights, recipes and optimizer state from and to other frameworks; no torch is needed."""
+"""Weights, recipes and optimizer state, converted from and to other frameworks without torch."""

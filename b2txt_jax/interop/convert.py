@@ -25,7 +25,7 @@ from b2txt_jax.interop.nejm import (
 )
 from b2txt_jax.interop.safetensors_file import config_path, read_safetensors, write_safetensors
 from b2txt_jax.interop.weights import fresh_state
-from b2txt_jax.model.gru.baseline import parameter_count
+from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.step import init_state
 
@@ -33,7 +33,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `b2txt convert`."""
+    """Add the arguments of `b2txt convert`."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--from-nejm",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="--from: the weights alone; training begins anew at step 0 (fine-tuning)",
+        help="--from: the weights alone; training restarts at step 0 (fine-tuning)",
     )
     parser.add_argument(
         "--ignore",
@@ -73,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiled-names",
         action="store_true",
-        help=f"--to-nejm: names begin with {COMPILED_PREFIX}, as the published trainer needs them "
-        "to go on",
+        help=f"--to-nejm: names begin with {COMPILED_PREFIX}, as the published trainer needs to "
+        "continue",
     )
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.epilog = (
@@ -84,10 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`b2txt convert`."""
+    """Run `b2txt convert`."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     _require_applicable(args)
-    # Orbax warns of what is intended: checkpoints that are only read.
+    # Orbax warns about checkpoints that are only read, which is intended here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if args.from_nejm or args.from_safetensors:
         return _run_from(args, console)
@@ -101,7 +101,7 @@ _APPLIES = {
     "which": ("to_nejm", "to_safetensors"),
     "compiled_names": ("to_nejm",),
 }
-"""Options that belong to some directions only."""
+"""Options that apply to some directions only."""
 
 
 def _require_applicable(args: argparse.Namespace) -> None:
@@ -133,8 +133,8 @@ def _run_from(args: argparse.Namespace, console: Console) -> int:
     step, steps = int(run.state.step), run.config.train.steps
     if step >= steps:
         console.print(
-            f"step {step} is at the end of its {steps} steps, so that train has nothing to do: "
-            f"raise --config.train.steps to go on, or convert with --restart"
+            f"step {step} is the last of {steps}, so train has nothing to do: raise "
+            f"--config.train.steps to continue, or convert with --restart"
         )
     root = Path(run.config.data.root)
     if not root.is_dir():
@@ -152,8 +152,8 @@ def _run_to(args: argparse.Namespace, console: Console) -> int:
         targets = [args.to_safetensors, config_path(args.to_safetensors)]
         if targets[0] == targets[1]:
             raise ConversionError(
-                f"{targets[0]} ends in {targets[0].suffix}, which the configuration beside the "
-                f"weights gets; needed a name such as {targets[0].with_suffix('.safetensors')}"
+                f"{targets[0]} ends in {targets[0].suffix}, the suffix of the configuration beside "
+                f"the weights; needed a name such as {targets[0].with_suffix('.safetensors')}"
             )
     _require_new(targets, args.force)
     run = read_workdir(args.workdir, args.which or "best", optimizer=bool(args.to_nejm))
@@ -176,7 +176,7 @@ def _description(run: Run) -> str:
 
 
 def _require_folder(path: Path) -> None:
-    """A folder that is there or can be made."""
+    """Raise if the path, or its nearest existing parent, is not a folder."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ConversionError(f"{there} is a file; needed a folder to write, give another one")
@@ -206,10 +206,10 @@ def _require_new(paths: list[Path], force: bool) -> None:
 
 
 def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:
-    """Writes config.json, checkpoints/best and checkpoints/latest.
+    """Write config.json, checkpoints/best and checkpoints/latest, each atomically.
 
-    They are complete before they get their names. With `restart`, the first validation of the
-    training to come replaces the best checkpoint whatever its score.
+    With `restart`, the first validation of the next training replaces the best checkpoint whatever
+    its score.
     """
     workdir.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{workdir.name}.", dir=workdir.parent))
@@ -230,21 +230,21 @@ def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:
 
 
 def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
-    """Reads a run: the `best` parameters or the `latest` state.
+    """Read a run: the `best` parameters or the `latest` state.
 
-    The best checkpoint has parameters only; with `optimizer`, the state of the latest one is taken
-    where both are of the same step and it can be read. It is fresh otherwise.
+    The best checkpoint has parameters only. With `optimizer`, they get the optimizer state of the
+    latest one if it is of the same step and can be read. Otherwise the optimizer state is fresh.
 
     Raises:
       ConfigError: the folder holds no run.
-      CheckpointError: it has no such checkpoint.
+      CheckpointError: the checkpoint does not exist.
       ConversionError: the latest state cannot be read.
     """
     config = read_written_config(workdir / CONFIG_FILE)
-    if config.model.kind != "baseline":
+    if config.model.name != "gru":
         raise ConversionError(
-            f"{workdir} holds a model of kind {config.model.kind!r}; needed 'baseline': only that "
-            "has a published format. The run itself can be copied as a folder"
+            f"{workdir} holds a model {config.model.name!r}; needed 'gru': only that has a "
+            "published format. The run itself can be copied as a folder"
         )
     like = jax.eval_shape(lambda: init_state(config, len(config.data.sessions)))
     with Checkpoints(workdir, read_only=True) as checkpoints:
@@ -253,8 +253,8 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
                 state, best = checkpoints.restore_latest(like)
             except CheckpointError as error:
                 raise ConversionError(
-                    f"the latest state cannot be read; leave out --which latest to take the best "
-                    f"parameters: {_first_line(error)}"
+                    f"the latest state cannot be read; leave out --which latest to convert the "
+                    f"best parameters: {_first_line(error)}"
                 ) from error
             score = best if best and best.step == int(state.step) else None
             return Run(config, state, score or BestScore(math.inf, math.inf, int(state.step)))
@@ -272,13 +272,13 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
         elif optimizer:
             notes.append(
                 f"the best checkpoint (step {best.step}) has no optimizer state, and the latest is "
-                f"of another step: its running means are left out. To go on with training "
-                f"elsewhere, use --which latest"
+                f"of another step: its running means are left out. To continue training elsewhere, "
+                f"use --which latest"
             )
     return Run(config, fresh_state(config, params, best.step), best, tuple(notes))
 
 
 def _first_line(error: Exception) -> str:
-    """What Orbax says about a checkpoint of another structure is thousands of characters long."""
+    """Shorten an error. Orbax describes a wrong structure in thousands of characters."""
     line = str(error).strip().splitlines()[0]
     return line if len(line) <= 300 else f"{line[:240]} ..."

@@ -1,7 +1,7 @@
-"""What goes wrong while converting."""
+"""The error of conversions."""
 
 from b2txt_jax.errors import UserError
 
 
 class ConversionError(UserError, ValueError):
-    """Something that cannot be converted; says what was found, what was needed, what to do."""
+    """A file, run or setting that cannot be converted."""

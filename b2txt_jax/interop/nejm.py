@@ -1,14 +1,13 @@
-"""The published checkpoint folder to a run's state and back.
+"""The published checkpoint folder, read to a run's state and written from one.
 
-`checkpoint/best_checkpoint` holds `model_state_dict`, `optimizer_state_dict` (AdamW; groups:
-biases, day layers, others), `scheduler_state_dict` (LambdaLR), `val_PER` and `val_loss`;
-`checkpoint/args.yaml` the settings.
+`checkpoint/best_checkpoint` holds `model_state_dict`, `optimizer_state_dict` (AdamW with the groups
+biases, day layers, others), `scheduler_state_dict` (LambdaLR), `val_PER` and `val_loss`.
+`checkpoint/args.yaml` holds the settings.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ import numpy as np
 import yaml
 
 from b2txt_jax.config import Config, with_overrides
-from b2txt_jax.interop.args_file import load_args
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.interop.nejm_args import args_from_config, check_changed, read_args
+from b2txt_jax.interop.nejm_args import args_from_config, check_changed, load_args, read_args
 from b2txt_jax.interop.nejm_optimizer import (
     has_amsgrad,
     optimizer_dict,
@@ -41,11 +39,12 @@ from b2txt_jax.interop.weights import (
 )
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.step import TrainState
+from lm_server.atomic_file import replacing
 
 CHECKPOINT_FILE = "best_checkpoint"
 ARGS_FILE = "args.yaml"
 COMPILED_PREFIX = "_orig_mod."
-"""Before the names of a model under torch.compile, as the published trainer has it."""
+"""Prefix of parameter names under torch.compile, which the published trainer uses."""
 
 # Published sessions without val and test files (NEJM reference, section 1).
 _TRAIN_ONLY = frozenset(
@@ -55,18 +54,18 @@ _TRAIN_ONLY = frozenset(
 
 @dataclass(frozen=True)
 class Run:
-    """What a workdir holds."""
+    """Contents of a workdir."""
 
     config: Config
     state: TrainState
     best: BestScore
-    """Of `state.params`; infinite where it is not known."""
+    """Score of `state.params`, infinite if unknown."""
     notes: tuple[str, ...] = ()
-    """Lines for the user on what was left out or filled in."""
+    """Lines for the user about what was left out or filled in."""
 
 
 def checkpoint_path(folder: Path) -> Path:
-    """The checkpoint in a published output folder, in its checkpoint folder, or the file itself.
+    """Find the checkpoint in a published output folder or its checkpoint folder, or a file itself.
 
     Raises:
       ConversionError: there is none.
@@ -88,7 +87,7 @@ def read_nejm(
     ignore: Collection[str] = (),
     restart: bool = False,
 ) -> Run:
-    """Reads a published checkpoint folder.
+    """Read a published checkpoint folder.
 
     Args:
       folder: see `checkpoint_path`.
@@ -97,7 +96,7 @@ def read_nejm(
       restart: leave out the optimizer's state and begin the schedule at step 0.
 
     Raises:
-      ConversionError: a file is missing, damaged, unsafe, or does not fit the settings.
+      ConversionError: a file is missing, damaged or unsafe, or does not fit the settings.
       ConfigError: an override does not fit.
     """
     path = checkpoint_path(folder)
@@ -140,16 +139,16 @@ def read_nejm(
     if more and math.isfinite(best.per):
         best = BestScore(math.inf, math.inf, step)
         notes.append(
-            f"val_PER is not taken over as the score to beat: dataset.dataset_probability_val "
-            f"leaves out {', '.join(more)}, whose val files are validated here"
+            f"val_PER is not used as the score to beat: dataset.dataset_probability_val leaves out "
+            f"{', '.join(more)}, whose val files are validated here"
         )
     return Run(config, state, best, tuple(notes))
 
 
 def known_score(value: float) -> float:
-    """A validation score of a file; infinite, which is unknown, unless it is finite and from 0.
+    """Return a file's validation score, or infinity (unknown) unless it is finite and >= 0.
 
-    A NaN would never be beaten by a later one.
+    No later score would beat a NaN.
     """
     return value if math.isfinite(value) and value >= 0 else math.inf
 
@@ -165,12 +164,12 @@ def _number(checkpoint: Mapping[str, Any], name: str) -> float:
 
 
 def write_nejm(folder: Path, run: Run, prefix: str = "") -> None:
-    """Writes `folder/checkpoint/best_checkpoint` and `args.yaml`.
+    """Write `folder/checkpoint/best_checkpoint` and `args.yaml`.
 
     Args:
-      folder: is made where it is missing; the two files are replaced.
-      run: what to write; its optimizer state is written as far as it has one.
-      prefix: goes before every name of `model_state_dict`; see `COMPILED_PREFIX`.
+      folder: made if it is missing. The two files are replaced.
+      run: the run, with its optimizer state as far as it has one.
+      prefix: prefix of every name of `model_state_dict`, see `COMPILED_PREFIX`.
 
     Raises:
       ConversionError: the published code cannot build such a model.
@@ -188,14 +187,15 @@ def write_nejm(folder: Path, run: Run, prefix: str = "") -> None:
     folder = folder / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
     write_torch_file(folder / CHECKPOINT_FILE, checkpoint)
-    temporary = folder / (ARGS_FILE + ".tmp")
-    temporary.write_text(yaml.safe_dump(args, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, folder / ARGS_FILE)
+    with replacing(folder / ARGS_FILE) as path:
+        path.write_text(yaml.safe_dump(args, sort_keys=False), encoding="utf-8")
 
 
 def _validated_sessions(config: Config) -> list[str]:
-    """Sessions with a val file; where the data is not at hand, all but the published ones known to
-    have none."""
+    """Return the sessions with a val file.
+
+    A session whose data is absent counts, unless it is a published one without a val file.
+    """
     root = Path(config.data.root)
 
     def validated(session: str) -> bool:

@@ -1,8 +1,7 @@
-"""The published `args.yaml` to a configuration and back.
+"""The published `args.yaml`, read to a configuration and written from one.
 
-`_SAME` names every setting that both sides have. Of the others, those that change nothing here are
-listed and left out; one that would change what is learned is an error, unless it is named in
-`ignore`.
+`_SAME` names the settings that both sides have. Other settings without effect here are listed and
+left out. One that would change training is an error, unless `ignore` names it.
 """
 
 from __future__ import annotations
@@ -12,31 +11,125 @@ import math
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from b2txt_jax.config import Config, freeze
-from b2txt_jax.interop.args_file import (
-    read_names,
-    read_number,
-    read_numbers,
-    read_text,
-    read_truth,
-    read_whole,
-)
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.signal.smooth import gaussian_taps
 
+
+def load_args(path: Path) -> dict[str, Any]:
+    """Read args.yaml as `section.name` -> value, with the text `None` as None.
+
+    Raises:
+      ConversionError: the file is missing, is not plain YAML, or has OmegaConf interpolations.
+    """
+    if not path.is_file():
+        raise ConversionError(
+            f"{path} does not exist; needed the args.yaml that the published trainer writes beside "
+            f"its checkpoint: it has the model's sizes and the list of sessions"
+        )
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConversionError(
+            f"{path} is not plain YAML ({' '.join(str(error).split())}); save it again with "
+            f"OmegaConf.save(OmegaConf.create(OmegaConf.to_container(args, resolve=True)), FILE)"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ConversionError(f"{path} holds no settings; needed `model:`, `dataset:` and others")
+    flat = _flatten(loaded)
+    for key, value in flat.items():
+        if isinstance(value, str) and "${" in value:
+            raise ConversionError(
+                f"{path}: {key} is {value!r}, an OmegaConf reference; save the file with its "
+                f"references resolved: OmegaConf.to_container(args, resolve=True)"
+            )
+    return flat
+
+
+def _flatten(values: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{where}{name}"
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{key}.")
+        else:
+            empty = isinstance(value, str) and value.strip().lower() in ("none", "null")
+            flat[key] = None if empty else value
+    return flat
+
+
+# Readers of one setting. They raise ValueError with the needed form.
+
+
+def _number(value: Any) -> float:
+    """Read a number, also as text, because OmegaConf and YAML 1.1 leave `1e-4` as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("needed a number")
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond floating point
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError("needed a finite number")
+    return found
+
+
+def _whole(value: Any) -> int:
+    found = _number(value)
+    if found != int(found):
+        raise ValueError("needed a whole number")
+    return int(found)
+
+
+def _truth(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError("needed true or false")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("needed text")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Read the names of different sessions, each of which is the name of a folder."""
+    if not isinstance(value, list) or not value:
+        raise ValueError("needed a list of session names")
+    for name in value:
+        if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
+            raise ValueError(f"session {name!r} is not the name of a folder")
+    if len(set(value)) < len(value):
+        twice = sorted({name for name in value if value.count(name) > 1})
+        raise ValueError(f"sessions are listed twice: {', '.join(twice)}")
+    return tuple(value)
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise ValueError("needed a list of numbers")
+    return tuple(map(_number, value))
+
+
 _BUCKETS = ((600, 64), (800, 80), (1000, 100), (1200, 120), (1600, 160), (2560, 500))
-"""(bins, labels); those of configs/nejm_baseline.py, which hold every published trial."""
+"""(bins, labels), as in configs/nejm_baseline.py. They fit every published trial."""
 _SAVE_EVERY = 1_000
-"""Steps between latest checkpoints; the published trainer keeps none."""
+"""Steps between latest checkpoints. The published trainer keeps none."""
 
 
 _REQUIRED = object()
-"""In place of a default: settings that logits depend on must be there."""
+"""Instead of a default, for settings that logits depend on."""
 
 _SEED, _NO_SEED, _RECIPE_SEED = "seed", -1, 10
-"""The published trainer seeds nothing when its seed is -1."""
+"""The published trainer is unseeded if its seed is -1."""
 _DT = "dataset.data_transforms."
 # (published setting, key here, value in the published recipe)
 _SAME: tuple[tuple[str, str, Any], ...] = (
@@ -80,45 +173,44 @@ _SAME: tuple[tuple[str, str, Any], ...] = (
 _SMOOTH, _AMP, _BATCH = _DT + "smooth_data", "use_amp", "dataset.batch_size"
 _WALK_AXIS = _DT + "random_walk_axis"
 _VALIDATED = "dataset.dataset_probability_val"
-# Settings that become part of a key; worked out in `_as_config`.
+# Settings from which `_as_config` derives keys.
 _OTHERS: tuple[tuple[str, Callable[[Any], Any], Any], ...] = (
-    (_SMOOTH, read_truth, True),
-    (_AMP, read_truth, True),
-    (_BATCH, read_whole, 64),
-    (_WALK_AXIS, read_whole, -1),
+    (_SMOOTH, _truth, True),
+    (_AMP, _truth, True),
+    (_BATCH, _whole, 64),
+    (_WALK_AXIS, _whole, -1),
 )
 
-# Published settings that are left out, with the reason.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "gpu_number",  # the device is JAX's
-        "mode",  # the command says it
-        "output_dir",  # --workdir
-        "checkpoint_dir",  # --workdir
-        "init_from_checkpoint",  # where the run came from
-        "init_checkpoint_path",  # where the run came from
-        "save_best_checkpoint",  # the best is always saved
-        "save_all_val_steps",  # the best and the latest are saved
-        "save_final_model",  # the latest is always saved
-        "save_val_metrics",  # metrics are always saved
-        "save_val_logits",  # `b2txt infer` writes logits
-        "save_val_data",  # the data stays where it is
-        "log_individual_day_val_PER",  # always logged
-        "log_val_skip_logs",  # only a message
-        "batches_per_save",  # read by no published code
-        "early_stopping_val_steps",  # only read with early_stopping
-        "dataset.seed",  # batches are drawn from `seed`
-        "dataset.num_dataloader_workers",  # the loader has its own threads
-        "dataset.loader_shuffle",  # batches are random either way
-        "dataset.max_seq_elements",  # data.buckets limit labels
-        "dataset.test_percentage",  # read by no published code: splits are files
-        "dataset.bad_trials_dict",  # read by no published code
-        "dataset.must_include_days",  # read by no published code
-        "dataset.neural_dim",  # read by no published code: model.n_input_features counts
-        "model.input_network.n_input_layers",  # read by no published code
-        "model.input_network.input_layer_sizes",  # read by no published code
-    }
-)
+# Published settings without effect here, with the values that are written: those of the published
+# rnn_args.yaml. The comment is the reason why they are left out on reading.
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "gpu_number": "0",  # the device is JAX's
+    "mode": "train",  # chosen by the command
+    "output_dir": "trained_models/from_b2txt_jax",  # --workdir
+    "checkpoint_dir": "trained_models/from_b2txt_jax/checkpoint",  # --workdir
+    "init_from_checkpoint": False,  # origin of the run
+    "init_checkpoint_path": "None",  # origin of the run
+    "save_best_checkpoint": True,  # the best is always saved
+    "save_all_val_steps": False,  # the best and the latest are saved
+    "save_final_model": False,  # the latest is always saved
+    "save_val_metrics": True,  # metrics are always saved
+    "save_val_logits": True,  # `b2txt infer` writes logits
+    "save_val_data": False,  # the data is not copied
+    "log_individual_day_val_PER": True,  # always logged
+    "log_val_skip_logs": False,  # only a message
+    "batches_per_save": 0,  # not read by published code
+    "early_stopping_val_steps": 20,  # only read with early_stopping
+    "dataset.seed": 1,  # batches are drawn from `seed`
+    "dataset.num_dataloader_workers": 4,  # the loader has its own threads
+    "dataset.loader_shuffle": False,  # batches are random either way
+    "dataset.max_seq_elements": 500,  # data.buckets limit labels
+    "dataset.test_percentage": 0.1,  # not read by published code: splits are files
+    "dataset.bad_trials_dict": None,  # not read by published code
+    "dataset.must_include_days": None,  # not read by published code
+    "dataset.neural_dim": None,  # not read by published code: model.n_input_features counts
+    "model.input_network.n_input_layers": 1,  # not read by published code
+    "model.input_network.input_layer_sizes": None,  # not read by published code
+}
 
 _FIXED: dict[str, tuple[Any, str]] = {
     "model.rnn_trainable": (True, "the GRU is always trained here"),
@@ -127,33 +219,33 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "dataset.feature_subset": (None, "all features of the files are used here"),
     "lr_scheduler_type": ("cosine", "the schedule is warm-up and cosine here"),
 }
-"""Settings of which only one value can be converted."""
+"""Settings of which only one value can be converted, with the reason."""
 _NOT_IGNORABLE = frozenset({"dataset.feature_subset"})
-"""Those that change logits, so that ignoring them cannot be right."""
+"""Settings that change logits and therefore cannot be ignored."""
 
 
 @dataclass(frozen=True)
 class ReadArgs:
-    """A converted args.yaml and what is to be said about it."""
+    """A converted args.yaml."""
 
     config: Config
     notes: tuple[str, ...]
-    """Lines on settings that were left out or filled in."""
+    """Lines about settings that were left out or filled in."""
     not_validated: tuple[str, ...] = ()
     """Sessions that the published trainer left out of its validation."""
 
 
 def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()) -> ReadArgs:
-    """Settings of args.yaml -> the configuration that trains and decodes the same way.
+    """Convert settings of args.yaml to the configuration that trains and decodes equally.
 
     Args:
-      flat: as `load_args` returns them.
-      source: names the file in errors.
-      ignore: settings without an equivalent that are to be left out all the same.
+      flat: result of `load_args`.
+      source: name of the file in errors.
+      ignore: settings without an equivalent that are left out nevertheless.
 
     Raises:
-      ConversionError: a setting is missing, cannot be read, has no equivalent, or is to be ignored
-        and not there.
+      ConversionError: a setting is missing, cannot be read or has no equivalent, or an ignored
+        setting does not exist.
     """
     absent = sorted(key for key in ignore if key not in flat)
     if absent:
@@ -178,8 +270,8 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
     if values[_SEED] == _NO_SEED:
         values[_SEED] = _RECIPE_SEED
         notes.append(
-            f"seed {_NO_SEED} means unseeded there; training is always seeded here, and the "
-            f"published recipe's {_RECIPE_SEED} was taken"
+            f"seed {_NO_SEED} means unseeded in the published trainer; training is always seeded "
+            f"here, with the published recipe's {_RECIPE_SEED}"
         )
     left_out = [key for key in _WITHOUT_EFFECT if flat.get(key) is not None]
     if left_out:
@@ -187,7 +279,7 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
     refused = _without_equivalent(flat, values, source)
     needless = sorted({*ignore} - {key for key, _, _ in refused})
     if needless:
-        notes.append(f"--ignore {', '.join(needless)}: had no effect, nothing in it to ignore")
+        notes.append(f"--ignore {', '.join(needless)}: had no effect, there was nothing to ignore")
     for key, value, reason in refused:
         text = f"{key} is {_short(value)}, which has no equivalent: {reason}"
         if key in _NOT_IGNORABLE:
@@ -196,7 +288,7 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
             )
         if key not in ignore:
             raise ConversionError(
-                f"{source}: {text}. Training would differ; `--ignore {key}` converts all the same"
+                f"{source}: {text}. Training would differ; `--ignore {key}` converts nevertheless"
             )
         notes.append(f"ignored: {text}")
     try:
@@ -208,15 +300,15 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
 
 
 def check_changed(config: Config) -> None:
-    """Checks a configuration after overrides as `read_args` checks the settings.
+    """Check a configuration after overrides, like `read_args`.
 
     Raises:
-      ConfigError: the kernel of the smoothing has no taps.
-      ConversionError: the sessions are no names of folders.
+      ConfigError: the smoothing kernel has no taps.
+      ConversionError: a session is not the name of a folder.
     """
     _check_taps(config)
     try:
-        read_names(list(config.data.sessions))
+        _names(list(config.data.sessions))
     except ValueError as error:
         raise ConversionError(f"configuration key data.sessions: {error}") from error
 
@@ -229,18 +321,18 @@ def _check_taps(config: Config) -> None:
 def _not_validated(
     flat: Mapping[str, Any], sessions: tuple[str, ...], source: str
 ) -> tuple[str, ...]:
-    """Sessions to which the published trainer gave a 0; those beyond its list had none."""
+    """Return the sessions with the probability 0. Sessions beyond the list have none."""
     if flat.get(_VALIDATED) is None:
         return ()
-    given = _read(flat[_VALIDATED], read_numbers, _VALIDATED, source)
+    given = _read(flat[_VALIDATED], _numbers, _VALIDATED, source)
     return tuple(name for name, number in zip(sessions, given, strict=False) if number == 0)
 
 
 def _reader(key: str) -> Callable[[Any], Any]:
-    """How to read a published setting, by the type of the key that it becomes."""
+    """Return the reader of a published setting, by the type of its key here."""
     section, name = key.split(".")
     kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
-    return {int: read_whole, float: read_number, str: read_text}.get(kind, read_names)
+    return {int: _whole, float: _number, str: _text}.get(kind, _names)
 
 
 def _read(value: Any, read: Callable[[Any], Any], path: str, source: str) -> Any:
@@ -258,12 +350,12 @@ def _short(value: Any) -> str:
 def _without_equivalent(
     flat: Mapping[str, Any], values: Mapping[str, Any], source: str
 ) -> list[tuple[str, Any, str]]:
-    """(setting, value, why there is no equivalent) of every setting that is not understood."""
+    """Return (setting, value, reason) of every setting without an equivalent."""
     found = []
     for key, (needed, reason) in _FIXED.items():
         value = flat.get(key)
         if isinstance(needed, bool) and value is not None:
-            value = _read(value, read_truth, key, source)
+            value = _read(value, _truth, key, source)
         if value not in (needed, None, []):
             found.append((key, value, reason))
     if values[_DT + "random_walk_std"] > 0 and values[_WALK_AXIS] not in (-1, 2):
@@ -302,54 +394,19 @@ def _as_config(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         config[section][name] = values[path]
     if not values[_SMOOTH]:
         config["signal"]["smooth_std"] = 0.0
-    # 0 and 1 both mean: no cut. Without patches the stride is not used, and may be 0.
+    # 0 and 1 both mean no cut. Without patches the stride is unused and may be 0.
     config["signal"]["random_cut"] = max(config["signal"]["random_cut"], 1)
     if config["model"]["patch_size"] == 0:
         config["model"]["patch_stride"] = 1
     return config
 
 
-_CONSTANT: dict[str, Any] = {
-    "model.rnn_trainable": True,
-    "model.input_network.n_input_layers": 1,
-    "model.input_network.input_trainable": True,
-    "gpu_number": "0",
-    "mode": "train",
-    "output_dir": "trained_models/from_b2txt_jax",
-    "checkpoint_dir": "trained_models/from_b2txt_jax/checkpoint",
-    "init_from_checkpoint": False,
-    "init_checkpoint_path": "None",
-    "save_best_checkpoint": True,
-    "save_all_val_steps": False,
-    "save_final_model": False,
-    "save_val_metrics": True,
-    "early_stopping": False,
-    "early_stopping_val_steps": 20,
-    "lr_scheduler_type": "cosine",
-    "batches_per_save": 0,
-    "log_individual_day_val_PER": True,
-    "log_val_skip_logs": False,
-    "save_val_logits": True,
-    "save_val_data": False,
-    _WALK_AXIS: -1,
-    "dataset.max_seq_elements": 500,
-    "dataset.seed": 1,
-    "dataset.num_dataloader_workers": 4,
-    "dataset.loader_shuffle": False,
-    "dataset.must_include_days": None,
-    "dataset.test_percentage": 0.1,
-    "dataset.feature_subset": None,
-    "dataset.bad_trials_dict": None,
-}
-"""What the published code reads besides, as in its own rnn_args.yaml."""
-
-
 def args_from_config(config: Config, validated: Collection[str]) -> dict[str, Any]:
-    """A configuration -> the nested settings of a published args.yaml, every one of them.
+    """Return all settings of a published args.yaml, nested, for a configuration.
 
     Args:
-      config: of the run.
-      validated: sessions that the published trainer shall validate on.
+      config: configuration of the run.
+      validated: sessions that the published trainer validates on.
 
     Raises:
       ConversionError: the published code cannot build such a model.
@@ -365,7 +422,9 @@ def args_from_config(config: Config, validated: Collection[str]) -> dict[str, An
         section, name = key.split(".")
         flat[path] = sections[section][name]
     sessions, features = config.data.sessions, config.data.feature_count
-    flat |= _CONSTANT | {
+    flat |= _WITHOUT_EFFECT | {key: value for key, (value, _) in _FIXED.items()}
+    flat |= {
+        _WALK_AXIS: -1,
         "dataset.sessions": list(sessions),
         _VALIDATED: [int(name in validated) for name in sessions],
         "dataset.neural_dim": features,
@@ -373,7 +432,7 @@ def args_from_config(config: Config, validated: Collection[str]) -> dict[str, An
         _BATCH: config.data.days_per_batch * config.data.trials_per_day,
         _AMP: config.model.dtype != "float32",
         _SMOOTH: config.signal.smooth_std > 0,
-        # The published evaluation script smooths in any case, and cannot with 0.
+        # The published evaluation script always smooths, which fails with 0.
         _DT + "smooth_kernel_std": config.signal.smooth_std or 2.0,
     }
     nested: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""AdamW's and LambdaLR's state_dicts of the published checkpoint to and from ours.
+"""Conversion of AdamW's and LambdaLR's state_dicts in the published checkpoint.
 
-The optimizer has three groups: biases, day layers, others. Its parameters are numbered group after
-group, in the model's order.
+The optimizer has three groups: biases, day layers, others. Parameters are numbered group by group,
+in the model's order.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MOST_STEPS = 2**31 - 1
 
 
 def scheduler_step(checkpoint: Mapping[str, Any], source: str) -> int:
-    """Steps done, by `scheduler_state_dict`; 0 where there is none.
+    """Return the steps done according to `scheduler_state_dict`, 0 without one.
 
     Raises:
-      ConversionError: it holds no such number.
+      ConversionError: `last_epoch` is not such a number.
     """
     scheduler = checkpoint.get("scheduler_state_dict") or {}
     step = scheduler.get("last_epoch", 0) if isinstance(scheduler, dict) else None
@@ -40,15 +40,15 @@ def scheduler_step(checkpoint: Mapping[str, Any], source: str) -> int:
 
 
 def read_moments(optimizer: Any, order: Sequence[str], source: str) -> Moments | None:
-    """AdamW's state by parameter name; None where there is none.
+    """Return AdamW's state by parameter name, or None without one.
 
     Args:
       optimizer: `optimizer_state_dict`.
       order: names of the parameters, in the model's order.
-      source: names the file in errors.
+      source: name of the file in errors.
 
     Raises:
-      ConversionError: it is not the state of the published groups under AdamW.
+      ConversionError: the state is not that of AdamW with the published groups.
     """
     if not isinstance(optimizer, dict) or not optimizer.get("state"):
         return None
@@ -70,7 +70,7 @@ def read_moments(optimizer: Any, order: Sequence[str], source: str) -> Moments |
     for group, names in zip(indices, expected, strict=True):
         for index, name in zip(group, names, strict=True):
             entry = state.get(index)
-            if entry is None:  # a day that no batch has had yet
+            if entry is None:  # a day without a batch so far
                 continue
             missing = [key for key in ("step", "exp_avg", "exp_avg_sq") if key not in entry]
             if missing:
@@ -84,14 +84,14 @@ def read_moments(optimizer: Any, order: Sequence[str], source: str) -> Moments |
 
 
 def has_amsgrad(optimizer: Any) -> bool:
-    """Whether an optimizer_state_dict holds AMSGrad's largest squares, which AdamW here has not."""
+    """Return whether an optimizer_state_dict holds AMSGrad's largest squares."""
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
     entries = state.values() if isinstance(state, dict) else ()
     return any(isinstance(entry, dict) and "max_exp_avg_sq" in entry for entry in entries)
 
 
 def _indices(groups: Any, source: str) -> list[list[int]]:
-    """The numbers of the parameters in each group."""
+    """Return the numbers of the parameters in each group."""
     found = []
     for group in groups if isinstance(groups, list) else [None]:
         numbers = group.get("params") if isinstance(group, dict) else None
@@ -110,7 +110,7 @@ def _indices(groups: Any, source: str) -> list[list[int]]:
 
 
 def _updates(value: Any, name: str, source: str) -> int:
-    """A count of updates, which is a number or a tensor of one."""
+    """Read a count of updates, a number or a tensor with one element."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = float(value.reshape(()))
     if not isinstance(value, int | float) or not (0 <= value <= MOST_STEPS and value == int(value)):
@@ -123,7 +123,7 @@ def _updates(value: Any, name: str, source: str) -> int:
 
 
 def _rates(config: Config, step: int) -> list[float]:
-    """Learning rate of the next step, per published group."""
+    """Return the learning rate of the next step, per published group."""
     o = config.optimizer
     main = warmup_cosine(o.learning_rate, o.learning_rate_min, o.warmup_steps, o.decay_steps)
     day = warmup_cosine(
@@ -138,7 +138,7 @@ def _base_rates(config: Config) -> list[float]:
 
 
 def optimizer_dict(state: TrainState, config: Config, names: Sequence[str]) -> dict[str, Any]:
-    """torch.optim.AdamW's state_dict with the published groups."""
+    """Return torch.optim.AdamW's state_dict with the published groups."""
     settings = config.optimizer
     moments = moments_of(state)
     groups, entries, index = [], {}, 0
@@ -182,7 +182,7 @@ def optimizer_dict(state: TrainState, config: Config, names: Sequence[str]) -> d
 
 
 def scheduler_dict(config: Config, step: int) -> dict[str, Any]:
-    """torch.optim.lr_scheduler.LambdaLR's state_dict."""
+    """Return torch.optim.lr_scheduler.LambdaLR's state_dict."""
     return {
         "base_lrs": _base_rates(config),
         "last_epoch": step,

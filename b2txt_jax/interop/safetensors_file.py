@@ -1,7 +1,7 @@
 """Parameters in a safetensors file, under the published PyTorch names, with the configuration.
 
-The metadata holds `b2txt_config` (the configuration as JSON), `b2txt_step`, `b2txt_per` and
-`b2txt_loss` (of the best validation). The same configuration stands as JSON beside the file.
+The metadata holds `b2txt_config` (the configuration as JSON), `b2txt_step`, and `b2txt_per` and
+`b2txt_loss` of the best validation. The configuration is also written as JSON beside the file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from b2txt_jax.config import (
-    Config,
-    ConfigError,
-    differences,
-    freeze,
-    with_overrides,
-    write_config,
-)
+from b2txt_jax.config import Config, ConfigError, differences, freeze, with_overrides, write_config
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.interop.nejm import Run, known_score
 from b2txt_jax.interop.nejm_args import check_changed
@@ -37,43 +29,40 @@ from b2txt_jax.interop.weights import (
     to_named,
 )
 from b2txt_jax.training.checkpoint import BestScore
+from lm_server.atomic_file import replacing
 
 
 def config_path(path: Path) -> Path:
-    """Where the configuration stands beside the weights."""
+    """Return the path of the configuration beside the weights."""
     return path.with_suffix(".json")
 
 
 def write_safetensors(path: Path, run: Run) -> None:
-    """Writes the parameters to `path` and the configuration beside it, as .json."""
+    """Write the parameters to `path` and the configuration beside it, as .json."""
     metadata = {
-        "format": "pt",  # tells PyTorch's loaders that names and shapes are PyTorch's
+        "format": "pt",  # marks names and shapes as PyTorch's, for its loaders
         "b2txt_config": json.dumps(dataclasses.asdict(run.config)),
         "b2txt_step": str(int(run.state.step)),
         "b2txt_per": repr(float(run.best.per)),
         "b2txt_loss": repr(float(run.best.loss)),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(save(to_named(run.state.params), metadata))
         write_config(run.config, config_path(path))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_safetensors(path: Path, overrides: Sequence[str] = (), restart: bool = False) -> Run:
-    """Reads parameters and configuration; the optimizer has no state.
+    """Read parameters and configuration. The optimizer has no state.
 
     Args:
-      path: the file; one without our metadata needs the .json beside it. Where it has both, they
-        must be the same configuration.
+      path: the file. One without our metadata needs the .json beside it. If it has both, they must
+        be the same configuration.
       overrides: `--config.section.key=value`, applied to the configuration.
       restart: begin the schedule at step 0.
 
     Raises:
-      ConversionError: the file is missing, damaged, lacks its configuration, or does not fit it.
+      ConversionError: the file is missing or damaged, has no configuration, or does not fit it.
       ConfigError: an override does not fit.
     """
     if not path.is_file():
@@ -99,7 +88,7 @@ def read_safetensors(path: Path, overrides: Sequence[str] = (), restart: bool = 
 
 
 def _config(path: Path, metadata: dict[str, str]) -> tuple[Config, list[str]]:
-    """The metadata's configuration, or the one beside the file; and notes."""
+    """Return the metadata's configuration, or the one beside the file, with notes."""
     beside = config_path(path)
     text = metadata.get("b2txt_config")
     if text is None and not beside.is_file():
@@ -115,7 +104,7 @@ def _config(path: Path, metadata: dict[str, str]) -> tuple[Config, list[str]]:
     try:
         changed = differences(inside, _parsed(_text_of(beside), str(beside)))
     except ConversionError as error:
-        return inside, [f"{error}; the configuration in {path.name} itself was taken"]
+        return inside, [f"{error}; the configuration in {path.name} itself was used"]
     if changed:
         key, (old, new) = next(iter(changed.items()))
         raise ConversionError(
@@ -143,7 +132,7 @@ def _parsed(text: str, source: str) -> Config:
 
 def _step(metadata: dict[str, str], path: Path) -> int:
     text = metadata.get("b2txt_step", "0")
-    # Also digits of other scripts are decimal, and int reads them.
+    # Digits of other scripts are decimal too, and `int` accepts them.
     if not text.isdecimal() or len(text) > 10 or int(text) > MOST_STEPS:
         raise ConversionError(
             f"{path}: metadata b2txt_step is {text[:60]!r}; needed the number of steps done. "

@@ -1,14 +1,15 @@
-"""Reads a PyTorch checkpoint without PyTorch, and without running anything that is in it.
+"""Reads a PyTorch checkpoint without PyTorch, and without running any code from it.
 
-`torch.save` writes a zip archive with one folder: `data.pkl`, a pickle of the containers; one file
-per tensor storage under `data/`; `byteorder`. A pickle can name any function of any installed
-package to be called while it is read. Here a handful of names is known, none of which is looked up
-in a module: each stands for a small function of this file, and any other name is refused.
+`torch.save` writes a zip archive with one folder: `data.pkl` (a pickle of the containers), one file
+per tensor storage under `data/`, and `byteorder`. A pickle can call any function of any installed
+package while it is loaded. This reader knows a few names only and imports none of them: each is
+mapped to a small function of this file. Any other name is refused.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import zipfile
@@ -35,9 +36,9 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-"""Types of storage that are read, as `torch.save` names them."""
+"""Storage types that are read, by their names in `torch.save`."""
 
-# What a pickle of protocol 2 needs to build containers, numbers, text and tensors.
+# Pickle instructions of protocol 2 that build containers, numbers, text and tensors.
 _OPCODES = frozenset(
     {"PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"}
     | {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
@@ -46,17 +47,21 @@ _OPCODES = frozenset(
     | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
     | {"BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"}
 )
+# Exceptions that damaged bytes can raise in `zipfile` and `pickle`.
+_DAMAGED = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
 
 
 def read_torch_file(path: Path) -> Any:
-    """The containers, numbers and text of a checkpoint as plain Python, its tensors as numpy
-    arrays.
+    """Return a checkpoint's containers, numbers and text, with its tensors as numpy arrays.
 
-    Dictionaries keep their order. bfloat16 tensors come as `ml_dtypes.bfloat16`.
+    Dictionaries keep their order. bfloat16 tensors become `ml_dtypes.bfloat16`.
 
     Raises:
-      ConversionError: no such file, not a file of `torch.save`, damaged, or with anything in it
-        that is neither a tensor nor plain data.
+      ConversionError: the file is missing, is not a file of `torch.save`, is damaged, or contains
+        anything but tensors and plain data.
     """
     if not path.is_file():
         raise ConversionError(f"{path} does not exist; needed a file written by torch.save")
@@ -69,7 +74,7 @@ def read_torch_file(path: Path) -> Any:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Gives what reading damaged bytes can raise the name of the file."""
+    """Convert the exceptions of damaged files to ConversionError with the file's name."""
     try:
         yield
     except ConversionError:
@@ -88,20 +93,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
     except pickle.UnpicklingError as error:
         raise ConversionError(f"{path}: {error}") from error
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        EOFError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-    ) as error:
+    except _DAMAGED as error:
         raise ConversionError(
             f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged or was not "
             f"written by torch.save"
@@ -131,7 +123,7 @@ class _Records:
                 raise ConversionError(f"{path} has byte order {order!r}; needed b'little'")
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file, checked against their CRC."""
+        """Read one file and check its CRC."""
         try:
             info = self._archive.getinfo(self._folder + name)
         except KeyError as error:
@@ -147,7 +139,7 @@ class _Records:
 
 
 def _check_opcodes(path: Path, pickled: bytes) -> None:
-    """Refuses what no plain checkpoint needs before anything of the pickle is carried out."""
+    """Refuse instructions that no plain checkpoint needs, before the pickle is loaded."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
         if opcode.name not in _OPCODES:
             raise ConversionError(
@@ -155,15 +147,18 @@ def _check_opcodes(path: Path, pickled: bytes) -> None:
                 f"tensors needs; save it again with torch.save(checkpoint, FILE), which writes "
                 f"pickle protocol 2"
             )
-        # The memo grows to the largest index: an absurd one would ask for all memory.
+        # The memo grows to the largest index, which could use up all memory.
         if opcode.name in ("BINPUT", "LONG_BINPUT") and argument is not None and argument > count:
-            raise ConversionError(f"{path}: pickle memo index {argument} is absurd; damaged file")
+            raise ConversionError(
+                f"{path}: pickle memo index {argument} is too large; damaged file"
+            )
 
 
 class _Closed:
-    """Base of what a pickle may hold; takes no state and no attributes from it.
+    """Base of objects in a pickle. The pickle cannot set their state or attributes.
 
-    Its dataclasses have no slots: with them, a frozen dataclass takes a state again.
+    Subclasses that are frozen dataclasses must not use slots: dataclasses with slots define
+    `__setstate__` themselves.
     """
 
     __slots__ = ()
@@ -173,7 +168,7 @@ class _Closed:
 
 
 class _Function(_Closed):
-    """A known name. Not a class or function itself, so that a pickle cannot reach into one."""
+    """A known name. It wraps the function, so that the pickle cannot change the function."""
 
     __slots__ = ("_call",)
     _call: Callable[..., Any]
@@ -209,7 +204,7 @@ class _StorageType(_Closed):
 
 
 class _ScalarType:
-    """A numpy dtype; its state in a pickle says the byte order."""
+    """A numpy dtype. Its state in a pickle holds the byte order."""
 
     __slots__ = ("name", "order")
 
@@ -227,7 +222,7 @@ class _ScalarType:
 
 
 class _OrderedDict(dict[Any, Any]):
-    """An OrderedDict; the attributes that PyTorch adds to it (`_metadata`) are dropped."""
+    """An OrderedDict without the attributes that PyTorch adds (`_metadata`)."""
 
     __slots__ = ()
 
@@ -264,7 +259,7 @@ def _rebuild_parameter(data: object, *_: object) -> object:
 
 def _scalar(kind: object, data: object) -> int | float | bool:
     if not isinstance(kind, _ScalarType) or not isinstance(data, bytes):
-        raise pickle.UnpicklingError("a numpy number of a kind that is not known; refused")
+        raise pickle.UnpicklingError("a numpy number of an unknown kind; refused")
     number: int | float | bool = np.frombuffer(data, kind.order + kind.name, count=1)[0].item()
     return number
 
@@ -310,20 +305,20 @@ class _Unpickler(pickle.Unpickler):
         if not isinstance(kind, _StorageType):
             raise pickle.UnpicklingError(f"storage {key!r} is of an unknown type; refused")
         if not isinstance(key, str) or not key.isalnum() or type(size) is not int or size < 0:
-            raise pickle.UnpicklingError(f"storage {key!r} of size {size!r} makes no sense")
+            raise pickle.UnpicklingError(f"storage {key!r} has the invalid size {size!r}")
         return _Storage(key, kind.dtype, size)
 
 
 class _Resolver:
-    """Replaces tensors by arrays; refuses whatever is not plain data."""
+    """Replaces tensors by arrays and refuses anything that is not plain data."""
 
     def __init__(self, records: _Records):
         self._records = records
-        # By identity: what the pickle holds once and refers to often is made once.
+        # Keyed by identity, so that shared objects stay shared.
         self._done: dict[int, Any] = {}
 
     def resolve(self, value: Any) -> Any:
-        """The plain counterpart of one value of the pickle."""
+        """Return the plain counterpart of one value of the pickle."""
         if value is None or isinstance(value, bool | int | float | str | bytes):
             return value
         if id(value) not in self._done:
@@ -356,9 +351,7 @@ def _array(tensor: _Tensor, records: _Records) -> np.ndarray:
             f"{records.path}: storage {storage.key} has {len(data)} bytes; needed "
             f"{storage.size} x {storage.dtype.itemsize}: damaged file, copy it again"
         )
-    count = 1
-    for size in tensor.shape:
-        count *= size
+    count = math.prod(tensor.shape)
     if count == 0:
         return np.zeros(tensor.shape, storage.dtype)
     last = tensor.offset + sum(

@@ -1,7 +1,7 @@
 """Writes a file that `torch.load(FILE, weights_only=True)` reads, without PyTorch.
 
-The format is the one that `torch_reader` describes. The pickle is written by hand: Python's pickler
-imports what it names, and the names here are PyTorch's.
+`torch_reader` describes the format. The pickle is assembled here, because Python's pickler would
+import the PyTorch names that it writes.
 """
 
 from __future__ import annotations
@@ -15,44 +15,41 @@ from typing import Any
 import numpy as np
 
 from b2txt_jax.interop.torch_reader import STORAGE_DTYPES
+from lm_server.atomic_file import replacing
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 _ALIGNMENT = 64
-"""Bytes; PyTorch maps storages into memory where they lie in the file."""
+"""Bytes. PyTorch memory-maps storages inside the file."""
+
+_MARKED = {dict: (b"}(", b"u"), list: (b"](", b"e"), tuple: (b"(", b"t")}
+"""Pickle instructions before and after the items of a container."""
 
 
 def write_torch_file(path: Path, value: Any) -> None:
-    """Writes nested dicts, lists, tuples, text, numbers and numpy arrays (as contiguous tensors).
+    """Write nested dicts, lists, tuples, text, numbers and numpy arrays (as contiguous tensors).
 
-    Dictionaries keep their order. The same value gives the same bytes. A half-written file never
-    has the final name.
+    Dictionaries keep their order. Equal values give equal bytes. The file is written atomically.
 
     Raises:
-      TypeError: something of another type is in it.
+      TypeError: the value contains another type.
     """
     storages: list[np.ndarray] = []
     body = bytearray(b"\x80\x02")  # protocol 2
     _put(body, value, storages)
     body += b"."
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                folder = "archive"
-                _record(archive, f"{folder}/data.pkl", bytes(body))
-                _record(archive, f"{folder}/byteorder", b"little")
-                for key, array in enumerate(storages):
-                    _record(archive, f"{folder}/data/{key}", array.tobytes())
-                _record(archive, f"{folder}/version", b"3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            _record(archive, "archive/data.pkl", bytes(body))
+            _record(archive, "archive/byteorder", b"little")
+            for key, array in enumerate(storages):
+                _record(archive, f"archive/data/{key}", array.tobytes())
+            _record(archive, "archive/version", b"3\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _record(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    info = zipfile.ZipInfo(name)  # its time is fixed, so that the same value gives the same file
+    info = zipfile.ZipInfo(name)  # with a fixed time, so that equal values give equal files
     assert archive.fp is not None
     start = archive.fp.tell() + 30 + len(name) + 4  # local header, name, header of the extra field
     padding = -start % _ALIGNMENT
@@ -61,7 +58,7 @@ def _record(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 
 def _put(body: bytearray, value: Any, storages: list[np.ndarray]) -> None:
-    """Appends the pickle instructions that leave `value` on the stack."""
+    """Append the pickle instructions that push `value` onto the stack."""
     if value is None:
         body += b"N"
     elif isinstance(value, bool):
@@ -74,22 +71,15 @@ def _put(body: bytearray, value: Any, storages: list[np.ndarray]) -> None:
         _put_text(body, value)
     elif isinstance(value, np.ndarray):
         _put_tensor(body, value, storages)
-    elif isinstance(value, dict):
-        body += b"}("
-        for key, item in value.items():
-            _put(body, key, storages)
+    elif isinstance(value, dict | list | tuple):
+        items = (
+            value if not isinstance(value, dict) else [x for pair in value.items() for x in pair]
+        )
+        begin, end = _MARKED[type(value)]
+        body += begin
+        for item in items:
             _put(body, item, storages)
-        body += b"u"
-    elif isinstance(value, list):
-        body += b"]("
-        for item in value:
-            _put(body, item, storages)
-        body += b"e"
-    elif isinstance(value, tuple):
-        body += b"("
-        for item in value:
-            _put(body, item, storages)
-        body += b"t"
+        body += end
     else:
         raise TypeError(
             f"cannot write a {type(value).__name__}; needed dict, list, tuple, str, int, float, "
@@ -126,6 +116,6 @@ def _put_tensor(body: bytearray, value: np.ndarray, storages: list[np.ndarray]) 
     _put_int(body, 0)
     _put(body, value.shape, storages)
     _put(body, tuple(stride // value.itemsize for stride in value.strides), storages)
-    # Gradients are not asked for; no hooks.
+    # requires_grad is False, and there are no hooks.
     body += b"\x89ccollections\nOrderedDict\n)RtR"
     storages.append(value)

@@ -1,2 +1,1 @@
-"""TPU programs without a TPU: compiled for a named topology, then read for memory, traffic and
-time."""
+"""TPU programs compiled without a TPU, with their memory, traffic and estimated time."""

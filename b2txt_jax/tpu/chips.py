@@ -1,6 +1,6 @@
-"""What each TPU chip can do, from what its maker has published.
+"""Published figures of TPU chips.
 
-Sources, by the letter that each figure carries:
+Sources, by the letter in the table's head and in the fields of `Chip`:
   [a] Google Cloud documentation, one page per chip: docs.cloud.google.com/tpu/docs/v4, v5e, v5p,
       v6e, tpu7x: peak bfloat16 FLOP/s, HBM capacity and bandwidth, interconnect bandwidth.
   [b] jax 0.10.2, jax/_src/pallas/mosaic/tpu_info.py: VMEM and TensorCores.
@@ -8,7 +8,7 @@ Sources, by the letter that each figure carries:
       (six of 50 GB/s each way) and clock.
   [d] Austin et al., "How to Scale Your Model", jax-ml.github.io/scaling-book: clocks of v5e and
       v5p, and which axes of a slice are closed to rings.
-Clocks of v6e and tpu7x have not been published.
+The clocks of v6e and tpu7x have not been published.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import dataclasses
 GB = 10**9
 GIB = 2**30
 MIB = 2**20
-_DOCS = "docs.cloud.google.com/tpu/docs"
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip; a JAX device is the whole chip or one of its cores."""
+    """One chip. A JAX device is the whole chip or one of its cores."""
 
     name: str
     peak_flops: float
@@ -36,17 +35,17 @@ class Chip:
     """Bytes/s of one interconnect link in one direction: the published bandwidth over the links
     and the two directions [a, c]."""
     mesh_axes: int
-    """Dimensions of the interconnect, 2 or 3; two links each."""
+    """Dimensions of the interconnect, 2 or 3, with two links each."""
     cores: int
     """TensorCores [b]."""
     cores_per_device: int
-    """TensorCores that JAX shows as one device on a Cloud TPU VM."""
+    """TensorCores of one JAX device on a Cloud TPU VM."""
     vmem_bytes: int
     """Per TensorCore [b]."""
     clock_hz: float | None
-    """Of the TensorCore [c, d]; None: not published."""
+    """Clock of the TensorCore [c, d]. None if it is not published."""
     source: str
-    """Where the figures are from, in a few words."""
+    """Short names of the sources."""
 
     @property
     def devices(self) -> int:
@@ -54,73 +53,29 @@ class Chip:
         return self.cores // self.cores_per_device
 
 
-_CHIPS = (
-    Chip(
-        name="v4",
-        peak_flops=275e12,
-        hbm_bytes=32 * GIB,
-        hbm_bandwidth=1200 * GB,
-        link_bandwidth=50 * GB,
-        mesh_axes=3,
-        cores=2,
-        cores_per_device=2,
-        vmem_bytes=16 * MIB,
-        clock_hz=1.05e9,
-        source=f"{_DOCS}/v4; links and clock: Jouppi et al., ISCA 2023; VMEM: jax",
-    ),
-    Chip(
-        name="v5e",
-        peak_flops=197e12,
-        hbm_bytes=16 * GIB,
-        hbm_bandwidth=819 * GB,
-        link_bandwidth=50 * GB,  # 1600 Gb/s over 4 links
-        mesh_axes=2,
-        cores=1,
-        cores_per_device=1,
-        vmem_bytes=128 * MIB,
-        clock_hz=1.5e9,
-        source=f"{_DOCS}/v5e; clock: jax-ml.github.io/scaling-book; VMEM: jax",
-    ),
-    Chip(
-        name="v5p",
-        peak_flops=459e12,
-        hbm_bytes=95 * GIB,
-        hbm_bandwidth=2765 * GB,
-        link_bandwidth=100 * GB,  # 1200 GB/s over 6 links and two directions
-        mesh_axes=3,
-        cores=2,
-        cores_per_device=2,
-        vmem_bytes=64 * MIB,
-        clock_hz=1.75e9,
-        source=f"{_DOCS}/v5p; clock: jax-ml.github.io/scaling-book; VMEM: jax",
-    ),
-    Chip(
-        name="v6e",
-        peak_flops=918e12,
-        hbm_bytes=32 * GIB,
-        hbm_bandwidth=1600 * GB,
-        link_bandwidth=100 * GB,  # 800 GB/s over 4 links and two directions
-        mesh_axes=2,
-        cores=1,
-        cores_per_device=1,
-        vmem_bytes=128 * MIB,
-        clock_hz=None,
-        source=f"{_DOCS}/v6e; VMEM: jax",
-    ),
-    Chip(
-        name="tpu7x",
-        peak_flops=2307e12,
-        hbm_bytes=192 * GIB,
-        hbm_bandwidth=7380 * GB,
-        link_bandwidth=100 * GB,  # 1200 GB/s over 6 links and two directions
-        mesh_axes=3,
-        cores=2,
-        cores_per_device=1,
-        vmem_bytes=64 * MIB,
-        clock_hz=None,
-        source=f"{_DOCS}/tpu7x; VMEM: jax",
-    ),
+# name, bfloat16 TFLOP/s, HBM GiB, HBM GB/s, link GB/s, mesh axes, cores, cores per device,
+# VMEM MiB, clock GHz, source of the clock. A link is the published bandwidth in both directions of
+# 4 links (v5e: 1600 Gb/s, v6e: 800 GB/s) or 6 (v5p, tpu7x: 1200 GB/s).
+_TABLE = (
+    ("v4", 275, 32, 1200, 50, 3, 2, 2, 16, 1.05, "links and clock: Jouppi et al., ISCA 2023; "),
+    ("v5e", 197, 16, 819, 50, 2, 1, 1, 128, 1.5, "clock: jax-ml.github.io/scaling-book; "),
+    ("v5p", 459, 95, 2765, 100, 3, 2, 2, 64, 1.75, "clock: jax-ml.github.io/scaling-book; "),
+    ("v6e", 918, 32, 1600, 100, 2, 1, 1, 128, None, ""),
+    ("tpu7x", 2307, 192, 7380, 100, 3, 2, 1, 64, None, ""),
 )
 
-CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
+CHIPS: dict[str, Chip] = {
+    name: Chip(
+        name,
+        peak * 1e12,
+        capacity * GIB,
+        bandwidth * GB,
+        link * GB,
+        *(axes, cores, shared),
+        vmem * MIB,
+        clock and clock * 1e9,
+        f"docs.cloud.google.com/tpu/docs/{name}; {source}VMEM: jax",
+    )
+    for name, peak, capacity, bandwidth, link, axes, cores, shared, vmem, clock, source in _TABLE
+}
 """By name, oldest first."""

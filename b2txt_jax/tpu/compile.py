@@ -1,8 +1,8 @@
-"""`b2txt compile`: compiles the training step of a configuration for a TPU slice, on any machine,
-and says what it will need and how long it will take.
+"""`b2txt compile`: compiles a configuration's training step for a TPU slice, on any machine, and
+reports its memory and estimated time.
 
-No TPU is used. The program is the one that `b2txt train` runs on such a slice: same step, same
-shardings, bfloat16 products where the configuration says auto.
+No TPU is used. The program is the one that `b2txt train` runs on such a slice: the same step and
+shardings, with bfloat16 products if the configuration's dtype is auto.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,98 +25,21 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import configured_sessions
 from b2txt_jax.errors import UserError
-from b2txt_jax.tpu.hlo_cost import Cost, program_cost
-from b2txt_jax.tpu.report import compared, described
-from b2txt_jax.tpu.roofline import StepTime, step_time
+from b2txt_jax.tpu.hlo_cost import program_cost
+from b2txt_jax.tpu.report import Memory, Result, compared, described
+from b2txt_jax.tpu.roofline import step_time
 from b2txt_jax.tpu.topologies import Topology, known_topologies, parse_topology, topology_devices
 from b2txt_jax.training.compiled import abstract_batch
-from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh, state_shardings
+from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
+from b2txt_jax.training.step import model_of
+from lm_server.atomic_file import replacing
 
 TYPICAL_BUCKET = (1000, 100)
-"""(bins, labels) where the configuration leaves the buckets to the data."""
-VARIANTS = ("scan", "pallas")
+"""(bins, labels), used if the configuration derives the buckets from the data."""
 
 
 class CompileError(UserError, ValueError):
-    """The step cannot be compiled as asked; the text says what to change."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one device's main memory."""
-
-    parameters: int
-    optimizer: int
-    batch: int
-    arguments: int
-    """The three above as the compiler lays them out, with padding."""
-    temporaries: int
-    """Activations, gradients and scratch at their peak."""
-    outputs: int
-    """Results that do not take the place of an argument."""
-    program: int
-    capacity: int
-
-    @property
-    def total(self) -> int:
-        """What the step needs."""
-        return self.arguments + self.temporaries + self.outputs + self.program
-
-    @property
-    def fits(self) -> bool:
-        """Whether it is there."""
-        return self.total <= self.capacity
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What compiling told."""
-
-    topology: Topology
-    devices: int
-    model_axis: int
-    per_device_batch: int
-    """Rows of the batch per device of the data axis."""
-    rows: int
-    """Rows of the whole batch."""
-    bucket: tuple[int, int]
-    days: int
-    dtype: str
-    wanted: str
-    """The variant of the recurrence that the configuration asks for."""
-    recurrence: str
-    """The variant that the program has: 'pallas' when there are kernels in it."""
-    compile_seconds: float
-    memory: Memory
-    cost: Cost
-    time: StepTime
-    steps: int
-    """Of the whole recipe."""
-
-    @property
-    def batches_per_hour(self) -> float:
-        """By the likely step time."""
-        return 3600 / self.time.likely
-
-    @property
-    def at_best(self) -> bool:
-        """Whether the likely step time is no more than the lower bound, since the chip's clock is
-        not published."""
-        return self.time.compiler is None
-
-    @property
-    def hours(self) -> float:
-        """Of the whole recipe, by the likely step time."""
-        return self.steps * self.time.likely / 3600
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, with the derived ones."""
-        values = dataclasses.asdict(self)
-        values["topology"] = self.topology.name
-        values["chips"] = self.topology.chips
-        values["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
-        values["time"] |= {"bound": self.time.bound, "likely": self.time.likely}
-        return values
+    """The step cannot be compiled with these options."""
 
 
 def _positive(text: str) -> int:
@@ -127,31 +50,31 @@ def _positive(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `b2txt compile`."""
+    """Add the arguments of `b2txt compile`."""
     parser.add_argument("--topology", required=True, help=f"the slice: {known_topologies()}")
     parser.add_argument("--config", required=True, help="e.g. configs/nejm_baseline.py")
     parser.add_argument(
         "--per-device-batch",
         type=_positive,
         metavar="N",
-        help="rows per device; without it the configured batch is shared by the devices",
+        help="rows per device (default: the devices share the configured batch)",
     )
     parser.add_argument(
         "--model-axis",
         type=_positive,
         metavar="M",
-        help="devices that share the large parameters; without it parallel.model_axis",
+        help="devices that share the large parameters (default: parallel.model_axis)",
     )
     parser.add_argument(
         "--bucket",
         metavar="BINSxLABELS",
-        help="padded shape of the batch, e.g. 2560x500; without it a middle one of the "
-        "configuration's",
+        help="padded shape of the batch, e.g. 2560x500 (default: a middle bucket of the "
+        "configuration)",
     )
     parser.add_argument(
         "--days",
         type=_positive,
-        help="sessions, where the configuration names none and has no data",
+        help="number of sessions, if the configuration names none and has no data",
     )
     parser.add_argument(
         "--compare",
@@ -166,22 +89,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`b2txt compile`: 0 when the step fits the chip's memory, 1 when not."""
+    """Run `b2txt compile`. Return 0 if the step fits the chip's memory, else 1."""
     console = Console()
     config = load_config(args.config, args.overrides)
     topology = parse_topology(args.topology)
     bucket = parse_bucket(args.bucket) if args.bucket else typical_bucket(config)
-    if bucket[0] < max(config.model.patch_size, 1):
+    if bucket[0] < config.model.least_bins:
         raise CompileError(
-            f"--bucket has {bucket[0]} bins; needed at least one patch of {config.model.patch_size}"
+            f"--bucket has {bucket[0]} bins; the model needed at least {config.model.least_bins}"
         )
     days = args.days or session_count(config)
     if args.json:
         _check_writable(args.json)  # not after minutes of compiling
-    variants: tuple[str | None, ...] = VARIANTS if args.compare else (None,)
+    settings = [config.model]
+    if args.compare:
+        settings = list(model_of(config, days).variants().values())
+        if not settings:
+            raise CompileError(f"--compare: model {config.model.name!r} has no variants to compare")
     results = []
-    for variant in variants:
-        changed = config if variant is None else with_recurrence(config, variant)
+    for model in settings:
+        changed = dataclasses.replace(config, model=model)
         result = compile_step(
             changed,
             topology,
@@ -198,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
         for line in compared(results):
             console.print(line, highlight=False, soft_wrap=True)
     if args.json:
-        _write_json(args.json, [result.to_json() for result in results])
+        with replacing(args.json) as path:
+            path.write_text(json.dumps([result.to_json() for result in results], indent=2) + "\n")
     return 0 if all(result.memory.fits for result in results) else 1
 
 
@@ -212,19 +140,19 @@ def compile_step(
     model_axis: int = 1,
     console: Console | None = None,
 ) -> Result:
-    """Compiles the training step for a slice and reads the program.
+    """Compile the training step for a slice and analyse the program.
 
     Args:
-      config: the recipe; `auto` is resolved as on the slice.
+      config: the recipe. `auto` is resolved as on the slice.
       topology: the slice.
-      days: sessions, one input layer each.
-      bucket: (bins of 20 ms, labels) that batches are padded to.
-      per_device_batch: rows per device of the data axis; None: the configured batch, shared.
+      days: number of sessions, one input layer each.
+      bucket: padded shape of the batch, (bins of 20 ms, labels).
+      per_device_batch: rows per device of the data axis. None shares the configured batch.
       model_axis: devices that share the large parameters.
-      console: where a line shows that it is at work; None: nowhere.
+      console: where progress is shown, None for nowhere.
 
     Raises:
-      CompileError: rows cannot be shared, or the compiler finds that memory does not suffice.
+      CompileError: the devices cannot share the rows evenly, or memory does not suffice.
       TopologyError: libtpu is missing.
       ConfigError: the model axis does not divide the devices or a parameter.
     """
@@ -234,14 +162,9 @@ def compile_step(
     rows, per_device = batch_rows(config, shards, per_device_batch)
     config = as_on_tpu(config)
     step = jit_train_step(config, days, mesh)
-    state = abstract_state(config, days)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(state, mesh),
-    )
+    placed = abstract_state(config, days, mesh)
     batch = abstract_batch(rows, bucket, config.data.feature_count, np.float32, mesh)
-    kind = config.model.recurrence
+    kind = model_of(config, days).variant
     label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins, recurrence {kind}"
     started = time.monotonic()
     with _at_work(console, label), _no_compilation_cache():
@@ -282,10 +205,10 @@ def compile_step(
 
 
 def batch_rows(config: Config, shards: int, per_device: int | None) -> tuple[int, int]:
-    """(rows of the whole batch, rows per device).
+    """Return (rows of the whole batch, rows per device).
 
     Raises:
-      CompileError: the configured batch cannot be shared evenly.
+      CompileError: the devices cannot share the configured batch evenly.
     """
     if per_device is not None:
         if per_device < 1:
@@ -302,29 +225,23 @@ def batch_rows(config: Config, shards: int, per_device: int | None) -> tuple[int
 
 
 def as_on_tpu(config: Config) -> Config:
-    """The configuration with products in the dtype that `auto` means on a TPU, whatever machine
-    this is; the recurrence is chosen for the platform when the step is lowered."""
+    """Resolve the dtype `auto` as on a TPU. The recurrence is resolved when the step is lowered."""
     if config.model.dtype != "auto":
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
 
 
-def with_recurrence(config: Config, name: str) -> Config:
-    """The configuration with another variant of the recurrence."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, recurrence=name))
-
-
 def typical_bucket(config: Config) -> tuple[int, int]:
-    """A middle one of the configured buckets."""
+    """Return a middle one of the configured buckets."""
     buckets = config.data.buckets
     return buckets[(len(buckets) - 1) // 2] if buckets else TYPICAL_BUCKET
 
 
 def parse_bucket(text: str) -> tuple[int, int]:
-    """`2560x500` -> (2560, 500).
+    """Parse `2560x500` -> (2560, 500).
 
     Raises:
-      CompileError: it is not two positive numbers.
+      CompileError: the text is not two positive numbers.
     """
     bins, _, labels = text.partition("x")
     if not (bins.isdigit() and labels.isdigit() and int(bins) and int(labels)):
@@ -333,7 +250,7 @@ def parse_bucket(text: str) -> tuple[int, int]:
 
 
 def session_count(config: Config) -> int:
-    """Sessions that the configuration names, or that its data folder holds."""
+    """Count the sessions that the configuration names, or those of its data folder."""
     try:
         return len(configured_sessions(config.data))
     except UserError as error:
@@ -344,7 +261,7 @@ def session_count(config: Config) -> int:
 
 
 def held_bytes(tree: Any) -> int:
-    """What one device holds of arrays or shapes with shardings, without padding."""
+    """Return the bytes that one device holds of sharded arrays or shapes, without padding."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -355,20 +272,19 @@ def _compile_error(
     error: Exception, topology: Topology, per_device: int, bucket: tuple[int, int]
 ) -> CompileError:
     text = str(error)
-    told = next((line for line in text.splitlines() if "Ran out of memory" in line), None)
-    if told is None:
+    reason = next((line for line in text.splitlines() if "Ran out of memory" in line), None)
+    if reason is None:
         return CompileError(f"the compiler refuses the step for {topology.name}: {text[:2000]}")
     return CompileError(
         f"the step does not fit {topology.name} with {per_device} rows of {bucket[0]} bins per "
-        f"device: {told}. Give fewer rows (--per-device-batch), a smaller --bucket, a larger "
+        f"device: {reason}. Give fewer rows (--per-device-batch), a smaller --bucket, a larger "
         "--model-axis, a chip with more memory, or model.recurrence=scan where VMEM is short"
     )
 
 
 @contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    """JAX's cache of compiled programs would try to load the program for devices that are not
-    here."""
+    """Disable JAX's compilation cache, which would load the program onto absent devices."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -389,22 +305,15 @@ def _at_work(console: Console | None, label: str) -> Iterator[None]:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises CompileError when a file cannot be written there; makes its folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Make the file's folder, and raise CompileError if no file can be written there."""
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        temporary.unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise CompileError(
             f"--json {path} cannot be written ({error}); needed the name of a file in a folder "
             "that can be written to"
         ) from error
-
-
-def _write_json(path: Path, values: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)

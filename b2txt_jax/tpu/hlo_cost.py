@@ -1,5 +1,5 @@
-"""What one run of a compiled program costs a device: products, memory traffic, collectives, and the
-compiler's own estimate of cycles, each instruction counted as often as its loops run it."""
+"""The cost of one run of a compiled program on one device: products, memory traffic, collectives,
+and the compiler's estimate of cycles. Each instruction counts as often as its loops run it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 
 from b2txt_jax.tpu.hlo_text import (
     Array,
@@ -19,32 +20,20 @@ from b2txt_jax.tpu.hlo_text import (
     trip_count,
 )
 
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "ragged-all-to-all",
+COLLECTIVES = frozenset(
+    (
+        *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+        *("collective-permute", "collective-broadcast"),
+    )
 )
 _KERNEL = "tpu_custom_call"
-# They name or order values, or are counted by what they call or by their other half.
-_FREE = {
-    "parameter",
-    "constant",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "while",
-    "call",
-    "conditional",
-    "after-all",
-    "opt-barrier",
-    "partition-id",
-    "replica-id",
-    "iota",
-}
+# They only name or order values, or are counted through what they call or through their other half.
+_FREE = frozenset(
+    (
+        *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call"),
+        *("conditional", "after-all", "opt-barrier", "partition-id", "replica-id", "iota"),
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,40 +42,40 @@ class Collective:
 
     kind: str
     group: int
-    """Devices that take part in each."""
+    """Devices in each group."""
     count: int
     bytes: int
-    """Of the whole array per device, summed over the runs."""
+    """Size of the whole array per device, summed over the runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of the program on one device."""
+    """Cost of one run of the program on one device."""
 
-    flops: int
-    """Of matrix products and convolutions, two per multiply and add."""
-    hbm_bytes: int
+    flops: int = 0
+    """FLOPs of matrix products and convolutions, two per multiply and add."""
+    hbm_bytes: int = 0
     """Read from and written to the device's main memory."""
-    cycles: int
-    """Sum of the compiler's `estimated_cycles`: without kernels, collectives, waiting, and what
-    the compiler gives no estimate for."""
-    loop_cycles: int
+    cycles: int = 0
+    """Sum of the compiler's `estimated_cycles`. Kernels, collectives, waiting and instructions
+    without an estimate are not included."""
+    loop_cycles: int = 0
     """The part of `cycles` inside loops."""
-    collectives: tuple[Collective, ...]
-    kernels: int
+    collectives: tuple[Collective, ...] = ()
+    kernels: int = 0
     """Runs of Pallas kernels."""
-    kernel_flops: int
-    """As the kernels declare; they are not in `flops`."""
-    kernel_bytes: int
-    """As the kernels declare, or their operands and results; they are not in `hbm_bytes`."""
-    undeclared_kernels: int
+    kernel_flops: int = 0
+    """Declared by the kernels, not included in `flops`."""
+    kernel_bytes: int = 0
+    """Declared by the kernels, or their operands and results. Not included in `hbm_bytes`."""
+    undeclared_kernels: int = 0
     """Runs of kernels that declare no cost."""
-    unknown_loops: tuple[str, ...]
-    """Loops whose number of trips cannot be told; counted once."""
+    unknown_loops: tuple[str, ...] = ()
+    """Loops with an unknown number of trips, counted once."""
 
 
 def program_cost(text: str, devices: int) -> Cost:
-    """Reads the optimised HLO of a program, `compiled.as_text()`.
+    """Compute the cost of a program from its optimised HLO, `compiled.as_text()`.
 
     Args:
       text: the module.
@@ -101,22 +90,11 @@ def program_cost(text: str, devices: int) -> Cost:
         Collective(kind, group, *numbers)
         for (kind, group), numbers in sorted(walk.collectives.items())
     )
-    return Cost(
-        flops=walk.flops,
-        hbm_bytes=walk.hbm_bytes,
-        cycles=walk.cycles,
-        loop_cycles=walk.loop_cycles,
-        collectives=collectives,
-        kernels=walk.kernels,
-        kernel_flops=walk.kernel_flops,
-        kernel_bytes=walk.kernel_bytes,
-        undeclared_kernels=walk.undeclared,
-        unknown_loops=tuple(walk.unknown),
-    )
+    return Cost(**walk.sums, collectives=collectives, unknown_loops=tuple(walk.unknown))
 
 
 _NO_ESTIMATE = 2**63 - 1
-"""What the compiler for tpu7x writes, or more, for an instruction that it has no estimate for."""
+"""The compiler for tpu7x writes this number or more for an instruction without an estimate."""
 
 
 def _estimated_cycles(instruction: Instruction) -> int:
@@ -130,31 +108,32 @@ class _Walk:
     def __init__(self, module: Module, devices: int):
         self.module = module
         self.devices = devices
-        self.flops = self.hbm_bytes = self.cycles = self.loop_cycles = 0
-        self.kernels = self.kernel_flops = self.kernel_bytes = self.undeclared = 0
+        self.sums = Counter[str]()
+        """Fields of `Cost`."""
         self.collectives: dict[tuple[str, int], tuple[int, int]] = {}
         self.in_parts: dict[tuple[str, int, str], tuple[int, int]] = {}
-        """Collectives that go on beside other fusions, by their channel: (runs, bytes of one)."""
+        """Collectives that overlap other fusions, by their channel: (runs, bytes of one)."""
         self.unknown: list[str] = []
 
     def visit(self, frame: Frame, times: int, *, fused: bool, looped: bool) -> None:
-        """Counts a computation that runs `times` times."""
+        """Add the cost of a computation that runs `times` times."""
         computation = frame.computation
         for instruction in computation.instructions.values():
             opcode = instruction.opcode
             if opcode in ("dot", "convolution"):
-                self.flops += times * product_flops(instruction, computation)
+                self.sums["flops"] += times * product_flops(instruction, computation)
             kind = opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 self._collective(kind, instruction, computation, times)
             if not fused:
                 cycles = times * _estimated_cycles(instruction)
-                self.cycles += cycles
-                self.loop_cycles += cycles if looped else 0
+                self.sums["cycles"] += cycles
+                self.sums["loop_cycles"] += cycles if looped else 0
                 if _is_kernel(instruction):
                     self._kernel(instruction, computation, times)
                 else:
-                    self.hbm_bytes += times * hbm_traffic(instruction, computation, self.module)
+                    traffic = hbm_traffic(instruction, computation, self.module)
+                    self.sums["hbm_bytes"] += times * traffic
             if opcode == "while":
                 self._loop(instruction, frame, times, fused)
             elif opcode == "conditional":
@@ -175,7 +154,7 @@ class _Walk:
         self.visit(body, times * trips, fused=fused, looped=True)
 
     def _branches(self, instruction: Instruction, times: int, fused: bool, looped: bool) -> None:
-        """Only the branch with the most products is counted."""
+        """Count only the branch with the most products."""
         names = [
             name
             for key in ("branch_computations", "true_computation", "false_computation")
@@ -185,7 +164,7 @@ class _Walk:
         def flops(name: str) -> int:
             branch = _Walk(self.module, self.devices)
             branch.visit(Frame(self.module.computations[name]), 1, fused=fused, looped=looped)
-            return branch.flops
+            return branch.sums["flops"]
 
         if names:
             heaviest = Frame(self.module.computations[max(names, key=flops)])
@@ -196,33 +175,33 @@ class _Walk:
     ) -> None:
         given = _bytes(_operand_arrays(instruction, computation))
         group = group_size(instruction.attributes, self.devices)
-        # The whole array: what each device gives, or for a gather what each one gets.
+        # The whole array is the operand, or for a gather the result.
         size = given * group if kind == "all-gather" else given
         channel = _channel_in_parts(instruction)
         if channel is None:
             self.add_collective(kind, group, times, size)
             return
-        # It stands in every fusion that it goes on beside, also in those of a loop's body; it runs
-        # as often as the fusion that starts it.
+        # It appears in every fusion that it overlaps, also in those of a loop's body. It runs as
+        # often as the fusion that starts it.
         runs, _ = self.in_parts.get((kind, group, channel), (times, size))
         self.in_parts[kind, group, channel] = (min(runs, times), size)
 
     def add_collective(self, kind: str, group: int, times: int, size: int) -> None:
-        """Counts a collective that runs `times` times on `size` bytes."""
+        """Add a collective that runs `times` times on `size` bytes."""
         count, total = self.collectives.get((kind, group), (0, 0))
         self.collectives[kind, group] = (count + times, total + times * size)
 
     def _kernel(self, instruction: Instruction, computation: Computation, times: int) -> None:
         declared = _declared_cost(instruction.attributes)
         touched = _bytes(_operand_arrays(instruction, computation)) + _bytes(instruction.result)
-        self.kernels += times
-        self.kernel_flops += times * declared.get("flops", 0)
-        self.kernel_bytes += times * declared.get("bytes_accessed", touched)
-        self.undeclared += 0 if declared else times
+        self.sums["kernels"] += times
+        self.sums["kernel_flops"] += times * declared.get("flops", 0)
+        self.sums["kernel_bytes"] += times * declared.get("bytes_accessed", touched)
+        self.sums["undeclared_kernels"] += 0 if declared else times
 
 
 def _channel_in_parts(instruction: Instruction) -> str | None:
-    """The channel of a collective of which this is one part of several; None of a whole one."""
+    """Return the channel of a collective that is split into parts, or None for a whole one."""
     channel = re.search(r"channel_id=(\d+)", instruction.attributes)
     return channel[1] if channel and "chain_id=" in instruction.attributes else None
 
@@ -233,8 +212,10 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _to_apply(instruction: Instruction) -> tuple[str, ...]:
-    """Only of calls, also of those that another core runs meanwhile, as tpu7x its collectives: a
-    reduction's or a sort's function is too small to count."""
+    """Return the computations of calls, including calls that another core runs (tpu7x).
+
+    The function of a reduction or a sort is too small to count.
+    """
     return instruction.called("to_apply") if instruction.opcode in ("call", "call-start") else ()
 
 
@@ -259,7 +240,7 @@ def _bytes(arrays: list[Array] | tuple[Array, ...], hbm_only: bool = False) -> i
 
 
 def product_flops(instruction: Instruction, computation: Computation) -> int:
-    """FLOPs of a dot or a convolution: two per multiply and add that is not by padding."""
+    """Return the FLOPs of a dot or a convolution: two per multiply and add, without padding."""
     left, right = (computation.instructions[name].result[0] for name in instruction.operands[:2])
     result = instruction.result[0]
     if instruction.opcode == "dot":
@@ -270,7 +251,7 @@ def product_flops(instruction: Instruction, computation: Computation) -> int:
     assert labels is not None, f"convolution {instruction.name} has no dim_labels"
     of_left, of_right, of_result = labels.groups()
     products = result.dims[of_result.index("b")] * result.dims[of_result.index("f")]
-    # The kernel's input features and the result's batch are already those of one group.
+    # The kernel's input features and the result's batch already belong to one group.
     products *= right.dims[of_right.index("i")]
     window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     fields = dict(field.split("=") for field in window.group(1).split()) if window else {}
@@ -286,8 +267,10 @@ def product_flops(instruction: Instruction, computation: Computation) -> int:
 
 
 def _valid_positions(size: int, kernel: int, result: int, window: dict[str, str]) -> int:
-    """Pairs of (output, kernel) positions on one axis that meet an input value, and not padding or
-    a hole between dilated inputs."""
+    """Count pairs of (output, kernel) positions on one axis that meet an input value.
+
+    Pairs that meet padding, or a hole between dilated inputs, do not count.
+    """
     stride = int(window.get("stride", 1))
     low = int(window.get("pad", "0_0").split("_")[0])
     of_input, of_kernel = int(window.get("lhs_dilate", 1)), int(window.get("rhs_dilate", 1))
@@ -300,7 +283,7 @@ def _valid_positions(size: int, kernel: int, result: int, window: dict[str, str]
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """Devices in each group of a collective."""
+    """Return the number of devices in each group of a collective."""
     if found := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'?([\w.]+)'?=(\d+)", found.group(1)))
         axes = re.findall(r"[\w.]+", found.group(2))
@@ -313,15 +296,15 @@ def group_size(attributes: str, devices: int) -> int:
 
 
 def hbm_traffic(instruction: Instruction, computation: Computation, module: Module) -> int:
-    """Bytes of main memory that one run of an instruction reads and writes.
+    """Return the bytes of main memory that one run of an instruction reads and writes.
 
-    A slice taken inside a fusion counts as the slice; what lives on the chip counts nothing.
+    A slice taken inside a fusion counts as the slice. On-chip memory does not count.
     """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done") or opcode == "custom-call":
         return 0
     if opcode.endswith("-start"):
-        # The result is (destination, source, ...) of a copy; others are counted inside.
+        # The result of a copy is (destination, source, ...). Others are counted inside.
         return _bytes(instruction.result[:2], hbm_only=True) if opcode == "copy-start" else 0
     if opcode == "fusion":
         return _fusion_traffic(instruction, computation, module)
@@ -355,7 +338,7 @@ def _fusion_traffic(instruction: Instruction, computation: Computation, module: 
 
 
 def _passed_through(instruction: Instruction, inner: Computation) -> tuple[set[int], set[int]]:
-    """A fusion's operands and results that hold a collective under way: it does not touch them."""
+    """Return the operands and results that a fusion only passes on to a running collective."""
     if all(_channel_in_parts(one) is None for one in inner.instructions.values()):
         return set(), set()
     aliases = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", instruction.attributes)
@@ -370,7 +353,7 @@ def _through(inner: Computation, instruction: Instruction) -> Instruction:
 
 
 def _read(inner: Computation, name: str) -> int:
-    """Bytes that a fusion reads of one parameter: only slices, when it takes only slices."""
+    """Return the bytes that a fusion reads of one parameter: only the slices if it only slices."""
     whole = _bytes(inner.instructions[name].result)
     total = 0
     for user in inner.instructions.values():

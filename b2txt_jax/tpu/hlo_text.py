@@ -1,7 +1,7 @@
-"""Reads the text of an optimised HLO module: computations, instructions, shapes, trip counts.
+"""Parses the text of an optimised HLO module: computations, instructions, shapes, trip counts.
 
-XLA's own cost analysis counts the body of a loop once; with the instructions and the number of
-trips at hand it can be counted as often as it runs. Format: openxla.org/xla/operation_semantics.
+XLA's own cost analysis counts the body of a loop once. The parsed instructions and trip counts
+allow counting it as often as it runs. Format: openxla.org/xla/operation_semantics.
 """
 
 from __future__ import annotations
@@ -11,25 +11,13 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-_BYTES = {
-    "pred": 1,
-    "s2": 0.25,
-    "u2": 0.25,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-    "c64": 8,
+_BYTES: dict[str, float] = {
+    **dict.fromkeys(("s2", "u2"), 0.25),
+    **dict.fromkeys(("s4", "u4"), 0.5),
+    **dict.fromkeys(("pred", "s8", "u8"), 1),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
     "c128": 16,
 }
 _ARRAY = re.compile(r"(\w+)\[([\d,<=\s]*)\](?:\{([^}]*)\})?")
@@ -48,7 +36,7 @@ class Array:
     dtype: str
     dims: tuple[int, ...]
     space: int
-    """Memory space of the layout: 0 is the device's main memory, others are on the chip."""
+    """Memory space of the layout: 0 for the device's main memory, others are on the chip."""
 
     @property
     def elements(self) -> int:
@@ -57,7 +45,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Size without the layout's padding; 0 for tokens and other things that are no array."""
+        """Size without the layout's padding. 0 for tokens and other values that are not arrays."""
         width = 1 if self.dtype.startswith("f8") else _BYTES.get(self.dtype, 0)
         return math.ceil(self.elements * width)
 
@@ -69,27 +57,27 @@ class Instruction:
     name: str
     opcode: str
     result: tuple[Array, ...]
-    """One array, or those of a tuple, nested ones in a row."""
+    """One array, or the arrays of a tuple, flattened."""
     operands: tuple[str, ...]
     literal: str
-    """What stands in the parentheses: a constant's value, a parameter's number."""
+    """The text in the parentheses: a constant's value, a parameter's number."""
     attributes: str
     """The rest of the line."""
 
     def called(self, key: str) -> tuple[str, ...]:
-        """Names of the computations under an attribute: `calls`, `body`, `branch_computations`."""
+        """Return the computations of an attribute: `calls`, `body`, `branch_computations`."""
         found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return tuple(_NAME.findall(found.group(1))) if found else ()
 
     def number(self, key: str) -> int | None:
-        """A whole number under an attribute or a key of the backend's configuration."""
+        """Return the integer of an attribute or of a key of the backend's configuration."""
         found = re.search(rf"\b{key}\"?[=:]\s*\"?(-?\d+)", self.attributes)
         return int(found.group(1)) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in order; the root is the result."""
+    """Instructions in order. The root is the result."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -114,7 +102,7 @@ class Module:
 
 
 def parse_module(text: str) -> Module:
-    """`compiled.as_text()` -> Module.
+    """Parse `compiled.as_text()`.
 
     Raises:
       ValueError: the text has no ENTRY computation.
@@ -144,7 +132,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
     closing = _closing(rest, opening)
     inside = rest[opening + 1 : closing]
     opcode = rest[:opening]
-    # Operands may have their shapes before their names and comments between them.
+    # Operands may have shapes before their names, and comments between them.
     operands = () if opcode in _LITERAL else tuple(_OPERAND.findall(_COMMENT.sub("", inside)))
     return Instruction(name, opcode, _arrays(shape), operands, inside, rest[closing + 1 :])
 
@@ -170,7 +158,7 @@ def _arrays(shape: str) -> tuple[Array, ...]:
 
 
 Values = Callable[[int], "int | None"]
-"""Number of a parameter's tuple element (or of a fusion's parameter) -> its constant value."""
+"""Maps the index of a tuple parameter's element, or of a fusion's parameter, to its constant."""
 
 
 def _unknown(_: int) -> int | None:
@@ -179,14 +167,14 @@ def _unknown(_: int) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A computation as it is called from somewhere: what is known of its parameter's values."""
+    """A computation with the known values of its parameters at one call."""
 
     computation: Computation
     elements: Values = _unknown
-    """Of a parameter that is a tuple: the constant that each element holds in every trip."""
+    """The constant that each element of a tuple parameter holds in every trip."""
 
     def constant(self, name: str) -> int | None:
-        """The whole number that an instruction always gives; None when that cannot be told."""
+        """Return the integer that an instruction always computes, or None if it is unknown."""
         instruction = self.computation.instructions.get(name)
         while instruction is not None and instruction.opcode in ("copy", "bitcast", "convert"):
             instruction = self.computation.instructions.get(instruction.operands[0])
@@ -207,13 +195,13 @@ class Frame:
         return None
 
     def tuple_element(self, name: str, index: int) -> int | None:
-        """The constant in one element of a tuple."""
+        """Return the constant in one element of a tuple."""
         source = self.computation.instructions[name]
         return self.constant(source.operands[index]) if source.opcode == "tuple" else None
 
 
 def loop_frame(module: Module, loop: Instruction, frame: Frame) -> Frame:
-    """The frame of a while loop's body: elements that no trip changes keep what they began with."""
+    """Return the frame of a while loop's body. Elements that no trip changes are constants."""
     body = module.computations[loop.called("body")[0]]
 
     def element(index: int) -> int | None:
@@ -227,7 +215,7 @@ def loop_frame(module: Module, loop: Instruction, frame: Frame) -> Frame:
 
 
 def _element_of_parameter(computation: Computation, name: str) -> int | None:
-    """The index when an instruction is an element of the computation's tuple, copied or not."""
+    """Return the index if an instruction is an element of the computation's tuple, or a copy."""
     instruction = computation.instructions.get(name)
     while instruction is not None and instruction.opcode in ("copy", "bitcast"):
         instruction = computation.instructions[instruction.operands[0]]
@@ -239,10 +227,10 @@ def _element_of_parameter(computation: Computation, name: str) -> int | None:
 
 
 def trip_count(module: Module, loop: Instruction, frame: Frame) -> int | None:
-    """How often a while loop's body runs; None when the text does not tell.
+    """Return how often a while loop's body runs, or None if it is unknown.
 
-    A backend may have written it down; otherwise it follows from a counter: its first value, its
-    step in the body, and the constant that the condition compares it with.
+    The backend may have recorded it. Otherwise it follows from a counter: its first value, its step
+    in the body, and the constant that the condition compares it with.
     """
     known = re.search(r'known_trip_count"?[:=]\s*\{"?n"?:\s*"?(\d+)', loop.attributes)
     if known:
@@ -265,16 +253,17 @@ def trip_count(module: Module, loop: Instruction, frame: Frame) -> int | None:
 def _comparisons(
     module: Module, condition: Computation, body: Frame
 ) -> Iterator[tuple[int, int, str]]:
-    """(element of the loop's tuple, limit, direction) as the condition's root compares them."""
+    """Yield (element of the loop's tuple, limit, direction) of the condition's comparison."""
     root, names, values = _unfused(module, Frame(condition, body.elements), condition.root)
     if root.opcode != "compare":
         return
     direction = re.search(r"direction=(\w+)", root.attributes)
     assert direction is not None
     mirrored = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}
-    told = direction.group(1)
+    written = direction.group(1)
     left, right = root.operands
-    for counter, limit, sense in ((left, right, told), (right, left, mirrored.get(told, told))):
+    swapped = mirrored.get(written, written)
+    for counter, limit, sense in ((left, right, written), (right, left, swapped)):
         index = _element_of_parameter(condition, names.get(counter, counter))
         value = values.constant(limit)
         if index is not None and value is not None:
@@ -284,20 +273,17 @@ def _comparisons(
 def _unfused(
     module: Module, frame: Frame, instruction: Instruction
 ) -> tuple[Instruction, dict[str, str], Frame]:
-    """What a fusion computes, what its parameters are called outside, and their values."""
+    """Return a fusion's root, the outer names of its parameters, and their values."""
     if instruction.opcode != "fusion":
         return instruction, {}, frame
     inner = module.computations[instruction.called("calls")[0]]
     names = {name: instruction.operands[number] for number, name in inner.parameters.items()}
-    return (
-        inner.root,
-        names,
-        Frame(inner, lambda number: frame.constant(instruction.operands[number])),
-    )
+    values = Frame(inner, lambda number: frame.constant(instruction.operands[number]))
+    return inner.root, names, values
 
 
 def _step(module: Module, body: Frame, counter: int) -> int | None:
-    """What each trip adds to an element of the loop's tuple."""
+    """Return the increment of an element of the loop's tuple per trip, or None if unknown."""
     computation = body.computation
     if computation.root.opcode != "tuple":
         return None

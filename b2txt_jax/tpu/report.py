@@ -1,18 +1,95 @@
-"""What `b2txt compile` prints."""
+"""The result of `b2txt compile`, as values, as JSON and as printed lines."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
-from b2txt_jax.tpu.roofline import assumptions
+from b2txt_jax.tpu.hlo_cost import Cost
+from b2txt_jax.tpu.roofline import StepTime, assumptions
+from b2txt_jax.tpu.topologies import Topology
 
-if TYPE_CHECKING:
-    from b2txt_jax.tpu.compile import Result
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device's main memory."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    arguments: int
+    """Parameters, optimizer state and batch in the compiler's layout, with padding."""
+    temporaries: int
+    """Activations, gradients and scratch at their peak."""
+    outputs: int
+    """Results that do not reuse the memory of an argument."""
+    program: int
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that the step needs."""
+        return self.arguments + self.temporaries + self.outputs + self.program
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits."""
+        return self.total <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Figures of a compiled training step."""
+
+    topology: Topology
+    devices: int
+    model_axis: int
+    per_device_batch: int
+    """Rows of the batch per device of the data axis."""
+    rows: int
+    """Rows of the whole batch."""
+    bucket: tuple[int, int]
+    days: int
+    dtype: str
+    wanted: str
+    """The variant of the recurrence in the configuration."""
+    recurrence: str
+    """The variant in the program: 'pallas' if it has kernels."""
+    compile_seconds: float
+    memory: Memory
+    cost: Cost
+    time: StepTime
+    steps: int
+    """Steps of the whole recipe."""
+
+    @property
+    def batches_per_hour(self) -> float:
+        """Rate at the likely step time."""
+        return 3600 / self.time.likely
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the likely step time is only a lower bound: the chip's clock is not published."""
+        return self.time.compiler is None
+
+    @property
+    def hours(self) -> float:
+        """Hours of the whole recipe at the likely step time."""
+        return self.steps * self.time.likely / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, including the derived ones."""
+        values = dataclasses.asdict(self)
+        values["topology"] = self.topology.name
+        values["chips"] = self.topology.chips
+        values["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
+        values["time"] |= {"bound": self.time.bound, "likely": self.time.likely}
+        return values
 
 
 def described(result: Result) -> Iterator[str]:
-    """One result, a line at a time."""
+    """Yield the lines of one result."""
     topology, memory, cost, time = result.topology, result.memory, result.cost, result.time
     yield (
         f"{topology.name}: {topology.chips} chips, {result.devices} devices (data "
@@ -79,7 +156,7 @@ def _of_kernels(result: Result) -> str:
 
 
 def compared(results: Sequence[Result]) -> Iterator[str]:
-    """Variants of one step, fewest cycles outside kernels first."""
+    """Yield the lines that rank variants of one step by cycles outside kernels."""
     yield "variants by the compiler's cycles outside kernels, fewest first"
     for place, result in enumerate(sorted(results, key=lambda found: found.cost.cycles), 1):
         cost = result.cost
@@ -95,10 +172,9 @@ def compared(results: Sequence[Result]) -> Iterator[str]:
             f"{_mb(result.memory.temporaries)}; roofline {1e3 * result.time.bound:.2f} ms"
         )
     yield (
-        "  not known: the compiler gives no cycles for custom calls (Pallas kernels). What stands "
-        "for them is what they declare, products and bytes, at the chip's peak: the time that "
-        "their frames wait for one another, and their vector work, is not in it. Only a run on the "
-        "chip can tell it."
+        "  not known: the compiler has no cycles for custom calls (Pallas kernels). They count by "
+        "the products and bytes that they declare, at the chip's peak. The waiting of dependent "
+        "frames and the vector work inside kernels are missing: only a run on the chip shows them."
     )
 
 

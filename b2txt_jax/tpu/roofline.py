@@ -1,5 +1,4 @@
-"""Step time of a compiled program from the chip's published limits: a lower bound, with what it
-leaves out said."""
+"""Lower bound of a compiled program's step time, from the chip's published limits."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from b2txt_jax.tpu.topologies import Topology
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on one device, by what limits it."""
+    """Seconds of one step on one device, by resource."""
 
     compute: float
     """Matrix products at the peak rate."""
@@ -20,12 +19,12 @@ class StepTime:
     ici: float
     """Collectives at the peak bandwidth of the links."""
     compiler: float | None
-    """The compiler's cycles at the chip's clock, and kernels at their own roofline; None where the
+    """The compiler's cycles at the chip's clock, plus kernels at their own roofline. None if the
     clock is not published."""
 
     @property
     def bound(self) -> float:
-        """Lower bound: products and memory traffic overlap wholly, collectives not at all."""
+        """Lower bound: products and memory traffic overlap fully, collectives not at all."""
         return max(self.compute, self.hbm) + self.ici
 
     @property
@@ -37,13 +36,13 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """What the bound is made of most."""
+        """The largest part of the bound."""
         parts = {"matrix products": self.compute, "HBM": self.hbm, "interconnect": self.ici}
         return max(parts, key=lambda name: parts[name])
 
 
 def step_time(cost: Cost, topology: Topology) -> StepTime:
-    """Seconds of one step, from what the program costs a device."""
+    """Return the seconds of one step for the program's cost on one device."""
     chip = topology.chip
     peak, bandwidth = chip.peak_flops / chip.devices, chip.hbm_bandwidth / chip.devices
     kernels = max(cost.kernel_flops / peak, cost.kernel_bytes / bandwidth)
@@ -57,8 +56,10 @@ def step_time(cost: Cost, topology: Topology) -> StepTime:
 
 
 def bytes_sent(collective: Collective) -> float:
-    """What each device must send: around a ring every part of the array passes each link once, in
-    an all-reduce twice."""
+    """Return the bytes that each device sends.
+
+    Around a ring, every part of the array passes each link once, in an all-reduce twice.
+    """
     if collective.kind == "collective-permute":
         return collective.bytes
     rounds = 2 if collective.kind == "all-reduce" else 1
@@ -66,12 +67,12 @@ def bytes_sent(collective: Collective) -> float:
 
 
 def assumptions(topology: Topology) -> list[str]:
-    """What the step time rests on, a line each."""
+    """Return the assumptions behind the step time, one line each."""
     chip = topology.chip
     clock = (
         f"clock {chip.clock_hz / 1e9:.2f} GHz"
         if chip.clock_hz
-        else "its clock is not published, so the compiler's cycles give no seconds"
+        else "its clock is not published, so cycles cannot be converted to seconds"
     )
     ring = topology.ring_bandwidth
     sent = f"{ring / 1e9:.0f} GB/s a chip" if topology.chips > 1 else "none"

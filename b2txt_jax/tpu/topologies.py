@@ -1,7 +1,7 @@
-"""Slices of TPU pods by name, such as `v5e:4x4`, and JAX devices that stand for their chips.
+"""Slices of TPU pods by name, such as `v5e:4x4`, and JAX devices that represent their chips.
 
-The devices can be compiled for and not computed on. libtpu, the compiler, runs on any x86 machine
-with Linux.
+Programs can be compiled for these devices, but not run. libtpu, the compiler, runs on any x86
+machine with Linux.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SHAPES: dict[str, tuple[str, ...]] = {
 }
 """Slices of up to 256 chips that Google Cloud documents, smallest first."""
 
-# On a machine without a TPU libtpu would ask the cloud's metadata server for minutes, complain on
-# stderr, and refuse a second process that compiles at the same time.
+# Without these, libtpu on a machine without a TPU queries the cloud's metadata server for minutes,
+# logs to stderr, and refuses a second process that compiles at the same time.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -35,9 +35,11 @@ _ENVIRONMENT = {
 }
 
 
+_INSTALL = "from the checkout: pip install '.[tpu]' -c constraints.txt"
+
+
 class TopologyError(UserError, ValueError):
-    """No such slice, or no compiler for it; the text lists the known ones or says what to
-    install."""
+    """An unknown slice, or a missing compiler."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As JAX and libtpu take it."""
+        """The name for JAX and libtpu."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -66,10 +68,9 @@ class Topology:
     def ring_bandwidth(self) -> float:
         """Bytes/s that a chip can send in an all-reduce over the whole slice, in one direction.
 
-        Each axis longer than one carries a ring: over both links of a chip where the ends of the
-        axis are joined, over one where they are not. Ends are joined on axes of 16 chips (v5e,
-        v6e) and in slices made of whole 4x4x4 cubes (v4, v5p, tpu7x). A single chip sends nothing:
-        infinity.
+        Each axis longer than one carries a ring. The ring uses both links of a chip if the ends of
+        the axis are joined, and one otherwise. Ends are joined on axes of 16 chips (v5e, v6e) and
+        in slices of whole 4x4x4 cubes (v4, v5p, tpu7x). Infinite for a single chip.
         """
         whole_cubes = all(size % 4 == 0 for size in self.shape)
         links = 0
@@ -80,10 +81,10 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5e:4x4` -> Topology.
+    """Parse a name such as `v5e:4x4`.
 
     Raises:
-      TopologyError: not a known slice.
+      TopologyError: the slice is not known.
     """
     chip, _, shape = name.strip().lower().partition(":")
     if chip not in CHIPS:
@@ -99,24 +100,24 @@ def parse_topology(name: str) -> Topology:
 
 
 def known_topologies() -> str:
-    """All names, for messages."""
+    """List all names, for messages."""
     return "; ".join(f"{chip}: {', '.join(shapes)}" for chip, shapes in SHAPES.items())
 
 
 def require_libtpu() -> None:
-    """Raises TopologyError, which says what to install, when libtpu is missing."""
+    """Raise TopologyError if libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
             "libtpu, the TPU compiler, is not installed; needed the tpu extra (684 MB, Linux on "
-            "x86, no TPU): pip install 'b2txt-jax[tpu]', or pip install -e '.[tpu]' in a checkout"
+            f"x86, no TPU): {_INSTALL}"
         )
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """JAX devices of a slice, to compile for.
+    """Return JAX devices of a slice, to compile for.
 
-    JAX itself computes on the CPU in this process from here on: on a TPU VM a compilation must not
-    take the chips from a training.
+    JAX uses only the CPU in this process afterwards: on a TPU VM, a compilation must not take the
+    chips from a training.
 
     Raises:
       TopologyError: libtpu is missing or refuses the slice.
@@ -141,7 +142,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     except jax.errors.JaxRuntimeError as error:
         raise TopologyError(
             f"libtpu cannot describe topology {topology.name}: {error}. Install the libtpu that "
-            "belongs to this jax: pip install 'b2txt-jax[tpu]'"
+            f"belongs to this jax: {_INSTALL}"
         ) from error
     devices = list(described.devices)
     if len(devices) != topology.devices:

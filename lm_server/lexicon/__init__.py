@@ -1,1 +1,1 @@
-"""Pronunciations: a dictionary, letters to phonemes, and the words of training text."""
+"""Pronouncing dictionaries, guessed pronunciations, and the words of training text."""

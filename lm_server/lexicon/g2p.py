@@ -1,7 +1,8 @@
-"""How words outside the lexicon are said: a joint n-gram model of letters and what they say.
+"""Guessed pronunciations of words outside the lexicon, from a joint n-gram model of letters and
+phonemes.
 
-The model is trained from the CMU dictionary (`g2p_training`, `scripts/make_g2p.py`). It is a guess:
-README and lm.json say how many words of a model have guessed pronunciations.
+The model is trained on the CMU dictionary (`g2p_training`, `scripts/make_g2p.py`). `lm.json` counts
+the words of a model whose pronunciations are guessed.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 _BEAM = 24
 """Partial pronunciations kept after each letter."""
 _LONGEST = 60
-"""Letters of a word; what is longer is no word."""
+"""Letters of the longest word that is accepted."""
+_VARIANTS = 2
+"""Guessed pronunciations of a word of a model."""
 
 
 def graphone(letter: str, said: Sequence[str]) -> str:
-    """A letter and what it says, as the model's word: `x:K_S`, `e:`."""
+    """Return the model's word for a letter and its phonemes: `x:K_S`, `e:`."""
     return f"{letter}:{'_'.join(said)}"
 
 
@@ -35,11 +38,11 @@ def graphone(letter: str, said: Sequence[str]) -> str:
 class _Model:
     ngrams: kenlm.Model
     units: Mapping[str, tuple[tuple[str, Pronunciation], ...]]
-    """Per letter, its graphones and what they say."""
+    """Per letter, its graphones with their phonemes."""
 
 
 def read_model(path: Path) -> _Model:
-    """A model that `g2p_training.train` wrote."""
+    """Read a model written by `g2p_training.train`."""
     units = defaultdict(list)
     for unit in path.with_suffix(".txt").read_text().split():
         letter, _, said = unit.partition(":")
@@ -56,22 +59,21 @@ def _shipped() -> _Model:
 
 
 def pronounce(word: str, limit: int = 3, model: _Model | None = None) -> tuple[Pronunciation, ...]:
-    """The likeliest pronunciations of a word, best first.
+    """Return the likeliest pronunciations of a word, best first.
 
     Args:
-      word: lower-case letters, apostrophes and hyphens; the parts around hyphens are said one by
-        one.
-      limit: at most so many pronunciations are given.
+      word: lower-case letters, apostrophes and hyphens. The parts around hyphens are pronounced
+        separately.
+      limit: largest number of pronunciations returned.
       model: by default that of the package.
 
     Raises:
-      LexiconError: the word has other signs or no letter, or is too long, so that it cannot be
-        said.
+      LexiconError: the word has other characters, has no letter, or is too long.
     """
     if not is_word(word) or len(word) > _LONGEST:
         raise LexiconError(
-            f"nobody can tell how {word[:_LONGEST]!r} is said; needed a word of at most {_LONGEST} "
-            "letters a-z, apostrophes and hyphens: give its pronunciation"
+            f"cannot guess the pronunciation of {word[:_LONGEST]!r}; needed a word of at most "
+            f"{_LONGEST} letters a-z, apostrophes and hyphens: give its pronunciation"
         )
     model = model or _shipped()
     parts = [part for part in word.split("-") if part.strip("'")]
@@ -81,8 +83,16 @@ def pronounce(word: str, limit: int = 3, model: _Model | None = None) -> tuple[P
     return tuple(dict.fromkeys(said))[:limit]
 
 
+def guess_pronunciations(word: str) -> tuple[Pronunciation, ...]:
+    """Return the pronunciations under which a model gets a word, or none if none can be guessed."""
+    try:
+        return pronounce(word, _VARIANTS)
+    except LexiconError:
+        return ()
+
+
 def _say(word: str, limit: int, model: _Model) -> list[tuple[float, Pronunciation]]:
-    """(log10 probability, pronunciation) of a word without hyphens, best first."""
+    """Return (log10 probability, pronunciation) of a word without hyphens, best first."""
     start = kenlm.State()
     model.ngrams.BeginSentenceWrite(start)
     hypotheses: list[tuple[float, Pronunciation, kenlm.State]] = [(0.0, (), start)]
@@ -103,5 +113,5 @@ def _say(word: str, limit: int, model: _Model) -> list[tuple[float, Pronunciatio
         if phones and total > ended.get(phones, -float("inf")):
             ended[phones] = total
     if not ended:
-        raise LexiconError(f"nobody can tell how {word!r} is said: give its pronunciation")
+        raise LexiconError(f"cannot guess the pronunciation of {word!r}: give its pronunciation")
     return sorted(((score, phones) for phones, score in ended.items()), reverse=True)[:limit]

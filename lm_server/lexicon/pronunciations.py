@@ -1,9 +1,8 @@
-"""Words and how they are said: the CMU dictionary or a file in its format, `word PH PH ...` per
-line.
+"""Pronouncing dictionaries: the CMU dictionary, or a file of lines `word PH PH ...`.
 
-A word may stand on several lines, one per pronunciation. Phonemes are ARPAbet; stress digits are
-removed. Lines that are empty or begin with `;;;` are skipped, and CMU's numbering of variants,
-`word(2)`, is understood.
+A word may have several lines, one per pronunciation. Phonemes are ARPAbet. Stress digits are
+removed. Empty lines and lines that begin with `;;;` are skipped. CMU's numbers of variants,
+`word(2)`, are removed too.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm_server.errors import UserError
-from lm_server.lexicon.text import DAMAGED_ARCHIVE, open_text
+from lm_server.lexicon.text import open_text
 from lm_server.protocol import PHONEMES
 
 _PHONEME_SET = frozenset(PHONEMES)
@@ -27,7 +26,7 @@ Pronunciation = tuple[str, ...]
 
 
 class LexiconError(UserError, ValueError):
-    """A lexicon that cannot be used; names file and line, what was found and needed."""
+    """A lexicon or vocabulary that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class Lexicon:
 
     entries: Mapping[str, tuple[Pronunciation, ...]]
     skipped: int = 0
-    """Words left out because they hold other signs than a-z, apostrophe and hyphen (such as
-    `a.m.`)."""
+    """Words left out because of characters other than a-z, apostrophe and hyphen (`a.m.`)."""
 
     def __contains__(self, word: object) -> bool:
         return word in self.entries
@@ -52,12 +50,12 @@ class Lexicon:
 
 
 def is_word(word: str) -> bool:
-    """Whether a word is of a-z, apostrophes and hyphens, with at least one letter."""
+    """Return whether a word has only a-z, apostrophes and hyphens, and at least one letter."""
     return _WORD.fullmatch(word) is not None
 
 
 def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
-    """Lines in the CMU format -> lexicon; `name` stands for the source in errors.
+    """Parse lines in the CMU format. Errors call the source `name`.
 
     Raises:
       LexiconError: a line has no pronunciation or an unknown phoneme, or no word is left.
@@ -94,46 +92,31 @@ def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
 
 
 def read_lexicon(source: str | Path) -> Lexicon:
-    """Reads `cmudict` (the dictionary in this package) or a file (.txt, .gz, .xz).
+    """Read `cmudict` (the dictionary in this package) or a file (.txt, .gz, .xz).
 
     Raises:
-      LexiconError: there is no such file, it is no UTF-8 text or a damaged archive, or a line is
-        wrong.
+      LexiconError: the file is missing, is not UTF-8 text, is a damaged archive, or has a faulty
+        line.
     """
-    if str(source) == "cmudict":
-        return _cmudict()
-    path = Path(source)
-    if not path.is_file():
-        raise LexiconError(
-            f"there is no lexicon file {path}; needed `cmudict` or a file of lines `word PH PH ...`"
-        )
-    return _read(path, str(path))
+    return _cmudict() if str(source) == "cmudict" else _read(Path(source), str(source))
 
 
 @functools.cache
 def _cmudict() -> Lexicon:
-    """The package's dictionary, read once: its 134,000 lines take a second."""
+    """Read the package's dictionary once: its 134,000 lines take a second."""
     resource = importlib.resources.files("lm_server.lexicon") / "resources" / "cmudict.txt.xz"
     with importlib.resources.as_file(resource) as path:
         return _read(path, "cmudict")
 
 
 def _read(path: Path, name: str) -> Lexicon:
-    with open_text(path) as (lines, _):
-        try:
-            return parse_lexicon(lines, name)
-        except UnicodeDecodeError as error:
-            raise LexiconError(
-                f"{name} is not UTF-8 text ({error}): convert it, for example with iconv"
-            ) from error
-        except DAMAGED_ARCHIVE as error:
-            raise LexiconError(
-                f"{name} is a damaged archive ({error}): fetch or pack it again"
-            ) from error
+    needed = "`cmudict` or a file of lines `word PH PH ...`"
+    with open_text(path, LexiconError, "lexicon", needed) as (lines, _):
+        return parse_lexicon(lines, name)
 
 
 def format_lexicon(lexicon: Lexicon) -> Iterator[str]:
-    """The lexicon as lines of its file format, each with its line break."""
+    """Yield the lines of the lexicon's file format, each with its line break."""
     for word, said in lexicon.entries.items():
         for phones in said:
             yield f"{word} {' '.join(phones)}\n"

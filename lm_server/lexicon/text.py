@@ -1,8 +1,7 @@
-"""Text as the language model sees it: lower-case words of a-z, apostrophe and (inside known words)
-hyphen.
+"""Normalised text: lower-case words of a-z, apostrophes and (inside known words) hyphens.
 
-A hyphenated word stays whole when the lexicon has it and is split otherwise; sentences with digits
-or with letters that are not Latin are dropped and counted, because their spoken form is unknown.
+A hyphenated word stays whole if the lexicon has it, and is split otherwise. Sentences with digits
+or non-Latin letters are dropped and counted, because their spoken form is unknown.
 """
 
 from __future__ import annotations
@@ -34,20 +33,19 @@ _ABBREVIATIONS = frozenset(
     )
 )
 
-
 SUFFIXES = (".txt", ".gz", ".xz")
-"""Files that are read from a folder."""
-DAMAGED_ARCHIVE = (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error)
-"""What reading a damaged .gz or .xz file raises."""
+"""Suffixes of the files that `find_texts` collects from a folder."""
+_DAMAGED_ARCHIVE = (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error)
+"""Raised while a damaged .gz or .xz file is read."""
 
 
 class TextError(UserError, ValueError):
-    """Text that cannot be used; says what was found, what was needed and what to do."""
+    """Text that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of a text's sentences."""
+    """Numbers of a text's sentences, kept and dropped."""
 
     sentences: int = 0
     words: int = 0
@@ -63,10 +61,12 @@ class Counts:
 
 
 def split_sentences(line: str) -> list[str]:
-    """Cuts a line at full stops, question and exclamation marks before a capital letter.
+    """Split a line at full stops, question and exclamation marks before a capital letter.
 
-    Abbreviations such as "Mr." and initials such as "J." do not end a sentence; a line break always
-    does.
+    Abbreviations such as "Mr." and initials such as "J." do not end a sentence.
+
+    >>> split_sentences("Mr. J. Doe left. Why?")
+    ['Mr. J. Doe left.', 'Why?']
     """
     sentences, start = [], 0
     for match in _SENTENCE_END.finditer(line):
@@ -82,10 +82,10 @@ def split_sentences(line: str) -> list[str]:
 
 
 def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str, ...] | str:
-    """A sentence -> its words, or the name of the `Counts` field that says why it is dropped.
+    """Return the words of a sentence, or the `Counts` field under which it is dropped.
 
     Args:
-      sentence: any text; case, accents and punctuation are removed.
+      sentence: any text. Case, accents and punctuation are removed.
       known: words that keep their hyphens and their outer apostrophes ("x-ray", "'em", "boys'").
     """
     if sentence.isascii():
@@ -94,8 +94,7 @@ def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str,
             return "dropped_digits"
     else:
         folded = sentence.translate(_APOSTROPHES).translate(_HYPHENS)
-        # NFKD turns accented letters into letter and mark, but also "½" and "²" into digits, as
-        # needed here.
+        # NFKD separates letters from their accents. It also turns "½" and "²" into digits.
         folded = "".join(
             c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c)
         )
@@ -133,16 +132,15 @@ def read_words(
     known: Collection[str] = frozenset(),
     progress: Callable[[int], None] = lambda size: None,
 ) -> Iterator[tuple[tuple[str, ...] | None, Counts]]:
-    """Reads text files (.txt, .gz, .xz; UTF-8; one or more sentences per line).
+    """Read text files (.txt, .gz, .xz; UTF-8; one or more sentences per line).
 
     Args:
       paths: the files, read in this order.
       known: see `normalise`.
-      progress: called with the number of bytes of each file that were read since its last call
-        (compressed size).
+      progress: called with the number of bytes (compressed) read since its last call.
 
     Yields:
-      (words of one sentence or None when it was dropped, what to add to the counts).
+      (words of one sentence or None if it was dropped, increment of the counts).
 
     Raises:
       TextError: a file is missing, is not UTF-8, or is a damaged archive.
@@ -150,30 +148,21 @@ def read_words(
     for path in paths:
         done = 0
         with open_text(path) as (lines, position):
-            try:
-                for number, line in enumerate(lines):
-                    for sentence in split_sentences(line):
-                        words = normalise(sentence, known)
-                        if isinstance(words, str):
-                            yield None, Counts(**{words: 1})
-                        else:
-                            yield words, Counts(sentences=1, words=len(words))
-                    if number % 1024 == 0:
-                        progress(position() - done)
-                        done = position()
-            except UnicodeDecodeError as error:
-                raise TextError(
-                    f"{path} is not UTF-8 text ({error}): convert it, for example with iconv"
-                ) from error
-            except DAMAGED_ARCHIVE as error:
-                raise TextError(
-                    f"{path} is a damaged archive ({error}): fetch or pack it again"
-                ) from error
+            for number, line in enumerate(lines):
+                for sentence in split_sentences(line):
+                    words = normalise(sentence, known)
+                    if isinstance(words, str):
+                        yield None, Counts(**{words: 1})
+                    else:
+                        yield words, Counts(sentences=1, words=len(words))
+                if number % 1024 == 0:
+                    progress(position() - done)
+                    done = position()
             progress(position() - done)
 
 
 def find_texts(paths: Iterable[Path]) -> list[Path]:
-    """Files and folders -> files: all .txt, .gz and .xz files below a folder, in order of names.
+    """Replace each folder by all .txt, .gz and .xz files below it, sorted by name.
 
     Raises:
       TextError: a path does not exist, or a folder holds no text.
@@ -203,15 +192,25 @@ def find_texts(paths: Iterable[Path]) -> list[Path]:
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[tuple[io.TextIOBase, Callable[[], int]]]:
-    """Opens plain, gzip or xz text by its suffix; gives the lines and a function for the bytes read
-    of the file.
+def open_text(
+    path: Path,
+    failure: type[Exception] = TextError,
+    kind: str = "text",
+    needed: str = ".txt, .gz or .xz",
+) -> Iterator[tuple[io.TextIOBase, Callable[[], int]]]:
+    """Open plain, gzip or xz text, chosen by the suffix.
 
-    Raises:
-      TextError: there is no such file.
+    Args:
+      path: the file.
+      failure: exception for a file that is missing or turns out not to be text.
+      kind: name of the file's role in that message, such as "lexicon".
+      needed: description of the expected content in that message.
+
+    Yields:
+      (lines, function that returns the number of bytes read from the file so far).
     """
     if not path.is_file():
-        raise TextError(f"there is no text file {path}; needed .txt, .gz or .xz: check the path")
+        raise failure(f"there is no {kind} file {path}; needed {needed}: check the path")
     with path.open("rb") as raw:
         opened: io.BufferedIOBase
         if path.suffix == ".gz":
@@ -220,5 +219,15 @@ def open_text(path: Path) -> Iterator[tuple[io.TextIOBase, Callable[[], int]]]:
             opened = lzma.LZMAFile(raw)  # noqa: SIM115 (closed by the wrapper)
         else:
             opened = raw
-        with io.TextIOWrapper(opened, encoding="utf-8") as text:
-            yield text, raw.tell
+        try:
+            with io.TextIOWrapper(opened, encoding="utf-8") as text:
+                yield text, raw.tell
+        except UnicodeDecodeError as error:
+            raise failure(
+                f"{path} is not UTF-8 text ({error}); needed {needed}: check the path, or convert "
+                "it, for example with iconv"
+            ) from error
+        except _DAMAGED_ARCHIVE as error:
+            raise failure(
+                f"{path} is a damaged archive ({error}): fetch or pack it again"
+            ) from error

@@ -1,77 +1,55 @@
-"""Which words a model knows, and how they are said."""
+"""The words of a model and their pronunciations."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_server.lexicon.g2p import pronounce
+from lm_server.lexicon.g2p import guess_pronunciations
 from lm_server.lexicon.pronunciations import Lexicon, LexiconError, Pronunciation, is_word
-from lm_server.lexicon.text import DAMAGED_ARCHIVE, open_text
+from lm_server.lexicon.text import open_text
 
 SEEN_LEAST = 5
-"""How often the text must have a word that the lexicon lacks, where the vocabulary has no limit:
-rarer ones are mostly slips of writing."""
-_VARIANTS = 2
-"""Pronunciations of a word outside the lexicon."""
+"""Least frequency in the text of a word outside the lexicon, if the vocabulary has no limit. Rarer
+ones are mostly misspellings."""
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of a model, and what was decided about them."""
+    """The words of a model, with the numbers of guessed and rejected ones."""
 
     lexicon: Lexicon
     guessed: int = 0
-    """Words whose pronunciations are guesses (`g2p`)."""
+    """Words with guessed pronunciations (`g2p`)."""
     left_out: int = 0
-    """Words of the text, frequent enough, that the lexicon lacks and nothing could say."""
+    """Frequent words of the text for which there is no pronunciation."""
 
 
 def read_word_list(path: Path) -> list[str]:
-    """A file with a word at the beginning of each line -> words, without repetitions.
+    """Return the first word of every line of a file, without repetitions.
 
     Raises:
-      LexiconError: there is no such file, it is no text, it has no word, or something in it is no
-        word.
+      LexiconError: the file is missing, is not text, has no word, or has something else in it.
     """
-    if not path.is_file():
-        raise LexiconError(
-            f"there is no vocabulary file {path}; needed a number of words, or a file with one "
-            "word per line"
-        )
-    try:
-        with open_text(path) as (lines, _):
-            words = _listed_words(path, lines)
-    except UnicodeDecodeError as error:
-        raise LexiconError(
-            f"{path} is not UTF-8 text ({error}); needed one word per line: check the path, or "
-            "convert it, for example with iconv"
-        ) from error
-    except DAMAGED_ARCHIVE as error:
-        raise LexiconError(
-            f"{path} is a damaged archive ({error}): fetch or pack it again"
-        ) from error
+    words: dict[str, None] = {}
+    needed = "a number of words, or a file with one word per line"
+    with open_text(path, LexiconError, "vocabulary", needed) as (lines, _):
+        for number, line in enumerate(lines, 1):
+            fields = line.split()
+            if not fields:
+                continue
+            word = fields[0].lower()
+            if not is_word(word):
+                raise LexiconError(
+                    f"{path}, line {number}: {fields[0]!r} is no word; needed letters a-z, "
+                    "apostrophes and hyphens: write it as it is spoken, or delete the line"
+                )
+            words[word] = None
     if not words:
         raise LexiconError(f"{path} holds no word; needed one word per line")
-    return words
-
-
-def _listed_words(path: Path, lines: Iterable[str]) -> list[str]:
-    words: dict[str, None] = {}
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields:
-            continue
-        word = fields[0].lower()
-        if not is_word(word):
-            raise LexiconError(
-                f"{path}, line {number}: {fields[0]!r} is no word; needed letters a-z, "
-                "apostrophes and hyphens: write it as it is spoken, or delete the line"
-            )
-        words[word] = None
     return list(words)
 
 
@@ -82,89 +60,54 @@ def choose_vocabulary(
     guess: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Vocabulary:
-    """The model's words.
+    """Choose the model's words.
 
     Args:
-      seen: how often the text has each word.
+      seen: frequency of each word in the text.
       lexicon: the known pronunciations.
-      wanted: so many of the text's most frequent words; or these words; or None: all of the
-        lexicon, and with `guess` the words that the text has often.
-      guess: whether words that the lexicon lacks get pronunciations by rule of thumb (`g2p`); they
-        are left out otherwise.
-      progress: called with the number of words looked up and to look up.
+      wanted: a number of words, taken from the text by frequency; a list of words; or None for the
+        whole lexicon and, with `guess`, the frequent other words of the text.
+      guess: whether words outside the lexicon get guessed pronunciations (`g2p`). They are left out
+        otherwise.
+      progress: called with the number of words looked up, and the number to look up.
 
     Raises:
-      LexiconError: a listed word has no pronunciation, or a number of words is not positive.
+      LexiconError: a listed word has no pronunciation, or the number of words is not positive.
     """
-    if isinstance(wanted, int):
-        return _by_frequency(seen, lexicon, wanted, guess, progress)
-    if wanted is not None:
-        return _listed(lexicon, wanted, guess, progress)
-    if not guess:
-        return Vocabulary(lexicon)
-    others = [word for word, count in seen.items() if count >= SEEN_LEAST and word not in lexicon]
-    entries, left_out = dict(lexicon.entries), 0
-    for number, word in enumerate(sorted(others), 1):
-        said = _guess(word)
-        if said:
-            entries[word] = said
-        else:
-            left_out += 1
-        progress(number, len(others))
-    return Vocabulary(Lexicon(entries), len(entries) - len(lexicon.entries), left_out)
-
-
-def _by_frequency(
-    seen: Counter[str],
-    lexicon: Lexicon,
-    limit: int,
-    guess: bool,
-    progress: Callable[[int, int], None],
-) -> Vocabulary:
-    if limit < 1:
-        raise LexiconError(f"the vocabulary is {limit} words; needed at least 1")
     entries: dict[str, tuple[Pronunciation, ...]] = {}
-    guessed = left_out = 0
-    # Words of one frequency in the order of letters, so that a model can be made again.
-    for word, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0])):
+    if isinstance(wanted, int):
+        if wanted < 1:
+            raise LexiconError(f"the vocabulary is {wanted} words; needed at least 1")
+        # Ties are broken by spelling, so that a build can be repeated.
+        candidates = sorted(seen, key=lambda word: (-seen[word], word))
+        limit = wanted
+    elif wanted is not None:
+        candidates, limit = list(wanted), len(wanted)
+    else:
+        entries = dict(lexicon.entries)
+        often = [word for word, count in seen.items() if count >= SEEN_LEAST] if guess else []
+        candidates = sorted(word for word in often if word not in lexicon)
+        limit = len(entries) + len(candidates)
+    missing, guessed = [], 0
+    for number, word in enumerate(candidates, 1):
         if len(entries) == limit:
             break
-        said = lexicon.entries.get(word) or (_guess(word) if guess else ())
-        if not said:
-            left_out += 1
-            continue
-        guessed += word not in lexicon
-        entries[word] = said
-        progress(len(entries), limit)
-    return Vocabulary(Lexicon(entries), guessed, left_out)
-
-
-def _listed(
-    lexicon: Lexicon, words: Sequence[str], guess: bool, progress: Callable[[int, int], None]
-) -> Vocabulary:
-    entries: dict[str, tuple[Pronunciation, ...]] = {}
-    missing, guessed = [], 0
-    for number, word in enumerate(words, 1):
-        said = lexicon.entries.get(word) or (_guess(word) if guess else ())
+        said = lexicon.entries.get(word) or (guess_pronunciations(word) if guess else ())
         if said:
             entries[word] = said
             guessed += word not in lexicon
         else:
             missing.append(word)
-        progress(number, len(words))
-    if missing:
-        what = "can be said in no way that is known" if guess else "are not in the lexicon"
+        if isinstance(wanted, int):
+            progress(len(entries), limit)
+        else:
+            progress(number, len(candidates))
+    if missing and not isinstance(wanted, int | None):
+        what = "have no pronunciation that can be guessed" if guess else "are not in the lexicon"
         remedy = "" if guess else "add --g2p, or "
         raise LexiconError(
             f"{len(missing)} words of the vocabulary {what}, among them "
             f"{', '.join(missing[:_SHOWN])}: {remedy}give a lexicon that has them, or take them "
             "off the list"
         )
-    return Vocabulary(Lexicon(entries), guessed)
-
-
-def _guess(word: str) -> tuple[Pronunciation, ...]:
-    try:
-        return pronounce(word, _VARIANTS)
-    except LexiconError:
-        return ()
+    return Vocabulary(Lexicon(entries), guessed, len(missing))

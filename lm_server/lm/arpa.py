@@ -1,4 +1,4 @@
-"""Back-off n-gram models as n-grams of words in any order: read from ARPA files, sorted for tries.
+"""Back-off n-gram models with their n-grams in any order: read from ARPA files, sorted for tries.
 
 All probabilities are base-10 logarithms, as in ARPA and KenLM files.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lm_server.errors import UserError
-from lm_server.lexicon.text import DAMAGED_ARCHIVE, open_text
+from lm_server.lexicon.text import open_text
 from lm_server.lm.sorted_ngrams import (
     BEGIN,
     END,
@@ -26,11 +26,11 @@ from lm_server.lm.sorted_ngrams import (
 )
 
 NEVER = -99.0
-"""Written for what has no probability."""
+"""Stands for a probability of zero."""
 
 
 class ModelError(UserError, ValueError):
-    """A model that cannot be built or read; says what was found, what was needed and what to do."""
+    """A model that cannot be built or read."""
 
 
 @dataclass(frozen=True)
@@ -56,30 +56,27 @@ class Model:
 
 
 def read_arpa(path: Path, progress: Callable[[int], None] = lambda size: None) -> Model:
-    """Reads a back-off model in the ARPA format (plain, .gz or .xz); `<unk>` is added when it is
-    absent.
+    """Read a back-off model in the ARPA format (plain, .gz or .xz). Add `<unk>` if it is absent.
 
     Args:
       path: the file.
-      progress: called with the number of bytes read since its last call (compressed size).
+      progress: called with the number of bytes (compressed) read since its last call.
 
     Raises:
       ModelError: the file is not in the format, or is cut short.
     """
     done = 0
-    with open_text(path) as (lines, position):
+    with open_text(path, ModelError, "ARPA", "an n-gram model in the ARPA format") as (
+        lines,
+        position,
+    ):
 
         def show() -> None:
             nonlocal done
             progress(position() - done)
             done = position()
 
-        try:
-            model = _parse_arpa(path, iter(lines), show)
-        except UnicodeDecodeError as error:
-            raise ModelError(f"{path} is not UTF-8 text ({error}): not ARPA") from error
-        except DAMAGED_ARCHIVE as error:
-            raise ModelError(f"{path} is a damaged archive ({error}): fetch it again") from error
+        model = _parse_arpa(path, iter(lines), show)
         show()
     return model
 
@@ -89,7 +86,7 @@ def _parse_arpa(path: Path, lines: Iterator[str], show: Callable[[], None]) -> M
     orders: list[NGrams] = []
     words: list[str] = [UNKNOWN]
     ids: dict[str, int] = {UNKNOWN: 0}
-    # It is one iterator: each loop goes on where the one before stopped.
+    # All loops share one iterator: each continues where the one before it stopped.
     for line in lines:
         if line.startswith("ngram "):
             counts.append(int(line.split("=")[1]))
@@ -135,7 +132,7 @@ def _parse_arpa(path: Path, lines: Iterator[str], show: Callable[[], None]) -> M
 
 
 def _every_word(unigrams: NGrams, words: int) -> NGrams:
-    """The 1-grams by word, each word with one."""
+    """Return one 1-gram per word, in the order of the words."""
     log10 = np.full(words, NEVER, np.float32)
     backoff = np.zeros(words, np.float32)
     log10[unigrams.words[:, 0]] = unigrams.log10
@@ -144,7 +141,7 @@ def _every_word(unigrams: NGrams, words: int) -> NGrams:
 
 
 def without(model: Model, dropped: Sequence[int]) -> Model:
-    """The model without some words (indices other than 0) and all n-grams that hold one."""
+    """Remove some words (indices other than 0) and all n-grams that contain one of them."""
     kept = np.ones(len(model.words), bool)
     kept[list(dropped)] = False
     number = (np.cumsum(kept) - 1).astype(np.int32)
@@ -156,10 +153,10 @@ def without(model: Model, dropped: Sequence[int]) -> Model:
 
 
 def sort_model(model: Model) -> SortedModel:
-    """The model in the order of a trie.
+    """Sort the n-grams for a trie.
 
-    A suffix that pruning has left out is put in with the probability that backing off gives it, as
-    KenLM does, because a trie finds n-grams through their suffixes.
+    A trie finds n-grams through their suffixes. A suffix that the model lacks, because it was
+    pruned, is added with its back-off probability, as KenLM does.
 
     Raises:
       ModelError: `<s>` or `</s>` is missing, or the context of an n-gram.
@@ -191,7 +188,7 @@ def sort_model(model: Model) -> SortedModel:
         if len(fill):
             blank = np.flatnonzero(np.isnan(new.log10))
             context = _rows_of(rows[order[blank], :-1], keys, len(words))
-            # A context that the model lacks has the back-off weight 1.
+            # A context outside the model has the back-off weight 1.
             weight = np.where(context < 0, 0.0, orders[-1].backoff[context])
             new.log10[blank] = orders[-1].log10[new.parent[blank]] + weight
         orders.append(new)
@@ -202,13 +199,13 @@ def sort_model(model: Model) -> SortedModel:
 
 
 def _missing_suffixes(by_order: Sequence[np.ndarray], words: int) -> list[np.ndarray]:
-    """Per order, suffixes of longer n-grams that are not there: ids [N, order]."""
+    """Return, per order, the missing suffixes of longer n-grams: ids [N, order]."""
     added = [grams[:0] for grams in by_order]
     for level in range(len(by_order) - 1, 1, -1):
         longer = np.concatenate([by_order[level], added[level]])
         there = by_order[level - 1]
         everything = np.concatenate([there, longer[:, 1:]])
-        # One number per n-gram, column by column, so that no key outgrows 64 bits.
+        # Number the distinct n-grams column by column, so that no key exceeds 64 bits.
         number = np.zeros(len(everything), np.int64)
         for column in range(everything.shape[1]):
             key = number * words + everything[:, column]
@@ -221,7 +218,7 @@ def _missing_suffixes(by_order: Sequence[np.ndarray], words: int) -> list[np.nda
 
 
 def _rows_of(grams: np.ndarray, keys: Sequence[np.ndarray], words: int) -> np.ndarray:
-    """Ids [N, k] -> rows in order k, -1 for those that are not there; zeros for k = 0."""
+    """Find n-grams, ids [N, k], among order k: rows [N], -1 if absent. Zeros for k = 0."""
     rows = np.zeros(len(grams), np.int64)
     for back in range(grams.shape[1]):
         wanted = rows * words + grams[:, -1 - back]

@@ -1,16 +1,15 @@
-"""`lm-server build`: text and a lexicon -> a model folder (`model_folder`)."""
+"""`lm-server build`: text and a lexicon -> a model folder (`lm_server.lm.folder`)."""
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from lm_server.lexicon import text
 from lm_server.lexicon.pronunciations import read_lexicon
@@ -18,23 +17,9 @@ from lm_server.lexicon.vocabulary import Vocabulary, choose_vocabulary, read_wor
 from lm_server.lm.arpa import ModelError
 from lm_server.lm.estimate import kneser_ney, pruning
 from lm_server.lm.estimate.corpus import Corpus, read_corpus, sentences, write_ids
-from lm_server.lm.folder import (
-    DESCRIPTION,
-    FORMAT,
-    LEXICON,
-    TRIE,
-    Stages,
-    folder_in_place_of,
-    measure,
-    progress_columns,
-    write_description,
-    write_lexicon,
-)
-from lm_server.lm.reader import checksum
+from lm_server.lm.folder import Stages, folder_in_place_of, report, write_description, write_model
 from lm_server.lm.sorted_ngrams import BEGIN, END, UNKNOWN, SortedModel, in_order_of_ids
-from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie
-
-__all__ = ["DESCRIPTION", "FORMAT", "MAX_ORDER", "ModelError", "Options", "build"]
+from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes
 
 MAX_ORDER = 5
 """Flashlight's and the `kenlm` module's readers are compiled for orders up to 6."""
@@ -43,18 +28,18 @@ _LEAST_MEMORY = 16 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is built beyond its text, order and lexicon.
+    """Options of a build beyond its text, order and lexicon.
 
     Attributes:
-      vocabulary: the text's so many most frequent words, or a file that lists words, or None for
+      vocabulary: number of the text's most frequent words, or a file that lists words, or None for
         the whole lexicon.
-      guess: pronounce words that the lexicon lacks by rule of thumb instead of leaving them out.
-      prune: n-grams seen no more often are left out, per order (see `kneser_ney.estimate`).
-      ngrams: at most so many n-grams of order 2 and up are kept, by entropy pruning.
-      size: the trie may have so many bytes, by entropy pruning.
+      guess: guess the pronunciations of words outside the lexicon instead of leaving them out.
+      prune: count cut-offs per order (see `kneser_ney.estimate`).
+      ngrams: largest number of n-grams of order 2 and up, reached by entropy pruning.
+      size: largest size of the trie in bytes, reached by entropy pruning.
       form: the kind of KenLM trie.
       memory: bytes that sorting may use.
-      held_out: texts to measure on; without any, every hundredth sentence is kept for that.
+      held_out: texts to measure on. By default every hundredth sentence is kept for that.
     """
 
     vocabulary: int | Path | None = None
@@ -74,21 +59,24 @@ def build(
     out: Path,
     console: Console | None = None,
     options: Options | None = None,
-) -> None:
-    """Builds a model folder.
+) -> SortedModel:
+    """Build a model folder.
 
     Args:
       texts: files of sentences (.txt, .gz, .xz) or folders of them, see `lm_server.lexicon.text`.
       order: length of the longest n-grams, 1-5.
       lexicon: `cmudict` or a file in its format.
-      out: folder to write; a model folder there is replaced.
-      console: where progress is shown; by default the terminal's error output.
+      out: folder to write. A model folder there is replaced.
+      console: where progress is shown, by default the terminal's error output.
       options: the rest.
 
+    Returns:
+      The n-grams that were written.
+
     Raises:
-      TextError: a text file is missing, unreadable, or no sentence of the texts can be used.
+      TextError: a text file is missing or unreadable, or no sentence of the texts can be used.
       LexiconError: the lexicon or the vocabulary cannot be used.
-      EstimationError: the cut-offs cannot be followed.
+      EstimationError: the cut-offs are not valid.
       ModelError: `order` or the memory is out of range, or `out` is in use for something else.
     """
     options = options or Options()
@@ -100,44 +88,28 @@ def build(
         raise ModelError(f"the number of n-grams is {options.ngrams}; needed 0 or more")
     kneser_ney.check_prune(options.prune, order)
     files, held_out = text.find_texts(texts), text.find_texts(options.held_out)
-    console = console or Console(stderr=True)
+    stages = Stages(console)
     with folder_in_place_of(out) as folder:
         work = folder / "work"
         work.mkdir()
-        with Progress(*progress_columns(), console=console) as progress:
-            stages = Stages(progress)
+        with stages:
             corpus, vocabulary = _read(files, held_out, lexicon, options, work, stages)
             words = vocabulary.lexicon.entries
-            result, unseen, found = _estimate(corpus, vocabulary, order, options, work, stages)
-            total = sum(result.counts)
-            write_trie(
-                folder / TRIE,
-                result,
-                options.form,
-                lambda rows: stages.advance("writing the KenLM trie", rows, total),
-            )
-            stages.finish("writing the KenLM trie")
-            write_lexicon(folder / LEXICON, vocabulary.lexicon, result)
-            quality = measure(folder / TRIE, sentences(corpus.held_out), words)
-            if not options.held_out and quality["perplexity"] is not None:
-                quality["held_out_share"] = 0.01
-            stages.finish("measuring on held-out sentences")
+            model, unseen, found = _estimate(corpus, vocabulary, order, options, work, stages)
+            aside = sentences(corpus.held_out)
+            figures = write_model(folder, model, vocabulary.lexicon, options.form, aside, stages)
         inside = sum(count for word, count in corpus.seen.items() if word in words)
-        description: dict[str, object] = {
+        if not options.held_out and figures["perplexity"] is not None:
+            figures["held_out_share"] = 0.01
+        description: dict[str, Any] = {
+            **figures,
             "order": order,
             "trainer": "modified Kneser-Ney",
-            "words": len(words),
-            "pronunciations": vocabulary.lexicon.pronunciations,
             "words_in_text": len(words) - unseen,
             "guessed_pronunciations": vocabulary.guessed,
             "words_without_pronunciation": vocabulary.left_out,
-            "ngrams": result.counts,
-            "quantised_bits": options.form.bits,
-            "compressed_pointers": options.form.compressed,
             "cut_offs": list(options.prune),
             **found,
-            "bytes": (folder / TRIE).stat().st_size,
-            "crc32": checksum(folder / TRIE),
             "sentences": corpus.counts.sentences,
             "running_words": corpus.counts.words,
             "dropped_with_digits": corpus.counts.dropped_digits,
@@ -146,14 +118,25 @@ def build(
             "held_out_dropped_with_other_letters": corpus.aside.dropped_letters,
             "times_rare_words_were_forgotten": corpus.forgotten,
             "outside_lexicon_rate": 1.0 - inside / max(corpus.seen.total(), 1),
-            **quality,
-            "unseen_word_log10": float(result.orders[0].log10[0]),
+            "unseen_word_log10": float(model.orders[0].log10[0]),
             "lexicon": str(lexicon),
             "texts": [path.name for path in files],
         }
-        write_description(folder / DESCRIPTION, description)
+        write_description(folder, description)
         shutil.rmtree(work)
-    _report(console, out, description)
+    fallbacks = description["orders_with_fallback_discounts"]
+    if fallbacks:
+        stages.print(
+            f"the text is too small or too regular to estimate the discounts of order "
+            f"{', '.join(map(str, fallbacks))}: usual values are used"
+        )
+    if corpus.forgotten:
+        stages.print(
+            "the text has more different words than --memory holds: some rare ones were left out "
+            "of the counts; give more memory if they matter"
+        )
+    report(stages, out, description)
+    return model
 
 
 def _read(
@@ -208,7 +191,7 @@ def _estimate(
     work: Path,
     stages: Stages,
 ) -> tuple[SortedModel, int, dict[str, object]]:
-    """The finished model, how many words of the lexicon the text lacks, and figures for lm.json."""
+    """Return the model, the number of words that the text lacks, and figures for lm.json."""
     known = vocabulary.lexicon.entries
     seen = {word: count for word, count in corpus.seen.items() if word in known}
     words = in_order_of_ids([UNKNOWN, BEGIN, END, *seen])
@@ -219,8 +202,8 @@ def _estimate(
     )
     stages.finish("numbering words")
     unseen = len(known) - len(seen)
-    # The mass of new words is shared by all words of the lexicon and the sentence's end, so that
-    # `<unk>` has the probability of one word that the text lacks: such words are recognised by it.
+    # All words of the lexicon and the sentence end share the mass of new words. `<unk>` then has
+    # the probability of one word that the text lacks, and stands for each such word in the search.
     shares = len(known) + 1 + (unseen == 0)
     estimated = kneser_ney.estimate(
         tokens, words, order, options.memory, work, options.prune, shares, stages.advance
@@ -255,47 +238,3 @@ def _prune_to_size(
             "(--vocabulary)"
         )
     return pruning.prune(pruning.score(model, followed), fits)
-
-
-def _report(console: Console, out: Path, description: Mapping[str, object]) -> None:
-    perplexity, outside = description["perplexity"], description["oov_rate"]
-    held_out = "too little text to measure it"
-    if isinstance(perplexity, float) and math.isfinite(perplexity) and isinstance(outside, float):
-        held_out = (
-            f"{perplexity:.0f} on {description['held_out_sentences']} held-out sentences, of whose "
-            f"words {outside:.2%} are outside the vocabulary"
-        )
-    size, fallbacks = description["bytes"], description["orders_with_fallback_discounts"]
-    assert isinstance(size, int)
-    assert isinstance(fallbacks, list)
-    if fallbacks:
-        console.print(
-            f"the text is too small or too regular to estimate the discounts of order "
-            f"{', '.join(map(str, fallbacks))}: usual values are taken",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if description["times_rare_words_were_forgotten"]:
-        console.print(
-            "the text has more different words than --memory holds: some that are rare were left "
-            "out of the counts; give more memory if they matter",
-            highlight=False,
-            soft_wrap=True,
-        )
-    digits = description["held_out_dropped_with_digits"]
-    letters = description["held_out_dropped_with_other_letters"]
-    if digits or letters:
-        console.print(
-            f"of the held-out text {digits} sentences are left out for digits, {letters} for "
-            "letters other than a-z: write them as they are spoken",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(
-        f"{out}: order {description['order']}, {description['words']} words "
-        f"({description['guessed_pronunciations']} with guessed pronunciations), "
-        f"n-grams {description['ngrams']}, {size / 1e6:.1f} MB, "
-        f"{description['sentences']} sentences; perplexity {held_out}",
-        highlight=False,
-        soft_wrap=True,
-    )

@@ -1,13 +1,14 @@
-"""A model folder: `lm.json` (what the model is, its figures), `lm.bin` (KenLM trie) and
+"""Writes a model folder: `lm.json` (description and figures), `lm.bin` (KenLM trie) and
 `lexicon.txt` (words with their pronunciations, likelier words first).
 
-It appears whole or not at all: it is made beside its place and renamed.
+The folder appears whole or not at all: it is made beside its place and renamed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -16,29 +17,35 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import kenlm
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
-from rich.progress import TimeElapsedColumn as Elapsed
-from rich.progress import TimeRemainingColumn as Remaining
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lm_server.lexicon.pronunciations import Lexicon, format_lexicon
 from lm_server.lm.arpa import ModelError
+from lm_server.lm.reader import DESCRIPTION, FORMAT, LEXICON, TRIE, checksum
 from lm_server.lm.sorted_ngrams import END, UNKNOWN, SortedModel
-
-FORMAT = 1
-"""Version of the model folder's layout; readers refuse others."""
-DESCRIPTION, TRIE, LEXICON = "lm.json", "lm.bin", "lexicon.txt"
+from lm_server.lm.trie.kenlm_binary import TrieForm, write_trie
 
 
 @contextlib.contextmanager
 def folder_in_place_of(out: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `out` when the block ends well, else vanishes.
+    """Yield a new folder that replaces `out` if the block succeeds, and is removed otherwise.
 
-    What a build on this machine left behind when it was killed is removed first.
+    Folders left behind by killed builds of this machine are removed first.
 
     Raises:
-      ModelError: `out` is something else than a model folder, or cannot be written.
+      ModelError: `out` exists and is not a model folder, or cannot be written.
     """
     target = out.resolve()
     if target.exists() and not (
@@ -49,7 +56,7 @@ def folder_in_place_of(out: Path) -> Iterator[Path]:
             "choose another"
         )
     prefix = f"{_prefix(target)}{os.getpid()}."
-    # The name is known before the folder is there, so that a signal at any moment finds it.
+    # The name is known before the folder exists, so that a signal at any moment finds it.
     folder = target.parent / f"{prefix}{secrets.token_hex(4)}"
     try:
         try:
@@ -77,15 +84,90 @@ def _prefix(target: Path) -> str:
 
 
 def _remove_orphans(target: Path) -> None:
-    """Removes the temporary folders of processes of this machine that are no more."""
+    """Remove the temporary folders of processes of this machine that have ended."""
     for path in target.parent.glob(f"{_prefix(target)}*"):
         number = re.match(r"\d+", path.name.removeprefix(_prefix(target)))
         if number and not Path(f"/proc/{number[0]}").exists() and Path("/proc/self").exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_lexicon(path: Path, lexicon: Lexicon, model: SortedModel) -> None:
-    """Writes the words, likelier ones first: the search looks at homophones in this order."""
+class Stages:
+    """Progress bars, one per stage of the work, each shown when its stage begins."""
+
+    def __init__(self, console: Console | None) -> None:
+        """Show the bars on `console`, by default the terminal's error output."""
+        self._console = console or Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, *times, console=self._console)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        """Advance a stage's bar by `done` of `total`."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], advance=done, total=total)
+
+    def finish(self, stage: str) -> None:
+        """Fill a stage's bar."""
+        self.advance(stage, 0, 1)
+        self._progress.update(self._tasks[stage], total=1, completed=1)
+
+    def print(self, line: str) -> None:
+        """Print a line as it is."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def write_model(
+    folder: Path,
+    model: SortedModel,
+    lexicon: Lexicon,
+    form: TrieForm,
+    held_out: Iterable[Sequence[str]],
+    stages: Stages,
+) -> dict[str, Any]:
+    """Write the trie and the lexicon, and measure the model.
+
+    Args:
+      folder: an empty folder.
+      model: the n-grams.
+      lexicon: the words with their pronunciations.
+      form: the kind of KenLM trie.
+      held_out: sentences to measure on.
+      stages: shows progress.
+
+    Returns:
+      The figures that `lm.json` has for every model.
+    """
+    total, stage = sum(model.counts), "writing the KenLM trie"
+    trie = folder / TRIE
+    write_trie(trie, model, form, lambda rows: stages.advance(stage, rows, total))
+    stages.finish(stage)
+    _write_lexicon(folder / LEXICON, lexicon, model)
+    quality = _measure(trie, held_out, lexicon.entries)
+    stages.finish("measuring on held-out sentences")
+    return {
+        "order": len(model.orders),
+        "words": len(lexicon),
+        "pronunciations": lexicon.pronunciations,
+        "ngrams": model.counts,
+        "quantised_bits": form.bits,
+        "compressed_pointers": form.compressed,
+        "bytes": trie.stat().st_size,
+        "crc32": checksum(trie),
+        **quality,
+    }
+
+
+def _write_lexicon(path: Path, lexicon: Lexicon, model: SortedModel) -> None:
+    """Write the words, likelier ones first. The search tries homophones in this order."""
     log10 = dict(zip(model.words, model.orders[0].log10.tolist(), strict=True))
     unseen = log10[UNKNOWN]
     by_probability = sorted(lexicon.entries, key=lambda word: -log10.get(word, unseen))
@@ -94,15 +176,10 @@ def write_lexicon(path: Path, lexicon: Lexicon, model: SortedModel) -> None:
         file.writelines(format_lexicon(ordered))
 
 
-def write_description(path: Path, description: Mapping[str, object]) -> None:
-    """Writes lm.json."""
-    path.write_text(json.dumps({"format": FORMAT, **description}, indent=2) + "\n")
-
-
-def measure(
+def _measure(
     trie: Path, sentences: Iterable[Sequence[str]], known: Collection[str]
 ) -> dict[str, float | int | None]:
-    """Perplexity per lexicon word and sentence end, and the share of words outside it."""
+    """Return the perplexity per lexicon word and sentence end, and the rate of other words."""
     model = kenlm.Model(str(trie))
     log10, scored, words, outside, count = 0.0, 0, 0, 0, 0
     for sentence in sentences:
@@ -123,31 +200,31 @@ def measure(
     }
 
 
-class Stages:
-    """Progress bars, one per stage of the work, each appearing when its stage begins."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def advance(self, stage: str, done: int, total: int) -> None:
-        """Moves a stage's bar by `done` of `total`."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
-        self._progress.update(self._tasks[stage], advance=done, total=total)
-
-    def finish(self, stage: str) -> None:
-        """Fills a stage's bar."""
-        self.advance(stage, 0, 1)
-        self._progress.update(self._tasks[stage], total=1, completed=1)
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write `lm.json`."""
+    text = json.dumps({"format": FORMAT, **description}, indent=2)
+    (folder / DESCRIPTION).write_text(text + "\n")
 
 
-def progress_columns() -> tuple[TextColumn, BarColumn, TaskProgressColumn, Elapsed, Remaining]:
-    """What the progress bars show."""
-    return (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        Elapsed(),
-        Remaining(),
+def report(stages: Stages, out: Path, description: Mapping[str, Any]) -> None:
+    """Print the main figures of `lm.json`."""
+    digits = description["held_out_dropped_with_digits"]
+    letters = description["held_out_dropped_with_other_letters"]
+    if digits or letters:
+        stages.print(
+            f"of the held-out text {digits} sentences are left out for digits, {letters} for "
+            "letters other than a-z: write them as they are spoken"
+        )
+    perplexity, outside = description["perplexity"], description["oov_rate"]
+    measured = "perplexity not measured, for lack of held-out text"
+    if perplexity is not None and math.isfinite(perplexity):
+        measured = (
+            f"perplexity {perplexity:.0f} on {description['held_out_sentences']} held-out "
+            f"sentences, of whose words {outside:.2%} are outside the vocabulary"
+        )
+    text = f", {description['sentences']} sentences" if "sentences" in description else ""
+    stages.print(
+        f"{out}: order {description['order']}, {description['words']} words "
+        f"({description['guessed_pronunciations']} with guessed pronunciations), n-grams "
+        f"{description['ngrams']}, {description['bytes'] / 1e6:.1f} MB{text}; {measured}"
     )

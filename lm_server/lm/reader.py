@@ -1,4 +1,4 @@
-"""Reads a model folder as `lm-server build` writes it: what it is, its words, how they are said."""
+"""Reads a model folder of `lm-server build`: its description, words and pronunciations."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from lm_server.lexicon.pronunciations import Pronunciation
 from lm_server.protocol import LM_CLASSES, PHONEMES
 
 FORMAT = 1
+"""Version of the model folder's layout. Other versions are refused."""
+DESCRIPTION, TRIE, LEXICON = "lm.json", "lm.bin", "lexicon.txt"
 _CLASS = {name: LM_CLASSES.index(name) for name in PHONEMES}
 _REMEDY = "build the model again"
 
 
 class ModelFolderError(UserError, ValueError):
-    """A folder that is no model, or a damaged one; says what is missing and how to make it."""
+    """A folder that is not a model folder, or is damaged."""
 
 
 def read_description(folder: Path) -> dict[str, object]:
-    """`lm.json`, checked.
+    """Read `lm.json` and check the folder against it.
 
     Raises:
-      ModelFolderError: the folder is none, is of another format, or a file of it is missing or
-        damaged.
+      ModelFolderError: the folder does not exist or has another format, or one of its files is
+        missing or damaged.
     """
     hint = f"make one with `lm-server build --text FILE --out {folder}`"
     if folder.is_file():
@@ -37,11 +39,11 @@ def read_description(folder: Path) -> dict[str, object]:
         )
     if not folder.is_dir():
         raise ModelFolderError(f"there is no model folder {folder}: {hint}")
-    for name in ("lm.json", "lm.bin", "lexicon.txt"):
+    for name in (DESCRIPTION, TRIE, LEXICON):
         if not (folder / name).is_file():
             raise ModelFolderError(f"{folder} is no model folder, {name} is missing in it: {hint}")
     try:
-        description = json.loads((folder / "lm.json").read_text())
+        description = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{folder}/lm.json cannot be read ({error}): {hint}") from error
     if not isinstance(description, dict):
@@ -57,15 +59,15 @@ def read_description(folder: Path) -> dict[str, object]:
                 f"{folder}/lm.json has the {name} {description.get(name)!r}; "
                 f"needed a whole number: {hint}"
             )
-    size = (folder / "lm.bin").stat().st_size
-    wanted = description.get("bytes", size)  # Older folders do not say.
+    size = (folder / TRIE).stat().st_size
+    wanted = description.get("bytes", size)  # absent in older folders
     if size != wanted:
         raise ModelFolderError(
             f"{folder}/lm.bin has {size} bytes, but lm.json says {wanted}: it is damaged, cut "
             f"short or another model's: {_REMEDY}"
         )
     stored = description.get("crc32")
-    if stored is not None and checksum(folder / "lm.bin") != stored:
+    if stored is not None and checksum(folder / TRIE) != stored:
         raise ModelFolderError(
             f"{folder}/lm.bin is not the file whose checksum lm.json has: it is damaged or another "
             f"model's: {_REMEDY}"
@@ -74,7 +76,7 @@ def read_description(folder: Path) -> dict[str, object]:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file, read in pieces."""
+    """Return the CRC-32 of a file, read in pieces."""
     found = 0
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -84,12 +86,12 @@ def checksum(path: Path) -> int:
 
 @dataclass(frozen=True)
 class Spellings:
-    """What `lexicon.txt` says.
+    """Contents of `lexicon.txt`.
 
     Attributes:
       words: the vocabulary, likelier words first.
-      homophones: indices of the words, likelier ones first, by how they are said: the phonemes'
-        classes in the language model's order, a byte each.
+      homophones: indices of the words, likelier ones first, by pronunciation. A pronunciation is
+        the phonemes' classes in the language model's order, one byte each.
     """
 
     words: list[str]
@@ -97,12 +99,12 @@ class Spellings:
 
 
 def read_spellings(folder: Path, description: Mapping[str, object]) -> Spellings:
-    """`lexicon.txt`, checked against `description`.
+    """Read `lexicon.txt` and check it against `description`.
 
     Raises:
-      ModelFolderError: a line is not as `lm-server build` writes it, or lines are missing.
+      ModelFolderError: a line is malformed, or lines are missing.
     """
-    path = folder / "lexicon.txt"
+    path = folder / LEXICON
     words: list[str] = []
     known: set[str] = set()
     homophones: dict[bytes, list[int]] = defaultdict(list)
@@ -143,15 +145,15 @@ def read_spellings(folder: Path, description: Mapping[str, object]) -> Spellings
 def find_words(
     folder: Path, wanted: Collection[str]
 ) -> dict[str, tuple[int, tuple[Pronunciation, ...]]]:
-    """Index and pronunciations of those of the wanted words that `lexicon.txt` has.
+    """Return index and pronunciations of the wanted words that `lexicon.txt` has.
 
     Raises:
-      ModelFolderError: the file cannot be read any more.
+      ModelFolderError: the file can no longer be read.
     """
     found: dict[str, tuple[int, tuple[Pronunciation, ...]]] = {}
     if not wanted:
         return found
-    path = folder / "lexicon.txt"
+    path = folder / LEXICON
     before, index = None, -1
     try:
         with path.open(encoding="utf-8") as lines:

@@ -1,8 +1,7 @@
 """N-grams in the order of KenLM's tries: each below its suffix, so "a b c" is found by c, b, a.
 
-A word's id is its rank by KenLM's hash, and the n-grams of one order are sorted by their words from
-the last to the first. Arrays may be memory maps: everything here and in `kenlm_binary` reads them
-from front to back.
+A word's id is its rank by KenLM's hash. The n-grams of one order are sorted by their words from the
+last to the first. Arrays may be memory maps: this module and `kenlm_binary` read them sequentially.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class SortedOrder:
       word: uint32 [N], the id of the first word of each.
       parent: int64 [N] ascending, the row of its suffix in the order below; zeros for order 1.
       log10: float32 [N], base-10 logarithm of the probability.
-      backoff: float32 [N], base-10 logarithm of the back-off weight; a zero is +0 where a longer
-        n-gram begins with this one and -0 elsewhere (KenLM drops the latter from its states).
+      backoff: float32 [N], base-10 logarithm of the back-off weight. A zero is +0 if a longer
+        n-gram begins with this one and -0 otherwise. KenLM drops the latter from its states.
     """
 
     word: np.ndarray
@@ -36,15 +35,16 @@ class SortedOrder:
         return len(self.word)
 
     def select(self, rows: np.ndarray) -> SortedOrder:
-        """The n-grams at `rows` (indices, ascending); their parents keep their numbers."""
+        """Return the n-grams at `rows` (ascending indices). Parents are not renumbered."""
         return SortedOrder(self.word[rows], self.parent[rows], self.log10[rows], self.backoff[rows])
 
 
 @dataclass(frozen=True)
 class SortedModel:
-    """A back-off model: `words[i]` is the word with the id i, `<unk>` has 0; orders 1, 2, ...
+    """A back-off model of orders 1, 2, ...
 
-    The rows of order 1 are the words themselves.
+    `words[i]` is the word with the id i, and `<unk>` has the id 0. The rows of order 1 are the
+    words.
     """
 
     words: Sequence[str]
@@ -57,7 +57,7 @@ class SortedModel:
 
 
 def murmur_hash(key: bytes) -> int:
-    """MurmurHash64A with seed 0, the hash by which KenLM knows words."""
+    """Return MurmurHash64A with seed 0, KenLM's hash of words."""
     mask, multiplier = (1 << 64) - 1, 0xC6A4A7935BD1E995
     value = (len(key) * multiplier) & mask
     whole = len(key) // 8 * 8
@@ -73,27 +73,26 @@ def murmur_hash(key: bytes) -> int:
 
 
 def hashes_of(words: Sequence[str]) -> np.ndarray:
-    """KenLM's hashes of words, uint64 [N]."""
+    """Return KenLM's hashes of words, uint64 [N]."""
     return np.array([murmur_hash(word.encode()) for word in words], np.uint64)
 
 
 def in_order_of_ids(words: Sequence[str]) -> list[str]:
-    """Unique words -> word list by id: `<unk>`, then the others by their hashes."""
+    """Sort unique words by id: `<unk>` first, then the others by their hashes."""
     others = [word for word in words if word != UNKNOWN]
     return [UNKNOWN, *(others[row] for row in np.argsort(hashes_of(others), kind="stable"))]
 
 
 def contexts_of(model: SortedModel, level: int, below: np.ndarray | None) -> np.ndarray:
-    """Rows in order `level` - 1 of the contexts (all words but the last) of order `level`'s
-    n-grams.
+    """Find the contexts (all words but the last) of the n-grams of order `level`.
 
     Args:
-      model: a model in which every n-gram's suffix and context stand.
+      model: a model with the suffix and the context of every n-gram.
       level: 2 or more.
-      below: the same of order `level` - 1; None at level 2.
+      below: the result for order `level` - 1, None at level 2.
 
     Returns:
-      int64 [N]; -1 where a context is not in the model.
+      Rows in order `level` - 1, int64 [N]. -1 if a context is not in the model.
     """
     order = model.orders[level - 1]
     if below is None:
@@ -107,7 +106,7 @@ def contexts_of(model: SortedModel, level: int, below: np.ndarray | None) -> np.
 
 
 def find_rows(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The rows of `wanted` in the ascending `keys`; -1 for those that it has not."""
+    """Return the rows of `wanted` in the ascending `keys`, -1 if absent."""
     if not len(keys):
         return np.full(len(wanted), -1, np.int64)
     rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -115,7 +114,7 @@ def find_rows(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def mark_contexts(model: SortedModel) -> SortedModel:
-    """The model with back-offs of zero signed as `SortedOrder` says.
+    """Set the signs of zero back-offs as `SortedOrder` defines them.
 
     Raises:
       ValueError: an n-gram's context is not in the model.
@@ -129,8 +128,9 @@ def mark_contexts(model: SortedModel) -> SortedModel:
             contexts = contexts_of(model, level, contexts)
             if (contexts < 0).any():
                 raise ValueError(
-                    f"{int((contexts < 0).sum())} n-grams of order {level - 1} stand in longer "
-                    "n-grams but not in the model; needed a model with every part of its n-grams"
+                    f"{int((contexts < 0).sum())} n-grams of order {level - 1} are parts of "
+                    "longer n-grams but not in the model; needed a model with every part of its "
+                    "n-grams"
                 )
             is_context[contexts] = True
         backoff = np.array(order.backoff, np.float32)

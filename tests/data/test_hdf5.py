@@ -282,7 +282,7 @@ def test_values_that_are_not_finite_are_counted_and_placed(tmp_path: Path, value
 def test_a_trial_shorter_than_a_patch_is_refused_where_a_patch_is_needed(tmp_path: Path) -> None:
     write_session(tmp_path, features=np.ones((9, 512), np.float32))
     assert read_all(tmp_path)[1].ref.bins == 9
-    with pytest.raises(DataError, match=r"trial_0001.*9 bins; one patch needs 14"):
+    with pytest.raises(DataError, match=r"trial_0001.*9 bins; the model needs 14"):
         open_folder(tmp_path).trials([SESSION], "train", min_bins=14)
 
 

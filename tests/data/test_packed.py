@@ -153,7 +153,7 @@ def test_another_format_and_other_features_are_refused(copy):
         open_folder(copy, 256)
     with pytest.raises(DataError, match=r"'t15.2023.08.1' has no data_train, .* t15.2023.08.1"):
         open_folder(copy).trials(["t15.2023.08.1"], "train")
-    with pytest.raises(DataError, match=r"trial_0000: the trial has \d+ bins; one patch needs 999"):
+    with pytest.raises(DataError, match=r"trial_0000: the trial has \d+ bins; the model needs 999"):
         open_folder(copy).trials(names, "train", min_bins=999)
     with pytest.raises(DataError, match=r"no test trial in the 1 sessions .* data_test.features"):
         open_folder(copy).trials(names[:1], "test")

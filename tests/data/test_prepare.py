@@ -227,7 +227,7 @@ def test_the_command_takes_sessions_and_patches_from_a_configuration(
     overrides = [*tiny_overrides, f"--config.data.sessions={two}"]
     assert call("--config", CONFIG, "--out", out, overrides=overrides) == 0
     assert open_folder(out).sessions == two
-    with pytest.raises(DataError, match=r"has \d+ bins; one patch needs 5000"):
+    with pytest.raises(DataError, match=r"has \d+ bins; the model needs 5000"):
         call(
             *("--config", CONFIG, "--out", tmp_path / "other"),
             overrides=[*overrides, "--config.model.patch_size=5000"],

@@ -19,7 +19,8 @@ import pytest
 from b2txt_jax.doctor import checks
 from b2txt_jax.doctor import command as doctor
 from b2txt_jax.doctor.checks import TpuChips
-from lm_server.lm.build import FORMAT, build
+from lm_server.lm.build import build
+from lm_server.lm.reader import FORMAT
 from lm_server.serving.embedded_redis import find_program
 
 REPOSITORY = Path(__file__).parents[2]
@@ -401,7 +402,8 @@ def test_devices_that_cannot_share_a_batch_are_a_problem(
 
 
 def test_the_batch_is_compared_with_the_devices_that_jax_has(capsys, tiny_overrides, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     config = ("--config", str(REPOSITORY / "configs/demo.py"))
     status, findings, _ = diagnose(capsys, *config, overrides=tuple(tiny_overrides))
     assert status == 1
@@ -417,7 +419,7 @@ def test_a_root_without_a_configuration_is_looked_at_and_other_keys_are_named(ca
     assert status == 0
     assert "4 sessions, 32 training trials" in findings["data"]["found"]
     assert findings["configuration"]["status"] == "warning"
-    assert "--config.model.units=3 not looked at" in findings["configuration"]["found"]
+    assert "--config.model.units=3 not checked" in findings["configuration"]["found"]
     status, findings, _ = diagnose(capsys, overrides=("--config.data.root=/no/such/folder",))
     assert (status, findings["data"]["status"]) == (1, "problem")
 

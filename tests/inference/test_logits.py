@@ -42,7 +42,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def infer(run, out, devices, *more):
     """(arrays of the written file, what was said) by so many emulated devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "infer", "--workdir", run, "--out", out, *more],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

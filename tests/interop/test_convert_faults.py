@@ -126,7 +126,7 @@ def test_an_edited_configuration_beside_the_file_is_not_passed_over(exported, tm
         beside.write_bytes(content)
         (note,) = read_safetensors(file).notes
         assert "m.json is not a configuration" in note or "missing keys" in note
-        assert "itself was taken" in note
+        assert "itself was used" in note
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b"7", b"[" * 100_000])
@@ -153,10 +153,10 @@ def test_overrides_are_checked_as_the_settings_are(exported):
 def test_a_run_at_its_end_is_told_how_to_go_on(small, tmp_path, capsys):
     command = ("--from-nejm", small[0], "--workdir", tmp_path / "run", "--force")
     assert convert(*command, "--config.train.steps=2") == 0
-    assert "step 2 is at the end of its 2 steps" in capsys.readouterr().err
+    assert "step 2 is the last of 2" in capsys.readouterr().err
     for more in (["--config.train.steps=3"], ["--config.train.steps=2", "--restart"]):
         assert convert(*command, *more) == 0
-        assert "at the end" not in capsys.readouterr().err
+        assert "is the last of" not in capsys.readouterr().err
 
 
 FROM, TO, FILE = "--from-nejm {x}", "--to-nejm {x}", "--to-safetensors {x}"
@@ -173,7 +173,7 @@ FROM, TO, FILE = "--from-nejm {x}", "--to-nejm {x}", "--to-safetensors {x}"
         ("--from-safetensors {x} --ignore seed", "--ignore does not apply here"),
         (f"{FILE} --compiled-names", "--compiled-names does not apply here"),
         (f"{TO} --config.train.seed=1", "by --from only"),
-        ("--to-safetensors {x}/new.json", "ends in .json, which the configuration beside"),
+        ("--to-safetensors {x}/new.json", "ends in .json, the suffix of the configuration beside"),
         ("--to-safetensors {folder} --force", "is a folder; needed the name of a file"),
         ("--to-safetensors {file}/m.safetensors", "file is a file; needed a folder"),
         ("--to-nejm {file}", "file is a file; needed a folder"),

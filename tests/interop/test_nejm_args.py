@@ -10,9 +10,8 @@ import yaml
 from nejm_run import ARGS, args_with
 
 from b2txt_jax.config import load_config, with_overrides
-from b2txt_jax.interop.args_file import load_args
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.interop.nejm_args import args_from_config, read_args
+from b2txt_jax.interop.nejm_args import args_from_config, load_args, read_args
 
 BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
 T = "dataset__data_transforms__"
@@ -98,7 +97,7 @@ def test_numbers_that_yaml_leaves_as_text_are_numbers(tmp_path):
         ({"model__n_units": ...}, r"lacks model\.n_units; needed, since logits depend on it"),
         ({"dataset__sessions": ...}, r"lacks dataset\.sessions"),
         ({"dataset__sessions": []}, "needed a list of session names"),
-        ({"dataset__sessions": ["a", "b", "a"]}, "stand twice: a"),
+        ({"dataset__sessions": ["a", "b", "a"]}, "listed twice: a"),
         ({"dataset__sessions": ["../a"]}, "not the name of a folder"),
         ({"lr_max": "fast"}, "lr_max is 'fast'; could not convert"),
         ({"lr_max": float("nan")}, "needed a finite number"),
@@ -144,7 +143,7 @@ def test_settings_without_an_equivalent_are_an_error_unless_ignored(tmp_path, ch
 def test_an_unseeded_recipe_gets_the_published_seed_and_a_note(tmp_path):
     found = read(tmp_path, args_with(seed=-1))
     assert found.config.train.seed == 10
-    assert any(note.startswith("seed -1 means unseeded there") for note in found.notes)
+    assert any(note.startswith("seed -1 means unseeded") for note in found.notes)
 
 
 def test_sessions_that_were_not_validated_are_told_apart(tmp_path):

@@ -209,9 +209,7 @@ def test_the_runbook_has_the_settings_of_the_example_and_evaluates_what_is_fetch
 
     example = settings((REPOSITORY / "launch/example.env").read_text().splitlines())
     runbook = (REPOSITORY / "docs/tpu.md").read_text()
-    block = next(
-        text for text in re.findall(r"```\n(.*?)```", runbook, re.DOTALL) if "WORKDIR=gs" in text
-    )
+    block = next(text for text in re.findall(r"```env\n(.*?)```", runbook, re.DOTALL))
     assert settings(block.splitlines()) == example
     assert f"b2txt evaluate --workdir {example['OUT']} " in runbook
 
@@ -223,7 +221,7 @@ def test_the_runbook_has_the_settings_of_the_example_and_evaluates_what_is_fetch
         ("up", {"DATA": ""}, "not set: DATA;"),
         ("up", {"ACCELERATOR": "tpu7x-8"}, "Kubernetes Engine only"),
         ("up", {"ACCELERATOR": "h100"}, "needed v4-N, v5litepod-N, v5p-N or v6e-N"),
-        ("up", {"WORKDIR": "/home/me/run", "SPOT": "yes"}, "goes when a spot VM is taken away"),
+        ("up", {"WORKDIR": "/home/me/run", "SPOT": "yes"}, "is lost when a spot VM is preempted"),
         ("up", {"WORKDIR": "/home/me/run", "ACCELERATOR": "v6e-16"}, "checkpoint together"),
         ("up", {"WORKDIR": "gs://bucket"}, "needed a folder in the bucket"),
         ("up", {"CONFIG": "configs/nosuch.py"}, "configs/nosuch.py"),

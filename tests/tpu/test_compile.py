@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.tpu import compile as command
-from b2txt_jax.tpu.compile import CompileError, Memory, Result
+from b2txt_jax.tpu.compile import CompileError
 from b2txt_jax.tpu.hlo_cost import Collective, Cost
-from b2txt_jax.tpu.report import compared, described
+from b2txt_jax.tpu.report import Memory, Result, compared, described
 from b2txt_jax.tpu.roofline import bytes_sent, step_time
 from b2txt_jax.tpu.topologies import TopologyError, parse_topology
 from b2txt_jax.training.sharding import make_mesh

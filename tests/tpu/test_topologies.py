@@ -98,5 +98,5 @@ def test_a_single_chip_needs_no_links() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_the_error_says_how_to_install_it() -> None:
-    with pytest.raises(TopologyError, match=r"pip install 'b2txt-jax\[tpu\]'"):
+    with pytest.raises(TopologyError, match=r"pip install '\.\[tpu\]' -c constraints\.txt"):
         require_libtpu()

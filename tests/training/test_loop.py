@@ -3,13 +3,7 @@
 import dataclasses
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -17,8 +11,6 @@ import pytest
 from rich.console import Console
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
-from b2txt_jax.data import loader
-from b2txt_jax.data.buckets import buckets_of_data
 from b2txt_jax.data.description import DataError
 from b2txt_jax.inference.logits import write_logits
 from b2txt_jax.inference.run import load_run
@@ -39,10 +31,16 @@ def latest_params(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_config, tmp_path_factory):
+def said():
+    """What the run of `trained` printed."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, said, tmp_path_factory):
     """A run of six steps, uninterrupted."""
     workdir = tmp_path_factory.mktemp("trained")
-    assert train(tiny_config, workdir).finished
+    assert train(tiny_config, workdir, Console(file=said, width=1000)).finished
     return workdir
 
 
@@ -72,31 +70,6 @@ def test_a_run_in_two_parts_equals_an_uninterrupted_one_bit_for_bit(trained, tin
     assert [entry["loss"] for entry in lines_of(tmp_path, "train")] == [
         entry["loss"] for entry in lines_of(trained, "train")
     ]
-
-
-def test_a_killed_run_goes_on_from_its_last_save(tiny_overrides, tmp_path):
-    command = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/demo.py"]
-    command += ["--workdir", str(tmp_path), *tiny_overrides, "--config.train.steps=4000"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    latest = tmp_path / "checkpoints" / "latest"
-    deadline = time.monotonic() + 120
-    while not any(path.name.isdigit() for path in latest.glob("*")):
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.1)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
-    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seen = ""
-    for line in again.stdout:
-        seen += line
-        if "going on from step" in line:
-            break
-    else:
-        pytest.fail(f"did not go on: {seen}")
-    again.send_signal(signal.SIGTERM)
-    rest = again.communicate(timeout=120)[0]
-    assert "the same command goes on from there" in " ".join(rest.split())
 
 
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
@@ -202,13 +175,6 @@ def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp
     assert train(more, tmp_path).step == 8
 
 
-@pytest.mark.parametrize(("buckets", "warned"), [(((1600, 80),), True), ((), False)])
-def test_buckets_that_do_not_suit_the_trials_are_told(
-    tiny_overrides, tmp_path, buckets, warned, monkeypatch
-):
-    # Two instead of six: each takes seconds to compile.
-    monkeypatch.setattr(loader, "buckets_of_data", partial(buckets_of_data, count=2))
-    overrides = [*tiny_overrides, f"--config.data.buckets={buckets}", "--config.train.steps=1"]
-    said = io.StringIO()
-    train(load_config("configs/demo.py", overrides), tmp_path, Console(file=said, width=1000))
-    assert ("data.buckets do not suit these trials" in said.getvalue()) is warned
+def test_buckets_that_do_not_suit_the_trials_are_told(trained, said):
+    """That those chosen from the trials are not is in test_faults.py."""
+    assert "data.buckets do not suit these trials" in " ".join(said.getvalue().split())

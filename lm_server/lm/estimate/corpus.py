@@ -15,23 +15,23 @@ from lm_server.lm.sorted_ngrams import BEGIN, END
 _HELD_OUT_EVERY = 100
 _WRITTEN_WORDS = 1 << 16
 _BYTES_PER_WORD = 200
-"""Of memory, for a word with its count."""
+"""Memory of a word with its count."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Normalised text in files, one sentence per line, and what was seen in it."""
+    """Files of normalised text, one sentence per line, with counts."""
 
     train: Path
     held_out: Path
     counts: text.Counts
-    """Of everything read, held-out sentences too."""
+    """Counts of the training texts, including sentences held out of them."""
     seen: Counter[str]
-    """How often each word stands in `train`."""
+    """Frequency of each word in `train`."""
     aside: text.Counts
-    """Of the texts given to measure on; all 0 without such."""
+    """Counts of the held-out texts, 0 without such."""
     forgotten: int = 0
-    """How often words seen once were forgotten so that the counts fit into memory."""
+    """Number of times that words seen once were dropped so that the counts fit into memory."""
 
 
 def read_corpus(
@@ -42,20 +42,19 @@ def read_corpus(
     folder: Path,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Corpus:
-    """Normalises text.
+    """Normalise text and write it to `folder`.
 
     Args:
       texts: files of sentences, see `lm_server.lexicon.text`.
-      held_out: files of sentences to measure the model on; without any, every hundredth sentence of
+      held_out: files of sentences to measure the model on. Without any, every hundredth sentence of
         `texts` is kept for that.
       known: words that keep their hyphens and outer apostrophes.
       memory: bytes that the counts of words may use.
       folder: where the files are written.
-      progress: called with the numbers of bytes read.
+      progress: called with the number of bytes read since its last call.
 
     Raises:
-      TextError: a file is missing, unreadable or no UTF-8 text, or no sentence of the held-out
-        texts can be used.
+      TextError: a file is missing or is not UTF-8 text, or no held-out sentence can be used.
     """
     train, aside = folder / "train.txt", folder / "held_out.txt"
     counts, seen, forgotten = text.Counts(), Counter[str](), 0
@@ -82,14 +81,14 @@ def read_corpus(
         raise text.TextError(
             f"no sentence of the held-out text {', '.join(map(str, held_out))} can be used: "
             f"{measured.dropped_digits} dropped for digits, {measured.dropped_letters} for letters "
-            f"other than a-z, {measured.empty} are without a word; needed English text of the "
-            "kind that will be spoken"
+            f"other than a-z, {measured.empty} without a word; needed English text of the kind "
+            "that will be spoken"
         )
     return Corpus(train, aside, counts, seen, measured, forgotten)
 
 
 def sentences(path: Path) -> Iterator[list[str]]:
-    """The sentences of a file of `read_corpus`."""
+    """Yield the sentences of a file of `read_corpus`."""
     with path.open() as lines:
         for line in lines:
             yield line.split()
@@ -98,7 +97,7 @@ def sentences(path: Path) -> Iterator[list[str]]:
 def write_ids(
     path: Path, ids: Mapping[str, int], out: Path, progress: Callable[[int], None]
 ) -> np.ndarray:
-    """The sentences of `path` as ids, `<s>` and `</s>` around each, 0 for words that have none.
+    """Write the sentences of `path` as ids, with `<s>` and `</s>`, and 0 for other words.
 
     Returns:
       int32 [tokens], a memory map of `out`.

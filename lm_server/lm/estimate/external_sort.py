@@ -1,7 +1,7 @@
-"""Sorting more rows than memory holds: sorted runs on disk, merged block by block.
+"""Sorting of more rows than fit into memory: sorted runs on disk, merged block by block.
 
-Rows are numpy structured arrays whose field `key` [columns] uint64 orders them, the first column
-first. No step loops over single rows.
+Rows are numpy structured arrays, ordered by their field `key` [columns] uint64, first column first.
+No step loops over single rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 _COPIES = 5
-"""How often a row stands in memory while it is sorted: collected, joined, its order (with the
-sort's own buffer) and reordered."""
+"""Copies of a row in memory while it is sorted: collected, joined, its order (with the sort's own
+buffer) and reordered."""
 _SMALLEST_BLOCK = 1 << 10
 _LARGEST_BLOCK = 1 << 18
 
@@ -23,23 +23,23 @@ Combine = Callable[[np.ndarray], np.ndarray]
 
 
 def row_type(columns: int, *values: tuple[str, str]) -> np.dtype:
-    """The type of rows with a key of `columns` numbers and the fields `values` (name, type)."""
+    """Return the type of rows with a key of `columns` numbers and the fields (name, type)."""
     return np.dtype([("key", "<u8", (columns,)), *values])
 
 
 def sort_rows(rows: np.ndarray) -> np.ndarray:
-    """The rows in the order of their keys."""
+    """Sort rows by their keys."""
     return rows[_order(rows["key"])]
 
 
 def _order(key: np.ndarray) -> np.ndarray:
-    """The permutation that sorts keys [N, columns]."""
+    """Return the permutation that sorts keys [N, columns]."""
     columns = key.shape[1]
     if columns == 1:
         return np.argsort(key[:, 0])
     if columns == 2 and len(key):
-        # Sorting single numbers is several times faster than sorting pairs: first by the first
-        # column, then by which value it has and the second column's bits, if both fit.
+        # Sorting single numbers is several times faster than sorting pairs. Sort by the first
+        # column, then by its rank and the second column in one number, if both fit.
         first = np.argsort(key[:, 0])
         leading, second = key[first, 0], key[first, 1]
         group = np.zeros(len(key), np.uint64)
@@ -55,7 +55,7 @@ def _order(key: np.ndarray) -> np.ndarray:
 
 
 def starts_of_groups(key: np.ndarray) -> np.ndarray:
-    """Where a key [N, columns] in order differs from the one before: indices, the first 0."""
+    """Return the indices at which ordered keys [N, columns] change, beginning with 0."""
     if not len(key):
         return np.zeros(0, np.intp)
     changed = np.ones(len(key), bool)
@@ -70,15 +70,15 @@ def external_sort(
     name: str,
     combine: Combine = lambda rows: rows,
 ) -> Iterator[np.ndarray]:
-    """Rows in any order -> blocks of rows that are in order throughout.
+    """Sort rows and yield them in blocks.
 
     Args:
-      chunks: structured arrays of one type, see `row_type`; keys are unique, or `combine` makes
+      chunks: structured arrays of one type, see `row_type`. Keys are unique, or `combine` makes
         them so.
       memory: bytes that the sort may use.
-      folder: where runs are kept when the rows do not fit; they are gone when the blocks are read.
-      name: what their files are called by.
-      combine: given rows in order, joins those of equal keys.
+      folder: where runs are kept if the rows do not fit into memory. They are removed at the end.
+      name: beginning of the runs' file names.
+      combine: joins rows of equal keys, given ordered rows.
     """
     runs: list[Path] = []
     waiting: list[np.ndarray] = []
@@ -87,7 +87,7 @@ def external_sort(
         for chunk in chunks:
             itemsize = chunk.dtype.itemsize
             most = max(memory // (_COPIES * itemsize), _SMALLEST_BLOCK)
-            # A chunk larger than the memory's share is cut, so that no buffer outgrows it.
+            # Split chunks that exceed the memory's share.
             for part in (chunk[i : i + most] for i in range(0, len(chunk), most)):
                 if count + len(part) > most:
                     runs.append(folder / f"{name}.{len(runs)}.run")
@@ -117,7 +117,7 @@ def external_sort(
 
 @dataclass
 class _Run:
-    """A sorted file, of which one block is in memory."""
+    """A sorted file with one block of it in memory."""
 
     path: Path
     dtype: np.dtype
@@ -133,11 +133,11 @@ class _Run:
 
     @property
     def more(self) -> bool:
-        """Whether rows remain on disk."""
+        """Return whether rows remain on disk."""
         return self.done < self.total
 
     def fill(self) -> None:
-        """Reads the next block if none is left."""
+        """Read the next block if none is left."""
         if not len(self.rows) and self.more:
             self.rows = np.fromfile(
                 self.path, self.dtype, self.block, offset=self.done * self.dtype.itemsize
@@ -145,14 +145,14 @@ class _Run:
             self.done += len(self.rows)
 
     def take(self, bound: tuple[int, ...] | None) -> np.ndarray:
-        """Removes and gives the rows in memory up to `bound`, or all of them."""
+        """Remove and return the rows in memory up to `bound`, or all of them."""
         end = len(self.rows) if bound is None else rows_up_to(self.rows["key"], bound)
         taken, self.rows = self.rows[:end], self.rows[end:]
         return taken
 
 
 def rows_up_to(key: np.ndarray, bound: tuple[int, ...]) -> int:
-    """How many of the ordered keys [N, columns] are at most `bound`."""
+    """Return the number of ordered keys [N, columns] that are at most `bound`."""
     low, high = 0, len(key)
     for column, value in enumerate(bound[:-1]):
         part = key[low:high, column]
@@ -166,7 +166,7 @@ def rows_up_to(key: np.ndarray, bound: tuple[int, ...]) -> int:
 
 def _merge(runs: list[_Run], combine: Combine) -> Iterator[np.ndarray]:
     while any(len(run.rows) for run in runs):
-        # Up to the least of the blocks' last keys nothing is still unread.
+        # All rows up to the smallest of the blocks' last keys are in memory.
         last = [tuple(map(int, run.rows["key"][-1])) for run in runs if run.more]
         bound = min(last) if last else None
         taken = [part for run in runs if len(part := run.take(bound))]
@@ -176,11 +176,11 @@ def _merge(runs: list[_Run], combine: Combine) -> Iterator[np.ndarray]:
 
 
 def regroup(blocks: Iterable[np.ndarray], columns: Callable[[np.ndarray], np.ndarray]) -> Iterator:
-    """Blocks of ordered rows -> blocks that never end inside a group.
+    """Re-cut blocks of ordered rows so that none ends inside a group.
 
     Args:
       blocks: structured arrays in order.
-      columns: gives the rows' groups as an array [N, any], equal within a group.
+      columns: returns the groups of rows, an array [N, any] that is constant within a group.
     """
     rest: np.ndarray | None = None
     for block in itertools.chain(blocks, [None]):

@@ -1,10 +1,9 @@
-"""Trains the model of `g2p` from a dictionary: which letters say which phonemes, and in what
-company.
+"""Trains the model of `g2p` on a pronouncing dictionary.
 
-Every letter says no, one or two phonemes; which, is found by expectation maximisation over all
-alignments of every word at once. The words, written as sequences of such pairs (graphones), then
-make an n-gram model like words in sentences. Source: M. Bisani and H. Ney, "Joint-Sequence Models
-for Grapheme-to-Phoneme Conversion" (2008), with graphones of exactly one letter.
+Each letter is aligned with zero, one or two phonemes, by expectation maximisation over all
+alignments of every word. A letter with its phonemes is a graphone. The words are sequences of
+graphones, on which an n-gram model is estimated. Source: M. Bisani and H. Ney, "Joint-Sequence
+Models for Grapheme-to-Phoneme Conversion" (2008), with graphones of exactly one letter.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
 from lm_server.lexicon.g2p import LETTERS, graphone
 from lm_server.lexicon.pronunciations import Pronunciation
@@ -24,20 +24,20 @@ from lm_server.lm.trie.kenlm_binary import TrieForm, write_trie
 from lm_server.protocol import PHONEMES
 
 _MOST = 2
-"""Phonemes that a letter says at most."""
+"""Largest number of phonemes of a letter."""
 _LEAST_WORDS = 3
-"""A graphone of fewer words than this is a slip of the alignment or of the dictionary."""
+"""A graphone of fewer words than this is an error of the alignment or of the dictionary."""
 _FORM = TrieForm(8, compressed=True)
 _MEMORY = 1 << 30
 
 Entry = tuple[str, Pronunciation]
 Aligned = tuple[Pronunciation, ...]
-"""What each letter of a word says."""
+"""The phonemes of each letter of a word."""
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Words of one number of letters and one number of phonemes, as numbers."""
+    """Words with equal numbers of letters and equal numbers of phonemes, as numbers."""
 
     entries: Sequence[Entry]
     letters: np.ndarray
@@ -47,7 +47,7 @@ class _Batch:
 def align(
     entries: Iterable[Entry], rounds: int = 8, progress: Callable[[int], None] = lambda done: None
 ) -> list[tuple[str, Aligned]]:
-    """The likeliest alignment of every word that has one.
+    """Return the likeliest alignment of every word that has one.
 
     Args:
       entries: words of `LETTERS` with a pronunciation.
@@ -58,7 +58,7 @@ def align(
     if not batches:
         return []
     tables = [np.full((len(LETTERS), *(len(PHONEMES),) * said), 1.0) for said in range(_MOST + 1)]
-    # To begin with, each number of phonemes is as likely, and among them each phoneme.
+    # Begin with equal probabilities of each number of phonemes, and of each phoneme.
     tables = [table / table.size for table in tables]
     for _ in range(rounds):
         expected = [np.zeros_like(table) for table in tables]
@@ -88,15 +88,17 @@ def _batches(entries: Iterable[Entry]) -> list[_Batch]:
 
 
 def _steps(batch: _Batch, tables: Sequence[np.ndarray], place: int) -> list[np.ndarray]:
-    """Probability that the letter at `place` says the next 0, 1, 2 phonemes, before each of them:
-    [words, phonemes + 1 - said]."""
+    """Return the probabilities that the letter at `place` has the next 0, 1 and 2 phonemes.
+
+    Each is [words, phonemes + 1 - said], one per phoneme at which the letter may begin.
+    """
     letters, phones = batch.letters[:, place, None], batch.phones
     silent = np.repeat(tables[0][letters], phones.shape[1] + 1, axis=1)
     return [silent, tables[1][letters, phones], tables[2][letters, phones[:, :-1], phones[:, 1:]]]
 
 
 def _expect(batch: _Batch, tables: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
-    """Adds the expected number of times that each letter says each phonemes."""
+    """Add the expected numbers of each letter with each of its phonemes to `expected`."""
     words, length = batch.letters.shape
     width = batch.phones.shape[1] + 1
     steps = [_steps(batch, tables, place) for place in range(length)]
@@ -163,13 +165,13 @@ def train(
     folder: Path,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, object]:
-    """Trains a model.
+    """Train a model.
 
     Args:
-      entries: words with a pronunciation; several of a word stand in several entries.
-      out: KenLM file to write; the graphones stand beside it, in the same name with .txt.
-      order: graphones that are seen together, up to 6.
-      ngrams: at most so many n-grams of order 2 and up are kept.
+      entries: words with a pronunciation. A word with several has several entries.
+      out: KenLM file to write. The graphones are written beside it, with the suffix .txt.
+      order: graphones of the longest n-gram, up to 6.
+      ngrams: largest number of n-grams of order 2 and up.
       folder: for temporary files.
       progress: called with 1 after each round of the alignment.
 
@@ -199,22 +201,15 @@ def errors(
     said: Mapping[str, tuple[Pronunciation, ...]],
     truth: Mapping[str, tuple[Pronunciation, ...]],
 ) -> tuple[float, float]:
-    """(share of words said wrongly, errors per phoneme); the first of `said` counts, against the
-    pronunciation of `truth` that is nearest to it."""
+    """Return (share of wrong words, errors per phoneme) of the first of `said`.
+
+    The reference is the nearest of the pronunciations in `truth`.
+    """
     wrong = wrong_phones = phones = 0
     for word, variants in truth.items():
         guess = said[word][0] if said.get(word) else ()
-        distance, length = min((_distance(guess, one), len(one)) for one in variants)
+        distance, length = min((Levenshtein.distance(guess, one), len(one)) for one in variants)
         wrong += distance > 0
         wrong_phones += distance
         phones += length
     return wrong / max(len(truth), 1), wrong_phones / max(phones, 1)
-
-
-def _distance(one: Sequence[str], other: Sequence[str]) -> int:
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(one, 1):
-        before, row[0] = row[0], i
-        for j, b in enumerate(other, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
-    return row[-1]

@@ -1,10 +1,10 @@
-"""Interpolated modified Kneser-Ney with pruning, in bounded memory.
+"""Interpolated modified Kneser-Ney smoothing with pruning, in bounded memory.
 
 Sources: S. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling"
 (1998), equations 26 and on; K. Heafield et al., "Scalable Modified Kneser-Ney Language Model
-Estimation" (2013). As there, n-grams that are pruned give their whole counts to backing off, and
-words seen in no text share the mass that unigrams leave. An n-gram that holds a word outside the
-vocabulary is treated as pruned, so that what remains is a distribution over known words.
+Estimation" (2013). As there, the whole count of a pruned n-gram goes to the back-off mass, and
+unseen words share the mass that the unigrams leave. An n-gram with a word outside the vocabulary is
+treated as pruned, so that the result is a distribution over known words.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from lm_server.lm.estimate.ngram_counts import Counts, Packing, count_ngrams, re
 from lm_server.lm.sorted_ngrams import BEGIN, SortedModel, SortedOrder
 
 FALLBACK = (0.0, 0.5, 1.0, 1.5)
-"""Discounts of n-grams counted 0, 1, 2 and more times, where a text is too small or too regular to
-estimate them (as lmplz --discount_fallback)."""
+"""Discounts of n-grams counted 0, 1, 2 and more times, used if the text is too small or too regular
+to estimate them (as lmplz --discount_fallback)."""
 _ROWS = 1 << 16
 _SMALLEST_MEMORY = 1 << 20
 _NOTHING = -99.0
 
 Advance = Callable[[str, int, int], None]
-"""Called with the name of a stage, how much was done since the last call, and how much there is."""
+"""Called with the name of a stage, the amount done since the last call, and the total."""
 
 
 class EstimationError(UserError, ValueError):
-    """An n-gram model that cannot be estimated; says what was found and what to do."""
+    """An n-gram model that cannot be estimated."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A model and what it was estimated with."""
+    """A model with its discounts and statistics."""
 
     model: SortedModel
     discounts: Sequence[Sequence[float]]
@@ -46,7 +46,7 @@ class Estimate:
     fallbacks: Sequence[int]
     """Orders whose discounts could not be estimated from this text."""
     followed: Sequence[np.ndarray]
-    """Per order but the highest, int64 [N]: how often the text has a word after each n-gram."""
+    """Per order but the highest, int64 [N]: how often a word follows each n-gram in the text."""
 
 
 def estimate(
@@ -59,23 +59,23 @@ def estimate(
     vocabulary: int | None = None,
     advance: Advance = lambda stage, done, total: None,
 ) -> Estimate:
-    """Estimates a model of orders 1 to `order`.
+    """Estimate a model of orders 1 to `order`.
 
     Args:
-      tokens: ids [N] (an array or memory map): sentences, each `<s>` ... `</s>`, 0 for words
-        outside the vocabulary.
-      words: the vocabulary by id, see `in_order_of_ids`; it holds `<unk>`, `<s>` and `</s>`.
+      tokens: ids [N] (an array or memory map) of sentences, each `<s>` ... `</s>`. The id 0 stands
+        for words outside the vocabulary.
+      words: the vocabulary by id, see `in_order_of_ids`, with `<unk>`, `<s>` and `</s>`.
       order: length of the longest n-grams.
       memory: bytes that the sorts may use.
-      folder: where files are kept; the model's arrays are memory maps of some of them.
-      prune: per order, n-grams seen no more often than this are left out (0: none); the first must
-        be 0, none may be less than the one before, and the last holds for higher orders.
-      vocabulary: number of words that share the unigrams' back-off mass; by default `words` without
+      folder: where files are kept. The model's arrays are memory maps of some of them.
+      prune: count cut-offs per order. N-grams seen no more often are left out. The first must be 0,
+        none may be less than the one before, and the last applies to higher orders.
+      vocabulary: number of words that share the unigrams' back-off mass, by default `words` without
         `<s>`. `<unk>` gets one share.
       advance: shows progress.
 
     Raises:
-      EstimationError: `prune` is not as needed, or there is no text.
+      EstimationError: `prune` is not valid, or there is no text.
     """
     thresholds = check_prune(prune, order)
     if not len(tokens):
@@ -117,7 +117,7 @@ def estimate(
 
 
 def check_prune(prune: Sequence[int], order: int) -> list[int]:
-    """Cut-offs for every order.
+    """Return the cut-off of every order.
 
     Raises:
       EstimationError: the first is not 0, one is less than the one before, or there are too many.
@@ -132,8 +132,11 @@ def check_prune(prune: Sequence[int], order: int) -> list[int]:
 
 
 def discounts_of(of_counts: Sequence[int]) -> tuple[float, ...] | None:
-    """Discounts for n-grams counted 0, 1, 2 and more times, from how many have the counts 0 to 4;
-    None where the text is too small or too regular for them."""
+    """Compute the discounts of n-grams counted 0, 1, 2 and more times.
+
+    `of_counts` are the numbers of n-grams with the counts 0 to 4. Return None if the text is too
+    small or too regular.
+    """
     n = [float(count) for count in of_counts]
     if not all(n[1:4]):
         return None
@@ -146,7 +149,7 @@ def discounts_of(of_counts: Sequence[int]) -> tuple[float, ...] | None:
 
 @dataclass
 class _Order:
-    """Files of one finished order, row by row: keys, words, parents, probabilities, back-offs."""
+    """Files of one finished order: keys, words, parents, probabilities, back-offs."""
 
     key_path: Path
     key_type: np.dtype
@@ -154,7 +157,7 @@ class _Order:
     columns: dict[str, Path]
 
     def keys(self) -> np.ndarray:
-        """Rows (key, p): the n-gram and its probability."""
+        """Return rows (key, p): n-grams with their probabilities."""
         if not self.count:
             return np.zeros(0, self.key_type)
         return np.memmap(self.key_path, self.key_type, "r")
@@ -168,13 +171,13 @@ class _Order:
         return SortedOrder(**found)
 
     def followed(self) -> np.ndarray:
-        """How often each n-gram is followed by a word."""
+        """Return how often a word follows each n-gram."""
         path = self.columns["followed"]
         return np.memmap(path, "<i8", "r") if self.count else np.zeros(0, "<i8")
 
 
 class _Writer:
-    """Writes one order."""
+    """Writer of one order's files."""
 
     def __init__(self, folder: Path, length: int, packing: Packing) -> None:
         key_path = folder / f"order{length}.key"
@@ -209,7 +212,7 @@ class _Writer:
 def _unigrams(
     counts: Counts, discount: Sequence[float], begin: int, vocabulary: int, folder: Path
 ) -> _Order:
-    """Order 1: every word of the vocabulary, `<unk>` with the share of one unseen word."""
+    """Estimate order 1: every word of the vocabulary, `<unk>` with the share of one unseen word."""
     packing = counts.packing
     adjusted = np.zeros(packing.words, np.int64)
     for block in counts.read(1, _ROWS):
@@ -226,7 +229,7 @@ def _unigrams(
 
 
 class _Shares:
-    """Back-off weights of contexts, written in the order of the contexts' keys."""
+    """File of back-off weights of contexts, in the order of the contexts' keys."""
 
     def __init__(self, folder: Path, length: int, packing: Packing) -> None:
         self.path = folder / f"backoff{length}"
@@ -255,8 +258,10 @@ def _shares_of_contexts(
     memory: int,
     folder: Path,
 ) -> Iterator[np.ndarray]:
-    """Sorts an order by context, and gives rows (key, share, gamma) of the n-grams that are kept:
-    share is the discounted count over the context's total."""
+    """Yield rows (key, share, gamma) of the n-grams that are kept, sorted by context.
+
+    The share is the discounted count over the context's total.
+    """
     packing = counts.packing
     columns = packing.columns(length)
     by_context = row_type(columns, ("adjusted", "<i8"), ("count", "<i8"), ("kept", "?"))
@@ -266,7 +271,7 @@ def _shares_of_contexts(
             words = packing.unpack(block["key"], length)
             known = np.logical_and.reduce([word != 0 for word in words[1:]])
             rows = np.zeros(int(known.sum()), by_context)
-            # w3 w2 w1 -> w2 w1 w3: contexts stand together, in the order of their own keys.
+            # w3 w2 w1 -> w2 w1 w3 groups the contexts, in the order of their own keys.
             rows["key"] = packing.pack([word[known] for word in [*words[1:], words[0]]])
             rows["adjusted"], rows["count"] = block["adjusted"][known], block["count"][known]
             rows["kept"] = (block["count"][known] > threshold) & (words[0][known] != 0)
@@ -300,8 +305,7 @@ def _shares_of_contexts(
 def _interpolate(
     blocks: Iterable[np.ndarray], lower: _Order, length: int, packing: Packing
 ) -> _Order:
-    """Rows (key, share, gamma) in order -> the finished order: p = share + gamma * p of the
-    suffix."""
+    """Write an order from ordered rows (key, share, gamma): p = share + gamma * p of the suffix."""
     writer = _Writer(lower.key_path.parent, length, packing)
     below = lower.keys()
     for block in blocks:
@@ -318,7 +322,7 @@ def _interpolate(
 
 
 def _with_backoffs(order: _Order, shares: _Shares) -> _Order:
-    """Writes the back-off weights of the contexts into their order's file."""
+    """Write the back-off weights of the contexts into their order's file."""
     if order.count:
         key = order.keys()["key"]
         backoff = np.memmap(order.columns["backoff"], "<f4", "r+")
@@ -337,11 +341,10 @@ def _with_backoffs(order: _Order, shares: _Shares) -> _Order:
 
 
 def locate(key: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Rows of the ordered `wanted` [M, columns] in the ordered `key` [N, columns]; -1 for those
-    that it has not. Both may have one or several columns."""
+    """Find the sorted `wanted` [M, columns] in the sorted `key` [N, columns]: rows, or -1."""
     if not len(wanted) or not len(key):
         return np.full(len(wanted), -1, np.int64)
-    # The part of the file that the block can reach, in memory.
+    # Load only the part of the file that the block can match.
     low = _rank(key, wanted[0])
     high = min(_rank(key, wanted[-1]) + 1, len(key))
     part, sought = _comparable(key[low:high]), _comparable(wanted)
@@ -352,14 +355,13 @@ def locate(key: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _rank(key: np.ndarray, one: np.ndarray) -> int:
-    """How many of the ordered keys are less than `one`; reads few of them, for they may be on
-    disk."""
+    """Return how many of the ordered keys are less than `one`, reading few of them from disk."""
     wanted = tuple(one.tolist())
     return bisect.bisect_left(range(len(key)), wanted, key=lambda row: tuple(key[row].tolist()))
 
 
 def _comparable(key: np.ndarray) -> np.ndarray:
-    """Keys as one value each: the number, or its bytes, which order alike."""
+    """Convert each key to one value with the same order: the number, or its big-endian bytes."""
     if key.shape[1] == 1:
         return np.ascontiguousarray(key[:, 0])
     return np.ascontiguousarray(key.astype(">u8")).view(f"S{8 * key.shape[1]}")[:, 0]

@@ -1,7 +1,7 @@
-"""Counts of n-grams in a text of word ids, by external sort; adjusted as Kneser-Ney needs them.
+"""Counts of n-grams in a text of word ids, with the adjusted counts of Kneser-Ney smoothing.
 
-Keys are the words from the last to the first, packed into 64-bit numbers, so that n-grams of one
-suffix stand together. Source of the adjusted counts: K. Heafield et al., "Scalable Modified
+Keys are the words from the last to the first, packed into 64-bit numbers, so that n-grams with the
+same suffix are adjacent. Source of the adjusted counts: K. Heafield et al., "Scalable Modified
 Kneser-Ney Language Model Estimation" (2013), section 3.
 """
 
@@ -17,12 +17,12 @@ from lm_server.lm.estimate.external_sort import external_sort, row_type, starts_
 
 _TOKENS_PER_CHUNK = 1 << 18
 COUNTED = (("adjusted", "<i8"), ("count", "<i8"))
-"""Fields of the rows in the files of counts: the adjusted count, and the plain one."""
+"""Fields of the rows in the files of counts: the adjusted count and the plain one."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How word ids below `words` stand in 64-bit numbers."""
+    """Packing of word ids below `words` into 64-bit numbers."""
 
     words: int
 
@@ -32,12 +32,12 @@ class Packing:
         return max(self.words - 1, 1).bit_length()
 
     def columns(self, length: int) -> int:
-        """Numbers that a key of `length` words needs."""
+        """Return how many numbers a key of `length` words needs."""
         per = 64 // self.bits
         return -(-length // per)
 
     def pack(self, words: Sequence[np.ndarray]) -> np.ndarray:
-        """Arrays of ids [N], the most significant first -> keys uint64 [N, columns]."""
+        """Pack arrays of ids [N], the most significant first, into keys uint64 [N, columns]."""
         per = 64 // self.bits
         key = np.zeros((len(words[0]), self.columns(len(words))), np.uint64)
         for index, word in enumerate(words):
@@ -46,7 +46,7 @@ class Packing:
         return key
 
     def unpack(self, key: np.ndarray, length: int) -> list[np.ndarray]:
-        """Keys -> arrays of ids, uint32 [N], the most significant first."""
+        """Unpack keys into arrays of ids, uint32 [N], the most significant first."""
         per, mask = 64 // self.bits, np.uint64((1 << self.bits) - 1)
         words = []
         for index in range(length):
@@ -61,8 +61,8 @@ class Counts:
 
     Attributes:
       files: per order, a file of rows (key, adjusted, count).
-      of_counts: per order, how many n-grams have the adjusted count 0, 1, 2, 3, 4 (those with words
-        outside the vocabulary too, except in order 1).
+      of_counts: per order, the numbers of n-grams with the adjusted count 0, 1, 2, 3, 4. Above
+        order 1 they include n-grams with words outside the vocabulary.
     """
 
     files: Sequence[Path]
@@ -70,13 +70,13 @@ class Counts:
     packing: Packing
 
     def read(self, order: int, rows: int) -> Iterator[np.ndarray]:
-        """Blocks of at most `rows` rows of one order."""
+        """Yield blocks of at most `rows` rows of one order."""
         dtype = row_type(self.packing.columns(order), *COUNTED)
         yield from read_rows(self.files[order - 1], dtype, rows)
 
 
 def read_rows(path: Path, dtype: np.dtype, rows: int) -> Iterator[np.ndarray]:
-    """Blocks of at most `rows` rows of a file."""
+    """Yield blocks of at most `rows` rows of a file."""
     with path.open("rb") as file:
         while len(block := np.fromfile(file, dtype, rows)):
             yield block
@@ -91,10 +91,10 @@ def count_ngrams(
     folder: Path,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Counts:
-    """Counts the n-grams of orders 1 to `order`.
+    """Count the n-grams of orders 1 to `order`.
 
     Args:
-      tokens: ids [N] (an array or memory map): sentences, each `<s>` ... `</s>`. The id 0 stands
+      tokens: ids [N] (an array or memory map) of sentences, each `<s>` ... `</s>`. The id 0 stands
         for words outside the vocabulary.
       order: length of the longest n-grams.
       begin: the id of `<s>`.
@@ -124,12 +124,12 @@ def _ngrams(
     packing: Packing,
     progress: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
-    """Every n-gram that ends at a word, with the count 1; before `<s>` stands `<s>` again."""
+    """Yield every n-gram that ends at a word, with the count 1. `<s>` is padded with `<s>`."""
     dtype = row_type(packing.columns(order), ("count", "<i8"))
     for start in range(0, len(tokens), _TOKENS_PER_CHUNK):
         first = max(start - order + 1, 0)
         part = np.asarray(tokens[first : start + _TOKENS_PER_CHUNK])
-        # The text begins with <s>, so that what stands before it does not matter.
+        # The text begins with <s>, so the padding before it does not matter.
         padded = np.concatenate([np.full(order - 1, begin, part.dtype), part])
         ends = np.flatnonzero(part[start - first :] != begin) + (start - first) + order - 1
         columns = [padded[ends]]
@@ -152,11 +152,11 @@ def _add_up(rows: np.ndarray) -> np.ndarray:
 
 
 class _Adjust:
-    """Sorted n-grams of the highest order -> files of all orders.
+    """Writer of all orders' files from sorted n-grams of the highest order.
 
-    An n-gram's adjusted count is the number of words seen before it, but the plain count for the
-    highest order and for n-grams that begin with `<s>`. A group of equal suffixes may reach over
-    blocks, so that the last group of each order is held back.
+    The adjusted count of an n-gram is the number of different words before it. For the highest
+    order and for n-grams that begin with `<s>` it is the plain count. A group of equal suffixes may
+    span blocks, so the last group of each order is held back.
     """
 
     def __init__(self, order: int, begin: int, packing: Packing, files: Sequence[Path]) -> None:
@@ -167,12 +167,12 @@ class _Adjust:
         self._held: list[np.ndarray | None] = [None] * order
 
     def add(self, block: np.ndarray) -> None:
-        """Takes the next rows."""
+        """Add the next rows."""
         order, words = self._order, self._packing.unpack(block["key"], self._order)
         matrix = np.stack(words, axis=1)
         before = np.full((1, order), -1, np.int64) if self._last is None else self._last
         differs = matrix != np.concatenate([before, matrix[:-1]])
-        # The n words of a suffix are new where any of the first n columns differs.
+        # A suffix of n words is new if any of the first n columns differs.
         is_new = np.logical_or.accumulate(differs, axis=1)
         self._last = matrix[-1:].astype(np.int64)
         for length in range(1, order):
@@ -184,15 +184,13 @@ class _Adjust:
     ) -> None:
         starts = np.flatnonzero(is_new[:, length - 1])
         opened = np.concatenate([[0], starts]) if not len(starts) or starts[0] else starts
-        rows = np.zeros(len(opened), [("adjusted", "<i8"), ("count", "<i8"), ("row", "<i8")])
-        rows["adjusted"] = np.add.reduceat(is_new[:, length].astype(np.int64), opened)
-        rows["count"] = np.add.reduceat(count, opened)
-        groups = np.zeros(len(opened), self._group_type(length))
+        groups = np.zeros(len(opened), np.dtype([("words", "<u4", (length,)), *COUNTED]))
         groups["words"] = np.stack([word[opened] for word in words[:length]], axis=1)
-        groups["adjusted"], groups["count"] = rows["adjusted"], rows["count"]
+        groups["adjusted"] = np.add.reduceat(is_new[:, length].astype(np.int64), opened)
+        groups["count"] = np.add.reduceat(count, opened)
         held = self._held[length - 1]
         if held is not None:
-            if len(opened) != len(starts):  # The block begins inside the group held back.
+            if len(opened) != len(starts):  # the block begins inside the held group
                 groups["adjusted"][0] += held["adjusted"][0]
                 groups["count"][0] += held["count"][0]
             else:
@@ -201,19 +199,16 @@ class _Adjust:
         self._write_groups(length, groups[:-1])
 
     def finish(self) -> None:
-        """Writes the groups held back."""
+        """Write the held groups."""
         for length in range(1, self._order):
             held = self._held[length - 1]
             if held is not None:
                 self._write_groups(length, held)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for file in self._files:
             file.close()
-
-    def _group_type(self, length: int) -> np.dtype:
-        return np.dtype([("words", "<u4", (length,)), *COUNTED])
 
     def _write_groups(self, length: int, groups: np.ndarray) -> None:
         words = [groups["words"][:, column] for column in range(length)]
@@ -223,8 +218,7 @@ class _Adjust:
     def _write(
         self, length: int, words: list[np.ndarray], adjusted: np.ndarray, count: np.ndarray
     ) -> None:
-        """Writes n-grams, without those that begin with <s> <s> (padding) and, of single words,
-        without those outside the vocabulary."""
+        """Write n-grams, except padding (<s> <s> ...) and single words outside the vocabulary."""
         kept = words[-2] != self._begin if length > 1 else words[0] != 0
         rows = np.zeros(int(kept.sum()), row_type(self._packing.columns(length), *COUNTED))
         rows["key"] = self._packing.pack([word[kept] for word in words])

@@ -1,9 +1,9 @@
-"""Entropy pruning: leaves out the n-grams that change the model's distribution least.
+"""Entropy pruning: removal of the n-grams that change the model's distribution least.
 
 Source: A. Stolcke, "Entropy-based Pruning of Backoff Language Models" (1998). The probability of a
-history is its share of the text, not the product of the model's lower orders, because those of a
-Kneser-Ney model do not say how frequent a word is (C. Chelba et al., "Study on Interaction between
-Entropy Pruning and Kneser-Ney Smoothing", 2010).
+history is its share of the text, not the product of the model's lower orders, because the lower
+orders of a Kneser-Ney model do not reflect word frequencies (C. Chelba et al., "Study on
+Interaction between Entropy Pruning and Kneser-Ney Smoothing", 2010).
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import numpy as np
 from lm_server.lm.sorted_ngrams import SortedModel, SortedOrder, contexts_of
 
 _LEAST = 1e-12
-"""What is left for unseen words after a history is never taken to be less, so that rounding cannot
-make it negative."""
+"""Least probability of all unseen words after a history. Rounding could make it negative."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model and what leaving out each n-gram costs.
+    """A model with the cost of removing each n-gram.
 
     Attributes:
       contexts: per order from 2, the rows of the n-grams' contexts.
       costs: per order, relative entropy (ln) of the model without the n-gram, weighted by its
-        history's frequency; at least that of every longer n-gram that needs it. Infinite for order
-        1, which is never pruned.
+        history's frequency. At least the cost of every longer n-gram that needs it. Infinite for
+        order 1, which is never pruned.
     """
 
     model: SortedModel
@@ -36,16 +35,16 @@ class Scored:
     costs: Sequence[np.ndarray]
 
     def counts(self, threshold: float) -> list[int]:
-        """Number of n-grams per order whose cost is at least `threshold`."""
+        """Return the number of n-grams per order whose cost is at least `threshold`."""
         return [int((cost >= threshold).sum()) for cost in self.costs]
 
 
 def score(model: SortedModel, followed: Sequence[np.ndarray]) -> Scored:
-    """Finds what leaving out each n-gram costs.
+    """Compute the cost of removing each n-gram.
 
     Args:
-      model: a model whose n-grams' suffixes and contexts stand in it.
-      followed: per order but the highest, how often the text has a word after each n-gram.
+      model: a model with the suffix and the context of every n-gram.
+      followed: per order but the highest, how often a word follows each n-gram in the text.
     """
     contexts: list[np.ndarray] = []
     costs = [np.full(len(model.orders[0]), np.inf)]
@@ -54,7 +53,7 @@ def score(model: SortedModel, followed: Sequence[np.ndarray]) -> Scored:
         contexts.append(contexts_of(model, level, contexts[-1] if contexts else None))
         frequency = followed[level - 2] / total
         costs.append(_costs(model, level, contexts[-1], frequency))
-    # An n-gram stays as long as a longer one that needs it as its context or suffix.
+    # An n-gram is kept as long as a longer one needs it as its context or suffix.
     for level in range(len(model.orders), 2, -1):
         np.maximum.at(costs[level - 2], contexts[level - 2], costs[level - 1])
         np.maximum.at(costs[level - 2], model.orders[level - 1].parent, costs[level - 1])
@@ -79,12 +78,14 @@ def _costs(
 
 
 def prune(scored: Scored, fits: Callable[[Sequence[int]], bool]) -> SortedModel:
-    """The largest part of the model that `fits` (given the number of n-grams per order), the
-    costliest n-grams first; at the least the 1-grams remain."""
+    """Keep the costliest n-grams, as many as `fits` accepts.
+
+    `fits` receives the numbers of n-grams per order. The 1-grams are always kept.
+    """
     if fits(scored.model.counts):
         return scored.model
     finite = [cost[np.isfinite(cost)] for cost in scored.costs[1:]]
-    # Thresholds to choose from, evenly spread over the n-grams, not over the costs.
+    # Every cost is a candidate threshold. Bisect over them.
     steps = np.unique(np.concatenate([np.zeros(1), *finite]))
     low, high = 0, len(steps)
     while low < high:
@@ -119,7 +120,7 @@ def _keep(scored: Scored, threshold: float) -> SortedModel:
 
 
 def _backoffs(scored: Scored, level: int, threshold: float) -> np.ndarray:
-    """Back-off weights of one order's n-grams for what is kept of the order above."""
+    """Return the back-off weights of one order for the n-grams kept in the order above."""
     longer, order = scored.model.orders[level], scored.model.orders[level - 1]
     rows = np.flatnonzero(scored.costs[level] >= threshold)
     context, parent = scored.contexts[level - 1][rows], longer.parent[rows]

@@ -1,10 +1,10 @@
-"""Kaldi's grammars (`G.fst`, made by arpa2fst) -> back-off n-gram models.
+"""Converts Kaldi's grammars (`G.fst`, made by arpa2fst) to back-off n-gram models.
 
-A state stands for a history. Its arcs are the words that the model has seen after it, its arc `#0`
-leads to the history without its first word, and its final weight is that of the sentence's end.
-Which words a state stands for is not in the file: it follows from the arcs. An arc of w from the
-history h leads to the longest history that h w ends in, so that the shortest h w that leads to a
-state is its history, found by going through the transducer from the empty history breadth first.
+A state is a history. Its arcs are the words seen after it, its arc `#0` leads to the history
+without its first word, and its final weight is that of the sentence end. The file does not name the
+words of a history. They follow from the arcs: an arc of w from the history h leads to the longest
+history that is a suffix of h w. So the shortest h w that leads to a state is its history. A
+breadth-first search from the empty history finds it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lm_server.lexicon.text import open_text
 from lm_server.lm.arpa import NEVER, Model, ModelError, NGrams
 from lm_server.lm.kaldi.openfst import Fst
 from lm_server.lm.sorted_ngrams import BEGIN, END, UNKNOWN
@@ -25,39 +26,36 @@ _EPSILON = 0
 
 
 def read_symbols(path: Path) -> dict[str, int]:
-    """`words.txt`: a word and its number on each line.
+    """Read `words.txt`, which has a word and its number on each line.
 
     Raises:
-      ModelError: there is no such file, it is no text, or a line is otherwise.
+      ModelError: the file is missing or is not text, or a line is malformed.
     """
-    if not path.is_file():
-        raise ModelError(f"there is no {path}; needed the grammar's words and their numbers")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ModelError(
-            f"{path} is not UTF-8 text ({error}); needed a word and its number per line: fetch or "
-            "copy it again"
-        ) from error
     found: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if len(fields) != 2 or not fields[1].isdigit():
-            raise ModelError(f"{path}, line {number}, is {line!r}; needed a word and its number")
-        found[fields[0]] = int(fields[1])
+    with open_text(path, ModelError, "symbol", "the grammar's words and their numbers") as (
+        text,
+        _,
+    ):
+        for number, line in enumerate(text.read().splitlines(), 1):
+            fields = line.split()
+            if len(fields) != 2 or not fields[1].isdigit():
+                raise ModelError(
+                    f"{path}, line {number}, is {line!r}; needed a word and its number"
+                )
+            found[fields[0]] = int(fields[1])
     return found
 
 
 def to_model(fst: Fst, symbols: Mapping[str, int]) -> Model:
-    """The grammar as n-grams.
+    """Convert a grammar to n-grams.
 
     Args:
-      fst: a grammar of arpa2fst, with `#0` (or, in its older way, nothing) on arcs to shorter
-        histories; states may be numbered anew, and const or vector makes no difference.
+      fst: a grammar of arpa2fst, const or vector, with states in any order. Arcs to shorter
+        histories have the label `#0`, or none as older versions write them.
       symbols: words and their numbers, with `#0`.
 
     Raises:
-      ModelError: it is no such grammar.
+      ModelError: the transducer is not such a grammar.
     """
     words = _names(fst, symbols)
     begin, end = words.index(BEGIN), words.index(END)
@@ -77,7 +75,7 @@ def to_model(fst: Fst, symbols: Mapping[str, int]) -> Model:
     sources = fst.source[is_backoff]
     if len(np.unique(sources)) != len(sources):
         raise ModelError(
-            "the grammar has states with two ways to shorter histories: not arpa2fst's"
+            "the grammar has states with two arcs to shorter histories: not a G.fst of arpa2fst"
         )
     followed = np.flatnonzero(~is_backoff & (word != begin) & (word != end))
     histories = _histories(fst, followed, word, root, start, begin)
@@ -94,7 +92,7 @@ def to_model(fst: Fst, symbols: Mapping[str, int]) -> Model:
 
 
 def _names(fst: Fst, symbols: Mapping[str, int]) -> list[str]:
-    """The model's words: those of the grammar, <unk>, <s> and </s>."""
+    """Return the model's words: <unk>, <s>, </s> and those of the grammar."""
     used = set(np.unique(fst.label).tolist())
     special = {UNKNOWN, BEGIN, END, BACKOFF}
     names = [w for w, label in symbols.items() if label in used and label and w not in special]
@@ -102,13 +100,13 @@ def _names(fst: Fst, symbols: Mapping[str, int]) -> list[str]:
 
 
 def _root(fst: Fst, is_backoff: np.ndarray) -> int:
-    """The state of the empty history: the one that others shorten to and that shortens to none."""
+    """Return the state of the empty history: the only back-off target without a back-off arc."""
     shortens = np.zeros(len(fst.final), bool)
     shortens[fst.source[is_backoff]] = True
     candidates = np.unique(fst.target[is_backoff])
     candidates = candidates[~shortens[candidates]]
     if not is_backoff.any():
-        candidates = np.unique(fst.source)  # A model of order 1 has one state with arcs.
+        candidates = np.unique(fst.source)  # a model of order 1 has one state with arcs
     if len(candidates) != 1:
         raise ModelError(
             f"the grammar has {len(candidates)} states that could be the empty history; needed one:"
@@ -118,7 +116,7 @@ def _root(fst: Fst, is_backoff: np.ndarray) -> int:
 
 
 def _after_begin(fst: Fst, is_backoff: np.ndarray, number: np.ndarray, begin: int) -> int:
-    """The state of the history <s>: the start, or where the older way's arc <s> leads."""
+    """Return the state of the history <s>: the start, or the target of its only arc, <s>."""
     leaving = np.flatnonzero((fst.source == fst.start) & ~is_backoff)
     if len(leaving) == 1 and number[fst.label[leaving[0]]] == begin:
         return int(fst.target[leaving[0]])
@@ -132,8 +130,7 @@ class _Histories:
     Attributes:
       states: int64 [N], ascending.
       words: int64 [N, length].
-      arcs: int64 [N], the arc that makes each of the history without its last word; -1 for <s>,
-        which no arc makes.
+      arcs: int64 [N], the arc of each history's last word. -1 for <s>, which has none.
     """
 
     states: np.ndarray
@@ -144,8 +141,10 @@ class _Histories:
 def _histories(
     fst: Fst, arcs: np.ndarray, word: np.ndarray, root: int, start: int, begin: int
 ) -> list[_Histories]:
-    """Per length from 0, the states and their histories; `arcs` are those of words that can be
-    followed by others."""
+    """Return the states and their histories, per length from 0.
+
+    `arcs` are those of words that others may follow.
+    """
     known = np.zeros(len(fst.final), bool)
     known[root] = True
     levels = [_Histories(np.array([root]), np.zeros((1, 0), np.int64), np.array([-1]))]
@@ -180,7 +179,7 @@ def _collect(
     histories: Sequence[_Histories],
     words: Sequence[str],
 ) -> list[NGrams]:
-    """The n-grams of every order: one per arc of a word, and one per final state."""
+    """Return the n-grams of every order: one per arc of a word, and one per final state."""
     begin, end = words.index(BEGIN), words.index(END)
     weight = np.zeros(len(fst.final), np.float32)
     weight[fst.source[is_backoff]] = fst.weight[is_backoff]
@@ -196,7 +195,7 @@ def _collect(
         costs = np.concatenate([fst.weight[arcs], fst.final[level.states[ends]]])
         rows = np.column_stack([history, last]).astype(np.int32)
         log10, backoff = (-costs / _LN10).astype(np.float32), np.zeros(len(rows), np.float32)
-        # The n-grams that are histories of longer ones have the weights of those.
+        # An n-gram that is a history has the back-off weight of the history's state.
         made = np.zeros(0, np.int64)
         if length + 1 < len(histories):
             longer = histories[length + 1]

@@ -1,9 +1,9 @@
 """Reads OpenFst's binary files: vector and const transducers with standard (tropical) arcs.
 
 Layout, little-endian: a header (magic number, type, arc type, version, flags, properties, start,
-numbers of states and arcs), symbol tables if the flags say so, then either for every state its
-final weight, number of arcs and arcs (vector), or all states and then all arcs (const). Source:
-OpenFst's headers fst.h, vector-fst.h, const-fst.h and symbol-table.h.
+numbers of states and arcs) and the symbol tables named by the flags. Then a vector transducer has
+the final weight, number of arcs and arcs of each state. A const transducer has all states and then
+all arcs. Source: OpenFst's headers fst.h, vector-fst.h, const-fst.h and symbol-table.h.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 
 from lm_server.errors import UserError
 
-_MAGIC, _SYMBOLS_MAGIC = 2125659606, 2125658996
+MAGIC, _SYMBOLS_MAGIC = 2125659606, 2125658996
 _INPUT_SYMBOLS, _OUTPUT_SYMBOLS, _ALIGNED = 1, 2, 4
 _ALIGNED_VERSION, _ALIGNMENT = 1, 16
 _STATES_PER_STEP = 1 << 16
 
 
 class FstError(UserError, ValueError):
-    """A transducer that cannot be read; says what was found and needed."""
+    """A transducer that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Fst:
 
     Attributes:
       start: the first state.
-      final: float32 [states], weights (-ln) of ending; infinite where a state is not final.
-      source: int64 [arcs] ascending, the state that each arc leaves.
+      final: float32 [states], final weights (-ln), infinite if a state is not final.
+      source: int64 [arcs] ascending, the source state of each arc.
       label: int32 [arcs], input labels.
       weight: float32 [arcs], -ln.
-      target: int32 [arcs], the state that each arc enters.
+      target: int32 [arcs], the target state of each arc.
     """
 
     start: int
@@ -85,19 +85,19 @@ _STATE = np.dtype([("final", "<f4"), ("first", "<u4"), ("arcs", "<u4"), ("eps", 
 
 
 def read_fst(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Fst:
-    """Reads a transducer.
+    """Read a transducer.
 
     Args:
       path: an OpenFst file, vector or const, with standard arcs.
-      progress: called with how many states were read since its last call, and how many there are.
+      progress: called with the number of states read since its last call, and the total.
 
     Raises:
-      FstError: it is none, is of another kind, or is cut short.
+      FstError: the file is missing, is of another kind, or is cut short.
     """
     if not path.is_file():
         raise FstError(f"there is no file {path}; needed an OpenFst transducer: check the path")
     reader = _Reader(path)
-    if len(reader.data) < 4 or reader.numbers("<i")[0] != _MAGIC:
+    if len(reader.data) < 4 or reader.numbers("<i")[0] != MAGIC:
         raise FstError(
             f"{path} is no OpenFst file; needed a vector or const "
             "transducer such as G.fst: check the path, or fetch it again"
@@ -121,7 +121,7 @@ def read_fst(path: Path, progress: Callable[[int, int], None] = lambda done, tot
         fst = _read_const(reader, start, states, arc_count, aligned)
         progress(states, states)
     if len(fst.target) and not 0 <= fst.target.min() <= fst.target.max() < states:
-        raise FstError(f"{path} is damaged, arcs lead to states that it has not: fetch it again")
+        raise FstError(f"{path} is damaged, arcs lead to absent states: fetch it again")
     return fst
 
 
@@ -138,10 +138,10 @@ def _skip_symbols(reader: _Reader) -> None:
 def _read_vector(
     reader: _Reader, start: int, states: int, progress: Callable[[int, int], None]
 ) -> Fst:
-    # Everything is of four bytes: weight and arc count (3 words), then 4 words per arc.
+    # All fields are 4-byte words: weight and arc count (3 words), then 4 words per arc.
     whole = (len(reader.data) - reader.place) // 4
-    body = np.array(reader.rows(np.dtype("<i4"), whole))  # A copy: aligned, as views of it need.
-    words = body.data  # Of single numbers faster than an array.
+    body = np.array(reader.rows(np.dtype("<i4"), whole))  # a copy, because views need alignment
+    words = body.data  # indexing a memoryview is faster than indexing an array
     heads = np.zeros(states, np.int64)
     place = 0
     for first in range(0, states, _STATES_PER_STEP):
@@ -184,7 +184,9 @@ def _read_const(reader: _Reader, start: int, states: int, arcs: int, aligned: bo
         counts.sum() != len(rows)
         or (np.cumsum(counts) - counts != table["first"])[counts > 0].any()
     ):
-        raise FstError(f"{reader.path} is damaged, its states do not share out its arcs")
+        raise FstError(
+            f"{reader.path} is damaged, the arcs of its states do not add up: fetch it again"
+        )
     return Fst(
         start,
         np.array(table["final"]),

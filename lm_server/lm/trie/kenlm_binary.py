@@ -1,8 +1,7 @@
 """Writes an n-gram model as a KenLM binary file (format version 5, all four kinds of trie).
 
-KenLM's own `build_binary` is in no wheel, while every KenLM reader (the `kenlm` module,
-flashlight-text) maps this file into memory at once, shared by all processes that read it. The
-layout, all little-endian:
+No wheel contains KenLM's own `build_binary`. KenLM's readers (the `kenlm` module, flashlight-text)
+memory-map the file, so all processes that read it share its memory. The layout, little-endian:
 
     header     magic, test values, order, kind, number of n-grams of each order
     words      number of words, then their 64-bit hashes sorted; a word's id is its rank + 1, and
@@ -14,16 +13,15 @@ layout, all little-endian:
     n          bit-packed: word, probability (31) or its bin
     strings    the words by id, each ended by a zero byte
 
-In the compressed kinds the high bits of the first children stand in an array before their order:
-where each value of these bits begins (Bhiksha Raj and Whittaker, 2003).
+The compressed kinds move the high bits of the first children into an array before their order,
+which has the row at which each value of these bits begins (Bhiksha Raj and Whittaker, 2003).
 
-An n-gram hangs below its suffix: the path of "a b c" is c, then b, then a. Source: K. Heafield,
+An n-gram is a child of its suffix: the path of "a b c" is c, then b, then a. Source: K. Heafield,
 "KenLM: Faster and Smaller Language Model Queries" (2011), section 3, and KenLM's reader.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +30,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from lm_server.atomic_file import replacing
 from lm_server.lm.sorted_ngrams import UNKNOWN, SortedModel, SortedOrder, hashes_of
-from lm_server.lm.trie.bit_packing import pack_bits
 from lm_server.lm.trie.quantise import MAX_BITS, Tables, train
 
 _MAGIC = b"mmap lm http://kheafield.com/code format version 5\n\0\0"
@@ -41,16 +39,18 @@ _TRIE, _QUANTISED, _COMPRESSED = 2, 1, 2
 _SEARCH_VERSION = 1
 _QUANTISATION_VERSION = 2
 _ARRAY_VERSION, _ARRAY_BITS = 0, 255
-_ROWS_PER_CHUNK = 1 << 16  # A multiple of 8, so that every chunk begins at a whole byte.
+_ROWS_PER_CHUNK = 1 << 16  # a multiple of 8, so that every chunk begins at a whole byte
+_GROUP = 64
+"""Rows that are packed together: 64 rows of n bits fill n whole 64-bit words."""
 
 
 @dataclass(frozen=True)
 class TrieForm:
-    """Which of KenLM's tries.
+    """The kind of KenLM trie.
 
     Attributes:
-      bits: bits of each probability and each back-off weight of order 2 and up; None keeps them as
-        they are (31 and 32 bits).
+      bits: bits of each probability and each back-off weight of order 2 and up. None keeps them
+        unquantised (31 and 32 bits).
       compressed: whether pointers are compressed (lossless, a little slower).
     """
 
@@ -58,13 +58,13 @@ class TrieForm:
     compressed: bool = False
 
     def __post_init__(self) -> None:
-        # Two bins of back-offs are for zeros, and there must be others.
+        # Two bins of back-offs are reserved for zeros, and there must be others.
         if self.bits is not None and not 2 <= self.bits <= MAX_BITS:
             raise ValueError(f"quantised to {self.bits} bits; needed 2-{MAX_BITS}: 8 is usual")
 
     @property
     def kind(self) -> int:
-        """KenLM's number of it."""
+        """KenLM's number of this kind."""
         return _TRIE + _QUANTISED * (self.bits is not None) + _COMPRESSED * self.compressed
 
 
@@ -72,8 +72,7 @@ PLAIN = TrieForm()
 
 
 def trie_bytes(counts: Sequence[int], form: TrieForm) -> int:
-    """Size in bytes of a model with so many n-grams of order 1, 2, ...; without its words'
-    strings."""
+    """Return the bytes of a model with these numbers of n-grams per order, without its strings."""
     layout = _Layout([*counts, 0] if len(counts) == 1 else counts, form)
     size = len(_header(layout)) + 8 * (1 + layout.counts[0]) + 16 * (layout.counts[0] + 2)
     size += layout.table_bytes
@@ -90,18 +89,18 @@ def write_trie(
     form: TrieForm = PLAIN,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Writes the model to `path`.
+    """Write the model to `path`, atomically.
 
     Args:
-      path: file to write (in one go: a temporary file beside it is renamed at the end).
-      model: with back-offs of zero signed (`mark_contexts`); a model of order 1 is written with an
+      path: file to write.
+      model: with signed back-offs of zero (`mark_contexts`). A model of order 1 is written with an
         empty order 2, which KenLM needs.
       form: the kind of trie.
       progress: called with numbers of n-grams as they are written.
 
     Raises:
-      ValueError: the words are not unique, `<unk>` is not the first or they are not in the order of
-        their hashes, or they do not match the 1-grams.
+      ValueError: the words are not unique, not in the order of their hashes after `<unk>`, or do
+        not match the 1-grams.
     """
     words, orders = model.words, list(model.orders)
     hashes = hashes_of(words[1:])
@@ -113,25 +112,20 @@ def write_trie(
         whole, real = np.zeros(0, np.int64), np.zeros(0, np.float32)
         orders.append(SortedOrder(whole.astype(np.uint32), whole, real, real))
     layout = _Layout([len(order) for order in orders], form)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_header(layout))
-            file.write(struct.pack("<Q", len(hashes)) + hashes.astype("<u8").tobytes() + bytes(8))
-            tables = _write_tables(file, orders, layout)
-            _write_unigrams(file, orders)
-            progress(len(words))
-            for level in range(1, len(orders)):
-                _write_order(file, orders, level, layout, tables, progress)
-            file.write("\0".join(words).encode() + b"\0")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(_header(layout))
+        file.write(struct.pack("<Q", len(hashes)) + hashes.astype("<u8").tobytes() + bytes(8))
+        tables = _write_tables(file, orders, layout)
+        _write_unigrams(file, orders)
+        progress(len(words))
+        for level in range(1, len(orders)):
+            _write_order(file, orders, level, layout, tables, progress)
+        file.write("\0".join(words).encode() + b"\0")
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Widths and sizes that follow from the numbers of n-grams and the form."""
+    """Widths and sizes, derived from the numbers of n-grams and the form."""
 
     counts: Sequence[int]
     form: TrieForm
@@ -154,7 +148,7 @@ class _Layout:
         return 8 + 4 * (1 << self.form.bits) * (2 * (len(self.counts) - 2) + 1)
 
     def child_bits(self, level: int) -> int:
-        """Bits of the first child that stand in the row."""
+        """Return the bits of the first child that are stored in the row."""
         most = self.counts[level + 1]
         required = most.bit_length()
         if not self.compressed:
@@ -167,7 +161,7 @@ class _Layout:
         return required - min(range(required + 1), key=cost)
 
     def array_length(self, level: int) -> int:
-        """Entries of the array of a compressed order: one per value of the other bits."""
+        """Return the length of a compressed order's array, one entry per value of its bits."""
         return (self.counts[level + 1] >> self.child_bits(level)) + 1
 
     def row_bits(self, level: int) -> int:
@@ -177,7 +171,7 @@ class _Layout:
         return self.word_bits + log10 + backoff + self.child_bits(level)
 
     def packed_bytes(self, level: int) -> int:
-        # One row more, which ends the last child range, and 8 bytes that may be read over.
+        # One more row ends the last range of children. Readers may read 8 bytes past the end.
         return ((1 + self.counts[level]) * self.row_bits(level) + 7) // 8 + 8
 
 
@@ -245,7 +239,7 @@ def _write_order(
             fields.append((log10.view("<u4") & np.uint32(0x7FFFFFFF), 31))
             if below is not None:
                 fields.append((backoff.view("<u4"), 32))
-        # The row that only ends the last range has nothing but its first child.
+        # The extra row at the end has only its first child.
         fields = [(_filled(values, end - start), bits) for values, bits in fields]
         if below is not None:
             mask = np.uint64((1 << child_bits) - 1)
@@ -256,18 +250,18 @@ def _write_order(
 
 
 def _first_children(below: SortedOrder, start: int, end: int) -> np.ndarray:
-    """For the rows from `start` to `end`, where their children begin in the order below."""
+    """Return where the children of rows `start` to `end` begin in the order below."""
     return np.searchsorted(below.parent, np.arange(start, end), "left").astype(np.uint64)
 
 
 def _write_array(file: BinaryIO, below: SortedOrder, length: int, child_bits: int) -> None:
-    """For every value of the high bits, the first row whose first child has at least it."""
+    """Write, for every value of the high bits, the first row whose first child reaches it."""
     base = file.tell()
     file.write(struct.pack("<BB", _ARRAY_VERSION, _ARRAY_BITS))
     aligned = -(-base // 8) * 8
     file.write(bytes(aligned + 8 - file.tell()))
     array = np.zeros(length, "<u8")
-    # The first row with so many n-grams below the rows before it follows the last of their parents.
+    # The first row with at least n children before it follows the parent of child n - 1.
     before = (np.arange(1, length, dtype=np.int64) << child_bits) - 1
     array[1:] = np.asarray(below.parent[before]) + 1
     file.write(array.tobytes())
@@ -275,9 +269,35 @@ def _write_array(file: BinaryIO, below: SortedOrder, length: int, child_bits: in
 
 
 def _filled(values: np.ndarray, count: int) -> np.ndarray:
-    """The values with zeros after them, `count` in all."""
+    """Pad values with zeros to `count`."""
     return np.concatenate([values, np.zeros(count - len(values), values.dtype)])
 
 
 def _log10(values: np.ndarray) -> np.ndarray:
     return np.minimum(values, np.float32(0.0)).astype("<f4")
+
+
+def pack_bits(fields: Sequence[tuple[np.ndarray, int]]) -> bytes:
+    """Pack rows of fields without gaps, lowest bit first, little-endian, zero bits at the end.
+
+    Args:
+      fields: (values [N] below 2 ** bits, bits up to 64) in the order of the fields in a row.
+    """
+    rows, width = len(fields[0][0]), sum(bits for _, bits in fields)
+    groups = -(-rows // _GROUP)
+    packed = np.zeros((width, groups), np.uint64)
+    offset = 0
+    for values, bits in fields:
+        if bits:
+            padded = np.zeros(groups * _GROUP, np.uint64)
+            padded[:rows] = values
+            # [64, groups]: the rows at one place of their group stand together.
+            by_place = np.ascontiguousarray(padded.reshape(groups, _GROUP).T)
+            for place in range(_GROUP):
+                word, shift = divmod(place * width + offset, 64)
+                packed[word] |= by_place[place] << np.uint64(shift)
+                if shift + bits > 64:
+                    packed[word + 1] |= by_place[place] >> np.uint64(64 - shift)
+        offset += bits
+    data = np.ascontiguousarray(packed.T).astype("<u8", copy=False).tobytes()
+    return data[: (rows * width + 7) // 8]

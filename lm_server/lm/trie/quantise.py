@@ -1,7 +1,7 @@
-"""Probabilities and back-offs in a few bits: tables of bins that hold equally many values each.
+"""Quantisation of probabilities and back-offs: tables of bins with equally many values each.
 
 Source: M. Federico and N. Bertoldi, "How many bits are needed to store probabilities for
-phrase-based translation?" (2006), as KenLM's quantised tries have it.
+phrase-based translation?" (2006), as in KenLM's quantised tries.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ import numpy as np
 
 MAX_BITS = 25
 _SAMPLE = 1 << 23
-"""Bins of more values than this are found from a sample of every so many-th."""
+"""Largest number of values that bins are computed from. More values are sampled evenly."""
 _NO_EXTENSION, _EXTENSION = 0, 1
-"""The first two bins of back-offs: zero where no longer n-gram follows, and where one does."""
+"""The first two bins of back-offs: zero without and with a longer n-gram."""
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The bins of one order: float32 [2 ** bits] each, ascending (the back-offs' from the third
-    on); no back-offs for the highest order."""
+    """The bins of one order, float32 [2 ** bits] each.
+
+    They are ascending, those of back-offs from the third on. The highest order has no back-offs.
+    """
 
     log10: np.ndarray
     backoff: np.ndarray | None
 
     def encode_log10(self, values: np.ndarray) -> np.ndarray:
-        """Numbers of the nearest bins."""
+        """Return the indices of the nearest bins."""
         return _nearest(self.log10, values)
 
     def encode_backoff(self, values: np.ndarray) -> np.ndarray:
-        """Numbers of the nearest bins; zeros have bins of their own by their sign."""
+        """Return the indices of the nearest bins. The two signs of zero have their own bins."""
         assert self.backoff is not None
         zero = np.where(np.signbit(values), _NO_EXTENSION, _EXTENSION)
         return np.where(values == 0, zero, 2 + _nearest(self.backoff[2:], values))
 
 
 def train(log10: np.ndarray, backoff: np.ndarray | None, bits: int) -> Tables:
-    """Bins for the values of one order; `backoff` is None for the highest."""
+    """Compute the bins of one order. `backoff` is None for the highest."""
     tables = None
     if backoff is not None:
         values = _sample(backoff)
@@ -52,7 +54,10 @@ def _sample(values: np.ndarray) -> np.ndarray:
 
 
 def _bins(values: np.ndarray, count: int) -> np.ndarray:
-    """Means of `count` parts of the sorted values; an empty part has the mean of the one before."""
+    """Return the means of `count` equal parts of the sorted values.
+
+    An empty part has the mean of the part before it.
+    """
     values = np.sort(values)
     edges = len(values) * np.arange(count + 1) // count
     sizes = np.diff(edges)

@@ -94,7 +94,7 @@ def test_dropped_words_take_their_ngrams_with_them(tmp_path):
 def test_a_missing_context_is_named(tmp_path):
     text = HOLES.replace("-0.1\t<s> the cat\t-0.3\n", "").replace("ngram 3=2", "ngram 3=1")
     (tmp_path / "lm.arpa").write_text(text)
-    with pytest.raises(ModelError, match="1 n-grams of order 3 stand in longer"):
+    with pytest.raises(ModelError, match="1 n-grams of order 3 are parts of longer"):
         sort_model(read_arpa(tmp_path / "lm.arpa"))
 
 

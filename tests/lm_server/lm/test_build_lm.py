@@ -17,7 +17,7 @@ from small_model import LEXICON, TEXT
 
 from lm_server.__main__ import main
 from lm_server.lexicon.pronunciations import read_lexicon
-from lm_server.lm import build as build_lm
+from lm_server.lm import folder as folder_module
 from lm_server.lm.build import build
 
 QUIET = Console(quiet=True)
@@ -86,7 +86,7 @@ def test_a_failed_build_leaves_the_old_model(tmp_path, text_file, lexicon_file, 
     def full(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(build_lm, "write_trie", full)
+    monkeypatch.setattr(folder_module, "write_trie", full)
     with pytest.raises(OSError, match="disk full"):
         build([text_file], 2, lexicon_file, out, QUIET)
     assert (out / "lm.json").read_bytes() == before

@@ -16,8 +16,13 @@ from test_kneser_ney import MEGABYTE, as_dictionary, encode, zipf_text
 from lm_server.lm.arpa import Model, NGrams, read_arpa, sort_model
 from lm_server.lm.estimate.kneser_ney import estimate
 from lm_server.lm.sorted_ngrams import BEGIN, END, SortedModel, murmur_hash
-from lm_server.lm.trie.bit_packing import pack_bits
-from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie
+from lm_server.lm.trie.kenlm_binary import (
+    PLAIN,
+    TrieForm,
+    pack_bits,
+    trie_bytes,
+    write_trie,
+)
 from lm_server.lm.trie.quantise import train
 
 ARPA = """\

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt train`."""
     parser.add_argument(
         "--config",
-        help="configuration file, e.g. configs/demo.py; a folder that holds a run has its own",
+        help="name of a configuration (demo) or its file; a folder that holds a run has its own",
     )
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
     parser.add_argument(

@@ -98,7 +98,7 @@ def eval_step_of(config: Config) -> Any:
 
 
 def print_padding(model: TrainedModel, seed: int) -> None:
-    """Print the effect of noise after a trial. The noise within the trial stays the same."""
+    """Effect of the noise that follows a trial; the noise within the trial is always the same."""
     signal = dataclasses.replace(model.config.signal, random_cut=0)
     step = eval_step_of(model.config)
     add_noise = jax.jit(lambda key, x, bins: augment(key, x, bins, signal)[0])

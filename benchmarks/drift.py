@@ -33,7 +33,7 @@ def train(config: Path, root: Path, workdir: Path, seed: int, day_layer: bool) -
 
 
 def per_by_layer(model: TrainedModel) -> np.ndarray:
-    """Return errors and lengths, int [days, layers, 2], of each day's trials with each layer."""
+    """Errors and lengths, int [days, layers, 2]: each day's trials through each layer."""
     sessions = model.config.data.sessions
     data = EvaluationData(
         model.config.data, sessions, "val", model.config.model.patch_size, labels=True

@@ -8,7 +8,7 @@ WORKERS ?= 2
 TPU_VENV := .venv-tpu
 TPU_STAMP := $(TPU_VENV)/.installed
 
-.PHONY: help setup setup-tpu demo demo-llm test test-tpu lint test-slow format clean
+.PHONY: help setup setup-tpu demo demo-llm test test-tpu lint pytest test-slow format clean
 
 help:
 	@echo "make demo       set up, then the main job end to end on simulated sessions (about 10 minutes)"
@@ -45,8 +45,12 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck launch/*.sh
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --durations=30
+# Side by side: mypy alone would leave a core idle.
+test: setup
+	@$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=15
 
 test-slow: setup setup-tpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow

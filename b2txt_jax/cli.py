@@ -1,4 +1,4 @@
-"""The `b2txt` command: parses arguments and hands over to the topic's module."""
+"""The `b2txt` command: parses arguments and calls the topic's module."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import logging
-
 from b2txt_jax import __version__
 from b2txt_jax.errors import UserError
 from b2txt_jax.huge_pages import restart_with_huge_pages
+from b2txt_jax.quiet import other_libraries_quiet
 
-# name -> (module with add_arguments and run, help, whether --config.key=value is understood)
+# name -> (module with add_arguments and run, help, whether --config.key=value is allowed)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
     "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", True),
-    "simulate": ("b2txt_jax.simulate.write", "write simulated sessions in the T15 layout", False),
+    "simulate": ("b2txt_jax.simulation.write", "write simulated sessions in the T15 layout", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
-    "train": ("b2txt_jax.training.loop", "train a decoder, or go on with a run", True),
+    "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),
-    "doctor": ("b2txt_jax.doctor.command", "check this environment, and say how to mend it", True),
+    "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
@@ -31,8 +30,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
 
 
 def make_parser(wanted: str | None) -> argparse.ArgumentParser:
-    """The parser of all subcommands; only the module of the wanted one is imported (JAX is slow
-    to)."""
+    """Return the parser of all subcommands. Only the wanted one's module is imported, for speed."""
     parser = argparse.ArgumentParser(prog="b2txt", description="Brain-to-text decoding in JAX.")
     parser.add_argument("--version", action="version", version=f"b2txt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -49,13 +47,11 @@ def make_parser(wanted: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; an error that a user can mend is one line and exit status 2."""
+    """Run one subcommand. An error that a user can repair is one line and exit status 2."""
     if argv is None:
         restart_with_huge_pages()
-    # Compiled programs outlive the process: a resumed run starts at once. JAX reads this on import.
+    # Keeps compiled programs, so that a resumed run starts at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
-    # Orbax tells of a failed save in hundreds of lines; its exceptions reach us and say the same.
-    logging.set_verbosity(logging.FATAL)
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
@@ -67,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
     args.overrides = overrides
     try:
-        status: int = args.run(args)
+        with other_libraries_quiet():
+            status: int = args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import importlib.util
 import io
 import json
@@ -31,135 +32,169 @@ CONFIG_FILE = "config.json"
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; its text names the key, what was found and what is
+    """A configuration that cannot be used; the text names the key, what was found and what is
     needed."""
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str = "",
+    least: float | None = None,
+    below: float | None = None,
+    choices: tuple[Any, ...] = (),
+    resumable: bool = False,
+) -> Any:
+    """Declare a field of a section: everything about it stands here and nowhere else.
+
+    Args:
+      default: value of a file that leaves the key out; without one the key is needed.
+      help: what it means, with its unit; part of the error where a value does not fit.
+      least: smallest value.
+      below: upper limit, itself excluded.
+      choices: the allowed values; empty: any.
+      resumable: the value may change between the parts of one run, since it changes no result.
+    """
+    limits = {"least": least, "below": below, "choices": choices}
+    metadata = {"help": help, "resumable": resumable, **limits}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the trials are and how batches are drawn from them."""
 
-    root: str
-    """Folder that holds one folder per session (the published `hdf5_data_final`)."""
-    sessions: tuple[str, ...]
-    """Sessions in the order of the day index; empty: every session found, sorted by name."""
-    feature_count: int
-    days_per_batch: int
-    trials_per_day: int
-    buckets: tuple[tuple[int, int], ...]
-    """(bins, labels) shapes, ascending: a batch is padded to the first that holds all its
-    trials; (): chosen from the lengths of the data."""
-    eval_batch_size: int
+    root: str = setting(
+        help="folder with one folder per session (the published hdf5_data_final)", resumable=True
+    )
+    sessions: tuple[str, ...] = setting(
+        help="in the order of the day index; empty: every session found, sorted by name"
+    )
+    feature_count: int = setting(least=1, help="features per bin of 20 ms")
+    days_per_batch: int = setting(least=1, help="different days in a batch")
+    trials_per_day: int = setting(least=1, help="trials of each of them, drawn with replacement")
+    buckets: tuple[tuple[int, int], ...] = setting(
+        help="(bins, labels) shapes, ascending: a batch is padded to the first that holds all its "
+        "trials; (): chosen from the lengths of the data"
+    )
+    eval_batch_size: int = setting(least=1, help="trials", resumable=True)
+
+
+PUBLISHED_AUGMENTATIONS = (
+    "static_gain",
+    "white_noise",
+    "constant_offset",
+    "random_walk",
+    "random_cut",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class SignalConfig:
     """Augmentation (training only) and smoothing; standard deviations in z-score units."""
 
-    static_gain_std: float
-    white_noise_std: float
-    constant_offset_std: float
-    random_walk_std: float
-    random_cut: int
-    """One cut of 0 .. random_cut - 1 bins from the start, the same for the whole batch."""
-    smooth_std: float
-    """Standard deviation of the Gaussian kernel, bins; 0 turns smoothing off."""
-    smooth_size: int
-    """Window of the kernel before small taps are dropped, bins."""
-    eval_padding: str
-    """'same' (as in training) or 'valid' (as the published evaluation script)."""
+    static_gain_std: float = setting(least=0)
+    white_noise_std: float = setting(least=0)
+    constant_offset_std: float = setting(least=0)
+    random_walk_std: float = setting(least=0)
+    random_cut: int = setting(
+        least=1,
+        help="one cut of 0 .. random_cut - 1 bins from the start, the same for the whole batch",
+    )
+    smooth_std: float = setting(least=0, help="of the Gaussian kernel, bins; 0 turns smoothing off")
+    smooth_size: int = setting(
+        least=1, help="window of the kernel before small taps are dropped, bins"
+    )
+    eval_padding: str = setting(
+        choices=("same", "valid"), help="'valid' is what the published evaluation script does"
+    )
+    augment: tuple[str, ...] = setting(
+        PUBLISHED_AUGMENTATIONS,
+        help="augmentations in their order: names, or 'package.module:function(setting=value)'",
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The GRU decoder, alone or as a part of the triple GRU."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What the settings of every model have; each model adds its own in a subclass."""
 
-    day_layer: bool
-    """True: one input layer per day; False: one input layer that all days share."""
-    units: int
-    layers: int
-    patch_size: int
-    """Bins in a patch; 0: no patches, one frame per bin."""
-    patch_stride: int
-    input_dropout: float
-    rnn_dropout: float
-    classes: int
-    dtype: str
-    """Of matrix products: 'float32', 'bfloat16', or 'auto' (bfloat16 off the CPU)."""
-    recurrence: str = "auto"
-    """'scan', 'pallas' (a TPU kernel that keeps the weights in fast memory), or 'auto' (Pallas on a
-    TPU when the weights fit)."""
-    kind: str = "baseline"
-    """'baseline', or 'triple_gru': the decoder above reads what a noise model leaves of the
-    patches, and another decoder tries to read the noise."""
-    noise_units: int = 0
-    """Of the noise model's GRU; 0: as wide as a patch, its states are the noise; otherwise a
-    projection makes the noise of them."""
-    noise_layers: int = 2
-    noisy_layers: int = 2
-    """Of the decoder that reads the noise."""
-    recompute_frames: int = 0
-    """Frames between the states that the noise model keeps for the backward pass, which computes
-    the others again; 0 keeps all."""
+    name: str = setting("gru", help="'gru', 'triple_gru', or 'package.module:Class'")
+    classes: int = setting(
+        CLASS_COUNT, choices=(CLASS_COUNT,), help="blank, 39 phonemes and silence"
+    )
+    dtype: str = setting(
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of matrix products; auto: bfloat16 off the CPU",
+    )
 
+    @property
+    def least_bins(self) -> int:
+        """Fewest bins that give a frame; trials with fewer are refused."""
+        return 1
 
-@dataclasses.dataclass(frozen=True)
-class AdversaryConfig:
-    """How the triple GRU's parts are trained against each other."""
-
-    noisy_weight: float = 1.0
-    """Of the noise decoder's CTC loss in the sum; the clean one has 1."""
-    reversal: float = 1.0
-    """Largest factor lambda of the reversed gradient that the noise model gets of it."""
-    reversal_rate: float = 10.0
-    """lambda = reversal * (2 / (1 + exp(-reversal_rate * progress)) - 1), progress from 0 to 1 over
-    train.steps (Ganin and Lempitsky 2015)."""
+    @property
+    def days_differ(self) -> bool:
+        """Whether logits depend on the recording day."""
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay; the day layers have their own settings. Times in
-    steps."""
+    """AdamW with warm-up and cosine decay; the day layers have their own settings."""
 
-    learning_rate: float
-    learning_rate_min: float
-    decay_steps: int
-    warmup_steps: int
-    day_learning_rate: float
-    day_learning_rate_min: float
-    day_decay_steps: int
-    day_warmup_steps: int
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    day_weight_decay: float
-    clip_norm: float
-    """Largest global norm of the gradient; 0 turns clipping off."""
+    learning_rate: float = setting(least=0)
+    learning_rate_min: float = setting(least=0)
+    decay_steps: int = setting(least=1)
+    warmup_steps: int = setting(least=0)
+    day_learning_rate: float = setting(least=0)
+    day_learning_rate_min: float = setting(least=0)
+    day_decay_steps: int = setting(least=1)
+    day_warmup_steps: int = setting(least=0)
+    beta1: float = setting(least=0, below=1)
+    beta2: float = setting(least=0, below=1)
+    epsilon: float = setting(least=1e-12)
+    weight_decay: float = setting(least=0)
+    day_weight_decay: float = setting(least=0)
+    clip_norm: float = setting(
+        least=0, help="largest global norm of the gradient; 0 turns clipping off"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length of the run and how often things happen, in steps."""
 
-    seed: int
-    steps: int
-    log_every: int
-    validate_every: int
-    save_every: int
-    patience: int = 0
-    """Validations in a row without a better PER after which training stops; 0: never."""
-    on_nonfinite: str = "stop"
-    """What a step with a NaN or infinite loss or gradient does, after leaving the parameters as
-    they were: 'stop' the run with an error, or 'skip' the step, naming its trials."""
+    seed: int = setting(least=0)
+    steps: int = setting(least=1, resumable=True)
+    log_every: int = setting(least=1, resumable=True)
+    validate_every: int = setting(least=1, resumable=True)
+    save_every: int = setting(least=1, resumable=True)
+    patience: int = setting(
+        0,
+        least=0,
+        help="validations in a row without a better PER after which training stops; 0: never",
+        resumable=True,
+    )
+    on_nonfinite: str = setting(
+        "stop",
+        choices=("stop", "skip"),
+        help="a step with a NaN or infinite loss or gradient leaves the parameters as they were; "
+        "then 'stop' ends the run with an error, and 'skip' names the trials and goes on",
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """How devices share the work; changes no result."""
 
-    model_axis: int = 1
-    """Devices over which large parameters are split; the others split the rows of a batch."""
+    model_axis: int = setting(
+        1,
+        least=1,
+        help="devices over which large parameters are split; the others split a batch's rows",
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,24 +203,101 @@ class Config:
 
     data: DataConfig
     signal: SignalConfig
-    model: ModelConfig
+    model: Any
+    """The settings of the model that `model.name` names, a subclass of ModelSettings."""
     optimizer: OptimizerConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
-    adversary: AdversaryConfig = AdversaryConfig()
+
+
+MODELS = {
+    "gru": "b2txt_jax.model.gru.baseline:GRU",
+    "triple_gru": "b2txt_jax.model.triple_gru:TripleGRU",
+}
+"""The models of this package by their short names."""
+_OLD_NAMES = {"baseline": "gru"}
+_REQUIRED = ("init", "apply", "frames")
+
+
+def imported(name: str, key: str) -> Any:
+    """Import what `package.module:attribute` names.
+
+    Raises:
+      ConfigError: the module cannot be imported, or has no such attribute; the text starts with
+        `key`, the configuration key that holds the name.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f"configuration key {key} is {name!r}, whose module cannot be imported ({error}); "
+            "needed package.module:NAME, with the package's folder on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(
+            f"configuration key {key} is {name!r}; module {module} has no {attribute!r}"
+        ) from error
+
+
+def model_class(name: str) -> Any:
+    """Return the class of the model that `model.name` names (see model/interface.py).
+
+    Raises:
+      ConfigError: no such model, or the class lacks something that a model needs.
+    """
+    name = _OLD_NAMES.get(name, name)
+    if name not in MODELS and not all(name.partition(":")):
+        raise ConfigError(
+            f"configuration key model.name is {name!r}; needed one of {', '.join(MODELS)}, or "
+            "my_package.my_module:MyModel"
+        )
+    found = imported(MODELS.get(name, name), "model.name")
+    lacking = sorted(getattr(found, "__abstractmethods__", ()))
+    lacking += [method for method in _REQUIRED if not callable(getattr(found, method, None))]
+    settings = getattr(found, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, ModelSettings)):
+        lacking.append("Settings, a frozen dataclass that extends ModelSettings")
+    if lacking:
+        raise ConfigError(
+            f"configuration key model.name is {name!r}, which lacks {', '.join(lacking)}; needed a "
+            "subclass of b2txt_jax.model.interface.Model: see docs/your_own_model.md"
+        )
+    return found
+
+
+def find_config_file(config: str | Path) -> Path:
+    """Return the file of a configuration: a path, or a name of the package's such as "demo".
+
+    Raises:
+      ConfigError: there is none.
+    """
+    package = Path(__file__).parent
+    folder = package / "configs"  # where it is installed
+    if not folder.is_dir():
+        folder = package.parent / "configs"  # in a checkout
+    name = str(config)
+    is_name = name == Path(name).stem
+    path = folder / f"{name}.py" if is_name else Path(config)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.py")))
+        raise ConfigError(
+            f"the configuration {name} does not exist; needed the path of a Python file, or one of "
+            f"the names {known}"
+        )
+    return path
 
 
 def read_config_file(path: str | Path) -> ConfigDict:
-    """Runs `get_config()` of a configuration file; for files that start from another one.
+    """Run `get_config()` of a configuration file, also for files that start from another one.
+
+    Args:
+      path: of the file, or a name as in `find_config_file`.
 
     Raises:
       ConfigError: no such file, or it has no `get_config()`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f"configuration file {path} does not exist; give a file such as configs/demo.py"
-        )
+    path = find_config_file(path)
     spec = importlib.util.spec_from_file_location(f"b2txt_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"configuration file {path} is not a Python file (*.py)")
@@ -199,26 +311,28 @@ def read_config_file(path: str | Path) -> ConfigDict:
             f"configuration file {path} has no get_config() that returns a ConfigDict"
         )
     config: ConfigDict = module.get_config()
+    if "adversary" not in config:
+        # Files of older versions that start from one of ours set keys of this section.
+        config.adversary = ConfigDict()
     return config
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a configuration file and applies overrides such as `--config.model.units=512`.
+    """Read a configuration file and apply overrides such as `--config.model.units=512`.
 
     Raises:
       ConfigError: the file cannot be used, a key is unknown, or a value does not fit.
     """
-    config = read_config_file(path)
-    freeze(config.to_dict())  # the file's own mistakes are told first
-    for override in overrides:
-        _apply(config, override)
-    return freeze(config.to_dict())
+    return with_overrides(freeze(read_config_file(path).to_dict()), overrides)
 
 
 def with_overrides(
     config: Config, overrides: Sequence[str], allowed: Collection[str] | None = None
 ) -> Config:
-    """A frozen configuration with overrides such as `--config.data.root=DIR` applied.
+    """Return a configuration with overrides such as `--config.data.root=DIR` applied.
+
+    Another `model.name` keeps the settings that both models inherit from one class; the others
+    start from the new model's defaults.
 
     Args:
       config: to start from; unchanged.
@@ -228,38 +342,58 @@ def with_overrides(
     Raises:
       ConfigError: a key is unknown or may not be changed, or a value does not fit.
     """
+    pairs = [_parsed(override) for override in overrides]
     changed = ConfigDict(dataclasses.asdict(config))
-    for override in overrides:
-        _apply(changed, override)
-        key = override.partition("=")[0].removeprefix("--config.")
+    for key, value in pairs:  # first, since it decides which other keys there are
+        if key == "model.name":
+            changed.model = ConfigDict(_settings_of(value, config.model))
+    for key, value in pairs:
+        _require_known(key, changed)
         if allowed is not None and key not in allowed:
             raise ConfigError(
                 f"configuration key {key} belongs to the trained model and cannot be changed here; "
                 f"these can: {', '.join(sorted(allowed))}"
             )
+        _apply(changed, key, value)
     return freeze(changed.to_dict())
 
 
-def _apply(config: ConfigDict, override: str) -> None:
-    from absl import flags
-    from ml_collections import config_flags
-
-    key, separator, _ = override.partition("=")
-    key = key.removeprefix("--config.")
-    if not separator or not override.startswith("--config."):
+def _parsed(override: str) -> tuple[str, str]:
+    """Split `--config.section.key=value`; keys of older versions become today's."""
+    key, separator, value = override.partition("=")
+    if not separator or not key.startswith("--config."):
         raise ConfigError(
             f"argument {override!r} is not understood; needed --config.section.key=value"
         )
-    _require_known(key, config)
+    key = key.removeprefix("--config.")
+    if key == "model.kind":
+        key = "model.name"
+    if key == "model.name":
+        value = _OLD_NAMES.get(value, value)
+    return key.replace("adversary.", "model.", 1), value
+
+
+def _settings_of(name: str, before: ModelSettings) -> dict[str, Any]:
+    """Return the defaults of a model, with the settings that it inherits as `before` has them."""
+    settings = model_class(name).Settings
+    common = next(kind for kind in settings.__mro__ if isinstance(before, kind))
+    values = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not _NONE}
+    shared = dataclasses.fields(common)
+    return values | {f.name: getattr(before, f.name) for f in shared} | {"name": name}
+
+
+def _apply(config: ConfigDict, key: str, value: str) -> None:
+    from absl import flags
+    from ml_collections import config_flags
+
+    arguments = ["b2txt", f"--config.{key}={value}"]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict(
-        "config", config, flag_values=values, sys_argv=["b2txt", override]
-    )
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            values(["b2txt", override])
+            values(arguments)
     except (flags.Error, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{override!r} does not fit the key's type: {error}") from error
+        raise ConfigError(f"{arguments[1]!r} does not fit the key's type: {error}") from error
 
 
 def _require_known(key: str, config: ConfigDict) -> None:
@@ -272,36 +406,60 @@ def _require_known(key: str, config: ConfigDict) -> None:
 
 
 def freeze(values: Mapping[str, Any]) -> Config:
-    """Nested mapping (from a ConfigDict or config.json) -> checked, frozen Config.
+    """Return the checked, frozen Config of a nested mapping (from a ConfigDict or config.json).
 
     Raises:
       ConfigError: a key is missing, unknown, of another type, or a value is out of range.
     """
-    config: Config = _freeze(Config, values, "")
+    config: Config = _freeze(Config, _upgraded(values), "")
     _check(config)
     return config
+
+
+def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename what older files call otherwise: `model.kind` and the section `adversary`.
+
+    Every older file has all settings of the triple GRU, also for the baseline, which has none.
+    """
+    values = dict(values)
+    adversary = values.pop("adversary", {})
+    model = values.get("model")
+    if not isinstance(model, Mapping) or not (adversary or "kind" in model):
+        return values
+    model = dict(model)
+    name = model.pop("kind", model.get("name", "gru"))
+    model["name"] = name = _OLD_NAMES.get(name, name)
+    if name == "gru":
+        own = {field.name for field in dataclasses.fields(model_class(name).Settings)}
+        others = {field.name for field in dataclasses.fields(model_class("triple_gru").Settings)}
+        model = {key: value for key, value in model.items() if key in own or key not in others}
+    else:
+        model |= adversary
+    return values | {"model": model}
 
 
 _NONE = dataclasses.MISSING
 
 
-def _freeze(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def _freeze(kind: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"configuration section {where!r} is {values!r}; needed keys and values")
     hints = typing.get_type_hints(kind)
-    optional = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not _NONE}
-    missing = sorted(set(hints) - set(values) - set(optional))
-    unknown = sorted(set(values) - set(hints))
+    declared = {field.name: field for field in dataclasses.fields(kind)}
+    missing = sorted(n for n, f in declared.items() if f.default is _NONE and n not in values)
+    unknown = sorted(set(values) - set(declared))
     if missing or unknown:
         raise ConfigError(
             f"configuration section {where or 'top level'!r}: missing keys {missing}, unknown keys "
             f"{unknown}; start from configs/nejm_baseline.py, which lists every key"
         )
     fields = {}
-    for name, hint in hints.items():
-        if name not in values:
-            fields[name] = optional[name]
-            continue
-        key, value = f"{where}{name}", values[name]
-        if dataclasses.is_dataclass(hint):
+    for name in declared.keys() & values.keys():
+        key, value, hint = f"{where}{name}", values[name], hints[name]
+        if key == "model":
+            chosen = value.get("name", "gru") if isinstance(value, Mapping) else "gru"
+            fields[name] = _freeze(model_class(chosen).Settings, value, "model.")
+        elif dataclasses.is_dataclass(hint):
             fields[name] = _freeze(typing.cast(type, hint), value, f"{key}.")
         elif typing.get_origin(hint) is tuple:
             fields[name] = _to_tuple(value, key)
@@ -311,7 +469,23 @@ def _freeze(kind: type, values: Mapping[str, Any], where: str) -> Any:
             fields[name] = value
         else:
             raise ConfigError(f"configuration key {key} is {value!r}; needed a {hint.__name__}")
+        _check_limits(key, fields[name], declared[name].metadata)
     return kind(**fields)
+
+
+def _check_limits(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a value is outside what its declaration allows."""
+    least, below, choices = (metadata.get(limit) for limit in ("least", "below", "choices"))
+    needed = None
+    if choices and value not in choices:
+        needed = f"one of {', '.join(map(str, choices))}"
+    elif below is not None and not (least or 0) <= value < below:
+        needed = f"{least or 0} <= value < {below}"
+    elif least is not None and not value >= least:
+        needed = f"at least {least}"
+    if needed:
+        meaning = f" ({metadata['help']})" if metadata["help"] else ""
+        raise ConfigError(f"configuration key {key} is {value!r}; needed {needed}{meaning}")
 
 
 def _finite(value: int | float, key: str) -> float:
@@ -331,83 +505,16 @@ def _to_tuple(value: Any, key: str) -> tuple[Any, ...]:
     return tuple(_to_tuple(item, key) if isinstance(item, list | tuple) else item for item in value)
 
 
-# Smallest values; whole numbers and rates alike.
-_LEAST: dict[str, float] = {
-    "data.feature_count": 1,
-    "data.days_per_batch": 1,
-    "data.trials_per_day": 1,
-    "data.eval_batch_size": 1,
-    "signal.static_gain_std": 0,
-    "signal.white_noise_std": 0,
-    "signal.constant_offset_std": 0,
-    "signal.random_walk_std": 0,
-    "signal.random_cut": 1,
-    "signal.smooth_std": 0,
-    "signal.smooth_size": 1,
-    "model.units": 1,
-    "model.layers": 1,
-    "model.patch_size": 0,
-    "model.patch_stride": 1,
-    "model.noise_units": 0,
-    "model.noise_layers": 1,
-    "model.noisy_layers": 1,
-    "model.recompute_frames": 0,
-    "adversary.noisy_weight": 0,
-    "adversary.reversal": 0,
-    "adversary.reversal_rate": 0,
-    "optimizer.learning_rate": 0,
-    "optimizer.learning_rate_min": 0,
-    "optimizer.decay_steps": 1,
-    "optimizer.warmup_steps": 0,
-    "optimizer.day_learning_rate": 0,
-    "optimizer.day_learning_rate_min": 0,
-    "optimizer.day_decay_steps": 1,
-    "optimizer.day_warmup_steps": 0,
-    "optimizer.epsilon": 1e-12,
-    "optimizer.weight_decay": 0,
-    "optimizer.day_weight_decay": 0,
-    "optimizer.clip_norm": 0,
-    "train.seed": 0,
-    "train.steps": 1,
-    "train.log_every": 1,
-    "train.validate_every": 1,
-    "train.save_every": 1,
-    "train.patience": 0,
-    "parallel.model_axis": 1,
-}
-_SHARES = ("model.input_dropout", "model.rnn_dropout", "optimizer.beta1", "optimizer.beta2")
-
-
 def _check(config: Config) -> None:
-    values = {
-        f"{section.name}.{field.name}": getattr(getattr(config, section.name), field.name)
-        for section in dataclasses.fields(config)
-        for field in dataclasses.fields(getattr(config, section.name))
-    }
-    for key, least in _LEAST.items():
-        if not values[key] >= least:
-            raise ConfigError(f"configuration key {key} is {values[key]}; needed at least {least}")
-    for key in _SHARES:
-        if not 0 <= values[key] < 1:
-            raise ConfigError(f"configuration key {key} is {values[key]}; needed 0 <= value < 1")
-    _check_choice("signal.eval_padding", config.signal.eval_padding, ("same", "valid"))
-    _check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
-    _check_choice("model.kind", config.model.kind, ("baseline", "triple_gru"))
-    _check_choice("model.recurrence", config.model.recurrence, ("auto", "scan", "pallas"))
-    _check_choice("train.on_nonfinite", config.train.on_nonfinite, ("stop", "skip"))
-    if config.model.classes != CLASS_COUNT:
-        raise ConfigError(
-            f"configuration key model.classes is {config.model.classes}; needed {CLASS_COUNT}: "
-            f"blank, "
-            "39 phonemes and silence"
-        )
-    sessions, buckets = config.data.sessions, config.data.buckets
-    if len(set(sessions)) != len(sessions) or not all(isinstance(name, str) for name in sessions):
-        raise ConfigError(
-            f"configuration key data.sessions is {sessions}; needed different names: each session "
-            f"has "
-            "one place in the day index"
-        )
+    """Check what no single field's limits can."""
+    listed = {"data.sessions": config.data.sessions, "signal.augment": config.signal.augment}
+    for key, names in listed.items():
+        if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"configuration key {key} is {names}; needed different names, each at its place in "
+                "the order"
+            )
+    buckets = config.data.buckets
     pairs = [
         bucket
         for bucket in buckets
@@ -422,21 +529,14 @@ def _check(config: Config) -> None:
         )
 
 
-def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"configuration key {key} is {value!r}; needed one of {', '.join(choices)}"
-        )
-
-
 def write_config(config: Config, path: Path) -> None:
-    """Writes a Config as JSON, whole or not at all, so that a run's folder says how it was made."""
+    """Write a Config as JSON, whole or not at all: the record of how a run was made."""
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_written_config(path: Path) -> Config:
-    """Reads what `write_config` wrote.
+    """Read what `write_config` wrote.
 
     Raises:
       ConfigError: the file is missing or broken.
@@ -454,12 +554,23 @@ def read_written_config(path: Path) -> Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys `section.key` whose values differ, with both values."""
+    """Return the keys `section.key` whose values differ, with both values; None where a model has
+    no such key."""
     found = {}
-    for section in dataclasses.fields(Config):
-        before, after = getattr(old, section.name), getattr(new, section.name)
-        for field in dataclasses.fields(before):
-            pair = getattr(before, field.name), getattr(after, field.name)
+    for section, before in dataclasses.asdict(old).items():
+        after = dataclasses.asdict(getattr(new, section))
+        for name in before | after:
+            pair = before.get(name), after.get(name)
             if pair[0] != pair[1]:
-                found[f"{section.name}.{field.name}"] = pair
+                found[f"{section}.{name}"] = pair
     return found
+
+
+def resumable_keys(config: Config) -> set[str]:
+    """Return the keys `section.key` that may change between the parts of one run."""
+    return {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(config)
+        for field in dataclasses.fields(getattr(config, section.name))
+        if field.metadata.get("resumable")
+    }

@@ -1,49 +1,53 @@
 """The main job end to end: simulate sessions, build language models, train, decode, report.
 
-Writes a folder with everything: data/, lm_1gram/, lm_3gram/, run/, report.html, summary.json.
-Called again, it keeps what is done and goes on with what is not.
+Writes a folder with data/, lm_1gram/, lm_3gram/, run/, report.html and summary.json. A second call
+keeps what is finished and continues with the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
-from b2txt_jax.config import CONFIG_FILE, load_config, read_written_config
+from b2txt_jax import __version__
+from b2txt_jax.config import load_config
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
-from b2txt_jax.inference.logits import TrialLogits, compute_logits, load_model
+from b2txt_jax.inference.run import Run, TrialLogits, load_run
 from b2txt_jax.metrics import ErrorRate
-from b2txt_jax.simulate.write import SimulationSettings, simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.metrics_log import METRICS_FILE
+from lm_server.atomic_file import replacing
 
-DEFAULT_CONFIG = Path("configs/demo.py")
+_CONFIG = "demo"
 _ORDERS = (1, 3)
 _SENTENCES_SHOWN = 10
 _TEST_SENTENCES = 10
+_BUCKETS = ((340, 64), (460, 80), (2560, 500))
+"""For the short trials below: two programs to compile, where a choice from the data makes six."""
 
 
 class DemoError(UserError, RuntimeError):
-    """A part of the demo failed; the text names it."""
+    """A part of the demo failed. The message names it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `b2txt demo`."""
+    """Add the arguments of `b2txt demo`."""
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="training recipe")
+    parser.add_argument("--config", default=_CONFIG, help="training recipe (default: demo)")
     parser.add_argument("--sessions", type=int, default=6, help="simulated sessions")
     parser.add_argument("--train", type=int, default=120, help="training sentences per session")
     parser.add_argument("--val", type=int, default=30, help="validation sentences per session")
@@ -53,12 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`b2txt demo`."""
+    """Run `b2txt demo`."""
     console = Console()
     out: Path = args.out
-    # A mistake in the configuration is told before the work.
-    overrides = [f"--config.data.root={out / 'data' / 'hdf5_data_final'}", *args.overrides]
-    config = load_config(args.config, overrides)
+    # First, so that a mistake in the configuration is reported before the work.
+    root = out / "data" / "hdf5_data_final"
+    overrides = [f"--config.data.root={root}"]
+    if args.config == _CONFIG:
+        overrides.append(f"--config.data.buckets={_BUCKETS}")
+    config = load_config(args.config, [*overrides, *args.overrides])
     settings = SimulationSettings(
         sessions=args.sessions,
         train=args.train,
@@ -79,21 +86,23 @@ def run(args: argparse.Namespace) -> int:
     if not result.finished:
         return 130
     console.rule("4 of 5: decoding")
-    model = load_model(out / "run")
-    trials = compute_logits(model, "val", console)
+    trained = load_run(out / "run")
+    trials = trained.logits("val", console=console)
     evaluations = {}
     for order, folder in models.items():
         with language_model(None, folder) as (url, name):
             evaluations[order] = evaluate_run(
-                model, trials, "val", url, {"language_model": name, "order": order}, console
+                trained, trials, "val", url, {"language_model": name, "order": order}, console
             )
         write_results(out / f"val_{order}gram", evaluations[order])
     console.rule("5 of 5: report")
-    summary = _summary(out, evaluations, config.train.steps)
-    _write_json(out / "summary.json", summary)
-    rows = wer_rows(evaluations)
-    write_report(out / "report.html", _report_inputs(out, summary, rows, trials, evaluations))
-    _print(console, summary, rows, evaluations)
+    last = evaluations[max(evaluations)]
+    rows = _word_error_rates(evaluations)
+    summary = _summary(out, last, dict(rows), config.train.steps)
+    with replacing(out / "summary.json") as unfinished:
+        unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    write_report(out / "report.html", _report_inputs(out, trained, summary, rows, trials, last))
+    _print(console, summary, rows, last)
     console.print(f"report: {out / 'report.html'}", soft_wrap=True)
     failures = [failure for evaluation in evaluations.values() for failure in evaluation.failed]
     for failure in failures:
@@ -101,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def wer_rows(evaluations: Mapping[int, Evaluation]) -> list[tuple[str, ErrorRate]]:
-    """Name and rate of each way from phonemes to words."""
+def _word_error_rates(evaluations: Mapping[int, Evaluation]) -> list[tuple[str, ErrorRate]]:
+    """Return name and rate of each way from phonemes to words."""
     last = evaluations[max(evaluations)]
     assert last.wer_without_lm is not None
     rows = [("without LM", last.wer_without_lm.all)]
@@ -123,42 +132,38 @@ def _language_model(out: Path, order: int, console: Console) -> Path:
     status = subprocess.run(command, check=False).returncode
     if status:
         raise DemoError(
-            f"`{' '.join(command)}` ended with exit status {status}; its message stands above"
+            f"`{' '.join(command)}` ended with exit status {status}; see its message above"
         )
     return folder
 
 
-def _summary(out: Path, evaluations: Mapping[int, Evaluation], steps: int) -> dict[str, Any]:
-    last = evaluations[max(evaluations)]
+def _summary(
+    out: Path, last: Evaluation, rates: Mapping[str, ErrorRate], steps: int
+) -> dict[str, Any]:
     assert last.per is not None
-    rates = {name: rate.rate for name, rate in wer_rows(evaluations)}
+    # Steps and validations, over all calls of the training.
+    lines = (out / "run" / METRICS_FILE).read_text().splitlines()
     return {
         "val_per": last.per.all.rate,
-        "wer_greedy": rates["without LM"],
-        "wer_1gram": rates["1-gram"],
-        "wer_3gram": rates["3-gram"],
-        "train_seconds": _training_seconds(out / "run"),
+        "wer_greedy": rates["without LM"].rate,
+        "wer_1gram": rates["1-gram"].rate,
+        "wer_3gram": rates["3-gram"].rate,
+        "train_seconds": sum(float(json.loads(line)["seconds"]) for line in lines),
         "decode_seconds_per_sentence": last.seconds_per_sentence,
         "steps": steps,
     }
 
 
-def _training_seconds(workdir: Path) -> float:
-    """Seconds of steps and validations, over all calls of the training."""
-    lines = (workdir / METRICS_FILE).read_text().splitlines()
-    return sum(float(json.loads(line)["seconds"]) for line in lines)
-
-
 def _report_inputs(
     out: Path,
+    trained: Run,
     summary: dict[str, Any],
     rows: list[tuple[str, ErrorRate]],
     trials: list[TrialLogits],
-    evaluations: Mapping[int, Evaluation],
+    last: Evaluation,
 ) -> ReportInputs:
-    config = read_written_config(out / "run" / CONFIG_FILE)
     shown = sorted(trials, key=lambda trial: len(trial.logits))[len(trials) // 2]
-    sentences = evaluations[max(evaluations)].to_json()["sentences"]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
     return ReportInputs(
         title="Brain-to-text demo on simulated sessions",
         summary=summary,
@@ -167,40 +172,32 @@ def _report_inputs(
         logits=shown.logits,
         label=shown.labels,
         wer_rows=rows,
-        sentences=sentences[:: max(1, len(sentences) // _SENTENCES_SHOWN)],
+        sentences=_some(last.to_json()["sentences"]),
         settings={
             "data": "simulated sessions; not recordings of a person",
-            "sessions": ", ".join(config.data.sessions),
-            "model": f"{config.model.layers} x {config.model.units} GRU",
-            "seed": config.train.seed,
-            "version": metadata.version("b2txt-jax"),
+            "sessions": ", ".join(trained.sessions),
+            "model": f"{parameters:,} parameters",
+            "seed": trained.config.train.seed,
+            "version": __version__,
         },
     )
 
 
 def _print(
-    console: Console,
-    summary: dict[str, Any],
-    rows: list[tuple[str, ErrorRate]],
-    evaluations: Mapping[int, Evaluation],
+    console: Console, summary: dict[str, Any], rows: list[tuple[str, ErrorRate]], last: Evaluation
 ) -> None:
-    results = Table(title="validation")
-    results.add_column("")
+    results = Table("", title="validation")
     results.add_column("rate", justify="right")
     results.add_row("PER", f"{100 * summary['val_per']:.1f} %")
     for name, rate in rows:
         results.add_row(f"WER {name}", "-" if rate.rate is None else f"{100 * rate.rate:.1f} %")
     console.print(results)
-    sentences = evaluations[max(evaluations)].sentences
-    shown = Table(title="ten sentences, 3-gram", show_lines=True)
-    shown.add_column("true")
-    shown.add_column("decoded")
-    for sentence in sentences[:: max(1, len(sentences) // _SENTENCES_SHOWN)][:_SENTENCES_SHOWN]:
+    shown = Table("true", "decoded", title="ten sentences, 3-gram", show_lines=True)
+    for sentence in _some(last.sentences)[:_SENTENCES_SHOWN]:
         shown.add_row(sentence.true or "", sentence.decoded or "(failed)")
     console.print(shown)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+def _some(sentences: Sequence[Any]) -> Sequence[Any]:
+    """Return about ten sentences, spread over all."""
+    return sentences[:: max(1, len(sentences) // _SENTENCES_SHOWN)]

@@ -1,3 +1,3 @@
-"""The error that a command shows to its user in one line: one class for both packages."""
+"""The error that a command shows to its user in one line, shared by both packages."""
 
 from lm_server.errors import UserError as UserError

@@ -1,7 +1,7 @@
 """Memory in pages of 2 MB for the whole process, where Linux leaves the choice to the program.
 
-A training step on a CPU takes and gives back more than a gigabyte; in pages of 4 kB the kernel
-spends a tenth of the step on that (`benchmarks/train_step.py`).
+A training step on a CPU allocates and frees more than a gigabyte. With pages of 4 kB the kernel
+needs a tenth of the step for that (`benchmarks/train_step.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ _TUNABLES = "GLIBC_TUNABLES"
 
 
 def huge_page_environment(setting: Path = _SETTING) -> dict[str, str]:
-    """Variables that make the C library ask for huge pages: none where the system does so anyway
-    ('always'), never ('never'), has no such choice, or somebody has set the variable already."""
+    """Return the variables that make the C library request huge pages.
+
+    There are none where the system uses huge pages always or never or has no such choice, or where
+    the variable is set already.
+    """
     try:
         on_request = "[madvise]" in setting.read_text()
     except OSError:
@@ -28,9 +31,9 @@ def huge_page_environment(setting: Path = _SETTING) -> dict[str, str]:
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this Python program anew, same process and arguments, if that brings huge pages.
+    """Restart this Python program in the same process, if that enables huge pages.
 
-    The C library reads the variable once, before Python runs. The second start finds it set.
+    The C library reads the variable once, before Python runs. The restarted program finds it set.
     """
     more = huge_page_environment()
     if more:

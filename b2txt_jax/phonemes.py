@@ -1,8 +1,8 @@
-"""The 41 classes and the way from text to them: words -> CMU pronunciations -> class ids.
+"""The 41 classes, and words to class ids by their CMU pronunciations.
 
-A sentence's label is its words' phonemes (ARPAbet without stress) with a silence after each word,
-also after the last (NEJM reference). Class ids are in the RNN's order: 0 blank, 1-39 phonemes, 40
-silence.
+A sentence's label is its words' phonemes (ARPAbet without stress), with a silence after every word,
+the last one included (NEJM reference). Class ids are in the RNN's order: 0 blank, 1-39 phonemes,
+40 silence.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ PHONEME_IDS: dict[str, int] = {name: 1 + index for index, name in enumerate(PHON
 
 @functools.cache
 def pronunciations() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """The CMU dictionary: lower-case word -> its pronunciations, ARPAbet without stress, preferred
-    one first."""
-    # The dictionary is a data file of the server's package; reading it imports none of the server's
-    # code.
+    """Return the CMU dictionary: lower-case word -> pronunciations (ARPAbet without stress).
+
+    The preferred pronunciation comes first.
+    """
+    # A data file of the server's package: reading it imports none of the server's code.
     resource = importlib.resources.files("lm_server.lexicon") / "resources" / "cmudict.txt.xz"
     found: dict[str, list[tuple[str, ...]]] = {}
     for line in lzma.decompress(resource.read_bytes()).decode().splitlines():
@@ -36,8 +37,9 @@ def pronunciations() -> dict[str, tuple[tuple[str, ...], ...]]:
 
 
 def sentence_to_ids(words: Sequence[str]) -> np.ndarray:
-    """Lower-case words -> label, int32 [L]: each word's first CMU pronunciation, a silence after
-    each word.
+    """Return the label of lower-case words, int32 [L].
+
+    It is each word's first CMU pronunciation, with a silence after each word.
 
     Raises:
       ValueError: a word is not in the CMU dictionary.
@@ -56,5 +58,9 @@ def sentence_to_ids(words: Sequence[str]) -> np.ndarray:
 
 
 def ids_to_text(ids: Iterable[int]) -> str:
-    """Class ids -> readable phonemes, for example `HH AH L OW | W ER L D |`."""
+    """Return class ids as readable phonemes.
+
+    >>> ids_to_text([16, 3, 21, 25, 40])
+    'HH AH L OW |'
+    """
     return " ".join(CLASSES[int(i)].strip() for i in ids)

@@ -39,8 +39,8 @@ from decoding import (
 from rapidfuzz.distance import Levenshtein
 
 from lm_server.lm.reader import DESCRIPTION
-from lm_server.search.interface import BACKENDS
-from lm_server.settings import Settings, default_settings
+from lm_server.search.load import BACKENDS, default_settings
+from lm_server.settings import Settings
 
 PUBLISHED = {0.14: (0.067, 0.046), 0.19: (0.083, 0.084)}
 """WER and seconds per sentence of the published decoder, tuned, at greedy PER 14 and 19 %."""
@@ -108,7 +108,7 @@ def measure(
     """Tune one search, decode every task and yield a row for each. Runs in a fresh process."""
     backend = name.split(" ")[0]
     started = time.process_time()
-    from lm_server.search.interface import load_model
+    from lm_server.search.load import load_model
 
     model = load_model(folder, backend)
     loading = time.process_time() - started

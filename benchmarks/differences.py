@@ -27,16 +27,16 @@ import numpy as np
 from rich.console import Console
 
 from b2txt_jax.config import Config, SignalConfig, load_config
-from b2txt_jax.data.hdf5 import TrialRef, frames_needed, index_split, read_trial
 from b2txt_jax.data.loader import EvaluationData
 from b2txt_jax.data.plan import plan
-from b2txt_jax.inference.logits import TrainedModel, load_model
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.trial import TrialRef, frames_needed
+from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.metrics import error_rate, greedy_decode, total
-from b2txt_jax.model.patches import frame_count
 from b2txt_jax.signal.augment import augment, time_mask
 from b2txt_jax.training import step as step_module
 from b2txt_jax.training.loop import train
-from b2txt_jax.training.step import make_eval_step, step_keys
+from b2txt_jax.training.step import make_eval_step, model_of, step_keys
 from b2txt_jax.training.validation import validate
 
 PADDINGS = (1, 2, 4, 8, 160)
@@ -90,15 +90,15 @@ def best_per(workdir: Path) -> float:
 
 def evaluation_data(config: Config) -> EvaluationData:
     data = config.data
-    return EvaluationData(data, data.sessions, "val", config.model.patch_size, labels=True)
+    return EvaluationData(data, data.sessions, "val", config.model.least_bins, labels=True)
 
 
 def eval_step_of(config: Config) -> Any:
     return jax.jit(make_eval_step(config, len(config.data.sessions)))
 
 
-def print_padding(model: TrainedModel, seed: int) -> None:
-    """Effect of the noise that follows a trial; the noise within the trial is always the same."""
+def print_padding(model: Run, seed: int) -> None:
+    """Print the effect of noise after a trial. The noise within the trial stays the same."""
     signal = dataclasses.replace(model.config.signal, random_cut=0)
     step = eval_step_of(model.config)
     add_noise = jax.jit(lambda key, x, bins: augment(key, x, bins, signal)[0])
@@ -135,7 +135,7 @@ def print_padding(model: TrainedModel, seed: int) -> None:
         print(f"{name:<13}{listed}{100 * per:>8.2f}")
 
 
-def print_smoothing(model: TrainedModel, seed: int) -> None:
+def print_smoothing(model: Run, seed: int) -> None:
     for padding in ("same", "valid"):
         signal = dataclasses.replace(model.config.signal, eval_padding=padding)
         config = dataclasses.replace(model.config, signal=signal)
@@ -144,12 +144,14 @@ def print_smoothing(model: TrainedModel, seed: int) -> None:
 
 
 def print_alignment(config: Config, seeds: Sequence[int]) -> None:
-    refs = index_split(config.data.root, config.data.sessions, "train", config.data.feature_count)
-    needed = {ref: frames_needed(read_trial(ref).labels) for ref in refs}  # type: ignore[arg-type]
+    reader = open_folder(config.data.root, config.data.feature_count)
+    refs = reader.trials(config.data.sessions, "train")
+    needed = {ref: frames_needed(reader.read(ref).labels) for ref in refs}  # type: ignore[arg-type]
+
+    model = model_of(config, len(config.data.sessions))
 
     def spare(ref: TrialRef, cut: int) -> int:
-        frames = frame_count(ref.bins - cut, config.model.patch_size, config.model.patch_stride)
-        return int(frames) - needed[ref]
+        return model.frames(ref.bins - cut) - needed[ref]
 
     largest_cut = max(config.signal.random_cut - 1, 0)
     tightest = min(refs, key=lambda ref: spare(ref, 0))
@@ -173,7 +175,7 @@ def print_alignment(config: Config, seeds: Sequence[int]) -> None:
         print(f"  seed {seed}: {impossible} of {draws} draws in {config.train.steps} steps")
 
 
-def print_validation_loss(model: TrainedModel, seed: int) -> None:
+def print_validation_loss(model: Run, seed: int) -> None:
     config = model.config
     step = eval_step_of(config)
     data = evaluation_data(config)
@@ -226,7 +228,7 @@ def main() -> None:
         spread = rates.std(ddof=1) if len(rates) > 1 else float("nan")
         listed = " / ".join(f"{rate:.2f}" for rate in rates)
         print(f"PER, {name}: {listed} %, mean {rates.mean():.2f}, standard deviation {spread:.2f}")
-    models = {seed: load_model(run) for seed, run in own.items()}
+    models = {seed: load_run(run) for seed, run in own.items()}
     for measure in (print_padding, print_smoothing, print_validation_loss):
         for seed, model in models.items():
             measure(model, seed)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from b2txt_jax.data.loader import EvaluationData
-from b2txt_jax.inference.logits import TrainedModel, load_model
+from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode
 from b2txt_jax.training.step import make_eval_step
 
@@ -32,12 +32,11 @@ def train(config: Path, root: Path, workdir: Path, seed: int, day_layer: bool) -
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def per_by_layer(model: TrainedModel) -> np.ndarray:
-    """Errors and lengths, int [days, layers, 2]: each day's trials through each layer."""
+def per_by_layer(model: Run) -> np.ndarray:
+    """Return errors and lengths, int [days, layers, 2], of each day's trials with each layer."""
     sessions = model.config.data.sessions
-    data = EvaluationData(
-        model.config.data, sessions, "val", model.config.model.patch_size, labels=True
-    )
+    least = model.config.model.least_bins
+    data = EvaluationData(model.config.data, sessions, "val", least, labels=True)
     step = jax.jit(make_eval_step(model.config, len(sessions)))
     counts = np.zeros((len(sessions), len(sessions), 2), int)
     for _, trials, batch in data.batches():
@@ -71,13 +70,13 @@ def main() -> None:
 
     print(f"{'seed':>5} {'own':>8} {'other':>8} {'ratio':>6} {'least of days':>14} {'shared':>8}")
     for seed in args.seeds:
-        counts = per_by_layer(load_model(names[seed, True]))
+        counts = per_by_layer(load_run(names[seed, True]))
         days = np.flatnonzero(counts[:, 0, 1])  # the first session has no validation trials
         own = counts[days, days].sum(0)
         crossed = counts[days].sum(1) - counts[days, days]
         ratios = (crossed[:, 0] / crossed[:, 1]) / (counts[days, days, 0] / counts[days, days, 1])
         other = crossed.sum(0)
-        shared = per_by_layer(load_model(names[seed, False]))[:, 0].sum(0)
+        shared = per_by_layer(load_run(names[seed, False]))[:, 0].sum(0)
         rates = [ErrorRate(*map(int, pair)).rate or 0.0 for pair in (own, other, shared)]
         own_per, other_per, shared_per = (f"{100 * rate:>6.1f} %" for rate in rates)
         ratio = rates[1] / rates[0]

@@ -40,7 +40,7 @@ from b2txt_jax.config import DataConfig
 from b2txt_jax.data.loader import TrainingData
 from b2txt_jax.data.pack import PackSettings, write_manifest, write_split
 from b2txt_jax.data.packed import DTYPES
-from b2txt_jax.data.sessions import find_sessions
+from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import Trial, TrialRef
 
 FEATURES = 512
@@ -107,7 +107,8 @@ def drop_cache(folder: Path) -> None:
 def measure(folder: Path, batches: int, distinct: int) -> None:
     """Read batches and print one line of JSON. `distinct` > 0 repeats that many batches."""
     data = DataConfig(str(folder), (), FEATURES, 4, 16, (), 64)
-    training = TrainingData(data, find_sessions(folder), 14, lambda bins: (bins - 14) // 4 + 1)
+    sessions = open_folder(folder).sessions
+    training = TrainingData(data, sessions, 14, lambda bins: (bins - 14) // 4 + 1)
     if distinct:
         for _ in training.batches(0, 0, distinct):
             pass

@@ -91,7 +91,7 @@ class Measured:
 
 def decode_tasks(folder: Path, logits: Sequence[Sequence[np.ndarray]]) -> Iterator[tuple]:
     """Load a folder and decode the sentences of every task."""
-    from lm_server.search.interface import load_model
+    from lm_server.search.load import load_model
     from lm_server.settings import Settings
 
     started = time.process_time()

@@ -24,10 +24,10 @@ import redis
 from decoding import lm_server, model_folder, parser_of, save, simulated
 
 from lm_server.protocol import encode_logits, session_streams
-from lm_server.rescoring.answer import complete
-from lm_server.search.interface import SearchModel, load_model
+from lm_server.rescoring.ranking import ngram_answer
+from lm_server.search.interface import SearchModel
+from lm_server.search.load import default_settings, load_model
 from lm_server.serving.status import percentile
-from lm_server.settings import default_settings
 
 PARTIAL_TARGET = 0.020
 
@@ -53,7 +53,7 @@ def direct(
             search.step(frame[None])
             partials.append(clock() - started)
         started = clock()
-        complete(search.finish(), settings)
+        ngram_answer(search.finish(), settings)
         finals.append(clock() - started)
     return partials, finals
 

@@ -27,9 +27,10 @@ from rapidfuzz.distance import Levenshtein
 from rich.progress import track
 
 from lm_server.hypothesis import Hypothesis
-from lm_server.rescoring.answer import SentenceScorer, augmented, ranked_answer, sentences_to_score
-from lm_server.rescoring.rescore import load_scorer
-from lm_server.search.interface import load_model
+from lm_server.rescoring.load import load_scorer
+from lm_server.rescoring.ranking import augmented, ranked_answer, sentences_to_score
+from lm_server.rescoring.scorer import SentenceScorer
+from lm_server.search.load import load_model
 from lm_server.settings import Settings
 
 _ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)

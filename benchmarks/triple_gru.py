@@ -28,11 +28,11 @@ import matplotlib
 import numpy as np
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.inference.logits import compute_logits, load_model
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import error_rate, greedy_decode
-from b2txt_jax.model.gru.baseline import parameter_count
-from b2txt_jax.model.network import init_params
-from b2txt_jax.simulate.write import SimulationSettings, simulate
+from b2txt_jax.model.interface import make_model, parameter_count
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,7 +45,7 @@ def parameters(config: Config, **changes: int) -> int:
     """Count the parameters of a configuration's model for the benchmark's sessions."""
     model = dataclasses.replace(config.model, **changes)
     features = config.data.feature_count
-    shapes = jax.eval_shape(lambda: init_params(model, features, _DAYS, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: make_model(model, features, _DAYS).init(jax.random.key(0)))
     return parameter_count(shapes)
 
 
@@ -70,7 +70,7 @@ def train(kind: str, units: int, seed: int, steps: int, root: Path, workdir: Pat
 def counts(workdir: Path) -> np.ndarray:
     """Return errors and lengths of every validation trial, int [trials, 2]."""
     found = []
-    for trial in compute_logits(load_model(workdir), "val"):
+    for trial in load_run(workdir).logits("val"):
         assert trial.labels is not None
         rate = error_rate(trial.labels.tolist(), greedy_decode(trial.logits).tolist())
         found.append((rate.errors, rate.length))

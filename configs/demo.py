@@ -1,10 +1,9 @@
 """Small enough for two CPU cores: a 2-layer GRU on six simulated sessions, in a few minutes.
 
 Run:       b2txt demo --out runs/demo          (simulates the sessions first)
-      or   b2txt train --config configs/demo.py --workdir runs/mine
-      --config.data.root=DIR/hdf5_data_final
+      or   b2txt train --config demo --workdir runs/mine --config.data.root=DIR/hdf5_data_final
 Hardware:  2 CPU cores, 2 GB of memory.
-Result:    see the README's table.
+Result:    docs/results.md.
 """
 
 from pathlib import Path
@@ -22,7 +21,7 @@ def get_config() -> ConfigDict:
     config.data.root = "runs/demo/data/hdf5_data_final"
     config.data.sessions = ()
     config.data.trials_per_day = 4
-    config.data.buckets = ((340, 64), (460, 80), (2560, 500))
+    config.data.buckets = ()  # chosen from the lengths of the data
     config.data.eval_batch_size = 16
 
     config.signal.white_noise_std = 0.5

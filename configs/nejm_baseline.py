@@ -81,6 +81,14 @@ def get_config() -> ConfigDict:
     config.data.eval_batch_size = 64  # trials
 
     config.signal = ConfigDict()
+    # In this order; also "my_package.my_module:function(setting=value)"
+    config.signal.augment = (
+        "static_gain",
+        "white_noise",
+        "constant_offset",
+        "random_walk",
+        "random_cut",
+    )
     config.signal.static_gain_std = 0.0
     config.signal.white_noise_std = 1.0
     config.signal.constant_offset_std = 0.2
@@ -91,7 +99,7 @@ def get_config() -> ConfigDict:
     config.signal.eval_padding = "same"  # the published evaluation script uses "valid"
 
     config.model = ConfigDict()
-    config.model.kind = "baseline"  # or "triple_gru": see configs/triple_gru.py
+    config.model.name = "gru"  # or "triple_gru", or my_package.my_module:MyModel
     config.model.day_layer = True
     config.model.units = 768  # NEJM: n_units
     config.model.layers = 5  # NEJM: n_layers
@@ -102,11 +110,6 @@ def get_config() -> ConfigDict:
     config.model.classes = 41  # NEJM: n_classes
     config.model.dtype = "auto"  # bfloat16 on a TPU or GPU, float32 on a CPU; NEJM: use_amp
     config.model.recurrence = "auto"  # "scan", "pallas"; auto: Pallas on a TPU when it fits
-    # Of the triple GRU only:
-    config.model.noise_units = 0  # of the noise model; 0: as wide as a patch, else a bottleneck
-    config.model.noise_layers = 2
-    config.model.noisy_layers = 2  # of the adversary
-    config.model.recompute_frames = 0  # frames between kept states of the noise model; 0 keeps all
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.005  # NEJM: lr_max
@@ -132,11 +135,6 @@ def get_config() -> ConfigDict:
     config.train.save_every = 1_000  # latest checkpoint
     config.train.patience = 0  # validations without a better PER that end the run early; 0: never
     config.train.on_nonfinite = "stop"  # or "skip"; a NaN or infinite step changes no parameter
-
-    config.adversary = ConfigDict()  # of the triple GRU only
-    config.adversary.noisy_weight = 1.0  # of the adversary's CTC loss; the clean decoder's has 1
-    config.adversary.reversal = 1.0  # largest lambda of the reversed gradient
-    config.adversary.reversal_rate = 10.0  # how fast lambda grows over train.steps
 
     config.parallel = ConfigDict()
     config.parallel.model_axis = 1  # devices that split large parameters; the others split rows

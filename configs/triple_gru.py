@@ -11,8 +11,8 @@ Result:    not yet trained on the published data; in docs/triple_gru.md a small 
 
 Watch:     `clean_loss` falls as the baseline's does. `noisy_loss` falls at first, while lambda is
   small, and should rise again as lambda grows; the validation's `noisy_per` should stay near chance
-  (100 %): then the noise holds no speech. If the clean loss stalls, lower adversary.reversal or
-  adversary.noisy_weight; if noisy_per falls well below chance, raise them. A `noise_rms` that goes
+  (100 %): then the noise holds no speech. If the clean loss stalls, lower model.reversal or
+  model.noisy_weight; if noisy_per falls well below chance, raise them. A `noise_rms` that goes
   to 0 means that the noise model has found nothing worth taking away.
 """
 
@@ -26,15 +26,15 @@ from b2txt_jax.config import read_config_file
 def get_config() -> ConfigDict:
     """The baseline recipe with the triple GRU."""
     config = read_config_file(Path(__file__).with_name("nejm_baseline.py"))
-    config.model.kind = "triple_gru"
+    config.model.name = "triple_gru"
     config.model.layers = 3  # of the clean decoder
     config.model.noise_units = 0  # as wide as a patch; a number makes a bottleneck
     config.model.noise_layers = 2
     config.model.noisy_layers = 2  # of the adversary
     config.model.recompute_frames = 0  # e.g. 32 where memory is short
-    config.adversary.noisy_weight = 1.0
-    config.adversary.reversal = 1.0
-    config.adversary.reversal_rate = 10.0
+    config.model.noisy_weight = 1.0  # of the adversary's CTC loss; the clean decoder's has 1
+    config.model.reversal = 1.0  # largest lambda of the reversed gradient
+    config.model.reversal_rate = 10.0  # how fast lambda grows over train.steps
 
     config.parallel.model_axis = 4  # devices that share the 7168 units
     return config

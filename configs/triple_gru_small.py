@@ -5,7 +5,7 @@ Run:       b2txt train --config configs/triple_gru_small.py --workdir runs/tripl
 Hardware:  2 CPU cores, 3 GB of memory; about half as fast as configs/demo.py.
 Result:    docs/triple_gru.md, with the baseline beside it.
 
-What to watch is said in configs/triple_gru.py.
+See configs/triple_gru.py for what to watch.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from b2txt_jax.config import read_config_file
 def get_config() -> ConfigDict:
     """The demo's recipe; the clean decoder is as large as the demo's whole decoder."""
     config = read_config_file(Path(__file__).with_name("demo.py"))
-    config.model.kind = "triple_gru"
+    config.model.name = "triple_gru"
     config.model.noise_units = 64  # a bottleneck; 0 would be 7168
     config.model.noise_layers = 2
     config.model.noisy_layers = 1

@@ -311,7 +311,7 @@ setup() {
     archive=$scratch/b2txt_jax.tar.gz
   fi
   # Pack the files on the disk, committed or not, without caches, data and runs.
-  run tar -czf "$archive" -C "$repository" --exclude=__pycache__ setup.cfg pyproject.toml \
+  run tar -czf "$archive" -C "$repository" --exclude=__pycache__ setup.cfg setup.py pyproject.toml \
     constraints.txt README.md LICENSE b2txt_jax lm_server configs launch || return 1
   copy_to_workers "$archive" b2txt_jax.tar.gz || return 1
   local words remote_data=''

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,57 +31,60 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lm_server.atomic_file import replacing
 from lm_server.errors import UserError
-from lm_server.hypothesis import Hypothesis
+from lm_server.hypothesis import Answer, Hypothesis
 from lm_server.protocol import CLASS_COUNT, ProtocolError, to_lm_order
-from lm_server.rescoring.answer import Answer, SentenceScorer, complete
-from lm_server.rescoring.rescore import RescoringQueue
+from lm_server.rescoring.answering import Answering, PendingAnswer
+from lm_server.rescoring.scorer import SentenceScorer
 from lm_server.search.hot_words import HotWord
 from lm_server.search.interface import NO_HOT_WORDS, NoSentenceError, Search, SearchModel
 from lm_server.settings import Settings
 
 _worker: tuple[Search, Logits] | None = None
-"""What a worker process searches with; set before it is forked, so that all of them share the
-model's memory."""
+"""What a worker process searches with. Set before the fork, so that all share the model's memory."""
 _AHEAD = 64
 """Sentences that may wait for their rescoring."""
-
-
 _DAMAGED = (
     *(ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error),
-    # An array's header is read as Python; a zip's flags may ask for a password or for an unknown
+    # An array's header is read as Python. A zip's flags may demand a password or an unknown
     # compression.
     *(tokenize.TokenError, SyntaxError, RuntimeError, MemoryError, OverflowError),
 )
-"""What reading a damaged .npz file raises."""
+"""Errors of reading a damaged .npz file."""
 
 
 class LogitsFileError(UserError, ValueError):
-    """A logits file that cannot be used; names file and field, what was found and needed."""
+    """A logits file that cannot be used. Names file and field, what was found and needed."""
 
 
 @dataclass(frozen=True)
 class Logits:
-    """A logits file in memory: `logits` float32 [all frames, 41] in the RNN's order, `ends` [N],
-    `trials` [N]."""
+    """A logits file in memory.
+
+    Attributes:
+      logits: float32 [all frames, 41] in the RNN's order.
+      ends: int64 [trials], the frame after each trial's last.
+      trials: names.
+    """
 
     logits: np.ndarray
     ends: np.ndarray
     trials: tuple[str, ...]
 
     def of(self, index: int) -> np.ndarray:
-        """Logits of one trial, [frames, 41], in the RNN's order."""
+        """Return the logits of one trial, [frames, 41], in the RNN's order."""
         start = self.ends[index - 1] if index else 0
         return self.logits[start : self.ends[index]]
 
     def select(self, trials: Sequence[int]) -> Logits:
-        """Some of the trials, by their indices."""
+        """Return some of the trials, by their indices."""
         parts = [self.of(index) for index in trials]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         return Logits(np.concatenate(parts), ends, tuple(self.trials[index] for index in trials))
 
     def digest(self) -> str:
-        """SHA-256 of all of it."""
+        """Return the SHA-256 of all of it."""
         found = hashlib.sha256(np.ascontiguousarray(self.logits, "<f4").tobytes())
         found.update(np.ascontiguousarray(self.ends, "<i8").tobytes())
         found.update("\n".join(self.trials).encode())
@@ -90,7 +93,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trial searched: its candidates, or what was wrong with it."""
+    """One searched trial: its candidates, or the problem with it."""
 
     trial: str
     hypotheses: tuple[Hypothesis, ...]
@@ -98,8 +101,7 @@ class Outcome:
 
 
 def read_logits(path: Path) -> Logits:
-    """Reads and checks `logits` float [all frames, 41], `frames` int [N], `trial` str [N] of an
-    .npz file.
+    """Read an .npz file: `logits` float [all frames, 41], `frames` int [N], `trial` str [N].
 
     Raises:
       LogitsFileError: the file is missing, damaged, or one of its fields is not as needed.
@@ -162,7 +164,7 @@ def read_logits(path: Path) -> Logits:
 
 
 def decode_trial(search: Search, trial: str, logits: np.ndarray) -> Outcome:
-    """Searches one trial, [frames, 41] in the RNN's order."""
+    """Search one trial, [frames, 41] in the RNN's order."""
     search.begin()
     try:
         search.step(to_lm_order(logits))
@@ -180,11 +182,11 @@ def decode_file(
     load_scorer: Callable[[], SentenceScorer | None] = lambda: None,
     hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
 ) -> int:
-    """Decodes a logits file to JSON lines: trial, and what `Answer.as_json` gives.
+    """Decode a logits file to JSON lines: trial, and the fields of `Answer.as_json`.
 
     Trials stand in the order of the file. A trial that cannot be decoded is named on the error
-    output and left out; the others are written all the same. The output appears whole at the end.
-    Sentences are rescored beside the search of the next ones.
+    output and left out. The output appears whole at the end. Sentences are rescored beside the
+    search of the next ones.
 
     Args:
       model: a model folder in memory.
@@ -192,7 +194,7 @@ def decode_file(
       logits: the logits file in memory.
       out: the file to write.
       workers: number of processes that search.
-      load_scorer: gives the large language model that rescores, if any; called once, when the
+      load_scorer: loads the large language model that rescores, if any. Called once, when the
         processes are forked.
       hot_words: words to favour.
 
@@ -206,22 +208,17 @@ def decode_file(
         raise LogitsFileError(
             f"cannot write {out}: it is there and is no regular file: choose another place"
         )
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
     problems = 0
     try:
         with (
+            replacing(out) as temporary,
             temporary.open("w") as output,
             searched(model, settings, logits, workers, hot_words) as outcomes,
         ):
             answers = _answers(outcomes, settings, load_scorer())
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-            )
-            with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            with Progress(*columns, *times, console=Console(stderr=True)) as progress:
                 for outcome, answer in progress.track(
                     answers, total=len(logits.trials), description="decoding"
                 ):
@@ -234,40 +231,34 @@ def decode_file(
                     if problem is not None:
                         problems += 1
                         print(f"warning: {problem}", file=sys.stderr)
-        os.replace(temporary, out)
     except OSError as error:
         raise LogitsFileError(
             f"cannot write {out} ({error}): choose a place that you may write to"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return problems
 
 
 def _answers(
     outcomes: Iterator[Outcome], settings: Settings, scorer: SentenceScorer | None
 ) -> Iterator[tuple[Outcome, Answer | None]]:
-    """Each outcome with its answer, in order; None where the search failed."""
-    if scorer is None:
+    """Yield each outcome with its answer, in order. None: the search failed."""
+    waiting: deque[tuple[Outcome, PendingAnswer | None]] = deque()
+    with contextlib.closing(Answering(scorer)) as answering:
         for outcome in outcomes:
-            found = None if outcome.problem else complete(outcome.hypotheses, settings)
-            yield outcome, found
-        return
-    queue = RescoringQueue(scorer)
-    waiting: deque[tuple[Outcome, Future[Answer] | None]] = deque()
-    try:
-        for outcome in outcomes:
-            future = None if outcome.problem else queue.submit(outcome.hypotheses, settings)
-            waiting.append((outcome, future))
-            while len(waiting) > _AHEAD or waiting[0][1] is None or waiting[0][1].done():
-                first, ready = waiting.popleft()
-                yield first, None if ready is None else ready.result()
-                if not waiting:
-                    break
-        for first, ready in waiting:
-            yield first, None if ready is None else ready.result()
-    finally:
-        queue.close()
+            pending = None if outcome.problem else answering.submit(outcome.hypotheses, settings)
+            waiting.append((outcome, pending))
+            while waiting and (len(waiting) > _AHEAD or _ready(waiting[0][1])):
+                yield _settled(*waiting.popleft())
+        while waiting:
+            yield _settled(*waiting.popleft())
+
+
+def _ready(pending: PendingAnswer | None) -> bool:
+    return pending is None or pending.done()
+
+
+def _settled(outcome: Outcome, pending: PendingAnswer | None) -> tuple[Outcome, Answer | None]:
+    return outcome, None if pending is None else pending.result()
 
 
 @contextlib.contextmanager
@@ -278,7 +269,7 @@ def searched(
     workers: int,
     hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
 ) -> Iterator[Iterator[Outcome]]:
-    """The outcome of every trial, in order, from this process or from a pool of workers."""
+    """Yield the outcome of every trial, in order, from this process or from a pool of workers."""
     search = model.search(settings, hot_words)
     indices = range(len(logits.trials))
     workers = min(workers, max(len(indices), 1))
@@ -287,14 +278,13 @@ def searched(
         return
     global _worker
     _worker = (search, logits)
-    # Forked before any thread of ours is started (the progress bar has one), with the model already
-    # in memory.
+    # Forked before any thread starts (the progress bar has one), with the model already in memory.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _prepare_worker, (os.getpid(),))
     try:
         yield _from_pool(pool, search, logits)
     except BaseException:
-        # Nobody wants the sentences under way any more; some take minutes.
+        # Nobody needs the sentences under way any more. Some would last minutes.
         for process in list(pool._processes.values()):
             process.terminate()
         raise
@@ -303,7 +293,7 @@ def searched(
 
 
 def _from_pool(pool: ProcessPoolExecutor, search: Search, logits: Logits) -> Iterator[Outcome]:
-    """The outcomes in order; from this process, once one of the pool was killed."""
+    """Yield the outcomes in order, from this process once one of the pool was killed."""
     count, done = len(logits.trials), 0
     try:
         for outcome in pool.map(_decode_index, range(count), chunksize=4):
@@ -313,17 +303,17 @@ def _from_pool(pool: ProcessPoolExecutor, search: Search, logits: Logits) -> Ite
     except BrokenProcessPool:
         print(
             "warning: a worker process was killed, most often because memory ran out; the "
-            f"{count - done} trials that are left are decoded by one process. Next time, take "
+            f"{count - done} trials that are left are decoded by one process. Next time, use "
             "fewer --workers or a smaller max_active",
             file=sys.stderr,
         )
-    # Not by new processes: this one has threads by now, which a fork would leave half copied.
+    # Not by new processes: this one has threads by now, which a fork does not copy.
     for index in range(done, count):
         yield decode_trial(search, logits.trials[index], logits.of(index))
 
 
 def _prepare_worker(parent: int) -> None:
-    """Leaves Ctrl-C to the parent, and ends this worker when the parent is killed."""
+    """Leave Ctrl-C to the parent, and end this worker when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":

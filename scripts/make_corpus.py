@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from b2txt_jax.phonemes import pronunciations
-from b2txt_jax.simulate.corpus import (
+from b2txt_jax.simulation.corpus import (
     CORPORA,
     WORDNET_EXAMPLES,
     WORDNET_GLOSSES,

@@ -40,10 +40,7 @@ from rich.progress import Progress
 from soak_clients import VANISHED_IDLE, Speaker, Tally, do_jobs, vanish, wrong_clock
 from soak_machines import Machines, Sentence, make_model, make_sentences
 
-from lm_server.protocol import (
-    REGISTRY,
-    process_key,
-)
+from lm_server.protocol import REGISTRY
 
 KINDS = (
     *("missing field", "wrong shape", "worker killed", "NaN", "Redis killed", "oversized"),
@@ -53,7 +50,7 @@ BY_CLIENT = ("missing field", "wrong shape", "NaN", "oversized", "slow client", 
 
 
 def schedule(count: int, rng: random.Random) -> list[str]:
-    """Kinds of faults, all of them equally often as far as possible."""
+    """Return kinds of faults, all of them equally often as far as possible."""
     kinds: list[str] = []
     while len(kinds) < count:
         some = list(KINDS)
@@ -73,7 +70,7 @@ def soak(
     seed: int,
     tally: Tally,
 ) -> None:
-    """Runs clients and faults until all sentences are said."""
+    """Run clients and faults until all sentences are sent."""
     rng = random.Random(seed)
     names = ["", *(f"speaker-{i}" for i in range(1, speakers))]
     voices = [Speaker(machines.url, name, tally, seed + i) for i, name in enumerate(names)]
@@ -154,16 +151,8 @@ def _inject(
     tally.fault(kind)
 
 
-def taken_over(client: Any) -> int:
-    """Jobs that living workers took over from lost ones."""
-    found = 0
-    for key in client.scan_iter(process_key("worker-*")):
-        found += int(client.hget(key, "taken_over") or 0)
-    return found
-
-
 def as_markdown(told: dict[str, Any]) -> str:
-    """The summary as a table."""
+    """Return the summary as a table."""
     lines = ["| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in told.items() if name != "faults"]
     lines += ["", "| Fault | Times |", "|---|---|"]
@@ -181,7 +170,7 @@ def _running(folder: Path, model: Path) -> Iterator[Machines]:
 
 
 def main() -> int:
-    """Runs and reports."""
+    """Run and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -207,7 +196,7 @@ def main() -> int:
                 args.seed,
                 tally,
             )
-            over = taken_over(machines.client)
+            over = machines.taken_over()
     counts = tally.counts
     told = {
         "sentences": counts["real-time sentences"] + counts["jobs"],
@@ -220,7 +209,7 @@ def main() -> int:
         "refusals of unusable entries": counts["refusals"],
         "refusals lost": counts["refusals lost"],
         "attempts given up by their client": counts["attempts given up by their client"],
-        "jobs taken over by the workers living at the end": over,
+        "jobs taken over from killed workers": over,
         "sessions left open": counts["sessions left open"],
         "seconds": round(time.monotonic() - started, 1),
         "faults": dict(sorted(tally.faults.items())),

@@ -35,14 +35,14 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, what: str, detail: str = "") -> None:
-        """Adds one; the first fifty details are kept."""
+        """Add one; the first fifty details are kept."""
         with self.lock:
             self.counts[what] += 1
             if detail and len(self.details) < 50:
                 self.details.append(f"{what}: {detail}")
 
     def fault(self, kind: str) -> None:
-        """Notes a fault that took place."""
+        """Record a fault that took place."""
         with self.lock:
             self.faults[kind] += 1
 
@@ -67,12 +67,12 @@ class Speaker:
         self.speaking = True
 
     def open(self) -> None:
-        """Has the session opened."""
+        """Open the session."""
         if self.session:
             self._insist(lambda: _request(self._redis, "open", self.session))
 
     def say(self, sentence: Sentence) -> None:
-        """Says a sentence until it is accepted, and checks its answer."""
+        """Send a sentence until it is accepted, and check its answer."""
         while True:
             self._number += 1
             mark = f"{self.session}-{self._number}"
@@ -108,7 +108,7 @@ class Speaker:
         self._redis.xadd(self.names.finalize, {"done": 0, "request_id": mark})
 
     def _misbehave(self, kind: str, mark: str) -> None:
-        """Does something wrong in the middle of a sentence; an error must be the answer."""
+        """Misbehave in the middle of a sentence; an error must be the answer."""
         self.tally.fault(kind)
         if kind == "slow client":
             time.sleep(1.5)
@@ -150,7 +150,7 @@ class Speaker:
         return bool(answer)
 
     def finish(self) -> None:
-        """Looks for answers that nobody waits for any more, and closes the session."""
+        """Read what comes late, and close the session."""
         self.speaking = False
         while self._insist(lambda: self._read(500)):
             pass
@@ -170,7 +170,7 @@ class Speaker:
 
 
 def _request(client: Any, action: str, session: str, **fields: Any) -> None:
-    """Opens or closes a session; one that is open already or closed already is no matter here."""
+    """Open or close a session; one that is open or closed already is accepted."""
     mark = f"{action}-{session}-{time.monotonic_ns()}"
     given = {"action": action, "session": session, "request_id": mark, **fields}
     newest = client.xrevrange(REGISTRY.answers, count=1)
@@ -187,7 +187,7 @@ def _request(client: Any, action: str, session: str, **fields: Any) -> None:
 
 
 def vanish(url: str, number: int, sentence: Sentence) -> None:
-    """A client that opens a session, says half a sentence and is not seen again."""
+    """Open a session, send half a sentence and leave it there."""
     with redis.Redis.from_url(url, protocol=2) as client:
         session = f"vanished-{number}"
         _request(client, "open", session, idle_seconds=VANISHED_IDLE)
@@ -196,7 +196,7 @@ def vanish(url: str, number: int, sentence: Sentence) -> None:
 
 
 def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None:
-    """A client whose entries' ids are of another time: long ago, or tomorrow."""
+    """Send entries whose ids are of another time: long ago, or tomorrow."""
     session = f"clock-{number}"
     ms = 5 if number % 2 else int(1000 * (time.time() + 86_400))
     names = session_streams(session)
@@ -220,8 +220,11 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
 
 
 def do_jobs(url: str, sentences: Sequence[Sentence], count: int, spoken: int, tally: Tally) -> None:
-    """Hands in jobs, batch by batch, and checks their results; in step with the `spoken` sentences
-    of the real-time clients, so that the workers are at work when they are killed."""
+    """Submit jobs, batch by batch, and check their results.
+
+    Keep in step with the `spoken` sentences of the real-time clients, so that the workers are busy
+    when they are killed.
+    """
     done = 0
     while done < count:
         if done * spoken > (tally.counts["real-time sentences"] + _BATCH) * count:
@@ -241,7 +244,7 @@ def do_jobs(url: str, sentences: Sequence[Sentence], count: int, spoken: int, ta
 
             results = client.decode_all(logits, [str(i) for i in range(size)], None, progress)
             for one, result in zip(mine, results, strict=True):
-                best = result.candidates[0].sentence if result.candidates else None
+                best = result.answer.sentence if result.answer else None
                 if result.error is not None or best is None:
                     tally.count("lost", f"job {result.name}: {result.error}")
                 elif best != one.text.strip():

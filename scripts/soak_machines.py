@@ -18,8 +18,8 @@ from rich.console import Console
 
 from lm_server.lm.build import build
 from lm_server.protocol import LM_CLASSES, REGISTRY, SILENCE, encode_scoring
-from lm_server.rescoring.answer import complete
-from lm_server.search.interface import load_model
+from lm_server.rescoring.ranking import ngram_answer
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import find_program
 from lm_server.settings import Settings
 
@@ -47,7 +47,7 @@ A cat had a hat and a dog ran to a hat. The bat was on the mat. The dog sat on t
 
 @dataclass(frozen=True)
 class Sentence:
-    """Logits in the language model's order, and what the offline decoder makes of them."""
+    """Logits in the language model's order, and the offline decoder's answer to them."""
 
     logits: np.ndarray
     text: str
@@ -55,7 +55,7 @@ class Sentence:
 
 
 def make_model(folder: Path) -> Path:
-    """A small model, so that ten thousand sentences take minutes."""
+    """Build a small model, so that ten thousand sentences take minutes."""
     (folder / "lexicon.txt").write_text(_LEXICON)
     (folder / "text.txt").write_text(_TEXT * 30)
     with open(os.devnull, "w") as quiet:
@@ -70,7 +70,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_sentences(model: Path, count: int, rng: np.random.Generator) -> list[Sentence]:
-    """Noisy logits of random sentences, decoded offline."""
+    """Make noisy logits of random sentences and decode them offline."""
     said = {line.split()[0]: line.split()[1:] for line in _LEXICON.splitlines()}
     search = load_model(model).search(Settings())
     found = []
@@ -83,8 +83,8 @@ def make_sentences(model: Path, count: int, rng: np.random.Generator) -> list[Se
         logits = logits.astype(np.float32)
         search.begin()
         search.step(logits)
-        answer = complete(search.finish(), search.settings)
-        found.append(Sentence(logits, answer.sentence, encode_scoring(answer.scoring())))
+        answer = ngram_answer(search.finish(), search.settings)
+        found.append(Sentence(logits, answer.sentence, encode_scoring(answer.hypotheses)))
     return found
 
 
@@ -103,11 +103,12 @@ class Machines:
         ]
         for process in (self.server, *self.workers):
             self._ready(process)
+        self._abandoned: list[tuple[str, str]] = []
 
     def _start_redis(self) -> subprocess.Popen[bytes]:
         options = ["--port", "0", "--unixsocket", str(self.folder / "redis.sock"), "--save", ""]
-        # With everysec, Redis may answer up to two seconds before it writes, and a kill in that
-        # time takes back what it had said.
+        # With everysec, Redis answers up to two seconds before it writes. A kill in that time takes
+        # back what it had answered.
         options += ["--appendonly", "yes", "--appendfsync", "always", "--dir", str(self.folder)]
         process = subprocess.Popen([find_program(), *options], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
@@ -137,32 +138,36 @@ class Machines:
             raise RuntimeError(f"a process did not start; see {self.folder / 'log.txt'}")
 
     def kill_redis(self) -> None:
-        """Kills Redis and starts it again on its file."""
+        """Kill Redis and start it again on its file."""
         self.redis.kill()
         self.redis.wait()
         time.sleep(0.3)
         self.redis = self._start_redis()
 
     def kill_server(self) -> None:
-        """Kills the server and starts another."""
+        """Kill the server and start another."""
         self.server.kill()
         self.server.wait()
         self.server = self._start("serve", "--grace-seconds", "1")
         self._ready(self.server)
 
     def kill_worker(self) -> None:
-        """Kills a worker that has a job at this moment."""
+        """Kill a worker that holds a job, which another one must take over then."""
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             try:
-                for name in self._busy():
-                    pid = int(name.split("-")[-2])
+                for entry, name in self._held():
+                    pid = _pid(name)
                     with contextlib.suppress(ProcessLookupError):
                         # Stopped first, to be sure that it dies with the job in its hands.
                         os.kill(pid, signal.SIGSTOP)
-                        time.sleep(0.01)
-                        if name in self._busy():
+                        while _state(pid) not in ("T", "Z", ""):
+                            time.sleep(0.001)
+                        # Twice: a result that it sent before the stop is written by the second
+                        # time, because Redis reads all its connections in turn.
+                        if all((entry, name) in self._held() for _ in range(2)):
                             os.kill(pid, signal.SIGKILL)
+                            self._abandoned.append((entry, name))
                             return
                         os.kill(pid, signal.SIGCONT)
             except AWAY:
@@ -170,19 +175,28 @@ class Machines:
             time.sleep(0.002)
         raise RuntimeError(f"no worker had a job for 30 s; see {self.folder / 'log.txt'}")
 
-    def _busy(self) -> list[str]:
+    def taken_over(self) -> int:
+        """Return how many jobs of killed workers went to another worker."""
+        pending = self._pending()
+        return sum(one not in pending for one in self._abandoned)
+
+    def _held(self) -> list[tuple[str, str]]:
+        """Return entry and worker of each job in the hands of a living process."""
+        return [
+            (entry, name) for entry, name in self._pending() if _state(_pid(name)) not in ("", "Z")
+        ]
+
+    def _pending(self) -> list[tuple[str, str]]:
         try:
             found: Any = self.client.xpending_range(
-                REGISTRY.jobs, REGISTRY.workers, "-", "+", count=4
+                REGISTRY.jobs, REGISTRY.workers, "-", "+", count=100
             )
         except redis.exceptions.ResponseError:
             return []
-        # A dead worker's job waits for its lease; its process is no more.
-        names = [one["consumer"].decode() for one in found]
-        return [name for name in names if Path(f"/proc/{name.split('-')[-2]}").exists()]
+        return [(one["message_id"].decode(), one["consumer"].decode()) for one in found]
 
     def stop(self) -> None:
-        """Ends all processes in order."""
+        """End all processes in order."""
         for process in (self.server, *self.workers):
             process.terminate()
         for process in (self.server, *self.workers):
@@ -194,3 +208,15 @@ class Machines:
         self.redis.terminate()
         self.redis.wait()
         self._log.close()
+
+
+def _pid(worker: str) -> int:
+    return int(worker.split("-")[-2])
+
+
+def _state(pid: int) -> str:
+    """Return the state letter of a process, `T` for a stopped one; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -11,6 +11,7 @@ interrupted. --again replaces the files, after a change to the step. Needs the t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import itertools
 import json
@@ -28,12 +29,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from b2txt_jax.config import load_config
 from b2txt_jax.tpu.chips import CHIPS
 from b2txt_jax.tpu.compile import (
-    VARIANTS,
     CompileError,
     compile_step,
     session_count,
     typical_bucket,
-    with_recurrence,
 )
 from b2txt_jax.tpu.topologies import SHAPES, parse_topology
 from lm_server.atomic_file import replacing
@@ -44,6 +43,7 @@ WEAK_ROWS = 64
 """Rows per device in the table of weak scaling: the published batch on every device."""
 SIZES = (4, 16, 64, 256)
 """Numbers of chips. Each kind of chip has a slice of each size."""
+VARIANTS = ("scan", "pallas")
 COMPARED = ("v5e:2x2", "v5e:4x4")
 """Slices whose step is also compiled with the scan. The others only use the variant of `auto`."""
 
@@ -156,7 +156,9 @@ def _compile(case: Case, config_file: Path, folder: Path, minutes: int = 15) -> 
     config = load_config(config_file)
     try:
         result = compile_step(
-            with_recurrence(config, case.recurrence),
+            dataclasses.replace(
+                config, model=dataclasses.replace(config.model, recurrence=case.recurrence)
+            ),
             parse_topology(case.topology),
             days=session_count(config),
             bucket=BUCKET if not config.data.buckets else typical_bucket(config),

@@ -12,16 +12,39 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# A quarter of the time to compile. Results stay within every tolerance of these tests. Flags that
+# are set already come last, so that they win.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.simulate.write import SimulationSettings, simulate
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate
 
 REPOSITORY = Path(__file__).parents[1]
 
 
+LONGEST_FIRST = ("training", "serving", "client", "evaluation", "launch", "parity", "interop")
+"""Folders of tests in the order in which they are started; the others follow."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no worker is left with one at the end."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    """Start the longest first and keep the tests of a file in one worker.
+
+    No worker is left with a long file at the end, and what a file's tests share is made once.
+    The tests of launch/ share nothing.
+    """
+    for item in items:
+        parts = item.path.parts
+        if "launch" not in parts and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("/".join(parts[-2:])))
+    rank = {folder: index for index, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: min(rank.get(part, len(rank)) for part in item.path.parts))
 
 
 SIMULATION = SimulationSettings(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from b2txt_jax.cli import COMMANDS, main
-from b2txt_jax.data.hdf5 import find_sessions
+from b2txt_jax.data.reader import open_folder
 from b2txt_jax.training.loop import train
 from lm_server.__main__ import main as lm_server
 
@@ -45,7 +45,7 @@ def damaged(simulated, tmp_path):
     def train_on(change, tiny_overrides, capsys):
         root = tmp_path / "sessions"
         shutil.copytree(simulated / "hdf5_data_final", root)
-        session = find_sessions(root)[0]
+        session = open_folder(root).sessions[0]
         change(root / session / "data_train.hdf5")
         arguments = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]
         arguments += [*tiny_overrides, f"--config.data.root={root}"]
@@ -109,7 +109,7 @@ def truncate(path):
         (edit(poison), ["trial_0000", "NaN", "bin 5, feature 7"]),
         (edit(label_41), ["trial_0000", "the id 41", "needed 1 to 40"]),
         (edit(long_label), ["trial_0000", "label of 70 phonemes", "drop the trial"]),
-        (edit(cut_trial), ["trial_0000", "9 bins", "one patch needs 14"]),
+        (edit(cut_trial), ["trial_0000", "9 bins", "the model needs 14"]),
     ],
     ids=["truncated", "feature count", "NaN", "label 41", "long label", "short trial"],
 )

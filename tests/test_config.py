@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from b2txt_jax.config import (
     freeze,
     load_config,
     read_written_config,
+    resumable_keys,
     with_overrides,
     write_config,
 )
@@ -79,7 +81,7 @@ def test_overrides_keep_each_keys_type():
         ("--config.model.units=0", "needed at least 1"),
         ("--config.model.rnn_dropout=1.0", "needed 0 <= value < 1"),
         ("--config.model.patch_size=-3", "needed at least 0"),
-        ("--config.model.classes=20", "needed 41"),
+        ("--config.model.classes=20", "needed one of 41"),
         ("--config.optimizer.learning_rate=-0.1", "needed at least 0"),
         ("--config.optimizer.epsilon=0.0", "needed at least 1e-12"),
         ("--config.optimizer.learning_rate=inf", "learning_rate is inf; needed a finite number"),
@@ -124,8 +126,8 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, message):
 
 def test_missing_and_unknown_keys_of_a_file_are_named():
     values = dataclasses.asdict(load_config(BASELINE))
-    values["model"]["depth"] = values["model"].pop("layers")
-    with pytest.raises(ConfigError, match=r"missing keys \['layers'\], unknown keys \['depth'\]"):
+    values["train"]["length"] = values["train"].pop("steps")
+    with pytest.raises(ConfigError, match=r"missing keys \['steps'\], unknown keys \['length'\]"):
         freeze(values)
 
 
@@ -175,3 +177,58 @@ def test_keys_that_made_a_model_cannot_be_changed_when_it_is_used():
     assert with_overrides(config, ["--config.data.root=/x"], allowed).data.root == "/x"
     with pytest.raises(ConfigError, match=r"data\.sessions belongs to the trained model"):
         with_overrides(config, ["--config.data.sessions=('b', 'a')"], allowed)
+
+
+def as_an_older_version_wrote_it(kind, **adversary):
+    """A config.json from before models had settings of their own."""
+    values = dataclasses.asdict(load_config(BASELINE))
+    del values["model"]["name"], values["signal"]["augment"]
+    values["model"] |= {"kind": kind, "noise_units": 8, "noise_layers": 1, "noisy_layers": 1}
+    values["model"]["recompute_frames"] = 0
+    values["adversary"] = {"noisy_weight": 1.0, "reversal": 1.0, "reversal_rate": 10.0} | adversary
+    return json.loads(json.dumps(values))
+
+
+def test_a_configuration_that_an_older_version_wrote_is_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(as_an_older_version_wrote_it("baseline")))
+    assert read_written_config(path) == load_config(BASELINE)
+    path.write_text(json.dumps(as_an_older_version_wrote_it("triple_gru", reversal=0.5)))
+    model = read_written_config(path).model
+    assert (model.name, model.noise_units, model.reversal, model.units) == (
+        *("triple_gru", 8, 0.5),
+        768,
+    )
+
+
+def test_a_file_and_overrides_with_older_keys_are_read(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from b2txt_jax.config import read_config_file\n"
+        "def get_config():\n"
+        f"    config = read_config_file({str(Path(BASELINE).absolute())!r})\n"
+        "    config.model.kind = 'triple_gru'\n"
+        "    config.model.noise_units = 64\n"
+        "    config.adversary.reversal_rate = 5.0\n"
+        "    return config\n"
+    )
+    model = load_config(path, ["--config.adversary.noisy_weight=0.5"]).model
+    assert (model.name, model.noise_units) == ("triple_gru", 64)
+    assert (model.reversal_rate, model.noisy_weight) == (5.0, 0.5)
+    assert load_config(path, ["--config.model.kind=baseline"]).model == load_config(BASELINE).model
+
+
+def test_every_limit_is_declared_with_its_field_and_named_with_its_meaning():
+    with pytest.raises(ConfigError, match=r"noise_units is -1; needed at least 0 \(of the noise"):
+        load_config("configs/triple_gru.py", ["--config.model.noise_units=-1"])
+    config = load_config("configs/triple_gru.py")
+    assert {"model.recurrence", "model.recompute_frames", "train.steps"} <= resumable_keys(config)
+    assert "model.units" not in resumable_keys(config)
+
+
+def test_differences_of_two_models_name_the_keys_that_one_has_not():
+    baseline = load_config(BASELINE)
+    found = differences(baseline, with_overrides(baseline, ["--config.model.name=triple_gru"]))
+    assert found["model.name"] == ("gru", "triple_gru")
+    assert found["model.noise_layers"] == (None, 2)
+    assert "model.units" not in found

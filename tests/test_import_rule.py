@@ -16,7 +16,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 SERVER_SIDE = {"torch", "transformers", "kenlm", "flashlight", "pyctcdecode", "kaldingram"}
-JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "h5py", "b2txt_jax", "grain"}
+JAX_SIDE = {"jax", "jaxlib", "flax", "optax", "orbax", "h5py", "b2txt_jax"}
 
 
 def test_b2txt_imports_nothing_of_the_servers_side_where_that_is_installed():

@@ -1,1 +1,1 @@
-"""Sessions on disk to batches: reader, simulator, plan, loader."""
+"""Sessions on disk to batches: readers of formats, plan, buckets, loader, packing."""

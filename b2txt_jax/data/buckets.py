@@ -1,14 +1,14 @@
 """Chooses the few static shapes that batches are padded to, so that little of them is padding.
 
-A batch takes the first bucket that holds its longest trial, and the longest of 64 random trials is
-far longer than most trials: buckets spread over the trials' lengths would never be used. So the
-distribution of a batch's longest trial is worked out exactly, from how training draws its batches,
-and the buckets are placed on it by dynamic programming. Evaluation sorts its trials by bucket and
-counts with a small share, so that the short trials have a bucket too.
+A batch uses the first bucket that holds its longest trial. The longest of 64 random trials is far
+longer than most trials, so buckets spread over the trials' lengths would never be used. Instead the
+distribution of a batch's longest trial is computed exactly, from how training draws its batches,
+and dynamic programming places the buckets on it. Evaluation sorts its trials by bucket. It counts
+with a small share, so that short trials have a bucket too.
 
-Only the bins are optimised. A bucket's labels follow: room for every trial that its bins hold, so
-that a label never pushes a batch to a larger bucket. That costs next to nothing: per frame of
-80 ms, CTC touches 2 L + 1 <= 1,001 states, the published model 44 million weights.
+Only the bins are optimised. A bucket has labels enough for every trial that its bins hold, so that
+a label never moves a batch to a larger bucket. The cost is small: per frame of 80 ms, CTC uses
+2 L + 1 <= 1,001 states, the published model 44 million weights.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from dataclasses import dataclass
 import numpy as np
 
 BUCKET_COUNT = 6
-"""One compilation of the step each; a seventh saves little (see `BucketChoice`)."""
+"""Each is one compilation of the step. A seventh saves little (see `BucketChoice`)."""
 MULTIPLE = 16
 """Bins and labels are rounded up to this: a TPU lays out [time, features] in tiles of 8 rows of
-float32 or 16 rows of bfloat16, and what does not fill a tile is padded by the compiler."""
+float32 or 16 rows of bfloat16, and the compiler pads the last tile."""
 EVALUATION_SHARE = 0.1
-"""Weight of evaluation in the choice; in the published recipe it is about 1 % of the work."""
+"""Weight of evaluation in the choice. In the published recipe it is about 1 % of the work."""
 
 Lengths = Sequence[tuple[int, int]]
-"""(bins of 20 ms, labels) per trial; 0 labels where they are not known."""
+"""(bins of 20 ms, labels) per trial, with 0 labels where they are not known."""
 
 
 @dataclass(frozen=True)
 class BucketChoice:
-    """Chosen buckets and how much of what is computed with them is padding."""
+    """Chosen buckets and their share of padding."""
 
     buckets: tuple[tuple[int, int], ...]
     """(bins, labels), ascending."""
     training_padding: float
     """Expected share of padding in the bins of a training batch, 0 to 1; 0.0 without trials."""
     evaluation_padding: float
-    """Share of padding in the bins of evaluation batches, rows that fill the last one aside."""
+    """Share of padding in the bins of evaluation batches, without rows that fill the last one."""
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{bins}x{labels}" for bins, labels in self.buckets)
@@ -56,17 +56,17 @@ def choose_buckets(
     multiple: int,
     share_that_fits: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[tuple[int, int], ...]:
-    """The at most `count` buckets that make the expected bins of a batch the fewest.
+    """Return the at most `count` buckets with the fewest expected bins of a batch.
 
     Args:
       lengths: of all trials that must fit.
-      count: of buckets, at least 1; fewer come back when more would save nothing.
+      count: of buckets, at least 1. Fewer are returned when more would save nothing.
       multiple: that bins and labels are rounded up to.
-      share_that_fits: bins [N], ascending -> share of the batches whose longest trial has at most
-        so many bins, 0 to 1. By default every trial is a batch of its own.
+      share_that_fits: bins [N], ascending -> share of the batches, 0 to 1, whose longest trial has
+        at most so many bins. By default every trial is its own batch.
 
     Returns:
-      Ascending (bins, labels); the last holds every trial.
+      Ascending (bins, labels). The last holds every trial.
 
     Raises:
       ValueError: no lengths, or a count or multiple below 1.
@@ -88,10 +88,10 @@ def choose_buckets(
 
 
 def _partition(sizes: np.ndarray, share: np.ndarray, count: int) -> list[int]:
-    """Indices of the sizes that, as buckets, make the expected size the smallest; ascending.
+    """Return the indices, ascending, of the sizes that are the best buckets.
 
     cost[k][j] is the expected size of the batches that fit size j when it is the k-th bucket:
-    the smallest over i < j of cost[k-1][i] + size j times the share between i and j.
+    the minimum over i < j of cost[k-1][i] + size j times the share between i and j.
     """
     reached = np.concatenate([[0.0], share])
     cost = np.where(np.arange(len(sizes) + 1) == 0, 0.0, np.inf)
@@ -103,7 +103,7 @@ def _partition(sizes: np.ndarray, share: np.ndarray, count: int) -> list[int]:
         options[np.arange(len(sizes) + 1)[None, :] > np.arange(len(sizes))[:, None]] = np.inf
         before.append(options.argmin(axis=1))
         cost = np.concatenate([[np.inf], options.min(axis=1)])
-        # A bucket more must save something: rounding errors do not count.
+        # One more bucket must save more than a rounding error.
         if cost[-1] < best[0] * (1 - 1e-9):
             best = (float(cost[-1]), k)
     chosen, j = [], len(sizes)
@@ -116,14 +116,15 @@ def _partition(sizes: np.ndarray, share: np.ndarray, count: int) -> list[int]:
 def share_of_batches(
     bins_of_day: Sequence[Sequence[int]], days_per_batch: int, trials_per_day: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """How likely a training batch as `plan` draws it has no trial longer than so many bins.
+    """Return the probability that a batch drawn by `plan` has no trial longer than so many bins.
 
     With F_d the share of day d's trials that fit, a batch with the days S fits with probability
     prod over S of F_d ** trials_per_day, and the mean over all S of so many days is an elementary
-    symmetric polynomial. Only sums and products of doubles: every host gets the same bits.
+    symmetric polynomial. Only sums and products of doubles are used: every host gets the same
+    bits.
 
     Args:
-      bins_of_day: of each day's training trials; days with none are never drawn.
+      bins_of_day: of each day's training trials. Days with none are never drawn.
       days_per_batch: different days in a batch.
       trials_per_day: drawn with replacement.
 
@@ -159,7 +160,7 @@ def buckets_of_data(
     count: int = BUCKET_COUNT,
     multiple: int = MULTIPLE,
 ) -> BucketChoice:
-    """Buckets for training batches as `plan` draws them and for evaluation, from all lengths.
+    """Choose buckets for training batches drawn by `plan` and for evaluation, from all lengths.
 
     Args:
       training: lengths of each day's training trials.
@@ -177,7 +178,7 @@ def buckets_of_data(
     if not everything:
         raise ValueError("found no trials; needed the lengths of at least one")
     evaluation_bins = np.array([bins for bins, _ in evaluation])
-    # With too few days training itself says so; evaluating such a folder is no mistake.
+    # With too few days training raises an error itself. Evaluating such a folder is possible.
     drawn_days = min(days_per_batch, len(bins_of_day))
     in_training = share_of_batches(bins_of_day, drawn_days, trials_per_day)
     in_evaluation = _shares(evaluation_bins) if evaluation else in_training
@@ -202,11 +203,11 @@ def training_padding(
     days_per_batch: int,
     trials_per_day: int,
 ) -> float:
-    """Expected share of padding among the bins of a training batch.
+    """Return the expected share of padding among the bins of a training batch.
 
     Args:
-      buckets: (bins, labels), ascending; the last one holds all trials.
-      bins_of_day: of each day's training trials; days with none are never drawn.
+      buckets: (bins, labels), ascending. The last one holds all trials.
+      bins_of_day: of each day's training trials. Days with none are never drawn.
       days_per_batch: different days in a batch.
       trials_per_day: drawn with replacement.
     """
@@ -220,7 +221,7 @@ def _padding(
     share_that_fits: Callable[[np.ndarray], np.ndarray],
     mean_bins: float,
 ) -> float:
-    """Expected share of padding in a batch, of trials of `mean_bins` bins on average."""
+    """Return the expected share of padding, for trials of `mean_bins` bins on average."""
     sizes = np.array([bins for bins, _ in buckets])
     share = np.diff(share_that_fits(sizes), prepend=0.0)
     return 1 - mean_bins / float((sizes * share).sum())

@@ -1,38 +1,35 @@
 """The table that names the corpus of each block of sentences, `t15_copyTaskData_description.csv`.
 
 Columns, as published: Date, Post-implant day, Block number, Number of sentences, Corpus, Split; one
-row per block. `Split` is `Train` or `Val/Test`: val and test may share a block's sentences.
+row per block. `Split` is `Train` or `Val/Test`, since val and test may share a block.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from b2txt_jax.errors import UserError
+from lm_server.atomic_file import replacing
 
 FILE_NAME = "t15_copyTaskData_description.csv"
-COLUMNS = (
-    "Date",
-    "Post-implant day",
-    "Block number",
-    "Number of sentences",
-    "Corpus",
-    "Split",
-)
+COLUMNS = ("Date", "Post-implant day", "Block number", "Number of sentences", "Corpus", "Split")
 
 
 class DataError(UserError, ValueError):
-    """Recorded data that cannot be used: names file, trial, field, what was found and needed."""
+    """Recorded data that cannot be used. The message names file, trial and field."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One row of the table; `date` is YYYY-MM-DD, `split` is `Train` or `Val/Test`."""
+    """One row of the table, its fields in the order of `COLUMNS`.
+
+    `date` is YYYY-MM-DD, `split` is `Train` or `Val/Test`.
+    """
 
     date: str
     post_implant_day: int
@@ -43,16 +40,16 @@ class Block:
 
 
 def session_date(session: str) -> str:
-    """`t15.2023.08.13` -> `2023-08-13`; a name of another form comes back unchanged."""
+    """Return `2023-08-13` for `t15.2023.08.13`, and a name of another form unchanged."""
     parts = session.split(".")
     return "-".join(parts[1:]) if len(parts) == 4 else session
 
 
 def read_description(root: Path | str) -> dict[tuple[str, int], str]:
-    """(date, block number) -> corpus, by the table in `root` or the folder above; {} without one.
+    """Return (date, block number) -> corpus, by the table in `root` or the folder above, or {}.
 
     Raises:
-      DataError: a column is missing, or a block number is no number.
+      DataError: a column is missing, or a block number is not a number.
     """
     root = Path(root)
     candidates = (root / FILE_NAME, root.resolve().parent / FILE_NAME)
@@ -61,11 +58,8 @@ def read_description(root: Path | str) -> dict[tuple[str, int], str]:
         return {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        missing = [
-            name
-            for name in ("Date", "Block number", "Corpus")
-            if name not in (rows.fieldnames or ())
-        ]
+        found = rows.fieldnames or ()
+        missing = [name for name in ("Date", "Block number", "Corpus") if name not in found]
         if missing:
             raise DataError(
                 f"{path} has the columns {rows.fieldnames}; needed also {missing}: take the "
@@ -77,28 +71,18 @@ def read_description(root: Path | str) -> dict[tuple[str, int], str]:
                 corpora[row["Date"], int(row["Block number"])] = row["Corpus"]
             except (TypeError, ValueError) as error:
                 raise DataError(
-                    f"{path} line {rows.line_num}: block number {row['Block number']!r} is no "
-                    "whole number"
+                    f"{path} line {rows.line_num}: block number {row['Block number']!r} is not "
+                    "a whole number"
                 ) from error
     return corpora
 
 
 def write_description(path: Path, blocks: Iterable[Block]) -> None:
-    """Writes the table as published (CRLF line ends); the file appears whole or not at all."""
+    """Write the table as published, with CRLF line ends, whole or not at all."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
     for block in blocks:
-        writer.writerow(
-            (
-                block.date,
-                block.post_implant_day,
-                block.number,
-                block.sentences,
-                block.corpus,
-                block.split,
-            )
-        )
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(temporary, path)
+        writer.writerow(dataclasses.astuple(block))
+    with replacing(path) as unfinished:
+        unfinished.write_text(text.getvalue(), encoding="utf-8", newline="")

@@ -6,9 +6,9 @@
       transcription   int [>= chars]  character codes padded with 0 (absent without labels)
       attributes n_time_steps, seq_len, sentence_label, session, block_num, trial_num
 
-What the published loader reads is read here too: any width of integer or float, text as bytes or
-str, rows after `n_time_steps`, labels padded to any length, groups and attributes that nobody asked
-for. Refused is what would train or score wrongly without a word: see `read_trial`.
+All that the published loader reads is read here too: any width of integer or float, text as bytes
+or str, rows after `n_time_steps`, labels padded to any length, further groups and attributes.
+Refused is what would train or score wrongly in silence: see `Hdf5Reader.read`.
 """
 
 from __future__ import annotations
@@ -16,53 +16,24 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
 import numpy as np
 
-from b2txt_jax.data.description import DataError as DataError
-from b2txt_jax.data.description import read_description as read_description
-from b2txt_jax.data.trial import SPLITS as SPLITS
-from b2txt_jax.data.trial import Trial as Trial
-from b2txt_jax.data.trial import TrialRef as TrialRef
-from b2txt_jax.data.trial import (
-    check_split,
-    existing_folder,
-    no_trials,
-    too_short,
-    unknown_session,
-)
-from b2txt_jax.data.trial import frames_needed as frames_needed
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split
 from b2txt_jax.phonemes import SILENCE_ID
 
 _TRIAL_KEY = re.compile(r"trial_(\d+)")
 _OPEN_FILES = 16
 
 
-def find_sessions(root: Path | str) -> tuple[str, ...]:
-    """Names of the folders in `root` that hold a `data_*.hdf5`, sorted.
-
-    Raises:
-      DataError: `root` is not there, or holds no session.
-    """
-    root = existing_folder(root)
-    names = tuple(sorted({path.parent.name for path in root.glob("*/data_*.hdf5")}))
-    if not names:
-        raise DataError(
-            f"{root} holds no session; needed folders such as t15.2023.08.13 with "
-            "data_train.hdf5: point data.root at hdf5_data_final, or write sessions with `b2txt "
-            "simulate`"
-        )
-    return names
-
-
 def session_file(root: Path | str, session: str, split: str) -> Path:
-    """The path of a session's file of one split, whether it is there or not.
+    """Return the path of a session's file of one split, whether it exists or not.
 
     Raises:
       DataError: `split` is none of train, val, test.
@@ -71,143 +42,96 @@ def session_file(root: Path | str, session: str, split: str) -> Path:
     return Path(root) / session / f"data_{split}.hdf5"
 
 
-def index_split(
-    root: Path | str,
-    sessions: Sequence[str],
-    split: str,
-    feature_count: int = 512,
-    *,
-    min_bins: int = 1,
-    labels_needed: bool | None = None,
-) -> list[TrialRef]:
-    """Lists a split's trials by session, then trial number; reads attributes and shapes only.
+class Hdf5Reader(Reader):
+    """Reads the published layout and keeps the last few files open."""
 
-    A session without a file of this split is passed over: the published set has such sessions.
-
-    Args:
-      min_bins: bins of 20 ms that a trial must have (the patch size of the model).
-      labels_needed: whether a trial without labels is an error; by default in train only.
-
-    Raises:
-      DataError: unknown session, no trial at all, or a trial whose shapes or attributes do not fit.
-    """
-    refs = list_trials(
-        root, sessions, split, feature_count, min_bins=min_bins, labels_needed=labels_needed
-    )
-    if not refs:
-        raise no_trials(root, split, sessions, f"data_{split}.hdf5")
-    return refs
-
-
-def list_trials(
-    root: Path | str,
-    sessions: Sequence[str],
-    split: str,
-    feature_count: int = 512,
-    *,
-    min_bins: int = 1,
-    labels_needed: bool | None = None,
-) -> list[TrialRef]:
-    """As `index_split`, but an empty list is no error."""
-    existing_folder(root)
-    needed = split == "train" if labels_needed is None else labels_needed
-    refs: list[TrialRef] = []
-    for session in sessions:
-        path = session_file(root, session, split)
-        if not path.is_file():
-            _check_session(Path(root), session)
-            continue
-        with _opened(path) as file, _readable(path):
-            refs += [
-                _reference(file[key], session, path, feature_count, min_bins, needed)
-                for key in _trial_keys(file)
-            ]
-    return refs
-
-
-def read_trial(
-    ref: TrialRef,
-    file: h5py.File | None = None,
-    *,
-    feature_count: int = 512,
-    labels_needed: bool | None = None,
-) -> Trial:
-    """Reads and checks one trial; `file` is its open file where there is one.
-
-    Raises:
-      DataError: unreadable file; missing dataset or attribute; wrong shape or type; NaN or infinite
-        features; a label id outside 1..40; `seq_len` or `n_time_steps` beyond the data; no labels
-        where they are needed.
-    """
-    if file is None:
-        with _opened(ref.path) as opened:
-            return read_trial(ref, opened, feature_count=feature_count, labels_needed=labels_needed)
-    with _readable(ref.path):
-        return _read_trial(ref, file, feature_count, labels_needed)
-
-
-def _read_trial(
-    ref: TrialRef, file: h5py.File, feature_count: int, labels_needed: bool | None
-) -> Trial:
-    needed = ref.path.stem == "data_train" if labels_needed is None else labels_needed
-    if ref.key not in file:
-        raise DataError(f"{ref.path} has no {ref.key}: the file changed since it was listed")
-    group = file[ref.key]
-    # The attributes are read again: the file may not be the one that was listed.
-    ref = _reference(group, ref.session, ref.path, feature_count, 1, needed)
-    features = _read(group["input_features"], ref, slice(0, ref.bins)).astype(
-        np.float32, copy=False
-    )
-    _check_finite(features, ref)
-    labels = None
-    if "seq_class_ids" in group and "seq_len" in group.attrs:
-        labels = _read(group["seq_class_ids"], ref, slice(0, ref.label_length)).astype(np.int32)
-        _check_labels(labels, ref)
-    return Trial(ref, features, labels, _sentence(group, ref))
-
-
-class SplitReader:
-    """Reads trials and keeps the last few files open; safe to use from several threads."""
+    suffix = ".hdf5"
 
     def __init__(
         self,
-        *,
-        feature_count: int = 512,
-        labels_needed: bool | None = None,
+        root: Path | str,
+        feature_count: int = DEFAULT_FEATURES,
         open_files: int = _OPEN_FILES,
     ) -> None:
-        self._feature_count = feature_count
-        self._labels_needed = labels_needed
+        super().__init__(root, feature_count)
         self._open_files = open_files
         self._files: OrderedDict[Path, h5py.File] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, ref: TrialRef) -> Trial:
-        """As `read_trial`, with the same errors."""
-        with self._lock:
-            return read_trial(
-                ref,
-                self._file(ref.path),
-                feature_count=self._feature_count,
-                labels_needed=self._labels_needed,
+    @classmethod
+    def holds(cls, root: Path) -> bool:
+        """Return whether a session in `root` has an HDF5 file."""
+        return any(root.glob("*/data_*.hdf5"))
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Names of the folders that hold a `data_*.hdf5`, sorted."""
+        names = tuple(sorted({path.parent.name for path in self.root.glob("*/data_*.hdf5")}))
+        if not names:
+            raise DataError(
+                f"{self.root} holds no session; needed folders such as t15.2023.08.13 with "
+                "data_train.hdf5: point data.root at hdf5_data_final, or write sessions with "
+                "`b2txt simulate`"
             )
+        return names
+
+    def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
+        path = session_file(self.root, session, split)
+        if not path.is_file():
+            return None
+        with _open(path) as file, _readable(path):
+            return [
+                _reference(file[key], session, path, self.feature_count, labels_needed)
+                for key in _trial_keys(file)
+            ]
+
+    def read(self, ref: TrialRef) -> Trial:
+        """Read and check one trial.
+
+        Raises:
+          DataError: unreadable file; missing dataset or attribute; wrong shape or type; NaN or
+            infinite features; a label id outside 1..40; `seq_len` or `n_time_steps` beyond the
+            data; no labels where they are needed.
+        """
+        with self._lock:
+            file = self._file(ref.path)
+            with _readable(ref.path):
+                return self._read(ref, file)
+
+    def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
+        """As in `Reader`; raises what `read` raises."""
+        trial = self.read(ref)
+        if len(trial.features) > len(out):
+            raise DataError(
+                f"{ref.path} {ref.key} has {len(trial.features)} bins, {ref.bins} when it was "
+                "listed: the file changed; start again"
+            )
+        rows = out[: len(trial.features)]
+        rows[...] = trial.features
+        return Trial(trial.ref, rows, trial.labels, trial.sentence)
 
     def close(self) -> None:
-        """Closes the files; reading again opens them again."""
+        """Close the files. Reading opens them again."""
         with self._lock:
             while self._files:
                 self._files.popitem()[1].close()
 
-    def __enter__(self) -> SplitReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def _read(self, ref: TrialRef, file: h5py.File) -> Trial:
+        if ref.key not in file:
+            raise DataError(f"{ref.path} has no {ref.key}: the file changed since it was listed")
+        group = file[ref.key]
+        # The attributes are read again: the file may not be the one that was listed. Labels that
+        # it had then must still be there.
+        needed = ref.label_length > 0 or ref.path.stem == "data_train"
+        ref = _reference(group, ref.session, ref.path, self.feature_count, needed)
+        stored = _read(group["input_features"], ref, slice(0, ref.bins))
+        features = stored.astype(np.float32, copy=False)
+        _check_finite(features, ref)
+        labels = None
+        if "seq_class_ids" in group and "seq_len" in group.attrs:
+            labels = _read(group["seq_class_ids"], ref, slice(0, ref.label_length)).astype(np.int32)
+            _check_labels(labels, ref)
+        return Trial(ref, features, labels, _sentence(group, ref))
 
     def _file(self, path: Path) -> h5py.File:
         if path in self._files:
@@ -217,15 +141,6 @@ class SplitReader:
             if len(self._files) > self._open_files:
                 self._files.popitem(last=False)[1].close()
         return self._files[path]
-
-
-def _check_session(root: Path, session: str) -> None:
-    """Raises DataError unless `root` has a file of some split of `session`."""
-    if any(session_file(root, session, split).is_file() for split in SPLITS):
-        return
-    raise unknown_session(
-        root, session, "data_train, data_val or data_test.hdf5", find_sessions(root)
-    )
 
 
 def _open(path: Path) -> h5py.File:
@@ -243,14 +158,8 @@ def _open(path: Path) -> h5py.File:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    with _open(path) as file:
-        yield file
-
-
-@contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what h5py raises on damaged contents into an error that names the file."""
+    """Raise what h5py raises on damaged contents as an error that names the file."""
     try:
         yield
     except (OSError, RuntimeError, KeyError) as error:
@@ -266,14 +175,9 @@ def _trial_keys(file: h5py.File) -> list[str]:
 
 
 def _reference(
-    group: h5py.Group,
-    session: str,
-    path: Path,
-    feature_count: int,
-    min_bins: int,
-    labels_needed: bool,
+    group: h5py.Group, session: str, path: Path, feature_count: int, labels_needed: bool
 ) -> TrialRef:
-    """A trial's reference, its shapes and attributes checked."""
+    """Return a trial's reference, its shapes and attributes checked."""
     where = _where(path, group.name)
     features = _dataset(group, "input_features", where)
     if features.ndim != 2 or features.shape[1] != feature_count:
@@ -290,8 +194,6 @@ def _reference(
             f"{where}: `n_time_steps` is {bins}; needed 1 to {features.shape[0]}, the rows of "
             "`input_features`: the trial was cut off; leave it out or copy the file again"
         )
-    if bins < min_bins:
-        raise too_short(where, bins, min_bins)
     return TrialRef(
         session,
         group.name.strip("/"),
@@ -304,7 +206,7 @@ def _reference(
 
 
 def _label_length(group: h5py.Group, where: str, needed: bool) -> int:
-    """The label's length by `seq_len`; 0 for a trial without labels."""
+    """Return the label's length by `seq_len`, or 0 for a trial without labels."""
     present = ("seq_class_ids" in group, "seq_len" in group.attrs)
     if not needed and not all(present):
         return 0
@@ -346,7 +248,7 @@ def _check_labels(labels: np.ndarray, ref: TrialRef) -> None:
 
 
 def _sentence(group: h5py.Group, ref: TrialRef) -> str | None:
-    """The sentence by `sentence_label`, else by the character codes; None without either."""
+    """Return the sentence by `sentence_label`, else by the character codes, else None."""
     text = group.attrs.get("sentence_label")
     if text is not None:
         text = np.asarray(text).reshape(-1)[0] if np.ndim(text) else text
@@ -385,7 +287,7 @@ def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice) -> np.ndarray:
     try:
         return np.asarray(dataset[rows])
     except (OSError, RuntimeError) as error:
-        # A damaged chunk: everything before it in the file may be whole, so the trial is named.
+        # A damaged chunk. Other trials of the file may be whole, so the error names this one.
         raise DataError(
             f"{_where(ref.path, ref.key)}: `{dataset.name.rsplit('/', 1)[-1]}` cannot be read "
             f"({error}); needed a whole HDF5 file: copy or download it again"

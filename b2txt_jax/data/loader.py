@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
-import grain
 import jax
 import numpy as np
 
@@ -13,31 +15,27 @@ from b2txt_jax.config import DataConfig
 from b2txt_jax.data.buckets import buckets_of_data
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.plan import plan
-from b2txt_jax.data.sessions import (
-    SplitReader,
-    features_dtype,
-    find_sessions,
-    index_split,
-    split_lengths,
-)
-from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, frames_needed
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.trial import SPLITS, Reader, Trial, TrialRef, frames_needed
 
-_READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-"""Batches in memory: at most six, one in each thread's hands and four waiting."""
+_BATCHES_AHEAD = 6
+"""Batches in memory, at most, besides the one in use."""
+_THREADS = max(2, min(4, os.cpu_count() or 1))
+"""That read batches. Two at least, since one of them may be waiting for the disk."""
 _DISK_AHEAD = 2
 """Steps ahead of a batch that the kernel is asked to fetch from the disk, into its page cache."""
 
+_Item = TypeVar("_Item")
+_Loaded = TypeVar("_Loaded")
+
 
 class Batch(NamedTuple):
-    """Trials padded with zeros to one bucket's shape.
-
-    The loader fills it with numpy arrays, which a jitted step takes as they are.
-    """
+    """Trials padded with zeros to one bucket's shape. The loader fills it with numpy arrays."""
 
     features: jax.Array
-    """[B, T, D], one row per 20 ms bin; float32, or as packed (float16, bfloat16): steps cast."""
+    """[B, T, D], one row per 20 ms bin: float32, or float16 or bfloat16, which steps cast."""
     bins: jax.Array
-    """int32 [B], valid bins; 0 marks a row that only fills the batch."""
+    """int32 [B], valid bins. 0 marks a row without a trial."""
     day: jax.Array
     """int32 [B], index of the session in the configured list."""
     labels: jax.Array
@@ -47,16 +45,37 @@ class Batch(NamedTuple):
 
 
 def configured_sessions(data: DataConfig) -> tuple[str, ...]:
-    """The sessions in day-index order: the configured ones, or all in the folder.
+    """Return the sessions in day-index order: the configured ones, or all in the folder.
 
     Raises:
       DataError: the folder is missing or empty.
     """
-    return data.sessions or find_sessions(data.root)
+    return data.sessions or open_folder(data.root, data.feature_count).sessions
+
+
+def read_ahead(
+    load: Callable[[_Item], _Loaded], items: Iterable[_Item], ahead: int = _BATCHES_AHEAD
+) -> Iterator[_Loaded]:
+    """Yield `load(item)` for each item, in order, computed by threads up to `ahead` items early.
+
+    An exception of `load` is raised where its result would have been yielded. When the iterator is
+    closed early, no further item is loaded, and the threads have ended when `close` returns.
+    """
+    waiting: deque[Future[_Loaded]] = deque()
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
+    try:
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def bucket_of(refs: Sequence[TrialRef], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The first (bins, labels) bucket that holds all of `refs`.
+    """Return the first (bins, labels) bucket that holds all of `refs`.
 
     Raises:
       DataError: a trial fits no bucket.
@@ -75,23 +94,25 @@ def bucket_of(refs: Sequence[TrialRef], buckets: Sequence[tuple[int, int]]) -> t
     )
 
 
-def resolve_buckets(data: DataConfig, sessions: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """The configured buckets; where there are none, those chosen from the lengths of all splits.
+def resolve_buckets(
+    data: DataConfig, sessions: Sequence[str], reader: Reader | None = None
+) -> tuple[tuple[int, int], ...]:
+    """Return the configured buckets, or else those chosen from the lengths of all splits.
 
     The choice is that of `b2txt prepare`, and the same on every host.
 
     Args:
       data: `buckets` may be empty.
       sessions: in day-index order.
+      reader: of `data.root`, where it is open already.
 
     Raises:
       DataError: the folder is missing or empty, or a trial cannot be used.
     """
     if data.buckets:
         return data.buckets
-    lengths = {
-        split: split_lengths(data.root, sessions, split, data.feature_count) for split in SPLITS
-    }
+    reader = reader or open_folder(data.root, data.feature_count)
+    lengths = {split: reader.lengths(sessions, split) for split in SPLITS}
     held_out = [length for split in ("val", "test") for day in lengths[split] for length in day]
     if not held_out and not any(lengths["train"]):
         raise DataError(
@@ -103,36 +124,34 @@ def resolve_buckets(data: DataConfig, sessions: Sequence[str]) -> tuple[tuple[in
 
 
 class _Loader:
-    """Fills batches: what training and evaluation share."""
+    """Fills batches, for training and for evaluation."""
 
-    def __init__(self, data: DataConfig, sessions: Sequence[str], labels_needed: bool) -> None:
-        self.features_dtype = features_dtype(data.root)
-        """Of the batches' features: float32, or as packed."""
-        self.buckets = resolve_buckets(data, sessions)
+    def __init__(self, data: DataConfig, sessions: Sequence[str]) -> None:
+        self.reader = open_folder(data.root, data.feature_count)
+        self.buckets = resolve_buckets(data, sessions, self.reader)
         """(bins, labels) shapes that batches have."""
-        self._feature_count = data.feature_count
-        self._reader = SplitReader(feature_count=data.feature_count, labels_needed=labels_needed)
 
-    def will_need(self, rows: Sequence[tuple[int, TrialRef]]) -> None:
-        """Starts to fetch the trials of (day, trial) rows from the disk, in the background."""
-        self._reader.will_need([ref for _, ref in rows])
+    @property
+    def features_dtype(self) -> np.dtype:
+        """Of the batches' features: float32, or float16 or bfloat16 of a folder packed so."""
+        return self.reader.dtype
 
     def fill(
         self, rows: Sequence[tuple[int, TrialRef]], bucket: tuple[int, int], size: int
     ) -> tuple[list[Trial], Batch]:
-        """Reads (day, trial) rows into a batch of `size` rows; missing rows are zeros.
+        """Read (day, trial) rows into a batch of `size` rows. Missing rows are zeros.
 
         Each trial is read straight into its row. The trials' features are views of the batch.
         """
         bins, label_count = bucket
         # Zeros come from the kernel: only the pages that hold trials are written.
-        features = np.zeros((size, bins, self._feature_count), self.features_dtype)
+        features = np.zeros((size, bins, self.reader.feature_count), self.reader.dtype)
         labels = np.zeros((size, label_count), np.int32)
         counts = np.zeros((3, size), np.int32)
-        self.will_need(rows)
+        self.reader.will_need([ref for _, ref in rows])
         trials = []
         for row, (day, ref) in enumerate(rows):
-            trial = self._reader.read_into(ref, features[row])
+            trial = self.reader.read_into(ref, features[row])
             label = trial.labels if trial.labels is not None else np.zeros(0, np.int32)
             if len(label) > label_count:
                 raise DataError(
@@ -146,7 +165,7 @@ class _Loader:
         return trials, Batch(*arrays)
 
 
-class TrainingData:
+class TrainingData(_Loader):
     """The training trials of the configured sessions and the batches drawn from them."""
 
     def __init__(
@@ -156,64 +175,57 @@ class TrainingData:
         min_bins: int,
         frames_of_bins: Callable[[int], int],
     ):
-        """Lists the trials.
+        """List the trials.
 
         Args:
           data: where they are and how batches are drawn.
           sessions: in day-index order.
-          min_bins: bins that a trial must have, those of one patch.
+          min_bins: fewest bins that give a frame; a trial must have them.
           frames_of_bins: how many frames the model makes of so many bins.
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
         """
+        super().__init__(data, sessions)
         self._data = data
         self._frames_of_bins = frames_of_bins
-        refs = index_split(data.root, sessions, "train", data.feature_count, min_bins=min_bins)
-        self._loader = _Loader(data, sessions, labels_needed=True)
+        refs = self.reader.trials(sessions, "train", min_bins=min_bins)
         for ref in refs:
-            bucket_of([ref], self._loader.buckets)
+            bucket_of([ref], self.buckets)
             self._check_alignable(ref, ref.label_length)
         self.refs_of_day = [[ref for ref in refs if ref.session == name] for name in sessions]
-
-    @property
-    def features_dtype(self) -> np.dtype:
-        """Of the batches' features: float32, or float16 or bfloat16 of a folder packed so."""
-        return self._loader.features_dtype
 
     def _check_alignable(self, ref: TrialRef, needed: int) -> None:
         frames = self._frames_of_bins(ref.bins)
         if needed > frames:
             raise DataError(
                 f"trial {ref.name} has a label of {ref.label_length} phonemes, which needs "
-                f"{needed} "
-                f"frames, but its {ref.bins} bins give {frames} frames: drop the trial, correct "
-                f"its "
-                "label, or lower model.patch_stride"
+                f"{needed} frames, but its {ref.bins} bins give {frames} frames: drop the trial, "
+                "correct its label, or change the model's settings (of a GRU model.patch_stride)"
             )
 
     def rows(self, seed: int, step: int) -> list[tuple[int, TrialRef]]:
-        """The (day, trial) rows of one batch, a function of (seed, step) alone."""
+        """Return the (day, trial) rows of one batch, a function of (seed, step) alone."""
         counts = [len(refs) for refs in self.refs_of_day]
         drawn = plan(seed, step, counts, self._data.days_per_batch, self._data.trials_per_day)
         return [(int(day), self.refs_of_day[day][trial]) for day, trial in drawn]
 
     def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
-        """Reads one batch, or some of its rows.
+        """Read one batch, or some of its rows.
 
         Args:
           seed: of the run.
           step: of the optimizer, from 0.
-          rows: of the global batch, those of this host; None: all. Whatever they are, the batch is
-            padded to the bucket of the global batch, so that all hosts have the same shape.
+          rows: of the global batch, those of this host; None: all. The batch is always padded to
+            the bucket of the global batch, so that all hosts have the same shape.
 
         Raises:
           DataError: a trial cannot be read; the text names it.
         """
         drawn = self.rows(seed, step)
-        bucket = bucket_of([ref for _, ref in drawn], self._loader.buckets)
+        bucket = bucket_of([ref for _, ref in drawn], self.buckets)
         mine = drawn if rows is None else drawn[rows]
-        trials, batch = self._loader.fill(mine, bucket, len(mine))
+        trials, batch = self.fill(mine, bucket, len(mine))
         for trial in trials:
             if trial.labels is not None:
                 self._check_alignable(trial.ref, frames_needed(trial.labels))
@@ -222,47 +234,40 @@ class TrainingData:
     def batches(
         self, seed: int, start: int, stop: int, rows: slice | None = None
     ) -> Iterator[Batch]:
-        """Batches of steps start .. stop - 1, read ahead by background threads; `rows` as above."""
+        """Yield the batches of steps start .. stop - 1, read ahead by threads. `rows` as above."""
 
         def load(step: int) -> Batch:
             if step + _DISK_AHEAD < stop:
-                self._loader.will_need(self.rows(seed, step + _DISK_AHEAD)[rows or slice(None)])
+                later = self.rows(seed, step + _DISK_AHEAD)[rows or slice(None)]
+                self.reader.will_need([ref for _, ref in later])
             return self.batch(seed, step, rows)
 
-        steps = grain.MapDataset.range(start, stop)
-        return iter(steps.map(lambda step: load(int(step))).to_iter_dataset(_READ_AHEAD))
+        return read_ahead(load, range(start, stop))
 
 
-class EvaluationData:
+class EvaluationData(_Loader):
     """Every trial of a split, once, in batches of one shape per bucket."""
 
     def __init__(
         self, data: DataConfig, sessions: Sequence[str], split: str, min_bins: int, labels: bool
     ):
-        """Lists the trials.
+        """List the trials.
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
         """
+        super().__init__(data, sessions)
         self._data = data
         self.sessions = tuple(sessions)
         """In day-index order."""
         self._day = {name: day for day, name in enumerate(sessions)}
-        self.refs = index_split(
-            data.root,
-            sessions,
-            split,
-            data.feature_count,
-            min_bins=min_bins,
-            labels_needed=labels,
-        )
-        self._loader = _Loader(data, sessions, labels_needed=labels)
+        self.refs = self.reader.trials(sessions, split, min_bins=min_bins, labels_needed=labels)
         self._groups = self._grouped()
 
     def _grouped(self) -> list[list[int]]:
         by_bucket: dict[tuple[int, int], list[int]] = {}
         for index, ref in enumerate(self.refs):
-            by_bucket.setdefault(bucket_of([ref], self._loader.buckets), []).append(index)
+            by_bucket.setdefault(bucket_of([ref], self.buckets), []).append(index)
         size = self._data.eval_batch_size
         return [
             indices[start : start + size]
@@ -272,21 +277,16 @@ class EvaluationData:
 
     @property
     def batch_count(self) -> int:
-        """Batches that `batches` gives."""
+        """Batches that `batches` yields."""
         return len(self._groups)
 
-    @property
-    def features_dtype(self) -> np.dtype:
-        """Of the batches' features: float32, or float16 or bfloat16 of a folder packed so."""
-        return self._loader.features_dtype
-
     def batches(self, rows: slice | None = None) -> Iterator[tuple[list[int], list[Trial], Batch]]:
-        """(indices into `refs`, their trials, padded batch); rows past the indices are filling.
+        """Yield (indices into `refs`, their trials, padded batch). Further rows are zeros.
 
         Args:
           rows: of each global batch, those of this host; None: all. Indices and trials are those
-            of these rows alone, and may be none; every host gives as many batches, of the same
-            bucket.
+            of these rows alone, and may be none. Every host yields as many batches, of the same
+            buckets.
 
         Raises:
           DataError: a trial cannot be read; the text names it.
@@ -295,13 +295,12 @@ class EvaluationData:
 
         def load(group: int) -> tuple[list[int], list[Trial], Batch]:
             everything = self._groups[group]
-            bucket = bucket_of([self.refs[i] for i in everything], self._loader.buckets)
+            bucket = bucket_of([self.refs[i] for i in everything], self.buckets)
             indices = [everything[row] for row in wanted if row < len(everything)]
             refs = [self.refs[i] for i in indices]
             days = [self._day[ref.session] for ref in refs]
             pairs = list(zip(days, refs, strict=True))
-            trials, batch = self._loader.fill(pairs, bucket, len(wanted))
+            trials, batch = self.fill(pairs, bucket, len(wanted))
             return indices, trials, batch
 
-        groups = grain.MapDataset.range(len(self._groups))
-        return iter(groups.map(load).to_iter_dataset(_READ_AHEAD))
+        return read_ahead(load, range(len(self._groups)))

@@ -1,4 +1,4 @@
-"""Writes packed sessions (`packed.py`): a file appears whole or not at all, the manifest last."""
+"""Writes packed sessions (`packed.py`): each file whole or not at all, the manifest last."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What to pack and how.
+    """What to pack, and the format.
 
     Attributes:
       dtype: of the packed features, 'float32', 'float16' or 'bfloat16'.
@@ -66,7 +66,7 @@ def write_split(
     source: Mapping[str, Any],
     advance: Callable[[], None] = lambda: None,
 ) -> PackedSplit:
-    """Packs one session's split; its index appears last, and whole or not at all.
+    """Pack one session's split. Its index is written last, whole or not at all.
 
     Args:
       out: folder to write to.
@@ -74,7 +74,7 @@ def write_split(
       split: train, val or test.
       trials: in order, with features [T, D].
       settings: the dtype and feature count.
-      source: what is noted about where they are from; another source is packed again.
+      source: description of their origin. A changed source is packed again.
       advance: called after each trial.
 
     Raises:
@@ -83,7 +83,7 @@ def write_split(
     dtype = DTYPES[settings.dtype]
     path, index = features_path(out, session, split), index_path(out, session, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # An index of other contents must not outlive them.
+    # An index must not outlive the contents that it describes.
     index.unlink(missing_ok=True)
     entries: list[dict[str, Any]] = []
     offset = 0
@@ -113,7 +113,7 @@ def write_split(
 def write_manifest(
     out: Path, packed: Mapping[tuple[str, str], PackedSplit], settings: PackSettings
 ) -> BucketChoice:
-    """Chooses buckets from the lengths of all trials and writes the manifest.
+    """Choose buckets from the lengths of all trials and write the manifest.
 
     Raises:
       DataError: there is no trial, or the disk is full.
@@ -183,7 +183,9 @@ def _entry(trial: Trial, offset: int, crc32: int) -> dict[str, Any]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Any]:
-    """Opens a file that takes its name only when it is complete and on the disk.
+    """Open a file that is renamed to `path` once it is complete and on the disk.
+
+    A killed process leaves `*.partial`, which the next call overwrites.
 
     Raises:
       DataError: the disk is full.

@@ -1,19 +1,18 @@
-"""Reads sessions packed by `b2txt prepare`: flat files of features, read at random and checked.
+"""Reads sessions packed by `b2txt prepare`: flat files of features with checksums.
 
-    ROOT/packed.json                         the manifest, written last: a folder without is none
+    ROOT/packed.json                         the manifest, written last
     ROOT/<session>/data_<split>.features     trials' features one after another, [bins, 512] each
     ROOT/<session>/data_<split>.json         offsets, checksums, labels, sentences, numbers
 
-Why flat files and not ArrayRecord: a trial's bytes are the bytes of its rows of the batch, so one
+Why flat files and not ArrayRecord: a trial's bytes are the bytes of its rows of the batch. One
 `preadv` puts them there without a copy, a parse or a lock, and any tool can read them. They are not
-mapped into memory: what is read counts as page cache, which the kernel bounds, and never as the
-process's own. Every trial has a CRC-32, checked when a process reads it for the first time; the
-index has one in the manifest, and the manifest one of itself.
+mapped into memory: what is read counts as page cache, which the kernel bounds, and not as memory of
+the process. Every trial has a CRC-32, checked when a process reads it for the first time. The
+manifest has the CRC-32 of each index and of itself.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import threading
@@ -29,20 +28,12 @@ import ml_dtypes
 import numpy as np
 
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.trial import (
-    Trial,
-    TrialRef,
-    check_split,
-    existing_folder,
-    no_trials,
-    too_short,
-    unknown_session,
-)
+from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split
 
 MANIFEST = "packed.json"
 SUFFIX = ".features"
 FORMAT = 1
-"""Raised whenever older folders could not be read any more."""
+"""Incremented when older folders cannot be read any more."""
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -52,7 +43,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class PackedTrial:
-    """One trial of a packed split; its features are `bins * row bytes` from `offset` (bytes)."""
+    """One trial of a packed split. Its features are `bins * row bytes` from `offset` (bytes)."""
 
     ref: TrialRef
     offset: int
@@ -71,7 +62,7 @@ class PackedSplit:
     dtype: np.dtype
     feature_count: int
     size: int
-    """Bytes of the features' file."""
+    """Bytes of the file with the features."""
     source: Mapping[str, Any]
     """File name, bytes and time of change of what was packed."""
     trials: Mapping[str, PackedTrial]
@@ -96,35 +87,18 @@ class Manifest:
 
 
 def features_path(root: Path | str, session: str, split: str) -> Path:
-    """Where the features of a session's split are, there or not."""
+    """Return the path of the features of a session's split, whether it exists or not."""
     check_split(split)
     return Path(root) / session / f"data_{split}{SUFFIX}"
 
 
 def index_path(root: Path | str, session: str, split: str) -> Path:
-    """Where the index of a session's split is, there or not."""
+    """Return the path of the index of a session's split, whether it exists or not."""
     return features_path(root, session, split).with_suffix(".json")
 
 
-def is_packed(root: Path | str) -> bool:
-    """Whether `root` was written by `b2txt prepare`.
-
-    Raises:
-      DataError: it was begun and not finished.
-    """
-    root = Path(root)
-    if (root / MANIFEST).is_file():
-        return True
-    if any(root.glob(f"*/data_*{SUFFIX}*")) and not any(root.glob("*/data_*.hdf5")):
-        raise DataError(
-            f"{root} has packed files but no {MANIFEST}, which `b2txt prepare` writes last: it was "
-            "interrupted; call it again with the same arguments, and it goes on"
-        )
-    return False
-
-
 def read_manifest(root: Path | str) -> Manifest:
-    """Reads the manifest.
+    """Read the manifest.
 
     Raises:
       DataError: it is missing, damaged, or of a format that this version does not know.
@@ -148,24 +122,18 @@ def read_manifest(root: Path | str) -> Manifest:
 
 
 def checksum_of(values: Mapping[str, Any]) -> int:
-    """CRC-32 of the manifest's values but for its own checksum."""
+    """Return the CRC-32 of the manifest's values without its own checksum."""
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-@functools.lru_cache(maxsize=1024)
-def read_split(root: Path, session: str, split: str, crc32: int | None) -> PackedSplit:
-    """As `load_split`; equal arguments give the same object, as the checksum names the content."""
-    return load_split(root, session, split, crc32)
-
-
 def load_split(root: Path, session: str, split: str, crc32: int | None) -> PackedSplit:
-    """Reads the index of a session's split.
+    """Read the index of a session's split.
 
     Args:
       root: of the packed folder.
       session: its name.
       split: train, val or test.
-      crc32: that the index must have; None: not checked.
+      crc32: the checksum of the index. None: not checked.
 
     Raises:
       DataError: the index is missing or damaged.
@@ -186,7 +154,7 @@ def load_split(root: Path, session: str, split: str, crc32: int | None) -> Packe
 
 
 def check_size(split: PackedSplit) -> None:
-    """Raises DataError unless the features' file has the size that its index says."""
+    """Raise DataError unless the file with the features has the size that its index states."""
     try:
         size = split.path.stat().st_size
     except OSError as error:
@@ -199,78 +167,68 @@ def check_size(split: PackedSplit) -> None:
     raise DataError(f"{split.path} has {size} bytes; needed {split.size}{first}; {_AGAIN}")
 
 
-def find_sessions(root: Path | str) -> tuple[str, ...]:
-    """Names of the packed sessions, sorted."""
-    return read_manifest(root).sessions
+class PackedReader(Reader):
+    """Reads trials of a packed folder at random. Threads read at once, without a lock."""
 
+    suffix = SUFFIX
 
-def list_trials(
-    root: Path | str,
-    sessions: Sequence[str],
-    split: str,
-    feature_count: int = 512,
-    *,
-    min_bins: int = 1,
-    labels_needed: bool | None = None,
-) -> list[TrialRef]:
-    """As `hdf5.list_trials`, with the same errors, for a packed folder."""
-    root = existing_folder(root)
-    check_split(split)
-    manifest = read_manifest(root)
-    if manifest.feature_count != feature_count:
-        raise DataError(
-            f"{root} has {manifest.feature_count} features per bin; needed {feature_count}: these "
-            "are other features than the model's; set data.feature_count, or pack other sessions"
-        )
-    needed = split == "train" if labels_needed is None else labels_needed
-    refs: list[TrialRef] = []
-    for session in sessions:
-        if session not in manifest.sessions:
-            raise unknown_session(root, session, "packed trials", manifest.sessions)
-        if (session, split) not in manifest.indices:
-            continue
-        packed = read_split(root, session, split, manifest.indices[session, split])
-        check_size(packed)
-        for trial in packed.trials.values():
-            where = f"{packed.path} {trial.ref.key}"
-            if needed and trial.labels is None:
-                raise DataError(f"{where} has no labels; needed for this split: pack others")
-            if trial.ref.bins < min_bins:
-                raise too_short(where, trial.ref.bins, min_bins)
-            refs.append(trial.ref)
-    return refs
+    def __init__(self, root: Path | str, feature_count: int = DEFAULT_FEATURES) -> None:
+        """Read the manifest.
 
-
-def index_split(
-    root: Path | str,
-    sessions: Sequence[str],
-    split: str,
-    feature_count: int = 512,
-    *,
-    min_bins: int = 1,
-    labels_needed: bool | None = None,
-) -> list[TrialRef]:
-    """As `hdf5.index_split`, with the same errors, for a packed folder."""
-    refs = list_trials(
-        root, sessions, split, feature_count, min_bins=min_bins, labels_needed=labels_needed
-    )
-    if not refs:
-        raise no_trials(root, split, sessions, f"data_{split}{SUFFIX}")
-    return refs
-
-
-class PackedReader:
-    """Reads trials of packed folders; safe to use from several threads, which read at once."""
-
-    def __init__(self) -> None:
+        Raises:
+          DataError: it is damaged, or the folder has other features.
+        """
+        super().__init__(root, feature_count)
+        self.manifest = read_manifest(self.root)
+        self.dtype = self.manifest.dtype
+        if self.manifest.feature_count != feature_count:
+            raise DataError(
+                f"{root} has {self.manifest.feature_count} features per bin; needed "
+                f"{feature_count}: these are other features than the model's; set "
+                "data.feature_count, or pack other sessions"
+            )
+        self._splits: dict[tuple[str, str], PackedSplit] = {}
         self._files: dict[Path, _OpenFile] = {}
-        self._manifests: dict[Path, Manifest] = {}
         self._lock = threading.Lock()
         # Not at exit: threads that read ahead may still be reading.
         weakref.finalize(self, _close_all, self._files).atexit = False
 
+    @classmethod
+    def holds(cls, root: Path) -> bool:
+        """Return whether `b2txt prepare` wrote `root`.
+
+        Raises:
+          DataError: packing was begun and not finished.
+        """
+        if (root / MANIFEST).is_file():
+            return True
+        if any(root.glob(f"*/data_*{SUFFIX}*")) and not any(root.glob("*/data_*.hdf5")):
+            raise DataError(
+                f"{root} has packed files but no {MANIFEST}, which `b2txt prepare` writes last: it "
+                "was interrupted; call it again with the same arguments, and it goes on"
+            )
+        return False
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Names of the packed sessions, sorted."""
+        return self.manifest.sessions
+
+    def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
+        if (session, split) not in self.manifest.indices:
+            return None
+        packed = self._split(session, split)
+        check_size(packed)
+        for trial in packed.trials.values():
+            if labels_needed and trial.labels is None:
+                raise DataError(
+                    f"{packed.path} {trial.ref.key} has no labels; needed for this split: pack "
+                    "others"
+                )
+        return [trial.ref for trial in packed.trials.values()]
+
     def will_need(self, refs: Sequence[TrialRef]) -> None:
-        """Asks the kernel to fetch trials from the disk, all at once and in the background."""
+        """Ask the kernel to fetch trials from the disk, all at once and in the background."""
         for ref in refs:
             file = self._file(ref.path)
             trial = _packed_trial(file.split, ref)
@@ -279,14 +237,7 @@ class PackedReader:
                 os.posix_fadvise(file.descriptor, trial.offset, size, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
-        """Reads a trial's features into the first rows of `out` [at least its bins, D].
-
-        Args:
-          ref: from `index_split`.
-          out: C-contiguous; of the packed dtype it is filled by the kernel, without a copy.
-
-        Returns:
-          The trial; its features are a view of `out`.
+        """As in `Reader`. The kernel fills an `out` of the packed dtype, without a copy.
 
         Raises:
           DataError: the file ends too early, or the trial does not match its checksum.
@@ -315,9 +266,17 @@ class PackedReader:
         return Trial(trial.ref, rows, trial.labels, trial.sentence)
 
     def close(self) -> None:
-        """Closes the files; reading again opens them again."""
+        """Close the files. Reading opens them again."""
         with self._lock:
             _close_all(self._files)
+
+    def _split(self, session: str, split: str) -> PackedSplit:
+        place = session, split
+        if place not in self._splits:
+            self._splits[place] = load_split(
+                self.root, session, split, self.manifest.indices.get(place)
+            )
+        return self._splits[place]
 
     def _file(self, path: Path) -> _OpenFile:
         found = self._files.get(path)
@@ -325,17 +284,11 @@ class PackedReader:
             return found
         with self._lock:
             if path not in self._files:
-                self._files[path] = self._open(path)
+                packed = self._split(path.parent.name, path.stem.removeprefix("data_"))
+                check_size(packed)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[path] = _OpenFile(packed, descriptor, set())
             return self._files[path]
-
-    def _open(self, path: Path) -> _OpenFile:
-        root, session, split = path.parent.parent, path.parent.name, path.stem.removeprefix("data_")
-        if root not in self._manifests:
-            self._manifests[root] = read_manifest(root)
-        crc32 = self._manifests[root].indices.get((session, split))
-        packed = read_split(root, session, split, crc32)
-        check_size(packed)
-        return _OpenFile(packed, os.open(path, os.O_RDONLY | os.O_CLOEXEC), set())
 
 
 @dataclass(frozen=True)
@@ -343,7 +296,7 @@ class _OpenFile:
     split: PackedSplit
     descriptor: int
     checked: set[str]
-    """Keys of the trials whose checksum was found right."""
+    """Keys of the trials whose checksum was verified."""
 
 
 _AGAIN = (
@@ -423,7 +376,7 @@ def _read_json(path: Path, crc32: int | None) -> dict[str, Any]:
 
 @contextmanager
 def _understood(path: Path) -> Iterator[None]:
-    """Turns what a table of another make raises into an error that names its file."""
+    """Raise what a table of another form causes as an error that names its file."""
     try:
         yield
     except DataError:

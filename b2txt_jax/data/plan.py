@@ -1,4 +1,4 @@
-"""Which trials make up a training batch: a pure function of (seed, step)."""
+"""The trials of a training batch, a pure function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ import numpy as np
 from b2txt_jax.errors import UserError
 
 _PLAN_STREAM = 0x706C616E
-"""Keeps these draws apart from any other use of the same seed."""
+"""Separates these draws from other uses of the same seed."""
 
 
 class PlanError(UserError, ValueError):
-    """The data cannot give the batches that the configuration asks for."""
+    """The data cannot fill the batches of the configuration."""
 
 
 def plan(
     seed: int, step: int, trials_of_day: Sequence[int], days_per_batch: int, trials_per_day: int
 ) -> np.ndarray:
-    """Draws one batch: int64 [days_per_batch * trials_per_day, 2], columns day index and trial
-    index within the day.
+    """Draw one batch: int64 [days_per_batch * trials_per_day, 2], columns (day, trial of the day).
 
-    Days are different ones, drawn uniformly among the days with trials; trials are drawn uniformly
-    within a day, with replacement (NEJM reference, section 4). The same (seed, step) gives the same
-    rows on any number of hosts.
+    Different days are drawn uniformly among those with trials. Trials are drawn uniformly within a
+    day, with replacement (NEJM reference, section 4). The same (seed, step) draws the same rows on
+    any number of hosts.
 
     Args:
       seed: of the run.
@@ -40,19 +39,9 @@ def plan(
     if len(days) < days_per_batch:
         raise PlanError(
             f"{len(days)} sessions have training trials; a batch needs {days_per_batch} different "
-            f"ones: "
-            "add sessions or lower data.days_per_batch"
+            "ones: add sessions or lower data.days_per_batch"
         )
     random = np.random.default_rng([_PLAN_STREAM, seed, step])
     chosen = random.choice(days, size=days_per_batch, replace=False)
-    rows = [
-        np.stack(
-            [
-                np.full(trials_per_day, day),
-                random.integers(0, trials_of_day[day], size=trials_per_day),
-            ],
-            axis=1,
-        )
-        for day in chosen
-    ]
-    return np.concatenate(rows)
+    trials = [random.integers(0, trials_of_day[day], size=trials_per_day) for day in chosen]
+    return np.stack([np.repeat(chosen, trials_per_day), np.concatenate(trials)], axis=1)

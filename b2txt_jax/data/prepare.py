@@ -1,10 +1,9 @@
 """Packs sessions once into files that training reads at random, several times faster than HDF5.
 
-Writes OUT/packed.json last; until then OUT is no data folder. OUT stands in for the HDF5 folder
-wherever data.root is used. Interrupted at any moment, the same command goes on: finished files are
-checked and kept. Length buckets are chosen from all trials and printed; data.buckets = () takes
-them. float16 and bfloat16 halve disk, reading and the transfer to the device; the training step
-computes in float32 either way.
+OUT/packed.json is written last. OUT can then be used as data.root instead of the HDF5 folder. After
+an interruption the same command continues: finished files are checked and kept. Length buckets are
+chosen from all trials and printed. data.buckets = () uses them. float16 and bfloat16 halve disk
+space, reading and the transfer to the device. The training step computes in float32 in every case.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from b2txt_jax.config import ConfigError, load_config
-from b2txt_jax.data import hdf5
 from b2txt_jax.data.buckets import BucketChoice
 from b2txt_jax.data.description import FILE_NAME, DataError
+from b2txt_jax.data.hdf5 import Hdf5Reader, session_file
 from b2txt_jax.data.pack import PackSettings as PackSettings
 from b2txt_jax.data.pack import whole_file, write_manifest, write_split
 from b2txt_jax.data.packed import (
@@ -37,19 +36,19 @@ from b2txt_jax.data.packed import (
     index_path,
     load_split,
 )
-from b2txt_jax.data.trial import SPLITS, TrialRef
+from b2txt_jax.data.trial import SPLITS, Reader, TrialRef
 
 _LOCK = ".prepare.lock"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a call of `prepare` left in the folder."""
+    """Contents of the folder after a call of `prepare`."""
 
     sessions: int
     trials: int
     kept: int
-    """Files of an earlier call that were whole."""
+    """Whole files of an earlier call."""
     written: int
     """Files."""
     size: int
@@ -58,7 +57,7 @@ class Prepared:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `b2txt prepare`."""
+    """Add the options of `b2txt prepare`."""
     parser.add_argument("--root", type=Path, help="folder of HDF5 sessions (default: the config's)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument(
@@ -70,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--config",
-        help="configuration file: its sessions, feature count, patch size and batches are used",
+        help="configuration: its sessions, feature count, patch size and batches are used",
     )
     parser.epilog = "Any key of the configuration, when one is given: --config.section.key=value."
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `b2txt prepare`."""
+    """Run `b2txt prepare`."""
     settings, root = PackSettings(dtype=args.dtype), args.root
     overrides = getattr(args, "overrides", [])
     if args.config is not None:
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             args.dtype,
             config.data.sessions,
             config.data.feature_count,
-            max(config.model.patch_size, 1),
+            config.model.least_bins,
             config.data.days_per_batch,
             config.data.trials_per_day,
         )
@@ -106,34 +105,34 @@ def run(args: argparse.Namespace) -> int:
 def prepare(
     root: Path | str, out: Path | str, settings: PackSettings, console: Console | None = None
 ) -> Prepared:
-    """Packs the HDF5 sessions in `root` into `out`, going on where an earlier call stopped.
+    """Pack the HDF5 sessions in `root` into `out`, continuing an earlier call that was interrupted.
 
     Raises:
       DataError: a trial cannot be used; `out` holds something else; the disk is full; another call
         is writing there.
     """
     root, out = Path(root), Path(out)
-    sessions = settings.sessions or hdf5.find_sessions(root)
+    reader = Hdf5Reader(root, settings.feature_count)
+    sessions = settings.sessions or reader.sessions
     _check_out(out, settings)
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out), _progress(console) as progress:
-        kept, todo = _sort_out(root, out, sessions, settings, progress)
+    with reader, _locked(out), _progress(console) as progress:
+        kept, todo = _sort_out(reader, out, sessions, settings, progress)
         _check_space(out, todo, settings)
         if todo:
             (out / MANIFEST).unlink(missing_ok=True)
         task = progress.add_task("packing trials", total=sum(len(refs) for refs in todo.values()))
         packed = dict(kept)
-        with hdf5.SplitReader(feature_count=settings.feature_count) as reader:
-            for (session, split), refs in todo.items():
-                packed[session, split] = write_split(
-                    out,
-                    session,
-                    split,
-                    (reader.read(ref) for ref in refs),
-                    settings,
-                    _source(hdf5.session_file(root, session, split)),
-                    lambda: progress.advance(task),
-                )
+        for (session, split), refs in todo.items():
+            packed[session, split] = write_split(
+                out,
+                session,
+                split,
+                (reader.read(ref) for ref in refs),
+                settings,
+                _source(session_file(root, session, split)),
+                lambda: progress.advance(task),
+            )
         choice = write_manifest(out, packed, settings)
         _copy_description(root, out)
     return Prepared(
@@ -147,22 +146,20 @@ def prepare(
 
 
 def _sort_out(
-    root: Path, out: Path, sessions: Sequence[str], settings: PackSettings, progress: Progress
+    reader: Reader, out: Path, sessions: Sequence[str], settings: PackSettings, progress: Progress
 ) -> tuple[dict[tuple[str, str], PackedSplit], dict[tuple[str, str], list[TrialRef]]]:
-    """(session, split) -> what is packed already and whole; and the trials yet to be packed."""
+    """Return (session, split) -> whole packed split, and (session, split) -> trials to pack."""
     kept: dict[tuple[str, str], PackedSplit] = {}
     todo: dict[tuple[str, str], list[TrialRef]] = {}
     task = progress.add_task("listing files", total=len(sessions) * len(SPLITS))
     for session in sessions:
         for split in SPLITS:
-            source = hdf5.session_file(root, session, split)
+            source = session_file(reader.root, session, split)
             found = _kept(out, session, split, source, settings, progress)
             if found is not None:
                 kept[session, split] = found
             else:
-                refs = hdf5.list_trials(
-                    root, [session], split, settings.feature_count, min_bins=settings.min_bins
-                )
+                refs = reader.find_trials([session], split, min_bins=settings.min_bins)
                 if source.is_file():
                     todo[session, split] = refs
             progress.advance(task)
@@ -172,7 +169,7 @@ def _sort_out(
 def _kept(
     out: Path, session: str, split: str, source: Path, settings: PackSettings, progress: Progress
 ) -> PackedSplit | None:
-    """A session's split as packed before, if it is of this source and whole."""
+    """Return a session's split as packed before, if it is of this source and whole."""
     if not source.is_file() or not index_path(out, session, split).is_file():
         return None
     try:
@@ -180,7 +177,7 @@ def _kept(
         if (packed.source, packed.feature_count) != (_source(source), settings.feature_count):
             return None
         if any(trial.ref.bins < settings.min_bins for trial in packed.trials.values()):
-            return None  # listing the source says which trial is too short
+            return None  # listing the source names the trial that is too short
         check_size(packed)
         _verify(packed)
     except DataError as error:
@@ -190,7 +187,7 @@ def _kept(
 
 
 def _verify(packed: PackedSplit) -> None:
-    """Raises DataError at the first trial that does not match its checksum."""
+    """Raise DataError at the first trial that does not match its checksum."""
     row = packed.feature_count * packed.dtype.itemsize
     with packed.path.open("rb") as file:
         for trial in packed.trials.values():
@@ -200,7 +197,7 @@ def _verify(packed: PackedSplit) -> None:
 
 
 def _check_out(out: Path, settings: PackSettings) -> None:
-    """Raises DataError when `out` holds something that must not be mixed with what is packed."""
+    """Raise DataError when `out` holds something that must not be mixed with the packed files."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; needed a folder: choose another --out")
     if any(out.glob("*/data_*.hdf5")):
@@ -239,7 +236,7 @@ def _source(path: Path) -> dict[str, Any]:
 
 
 def _copy_description(root: Path, out: Path) -> None:
-    """Copies the table that names the corpus of each block, where there is one."""
+    """Copy the table that names the corpus of each block, where there is one."""
     for folder in (root, root.resolve().parent):
         if (folder / FILE_NAME).is_file():
             with whole_file(out / FILE_NAME) as file:
@@ -249,7 +246,7 @@ def _copy_description(root: Path, out: Path) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keeps other calls out of the folder; a killed one leaves no lock behind."""
+    """Lock the folder for this call. The system releases the lock of a killed process."""
     with (out / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,22 +1,31 @@
-"""A recorded trial, and where it is; what the readers give and the loader takes."""
+"""Recorded trials, and the interface of what reads them from a folder of sessions.
+
+A data format is one `Reader`: `hdf5.py` and `packed.py` are two. `reader.py` lists the formats and
+chooses one when a folder is opened.
+"""
 
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
 
 import numpy as np
 
 from b2txt_jax.data.description import DataError
 
 SPLITS = ("train", "val", "test")
+DEFAULT_FEATURES = 512
+"""Features per 20 ms bin of the published recordings."""
 
 
 @dataclass(frozen=True)
 class TrialRef:
-    """Where a trial is and what its attributes say; label_length is 0 without labels."""
+    """Where a trial is, and its attributes. `label_length` is 0 without labels."""
 
     session: str
     key: str
@@ -34,9 +43,9 @@ class TrialRef:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: features [T, 512], labels int32 [L] unpadded, the sentence as text.
+    """One trial: features [T, 512], labels int32 [L] without padding, the sentence as text.
 
-    Features are float32; those of a batch made of packed sessions may be float16 or bfloat16.
+    Features are float32, or have the dtype of the array that they were read into.
     """
 
     ref: TrialRef
@@ -45,20 +54,176 @@ class Trial:
     sentence: str | None
 
 
+class Reader(ABC):
+    """A folder of recorded sessions in one format. Several threads may read at once."""
+
+    suffix: ClassVar[str]
+    """Of the files with features: `data_train` + suffix."""
+
+    def __init__(self, root: Path | str, feature_count: int = DEFAULT_FEATURES) -> None:
+        """Raise DataError unless `root` is a folder."""
+        self.root = existing_folder(root)
+        self.feature_count = feature_count
+        self.dtype = np.dtype(np.float32)
+        """Of the stored features: float32, or float16 or bfloat16 of a folder packed so."""
+
+    @classmethod
+    @abstractmethod
+    def holds(cls, root: Path) -> bool:
+        """Return whether the sessions in `root` are of this format."""
+
+    @property
+    @abstractmethod
+    def sessions(self) -> tuple[str, ...]:
+        """Names of the sessions, sorted.
+
+        Raises:
+          DataError: there is none.
+        """
+
+    @abstractmethod
+    def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
+        """List the trials of a session's split by number; None: it has no file of this split.
+
+        Raises:
+          DataError: a trial's shapes or attributes do not fit, or it has no labels where needed.
+        """
+
+    @abstractmethod
+    def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
+        """Read a trial's features into the first rows of `out` [at least its bins, D].
+
+        Args:
+          ref: from `find_trials` of this folder.
+          out: C-contiguous, of any float type.
+
+        Returns:
+          The checked trial. Its features are a view of `out`.
+
+        Raises:
+          DataError: the trial cannot be read, is damaged, or changed since it was listed.
+        """
+
+    def find_trials(
+        self,
+        sessions: Sequence[str],
+        split: str,
+        *,
+        min_bins: int = 1,
+        labels_needed: bool | None = None,
+    ) -> list[TrialRef]:
+        """List a split's trials by session, then by trial number. Features are not read.
+
+        A session without a file of this split adds none: the published set has such sessions.
+
+        Args:
+          sessions: in the order wanted.
+          split: train, val or test.
+          min_bins: bins of 20 ms that a trial must have (the patch size of the model).
+          labels_needed: whether a trial without labels is an error. By default in train only.
+
+        Raises:
+          DataError: unknown session or split, or a trial whose shapes or attributes do not fit.
+        """
+        check_split(split)
+        needed = split == "train" if labels_needed is None else labels_needed
+        found: list[TrialRef] = []
+        for session in sessions:
+            refs = self._list(session, split, needed)
+            if refs is None and session not in self.sessions:
+                raise self._unknown(session)
+            found += refs or []
+        for ref in found:
+            if ref.bins < min_bins:
+                raise too_short(f"{ref.path} {ref.key}", ref.bins, min_bins)
+        return found
+
+    def trials(
+        self,
+        sessions: Sequence[str],
+        split: str,
+        *,
+        min_bins: int = 1,
+        labels_needed: bool | None = None,
+    ) -> list[TrialRef]:
+        """Return what `find_trials` returns, at least one trial.
+
+        Raises:
+          DataError: as `find_trials`; or there is no trial at all.
+        """
+        refs = self.find_trials(sessions, split, min_bins=min_bins, labels_needed=labels_needed)
+        if not refs:
+            raise DataError(
+                f"{self.root} has no {split} trial in the {len(sessions)} sessions asked for; "
+                f"needed at least one session with a data_{split}{self.suffix} that is not empty: "
+                "check data.sessions and the split"
+            )
+        return refs
+
+    def lengths(self, sessions: Sequence[str], split: str) -> list[list[tuple[int, int]]]:
+        """Return (bins, labels) of each trial, by session. Labels are optional.
+
+        Raises:
+          DataError: as `find_trials`.
+        """
+        by_session: dict[str, list[tuple[int, int]]] = {name: [] for name in sessions}
+        for ref in self.find_trials(sessions, split, labels_needed=False):
+            by_session[ref.session].append((ref.bins, ref.label_length))
+        return list(by_session.values())
+
+    def read(self, ref: TrialRef) -> Trial:
+        """Read one trial with float32 features.
+
+        Raises:
+          DataError: as `read_into`.
+        """
+        return self.read_into(ref, np.empty((ref.bins, self.feature_count), np.float32))
+
+    def will_need(self, refs: Sequence[TrialRef]) -> None:  # noqa: B027  a hint, free to ignore
+        """Start to fetch trials from the disk in the background, where the format can."""
+
+    def close(self) -> None:  # noqa: B027  a format without open files has nothing to do
+        """Close the files. Reading opens them again."""
+
+    def _unknown(self, session: str) -> DataError:
+        names = self.sessions
+        near = difflib.get_close_matches(session, names, n=3, cutoff=0.3) or list(names[:3])
+        return DataError(
+            f"the session {session!r} has no data_train, data_val or data_test{self.suffix} in "
+            f"{self.root}; nearest of its {len(names)} sessions: {', '.join(near)}: correct "
+            "data.sessions"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
 def frames_needed(labels: np.ndarray) -> int:
-    """Frames that CTC needs for `labels` [L]: one each, and a blank between equal neighbours."""
+    """Return the frames that CTC needs for `labels` [L], unpadded.
+
+    One frame each, and one for the blank between equal neighbours. `training/ctc.py` has the same
+    rule for padded rows inside the jitted step, where shapes may not depend on values.
+    """
     labels = np.asarray(labels)
     return int(len(labels) + np.count_nonzero(labels[1:] == labels[:-1]))
 
 
 def check_split(split: str) -> None:
-    """Raises DataError unless `split` is train, val or test."""
+    """Raise DataError unless `split` is train, val or test."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
 
 
 def existing_folder(root: Path | str) -> Path:
-    """`root` as a path.
+    """Return `root` as a path.
 
     Raises:
       DataError: it is no folder.
@@ -72,27 +237,9 @@ def existing_folder(root: Path | str) -> Path:
     return root
 
 
-def unknown_session(root: Path, session: str, what: str, names: Sequence[str]) -> DataError:
-    """The error for a session that `root` does not have, with the nearest that it has."""
-    near = difflib.get_close_matches(session, names, n=3, cutoff=0.3) or list(names[:3])
-    return DataError(
-        f"the session {session!r} has no {what} in {root}; "
-        f"nearest of its {len(names)} sessions: {', '.join(near)}: correct data.sessions"
-    )
-
-
-def no_trials(root: Path | str, split: str, sessions: Sequence[str], file: str) -> DataError:
-    """The error for a split without a single trial."""
-    return DataError(
-        f"{root} has no {split} trial in the {len(sessions)} sessions asked for; needed at "
-        f"least one session with a {file} that is not empty: check data.sessions "
-        "and the split"
-    )
-
-
 def too_short(where: str, bins: int, min_bins: int) -> DataError:
-    """The error for a trial shorter than one patch."""
+    """Return the error for a trial with fewer bins than the model needs for a frame."""
     return DataError(
-        f"{where}: the trial has {bins} bins; one patch needs {min_bins}: drop the trial or "
-        "lower model.patch_size"
+        f"{where}: the trial has {bins} bins; the model needs {min_bins}: drop the trial "
+        "or change the model's settings (of a GRU model.patch_size)"
     )

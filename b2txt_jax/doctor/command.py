@@ -6,7 +6,6 @@ The exit status is 1 if something prevents training or decoding, else 0.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -217,12 +216,13 @@ def _config(args: argparse.Namespace) -> Config | None:
 
 
 def _sessions(root: str | None) -> Finding:
-    from b2txt_jax.data.sessions import find_sessions, index_split
+    from b2txt_jax.data.reader import open_folder
 
     if root is None:
         return Finding("data", "ok", "not checked: no --config and no --data")
-    sessions = find_sessions(root)
-    trials = len(index_split(root, sessions, "train"))
+    reader = open_folder(root)
+    sessions = reader.sessions
+    trials = len(reader.trials(sessions, "train"))
     return Finding("data", "ok", f"{len(sessions)} sessions, {trials} training trials in {root}")
 
 
@@ -233,17 +233,13 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
         configured_sessions,
         resolve_buckets,
     )
-    from b2txt_jax.data.sessions import SplitReader
-    from b2txt_jax.model.patches import frame_count
+    from b2txt_jax.training.step import model_of
 
     sessions = configured_sessions(config.data)
-    patch, stride = config.model.patch_size, config.model.patch_stride
-    training = TrainingData(
-        config.data, sessions, max(patch, 1), lambda bins: int(frame_count(bins, patch, stride))
-    )
-    validation = EvaluationData(config.data, sessions, "val", max(patch, 1), labels=True)
-    reader = SplitReader(feature_count=config.data.feature_count, labels_needed=True)
-    with contextlib.closing(reader):
+    least, frames = config.model.least_bins, model_of(config, len(sessions)).frames
+    training = TrainingData(config.data, sessions, least, frames)
+    validation = EvaluationData(config.data, sessions, "val", least, labels=True)
+    with training.reader as reader:
         for refs in training.refs_of_day:
             for ref in refs[:1]:
                 reader.read(ref)
@@ -282,16 +278,16 @@ def training_memory(
       bucket: the largest bucket, (bins, labels).
       on_accelerator: whether the step runs on a TPU or GPU. On a CPU it uses host memory too.
     """
-    data, model = config.data, config.model
+    from b2txt_jax.training.step import model_of
+
+    data = config.data
     rows, bins = data.days_per_batch * data.trials_per_day, bucket[0]
     batch = rows * bins * data.feature_count * 4
     # A state that is being saved, and batches read ahead.
     needed = _RUNTIME_BYTES + state + 6 * batch
     if not on_accelerator:
-        frames = bins // max(model.patch_stride, 1)
-        # Per layer and frame: projected gates, what the backward pass keeps, their gradients.
-        activations = model.layers * frames * rows * 8 * model.units * 4
-        needed += 2 * state + 4 * batch + activations
+        model = model_of(config, len(data.sessions) or 1)
+        needed += 2 * state + 4 * batch + model.activation_bytes(rows, bins)
     return needed
 
 
@@ -299,7 +295,7 @@ def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
     """Check that a Redis server answers at `url`. Findings do not contain the password."""
     import redis
 
-    from lm_server.client.client import mask_password
+    from lm_server.client.connection import mask_password
 
     shown = mask_password(url)
     try:

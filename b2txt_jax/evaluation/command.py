@@ -1,4 +1,4 @@
-"""Scores a trained run: PER, and WER through the language-model server.
+"""Score a trained run: PER, and WER through the language-model server.
 
 Writes evaluation.json and submission.csv (id,text; sessions in order, then trials) into --out.
 With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is
@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from b2txt_jax.data.description import session_date
-from b2txt_jax.data.hdf5 import read_description
+from b2txt_jax.data.description import read_description, session_date
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
@@ -36,22 +35,17 @@ from b2txt_jax.evaluation.evaluate import (
     write_evaluation,
 )
 from b2txt_jax.evaluation.submission import write_submission
-from b2txt_jax.inference.logits import (
-    CHANGEABLE,
-    TrainedModel,
-    TrialLogits,
-    compute_logits,
-    load_model,
-)
-from lm_server.client.answers import LanguageModelUnavailableError, mask_password
-from lm_server.client.client import LanguageModelClient
+from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
+from lm_server.client.answers import LanguageModelUnavailableError
+from lm_server.client.client import Client
+from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `b2txt evaluate`."""
+    """Add the arguments of `b2txt evaluate`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
@@ -78,23 +72,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`b2txt evaluate`; exit status 1 when trials failed."""
+    """Run `b2txt evaluate`. Return exit status 1 when trials failed."""
     console = Console()
     options = child_options(args)
-    model = load_model(args.workdir, args.overrides)
+    model = load_run(args.workdir, args.overrides)
     out = args.out or args.workdir / args.split
-    out.mkdir(parents=True, exist_ok=True)  # a wrong --out is told before the work
+    out.mkdir(parents=True, exist_ok=True)  # A wrong --out is an error before the work.
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
-        trials = compute_logits(model, args.split, console)
-        told = {"language_model": name}
-        given = {
+        trials = model.logits(args.split, console=console)
+        settings = {
+            "language_model": name,
             "llm": args.llm,
             "lm_settings": args.settings and str(args.settings),
             "lm_options": args.lm_options or None,
         }
-        told |= {key: value for key, value in given.items() if value is not None}
+        settings = {key: value for key, value in settings.items() if value is not None}
         jobs = args.workers is not None
-        result = evaluate_run(model, trials, args.split, url, told, console, jobs)
+        result = evaluate_run(model, trials, args.split, url, settings, console, jobs)
     write_results(out, result)
     print_results(result, console)
     console.print(f"written: {out / 'evaluation.json'}, {out / 'submission.csv'}", soft_wrap=True)
@@ -106,10 +100,10 @@ class OptionsError(UserError, ValueError):
 
 
 def child_options(args: argparse.Namespace) -> list[str]:
-    """Further options of a server or of workers that are started here.
+    """Return further options of a server or of workers that are started here.
 
     Raises:
-      OptionsError: some do not go together; says which, and what to give.
+      OptionsError: some do not go together. Names them and what is needed.
     """
     if args.workers is None:
         if args.redis is not None and args.lm is not None:
@@ -155,12 +149,12 @@ def language_model(
     workers: int | None = None,
     options: Sequence[str] = (),
 ) -> Iterator[tuple[str, str]]:
-    """Yields (Redis URL, what decodes there): a running server, or one of our own for `lm_dir`.
+    """Yield (Redis URL, name of what decodes there): a running server, or our own for `lm_dir`.
 
     Args:
-      redis: URL of a Redis where a server or workers listen, or shall.
+      redis: URL of a Redis where a server or workers listen, or will.
       lm_dir: model folder of what is started.
-      workers: how many workers are started; None: a server.
+      workers: how many workers are started. None: a server.
       options: further ones of `lm-server serve` or `worker`.
 
     Raises:
@@ -180,7 +174,7 @@ def language_model(
         return
     url = redis or os.environ.get("B2TXT_REDIS_URL", DEFAULT_URL)
     try:
-        with LanguageModelClient(url) as client:
+        with Client(url) as client:
             client.check()
     except LanguageModelUnavailableError as error:
         if redis is not None:
@@ -193,7 +187,7 @@ def language_model(
 
 
 def evaluate_run(
-    model: TrainedModel,
+    model: Run,
     trials: Sequence[TrialLogits],
     split: str,
     url: str,
@@ -201,7 +195,7 @@ def evaluate_run(
     console: Console,
     jobs: bool = False,
 ) -> Evaluation:
-    """Decodes logits on the server at `url`, or with `jobs` by the workers there, and scores them.
+    """Decode logits on the server at `url`, or with `jobs` by the workers there, and score them.
 
     Raises:
       LanguageModelUnavailableError: the server is gone.
@@ -211,43 +205,42 @@ def evaluate_run(
     with Progress(console=console) as progress:
         task = progress.add_task(f"sentences of {split}", total=len(trials))
         decode = run_workers if jobs else run_language_model
-        decoded, failures, seconds, not_rescored = decode(
+        results = decode(
             logits, names, url, lambda done, _: progress.update(task, completed=done)
         )
+    problems = {one.name: one.answer.problem for one in results if one.answer}
+    not_rescored = [name for name, problem in problems.items() if problem]
     if not_rescored:
         first = not_rescored[0]
         console.print(
             f"warning: {len(not_rescored)} of {len(names)} sentences were not rescored; the first, "
-            f"{first.trial}: {first.reason}",
+            f"{first}: {problems[first]}",
             soft_wrap=True,
         )
-        settings = {**settings, "not_rescored": [one.trial for one in not_rescored]}
+        settings = {**settings, "not_rescored": not_rescored}
     labels = [trial.labels for trial in trials if trial.labels is not None]
     sentences = [trial.sentence for trial in trials if trial.sentence is not None]
     known = split != "test"
     corpora = read_description(model.config.data.root)
     return evaluate(
         split=split,
-        names=names,
+        results=results,
         logits=logits,
-        decoded=decoded,
         labels=labels if known else None,
         sentences=sentences if known else None,
         corpora=[corpora.get((session_date(t.ref.session), t.ref.block)) for t in trials],
-        failures=failures,
-        seconds_per_sentence=seconds,
         settings={"step": model.step, "eval_padding": model.config.signal.eval_padding, **settings},
     )
 
 
 def write_results(out: Path, result: Evaluation) -> None:
-    """Writes evaluation.json and submission.csv."""
+    """Write evaluation.json and submission.csv."""
     write_evaluation(out / "evaluation.json", result)
     write_submission(out / "submission.csv", submission_texts(result))
 
 
 def print_results(result: Evaluation, console: Console) -> None:
-    """Prints the rates in all, per session and per corpus, and names failed trials."""
+    """Print the rates of all trials, per session and per corpus, and name failed trials."""
     if result.per is not None and result.wer is not None:
         table = Table(title=f"{result.split}: {result.trials} trials")
         for column in ("", "PER", "WER", "WER without LM"):

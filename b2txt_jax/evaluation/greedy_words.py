@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID, pronunciations
-from b2txt_jax.simulate.corpus import load_pool
+from b2txt_jax.simulation.corpus import load_pool
 from lm_server.protocol import CLASSES
 from lm_server.text_rules import scored_words
 

@@ -1,1 +1,1 @@
-"""A trained run put to use: logits, and the client of the language-model server."""
+"""Logits of a trained run."""

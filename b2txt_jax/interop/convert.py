@@ -25,7 +25,7 @@ from b2txt_jax.interop.nejm import (
 )
 from b2txt_jax.interop.safetensors_file import config_path, read_safetensors, write_safetensors
 from b2txt_jax.interop.weights import fresh_state
-from b2txt_jax.model.gru.baseline import parameter_count
+from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.step import init_state
 
@@ -217,10 +217,10 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
       ConversionError: the latest state cannot be read.
     """
     config = read_written_config(workdir / CONFIG_FILE)
-    if config.model.kind != "baseline":
+    if config.model.name != "gru":
         raise ConversionError(
-            f"{workdir} holds a model of kind {config.model.kind!r}; needed 'baseline': only that "
-            "has a published format. The run itself can be copied as a folder"
+            f"{workdir} holds a model {config.model.name!r}; needed 'gru': only that has a "
+            "published format. The run itself can be copied as a folder"
         )
     like = jax.eval_shape(lambda: init_state(config, len(config.data.sessions)))
     with Checkpoints(workdir, read_only=True) as checkpoints:

@@ -23,7 +23,7 @@ import optax
 
 from b2txt_jax.config import Config
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.model.gru.baseline import Params
+from b2txt_jax.model.interface import Params
 from b2txt_jax.training.optimizer import AdamByDayState
 from b2txt_jax.training.step import TrainState, init_state
 
@@ -136,7 +136,7 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     shapes |= {f"day_weights.{day}": (features, features) for day in range(days)}
     shapes |= {f"day_biases.{day}": (1, features) for day in range(days)}
     for layer in range(model.layers):
-        inputs = units if layer else features * max(model.patch_size, 1)
+        inputs = units if layer else features * model.patching[0]
         shapes |= {
             f"gru.weight_ih_l{layer}": (3 * units, inputs),
             f"gru.weight_hh_l{layer}": (3 * units, units),

@@ -8,19 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from b2txt_jax.model.interface import Bins
 
-def frame_count(bins: jax.Array | int, size: int, stride: int) -> jax.Array | int:
-    """Frames that `bins` bins give: (bins - size) // stride + 1, and 0 for less than a patch; size
-    0 means no patches."""
-    if size == 0:
-        return bins
+
+def frame_count(bins: Bins, size: int, stride: int) -> Bins:
+    """Return the frames that `bins` bins give: (bins - size) // stride + 1, and 0 for less than a
+    patch.
+
+    >>> frame_count(1000, 14, 4)
+    247
+    """
     frames = (bins - size) // stride + 1
     return max(frames, 0) if isinstance(frames, int) else jnp.maximum(frames, 0)
 
 
 def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """Stacks `size` bins every `stride` bins: [B, T, D] -> [B, (T - size) // stride + 1, size *
-    D]."""
+    """Stack `size` bins every `stride` bins: [B, T, D] -> [B, (T - size) // stride + 1,
+    size * D]."""
     count = (x.shape[1] - size) // stride + 1
     bins = jnp.arange(count)[:, None] * stride + jnp.arange(size)
     return x[:, bins].reshape(x.shape[0], count, size * x.shape[2])
@@ -30,8 +34,9 @@ def patches(x: jax.Array, size: int, stride: int) -> jax.Array:
 def project_patches(
     x: jax.Array, weight: jax.Array, size: int, stride: int, dtype: jnp.dtype
 ) -> jax.Array:
-    """`patches(x, size, stride) @ weight.T` without building the patches: x [B, T, D], weight [K,
-    size * D] -> float32 [B, P, K].
+    """Compute `patches(x, size, stride) @ weight.T` without building the patches.
+
+    x [B, T, D], weight [K, size * D] -> float32 [B, P, K].
 
     One strided convolution: the patches, 3.5 times the features at 14 bins every 4, never exist in
     memory. Operands are cast to `dtype`, forward and backward; sums are float32.
@@ -54,7 +59,7 @@ def _convolve(
 
 
 def _kernel(x: jax.Array, weight: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
-    """[K, size * D] -> [K, size, D]."""
+    """Separate the bins of a weight: [K, size * D] -> [K, size, D]."""
     return weight.reshape(weight.shape[0], size, x.shape[2]).astype(dtype)
 
 

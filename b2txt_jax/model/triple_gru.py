@@ -8,53 +8,77 @@ The noisy decoder learns to read speech from the noise; the gradient that it sen
 model is reversed, so that the noise comes to hold no speech (gradient reversal: Ganin and Lempitsky
 2015). Noise model and clean decoder have day layers of their own.
 
-Parameters: `noise.day`, `noise.gru` (gates on an axis of their own, see gru_wide.py), `noise.out`
+Parameters: `noise.day`, `noise.gru` (gates on an axis of their own, see gru/wide.py), `noise.out`
 with a bottleneck, `noise.h0`; `clean.day`, `clean.gru`, `clean.head`, `clean.h0`; `noisy.gru`,
 `noisy.head`, `noisy.h0`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from b2txt_jax.config import ModelConfig
+from b2txt_jax.config import setting
 from b2txt_jax.model.gru.baseline import (
     DayLayer,
+    GRUSettings,
     GRUStack,
     Head,
-    compute_dtype,
+    PatchedModel,
     dropout,
     first_state,
-    patching,
     stacked,
     uniform,
     xavier,
 )
 from b2txt_jax.model.gru.recurrence import recurrence
-from b2txt_jax.model.gru.wide import DATA, MODEL, spread, wide_recurrence
+from b2txt_jax.model.gru.wide import spread, wide_recurrence
+from b2txt_jax.model.interface import DATA, MODEL, MeanCTC, Output, Params, Rules, compute_dtype
 from b2txt_jax.model.orthogonal import orthogonal
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import contract, linear
 
 
-class Outputs(NamedTuple):
-    """What a model gives in training."""
+@dataclasses.dataclass(frozen=True)
+class TripleGRUSettings(GRUSettings):
+    """The settings of the clean decoder, of the other two parts, and of how they are trained
+    against each other."""
 
-    logits: jax.Array
-    """float32 [B, P, C]; the triple GRU's clean ones."""
-    noisy_logits: jax.Array | None = None
-    """float32 [B, P, C], what the adversary reads from the noise."""
-    noise: jax.Array | None = None
-    """[B, P, I] in the dtype of the products."""
+    noise_units: int = setting(
+        0,
+        least=0,
+        help="of the noise model's GRU; 0: as wide as a patch, its states are the noise; otherwise "
+        "a projection makes the noise of them",
+    )
+    noise_layers: int = setting(2, least=1)
+    noisy_layers: int = setting(2, least=1, help="of the decoder that reads the noise")
+    recompute_frames: int = setting(
+        0,
+        least=0,
+        help="frames between the states that the noise model keeps for the backward pass, which "
+        "computes the others again; 0 keeps all",
+        resumable=True,
+    )
+    noisy_weight: float = setting(
+        1.0, least=0, help="of the noise decoder's CTC loss; the clean decoder's has 1"
+    )
+    reversal: float = setting(1.0, least=0, help="largest factor lambda of the reversed gradient")
+    reversal_rate: float = setting(
+        10.0,
+        least=0,
+        help="lambda = reversal * (2 / (1 + exp(-reversal_rate * progress)) - 1), progress from 0 "
+        "to 1 over train.steps (Ganin and Lempitsky 2015)",
+    )
 
 
 @jax.custom_vjp
 def reverse_gradient(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x` itself; its gradient comes back multiplied by -factor. `factor`: a scalar."""
+    """Return `x` itself; its gradient comes back multiplied by -factor, a scalar."""
     return x
 
 
@@ -72,7 +96,7 @@ reverse_gradient.defvjp(_reverse_forward, _reverse_backward)
 class NoiseStack(nnx.Module):
     """The noise model's GRU layers, whose units devices can share."""
 
-    def __init__(self, model: ModelConfig, inputs: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, inputs: int, key: jax.Array):
         self.model = model
         self.units = model.noise_units or inputs
         units = self.units
@@ -91,11 +115,11 @@ class NoiseStack(nnx.Module):
                 setattr(self, f"{name}_l{layer}", nnx.Param(apart))
 
     def _project(self, x: jax.Array, layer: int, dtype: jnp.dtype) -> jax.Array:
-        """Bins [B, T, D] for the first layer, frames [P, B, H] for others -> [P, B, 3, H]."""
+        """Project bins [B, T, D] for the first layer, frames [P, B, H] for others: [P, B, 3, H]."""
         weight = getattr(self, f"weight_ih_l{layer}")[...]
         bias = getattr(self, f"bias_ih_l{layer}")[...]
         if layer == 0:
-            size, stride = patching(self.model)
+            size, stride = self.model.patching
             gates = [project_patches(x, weight[gate], size, stride, dtype) for gate in range(3)]
             projected = jnp.stack(gates, axis=2).swapaxes(0, 1)
         else:
@@ -105,7 +129,7 @@ class NoiseStack(nnx.Module):
     def __call__(
         self, x: jax.Array, h0: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
     ) -> jax.Array:
-        """x [B, T, D], h0 [1, 1, H] -> states of the last layer, [P, B, H]."""
+        """Run the layers: x [B, T, D], h0 [1, 1, H] -> states of the last one, [P, B, H]."""
         first = jnp.broadcast_to(h0[0], (x.shape[0], self.units))
         for layer in range(self.model.noise_layers):
             if layer and dropout_key is not None:
@@ -130,15 +154,15 @@ class NoiseStack(nnx.Module):
             weight.reshape(3 * units, units),
             bias.reshape(3 * units),
             dtype,
-            # 'pallas' is said of the other two parts: 7168 units are too many for a kernel.
+            # 'pallas' is meant for the other two parts: 7168 units are too many for a kernel.
             "scan" if self.model.recurrence == "scan" else "auto",
         )
 
     def stream(
         self, x: jax.Array, states: jax.Array, dtype: jnp.dtype
     ) -> tuple[jax.Array, jax.Array]:
-        """As the call, without dropout, from `states` float32 [layers, B, H] on; gives the states
-        after the last frame, too."""
+        """Run the layers without dropout from `states`, float32 [layers, B, H]; return the last
+        layer's states [P, B, H] and all states after the last frame."""
         after = []
         for layer in range(self.model.noise_layers):
             weight, bias = getattr(self, f"weight_hh_l{layer}"), getattr(self, f"bias_hh_l{layer}")
@@ -149,12 +173,12 @@ class NoiseStack(nnx.Module):
 
 
 class NoiseModel(nnx.Module):
-    """What of the patches is no speech."""
+    """The part of the patches that is no speech."""
 
-    def __init__(self, model: ModelConfig, features: int, days: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: jax.Array):
         self.model = model
         gru_key, h0_key, out_key = jax.random.split(key, 3)
-        width = features * patching(model)[0]
+        width = features * model.patching[0]
         self.day = DayLayer(days if model.day_layer else 1, features)
         self.gru = NoiseStack(model, width, gru_key)
         self.h0 = nnx.Param(first_state(h0_key, self.gru.units))
@@ -168,7 +192,7 @@ class NoiseModel(nnx.Module):
     def __call__(
         self, x: jax.Array, day: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
     ) -> jax.Array:
-        """x [B, T, D], day [B] -> the noise in every patch, [P, B, I] of `dtype`."""
+        """Estimate the noise in every patch: x [B, T, D], day [B] -> [P, B, I] of `dtype`."""
         x = self.day(x, day, dtype)
         if dropout_key is not None:
             input_key, dropout_key = jax.random.split(dropout_key)
@@ -178,7 +202,7 @@ class NoiseModel(nnx.Module):
     def stream(
         self, x: jax.Array, day: jax.Array, states: jax.Array, dtype: jnp.dtype
     ) -> tuple[jax.Array, jax.Array]:
-        """Whole patches of bins x -> their noise, and the states after them."""
+        """Estimate the noise of whole patches of bins x; return it and the states after them."""
         frames, after = self.gru.stream(self.day(x, day, dtype), states, dtype)
         return self._noise(frames, dtype), after
 
@@ -186,11 +210,11 @@ class NoiseModel(nnx.Module):
 class CleanSpeechModel(nnx.Module):
     """The decoder of the patches without their noise."""
 
-    def __init__(self, model: ModelConfig, features: int, days: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: jax.Array):
         self.model = model
         gru_key, head_key, h0_key = jax.random.split(key, 3)
         self.day = DayLayer(days if model.day_layer else 1, features)
-        self.gru = GRUStack(model, features * patching(model)[0], model.layers, gru_key)
+        self.gru = GRUStack(model, features * model.patching[0], model.layers, gru_key)
         self.head = Head(model.units, model.classes, head_key)
         self.h0 = nnx.Param(first_state(h0_key, model.units))
 
@@ -206,7 +230,7 @@ class CleanSpeechModel(nnx.Module):
         dtype: jnp.dtype,
         dropout_key: jax.Array | None,
     ) -> jax.Array:
-        """x [B, T, D], day [B], noise [P, B, I] -> logits, float32 [B, P, C]."""
+        """Decode: x [B, T, D], day [B], noise [P, B, I] -> logits, float32 [B, P, C]."""
         x = self.day(x, day, dtype)
         if dropout_key is not None:
             input_key, dropout_key = jax.random.split(dropout_key)
@@ -222,7 +246,7 @@ class CleanSpeechModel(nnx.Module):
         states: jax.Array,
         dtype: jnp.dtype,
     ) -> tuple[jax.Array, jax.Array]:
-        """As the call, from `states` float32 [layers, B, H] on, which come back with it."""
+        """Decode from `states`, float32 [layers, B, H]; return the logits and the states after."""
         projected = self._project(self.day(x, day, dtype), noise, dtype)
         frames, after = self.gru.stream(projected, states, dtype)
         return self.head(frames.swapaxes(0, 1), dtype), after
@@ -231,7 +255,7 @@ class CleanSpeechModel(nnx.Module):
 class NoisySpeechModel(nnx.Module):
     """The adversary: a decoder of the noise alone."""
 
-    def __init__(self, model: ModelConfig, inputs: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, inputs: int, key: jax.Array):
         gru_key, head_key, h0_key = jax.random.split(key, 3)
         self.gru = GRUStack(model, inputs, model.noisy_layers, gru_key)
         self.head = Head(model.units, model.classes, head_key)
@@ -240,21 +264,21 @@ class NoisySpeechModel(nnx.Module):
     def __call__(
         self, noise: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
     ) -> jax.Array:
-        """noise [P, B, I] -> logits, float32 [B, P, C]."""
+        """Decode the noise [P, B, I]: logits, float32 [B, P, C]."""
         projected = self.gru.project_frames(noise, dtype)
         states = self.gru(projected, self.h0[...], dtype, dropout_key)
         return self.head(states.swapaxes(0, 1), dtype)
 
 
-class TripleGRU(nnx.Module):
-    """The three models; `full` trains, the call and `stream` only decode."""
+class TripleDecoder(nnx.Module):
+    """The three parts; `full` trains, the call and `stream` only decode."""
 
-    def __init__(self, model: ModelConfig, features: int, days: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: jax.Array):
         self.model = model
         noise_key, clean_key, noisy_key = jax.random.split(key, 3)
         self.noise = NoiseModel(model, features, days, noise_key)
         self.clean = CleanSpeechModel(model, features, days, clean_key)
-        self.noisy = NoisySpeechModel(model, features * patching(model)[0], noisy_key)
+        self.noisy = NoisySpeechModel(model, features * model.patching[0], noisy_key)
 
     def full(
         self,
@@ -262,8 +286,9 @@ class TripleGRU(nnx.Module):
         day: jax.Array,
         dropout_key: jax.Array | None = None,
         reversal: jax.Array | float = 1.0,
-    ) -> Outputs:
-        """All three: smoothed features x [B, T, D], day index [B] -> Outputs.
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Run all three parts: smoothed features x [B, T, D], day index [B] -> clean and noisy
+        logits, float32 [B, P, C], and the noise [B, P, I].
 
         `reversal` is the factor lambda of the gradient that the adversary sends to the noise.
         """
@@ -273,15 +298,16 @@ class TripleGRU(nnx.Module):
         logits = self.clean(x, day, noise, dtype, keys[1])
         reversed_ = reverse_gradient(noise, jnp.asarray(reversal, jnp.float32))
         noisy_logits = self.noisy(reversed_, dtype, keys[2])
-        return Outputs(logits, noisy_logits, noise.swapaxes(0, 1))
+        return logits, noisy_logits, noise.swapaxes(0, 1)
 
     def __call__(self, x: jax.Array, day: jax.Array) -> jax.Array:
-        """Inference, noise and clean only: x [B, T, D], day [B] -> logits, float32 [B, P, C]."""
+        """Decode with noise model and clean decoder: x [B, T, D], day [B] -> logits, float32
+        [B, P, C]."""
         dtype = compute_dtype(self.model)
         return self.clean(x, day, self.noise(x, day, dtype, None), dtype, None)
 
     def first_states(self, rows: int) -> dict[str, jax.Array]:
-        """What a stream starts from: each layer's state, float32 [layers, B, H]."""
+        """Return the states that a stream starts from, float32 [layers, B, H]."""
         return {
             "noise": stacked(self.noise.h0[...], self.model.noise_layers, rows),
             "clean": stacked(self.clean.h0[...], self.model.layers, rows),
@@ -290,8 +316,85 @@ class TripleGRU(nnx.Module):
     def stream(
         self, x: jax.Array, day: jax.Array, states: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Whole patches of bins x [B, T, D] -> their clean logits, and the states after them."""
+        """Decode whole patches of bins x [B, T, D]: clean logits, and the states after them."""
         dtype = compute_dtype(self.model)
         noise, after = self.noise.stream(x, day, states["noise"], dtype)
         logits, clean = self.clean.stream(x, day, noise, states["clean"], dtype)
         return logits, {"noise": after, "clean": clean}
+
+
+class TripleGRU(PatchedModel):
+    """The triple GRU: training weighs the two decoders' losses, decoding uses the clean one."""
+
+    Settings = TripleGRUSettings
+    # Up to 7168 wide, gates on an axis of their own: every device has all gates of its units.
+    sharding: ClassVar[Rules] = (
+        (r"noise/gru/weight_(ih|hh)_l\d+", P(None, MODEL)),
+        (r"noise/gru/bias_(ih|hh)_l\d+", P(None, MODEL)),
+        (r"noise/h0", P(None, None, MODEL)),
+        (r"noise/out/weight", P(MODEL)),
+        (r"noise/out/bias", P(MODEL)),
+        *PatchedModel.sharding,
+    )
+
+    def module(self, key: jax.Array) -> TripleDecoder:
+        """Return the three fresh parts."""
+        return TripleDecoder(self.settings, self.features, self.days, key)
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        bins: jax.Array,
+        day: jax.Array,
+        key: jax.Array | None = None,
+    ) -> Output:
+        """Decode with the noise model and the clean decoder; with a key, run the adversary too."""
+        if key is not None:
+            return self.full(params, x, bins, day, key)
+        return Output(self.bound(params)(x, day), self.frames(bins))
+
+    def full(
+        self,
+        params: Params,
+        x: jax.Array,
+        bins: jax.Array,
+        day: jax.Array,
+        key: jax.Array | None = None,
+        reversal: jax.Array | float = 1.0,
+    ) -> Output:
+        """Run all three parts: `aux` holds the noisy logits [B, P, C] and the noise [B, P, I]."""
+        logits, noisy, noise = self.bound(params).full(x, day, key, reversal)
+        return Output(logits, self.frames(bins), {"noisy": noisy, "noise": noise})
+
+    def validate(self, params: Params, x: jax.Array, bins: jax.Array, day: jax.Array) -> Output:
+        """Decode the noise too: its PER stays near 1 when there is no speech in it."""
+        output = self.full(params, x, bins, day)
+        return output._replace(aux={"noisy": output.aux["noisy"]})
+
+    def loss(
+        self,
+        params: Params,
+        x: jax.Array,
+        bins: jax.Array,
+        day: jax.Array,
+        ctc: MeanCTC,
+        key: jax.Array | None = None,
+        progress: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the weighed sum of both decoders' CTC losses, and its parts."""
+        settings = self.settings
+        reversal = settings.reversal * (2 / (1 + jnp.exp(-settings.reversal_rate * progress)) - 1)
+        with jax.named_scope("model"):
+            output = self.full(params, x, bins, day, key, reversal)
+        clean, noisy = ctc(output.logits, output.frames), ctc(output.aux["noisy"], output.frames)
+        power = jnp.square(output.aux["noise"].astype(jnp.float32)).mean(axis=-1)
+        valid = jnp.arange(power.shape[1]) < output.frames[:, None]
+        power = jnp.where(valid, power, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+        parts = {
+            "clean_loss": clean,
+            "noisy_loss": noisy,
+            "noise_rms": jnp.sqrt(power),
+            "reversal": reversal,
+        }
+        return clean + settings.noisy_weight * noisy, parts

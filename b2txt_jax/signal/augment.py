@@ -1,48 +1,114 @@
-"""Augmentation of training features, in the published order (NEJM reference, section 4)."""
+"""Augmentation of training features, in the published order (NEJM reference, section 4).
+
+An augmentation is a pure function (key, features [B, T, D], bins [B]) -> (features, bins) of the
+same shapes. `signal.augment` lists them in order: those below by name, others as
+`package.module:function` or `package.module:function(setting=value)`.
+"""
 
 from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from b2txt_jax.config import SignalConfig
+from b2txt_jax.config import ConfigError, SignalConfig, imported
+
+Augmented = tuple[jax.Array, jax.Array]
+Augmentation = Callable[[jax.Array, jax.Array, jax.Array], Augmented]
+
+
+def static_gain(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
+    """Mix the channels by a random matrix near the identity, one per trial."""
+    noise = jax.random.normal(key, (x.shape[0], x.shape[2], x.shape[2]), x.dtype)
+    return x + jnp.einsum("btd,bdk->btk", x, std * noise), bins
+
+
+def white_noise(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
+    """Add noise to every value."""
+    return x + std * jax.random.normal(key, x.shape, x.dtype), bins
+
+
+def constant_offset(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
+    """Add an offset per trial and channel."""
+    return x + std * jax.random.normal(key, (x.shape[0], 1, x.shape[2]), x.dtype), bins
+
+
+def random_walk(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
+    """Add a random walk over channels.
+
+    NEJM: its axis setting is -1, so that the walk runs over channels, not over time.
+    """
+    return x + std * jnp.cumsum(jax.random.normal(key, x.shape, x.dtype), axis=-1), bins
+
+
+def random_cut(key: jax.Array, x: jax.Array, bins: jax.Array, below: int) -> Augmented:
+    """Cut 0 .. below - 1 bins from the start, the same for every trial of the batch."""
+    cut = jax.random.randint(key, (), 0, below)
+    extended = jnp.pad(x, ((0, 0), (0, below - 1), (0, 0)))
+    x = jax.lax.dynamic_slice_in_dim(extended, cut, x.shape[1], axis=1)
+    return x, jnp.maximum(bins - cut, 0)
 
 
 def time_mask(bins: jax.Array, length: int) -> jax.Array:
-    """True where a bin belongs to the trial: [B] -> [B, length, 1]."""
+    """Return True where a bin belongs to the trial: [B] -> [B, length, 1]."""
     return (jnp.arange(length) < bins[:, None])[..., None]
+
+
+@functools.cache
+def augmentations(signal: SignalConfig) -> tuple[Augmentation | None, ...]:
+    """Return the listed augmentations with their settings; None for one that changes nothing.
+
+    Raises:
+      ConfigError: a name is unknown, cannot be imported, or its settings cannot be read.
+    """
+    ours: dict[str, Augmentation | None] = {
+        function.__name__: functools.partial(function, std=std) if std > 0 else None
+        for function, std in (
+            (static_gain, signal.static_gain_std),
+            (white_noise, signal.white_noise_std),
+            (constant_offset, signal.constant_offset_std),
+            (random_walk, signal.random_walk_std),
+        )
+    }
+    cut = functools.partial(random_cut, below=signal.random_cut)
+    ours["random_cut"] = cut if signal.random_cut > 1 else None
+    return tuple(ours[name] if name in ours else _foreign(name, ours) for name in signal.augment)
+
+
+def _foreign(entry: str, ours: dict[str, Augmentation | None]) -> Augmentation:
+    """Import `package.module:function(setting=value)`."""
+    name, bracket, rest = entry.partition("(")
+    if not all(name.partition(":")):
+        raise ConfigError(
+            f"configuration key signal.augment lists {entry!r}; needed one of {', '.join(ours)}, "
+            "or package.module:function"
+        )
+    try:
+        call = ast.parse(f"f({rest}" if bracket else "f()", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("not setting=value, ...")
+        settings = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(
+            f"configuration key signal.augment lists {entry!r}, whose settings cannot be read "
+            f"({error}); needed package.module:function(setting=value, ...)"
+        ) from error
+    return functools.partial(imported(name, "signal.augment"), **settings)
 
 
 def augment(
     key: jax.Array, features: jax.Array, bins: jax.Array, signal: SignalConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Adds noise and cuts the start: features [B, T, D], bins [B] -> the same shapes.
-
-    Static gain (a random mixing matrix near the identity, per trial), white noise, an offset per
-    trial and channel, a random walk over channels, and one cut of 0 .. random_cut - 1 bins from the
-    start of every trial of the batch.
+) -> Augmented:
+    """Apply the configured augmentations: features [B, T, D], bins [B] -> the same shapes.
 
     NEJM: noise is added to the padding too and leaks back through the smoothing; here padding stays
       zero, so that how far a trial is padded never changes what is learned from it.
     """
-    gain_key, white_key, offset_key, walk_key, cut_key = jax.random.split(key, 5)
-    batch, length, channels = features.shape
-    if signal.static_gain_std > 0:
-        noise = jax.random.normal(gain_key, (batch, channels, channels), features.dtype)
-        features = features + jnp.einsum("btd,bdk->btk", features, signal.static_gain_std * noise)
-    if signal.white_noise_std > 0:
-        noise = jax.random.normal(white_key, features.shape, features.dtype)
-        features = features + signal.white_noise_std * noise
-    if signal.constant_offset_std > 0:
-        noise = jax.random.normal(offset_key, (batch, 1, channels), features.dtype)
-        features = features + signal.constant_offset_std * noise
-    if signal.random_walk_std > 0:
-        noise = jax.random.normal(walk_key, features.shape, features.dtype)
-        # NEJM: its axis setting is -1, so that the walk runs over channels, not over time.
-        features = features + signal.random_walk_std * jnp.cumsum(noise, axis=-1)
-    if signal.random_cut > 1:
-        cut = jax.random.randint(cut_key, (), 0, signal.random_cut)
-        extended = jnp.pad(features, ((0, 0), (0, signal.random_cut - 1), (0, 0)))
-        features = jax.lax.dynamic_slice_in_dim(extended, cut, length, axis=1)
-        bins = jnp.maximum(bins - cut, 0)
-    return jnp.where(time_mask(bins, length), features, 0), bins
+    functions = augmentations(signal)
+    for one, own_key in zip(functions, jax.random.split(key, len(functions) or 1), strict=False):
+        if one is not None:
+            features, bins = one(own_key, features, bins)
+    return jnp.where(time_mask(bins, features.shape[1]), features, 0), bins

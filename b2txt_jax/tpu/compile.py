@@ -30,12 +30,12 @@ from b2txt_jax.tpu.report import Memory, Result, compared, described
 from b2txt_jax.tpu.roofline import step_time
 from b2txt_jax.tpu.topologies import Topology, known_topologies, parse_topology, topology_devices
 from b2txt_jax.training.compiled import abstract_batch
-from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh, state_shardings
+from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
+from b2txt_jax.training.step import model_of
 from lm_server.atomic_file import replacing
 
 TYPICAL_BUCKET = (1000, 100)
 """(bins, labels), used if the configuration derives the buckets from the data."""
-VARIANTS = ("scan", "pallas")
 
 
 class CompileError(UserError, ValueError):
@@ -77,17 +77,21 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     topology = parse_topology(args.topology)
     bucket = parse_bucket(args.bucket) if args.bucket else typical_bucket(config)
-    if bucket[0] < max(config.model.patch_size, 1):
+    if bucket[0] < config.model.least_bins:
         raise CompileError(
-            f"--bucket has {bucket[0]} bins; needed at least one patch of {config.model.patch_size}"
+            f"--bucket has {bucket[0]} bins; the model needed at least {config.model.least_bins}"
         )
     days = args.days or session_count(config)
     if args.json:
         _check_writable(args.json)  # not after minutes of compiling
-    variants: tuple[str | None, ...] = VARIANTS if args.compare else (None,)
+    settings = [config.model]
+    if args.compare:
+        settings = list(model_of(config, days).variants().values())
+        if not settings:
+            raise CompileError(f"--compare: model {config.model.name!r} has no variants to compare")
     results = []
-    for variant in variants:
-        changed = config if variant is None else with_recurrence(config, variant)
+    for model in settings:
+        changed = dataclasses.replace(config, model=model)
         result = compile_step(
             changed,
             topology,
@@ -141,14 +145,9 @@ def compile_step(
     rows, per_device = batch_rows(config, shards, per_device_batch)
     config = as_on_tpu(config)
     step = jit_train_step(config, days, mesh)
-    state = abstract_state(config, days)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(state, mesh),
-    )
+    placed = abstract_state(config, days, mesh)
     batch = abstract_batch(rows, bucket, config.data.feature_count, np.float32, mesh)
-    kind = config.model.recurrence
+    kind = model_of(config, days).variant
     label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins, recurrence {kind}"
     started = time.monotonic()
     with _at_work(console, label), _no_compilation_cache():
@@ -213,11 +212,6 @@ def as_on_tpu(config: Config) -> Config:
     if config.model.dtype != "auto":
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
-
-
-def with_recurrence(config: Config, name: str) -> Config:
-    """Return the configuration with another variant of the recurrence."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, recurrence=name))
 
 
 def typical_bucket(config: Config) -> tuple[int, int]:

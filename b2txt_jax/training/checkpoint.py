@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from b2txt_jax.errors import UserError
-from b2txt_jax.model.gru.baseline import Params
+from b2txt_jax.model.interface import Params
 from b2txt_jax.training.checksum import checksums, text_checksum
 from b2txt_jax.training.step import TrainState
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from b2txt_jax.config import Config
-from b2txt_jax.data.hdf5 import TrialRef
 from b2txt_jax.data.loader import Batch, bucket_of
-from b2txt_jax.model.gru.baseline import Params
+from b2txt_jax.data.trial import TrialRef
+from b2txt_jax.model.interface import Params
 from b2txt_jax.training.sharding import (
     abstract_state,
     batch_shardings,
@@ -24,7 +24,6 @@ from b2txt_jax.training.sharding import (
     jit_train_step,
     local_rows,
     place,
-    state_shardings,
 )
 from b2txt_jax.training.step import EvalOutput, StepMetrics, TrainState
 
@@ -34,7 +33,7 @@ _PLACED_AHEAD = 2
 def abstract_batch(
     rows: int, bucket: tuple[int, int], features: int, dtype: Any, mesh: Mesh
 ) -> Batch:
-    """Shapes of a batch with their placement."""
+    """Return the shapes of a batch with their placement."""
     bins, labels = bucket
     shapes = ((rows, bins, features), (rows,), (rows,), (rows, labels), (rows,))
     dtypes = (dtype, *[np.int32] * 4)
@@ -48,7 +47,7 @@ def abstract_batch(
 def used_buckets(
     refs: Iterable[TrialRef], buckets: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """The buckets that batches drawn from these trials can fall into.
+    """Return the buckets that batches drawn from these trials can fall into.
 
     A batch's bucket is the largest of its trials' own, or, where a longer bucket holds fewer
     labels, one beyond it.
@@ -69,7 +68,8 @@ class CompiledSteps:
         """`dtype`: of the features that batches bring.
 
         Raises:
-          ConfigError: rows or parameters cannot be shared evenly by the devices.
+          ConfigError: rows or parameters cannot be shared evenly by the devices, or the model or
+            the signal's settings cannot be used.
         """
         self.mesh = mesh
         self.train_rows = config.data.days_per_batch * config.data.trials_per_day
@@ -79,9 +79,11 @@ class CompiledSteps:
         """Of a training batch, those that this host's devices hold."""
         self.local_eval_rows = local_rows(config.data.eval_batch_size, mesh)
         """Of an evaluation batch."""
-        self._config = config
-        self._days = days
+        self._data = config.data
         self._dtype = dtype
+        self._state = abstract_state(config, days, mesh)
+        self._train_step = jit_train_step(config, days, mesh)
+        self._eval_step = jit_eval_step(config, days, mesh, validating=True)
         self._train: dict[tuple[int, int], Any] = {}
         self._eval: dict[tuple[int, int], Any] = {}
 
@@ -91,33 +93,20 @@ class CompiledSteps:
         evaluate: Sequence[tuple[int, int]],
         compiled: Callable[[], None] = lambda: None,
     ) -> None:
-        """Compiles these buckets' programs, several at a time; tells `compiled` of each."""
-        state = abstract_state(self._config, self._days)
-        placed = state_shardings(state, self.mesh)
-        state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
-            placed,
-        )
-        train_step = jit_train_step(self._config, self._days, self.mesh)
-        eval_step = jit_eval_step(self._config, self._days, self.mesh, adversary=True)
+        """Compile these buckets' programs, several at a time; call `compiled` after each."""
+        state, data = self._state, self._data
 
         def batch(rows: int, bucket: tuple[int, int]) -> Batch:
-            features = self._config.data.feature_count
-            return abstract_batch(rows, bucket, features, self._dtype, self.mesh)
+            return abstract_batch(rows, bucket, data.feature_count, self._dtype, self.mesh)
 
-        # Tracing is Python and takes its turn; the compiler does not, and gets all the cores.
+        # Tracing is Python and one at a time; the compiler uses all the cores.
         lowered = [
-            (self._train, bucket, train_step.lower(state, batch(self.train_rows, bucket)))
+            (self._train, bucket, self._train_step.lower(state, batch(self.train_rows, bucket)))
             for bucket in train
-        ] + [
-            (
-                self._eval,
-                bucket,
-                eval_step.lower(state.params, batch(self._config.data.eval_batch_size, bucket)),
-            )
-            for bucket in evaluate
         ]
+        for bucket in evaluate:
+            program = self._eval_step.lower(state.params, batch(data.eval_batch_size, bucket))
+            lowered.append((self._eval, bucket, program))
 
         def finish(item: tuple[dict[tuple[int, int], Any], tuple[int, int], Any]) -> None:
             programs, bucket, program = item
@@ -130,18 +119,18 @@ class CompiledSteps:
             list(pool.map(finish, lowered))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """One step on a placed batch; the state is donated."""
+        """Run one step on a placed batch; the state is donated."""
         result: tuple[TrainState, StepMetrics] = self._train[_bucket(batch)](state, batch)
         return result
 
     def eval_step(self, params: Params, batch: Batch) -> EvalOutput:
-        """Logits and losses of all rows of a batch, of which this host's rows are given."""
-        placed = place(batch, self.mesh, self._config.data.eval_batch_size)
+        """Compute logits and losses of all rows of a batch from this host's rows."""
+        placed = place(batch, self.mesh, self._data.eval_batch_size)
         output: EvalOutput = self._eval[_bucket(batch)](params, placed)
         return output
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """This host's rows of training batches to global arrays, some batches ahead of their
+        """Turn this host's rows of training batches into global arrays, some batches ahead of their
         use."""
         waiting: deque[Batch] = deque()
         for batch in batches:

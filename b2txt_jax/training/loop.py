@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from b2txt_jax.config import (
     differences,
     load_config,
     read_written_config,
+    resumable_keys,
     with_overrides,
     write_config,
 )
@@ -33,8 +33,7 @@ from b2txt_jax.data.loader import (
     configured_sessions,
     resolve_buckets,
 )
-from b2txt_jax.model.gru.baseline import compute_dtype, parameter_count
-from b2txt_jax.model.patches import frame_count
+from b2txt_jax.model.interface import compute_dtype, parameter_count
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import (
@@ -46,8 +45,10 @@ from b2txt_jax.training.distributed import (
 from b2txt_jax.training.lock import WorkdirInUseError, locked
 from b2txt_jax.training.metrics_log import MetricsLog
 from b2txt_jax.training.sharding import make_mesh, sharded_state
+from b2txt_jax.training.step import model_of
 from b2txt_jax.training.tracker import Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
+from lm_server.atomic_file import replacing
 
 FINISHED_FILE = "finished.json"
 """In a run's folder when it is complete, and only then: all steps, or early by train.patience."""
@@ -55,21 +56,6 @@ FINISHED_FILE = "finished.json"
 _MUCH_PADDING = 0.6
 """Share of a batch's bins beyond which the buckets are called unsuitable; chosen ones have about
 0.3 to 0.45, since the longest of all rows decides."""
-
-# What may change between the parts of one run without making it another run.
-_RESUMABLE = {
-    "data.root",
-    "data.eval_batch_size",
-    "train.steps",
-    "train.log_every",
-    "train.validate_every",
-    "train.save_every",
-    "train.on_nonfinite",
-    "train.patience",
-    "model.recurrence",
-    "model.recompute_frames",
-    "parallel.model_axis",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +123,8 @@ def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
         data = dataclasses.replace(data, buckets=chosen)
     config = dataclasses.replace(config, data=data)
     changed = differences(before, config) if before else {}
-    changed = {key: pair for key, pair in changed.items() if key not in _RESUMABLE}
+    for key in resumable_keys(config):
+        changed.pop(key, None)
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         raise ConfigError(
@@ -160,13 +147,9 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     resumed = has_checkpoint(workdir)
     config = resolve(config, workdir, resumed)
     sessions, days = config.data.sessions, len(config.data.sessions)
-    patch = max(config.model.patch_size, 1)
-
-    def frames_of_bins(bins: int) -> int:
-        return int(frame_count(bins, config.model.patch_size, config.model.patch_stride))
-
-    training = TrainingData(config.data, sessions, patch, frames_of_bins)
-    validation = EvaluationData(config.data, sessions, "val", patch, labels=True)
+    least, frames = config.model.least_bins, model_of(config, days).frames
+    training = TrainingData(config.data, sessions, least, frames)
+    validation = EvaluationData(config.data, sessions, "val", least, labels=True)
     mesh = make_mesh(config.parallel.model_axis)
     steps = CompiledSteps(config, days, mesh, training.features_dtype)
 
@@ -321,9 +304,8 @@ def _write_finished(
     values: dict[str, Any] = {"step": step, "skipped_steps": skipped}
     if best is not None:
         values["best"] = dataclasses.asdict(best)
-    temporary = workdir / f".{FINISHED_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, workdir / FINISHED_FILE)
+    with replacing(workdir / FINISHED_FILE) as unfinished:
+        unfinished.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _tell_end(

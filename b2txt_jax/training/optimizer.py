@@ -9,21 +9,20 @@ array, so the group of the days does the same row by row.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from b2txt_jax.config import OptimizerConfig
-from b2txt_jax.model.gru.baseline import Params
-
-GROUPS = ("weights", "biases", "day")
+from b2txt_jax.model.interface import Params
 
 
 def warmup_cosine(peak: float, floor: float, warmup: int, decay: int) -> optax.Schedule:
-    """Learning rate by step: 0 to `peak` over `warmup` steps, a cosine to `floor` at `decay`, then
-    constant.
+    """Return the learning rate by step: 0 to `peak` over `warmup` steps, a cosine to `floor` at
+    `decay`, then constant.
 
     The first step has rate 0, as in the published schedule.
     """
@@ -37,22 +36,8 @@ def warmup_cosine(peak: float, floor: float, warmup: int, decay: int) -> optax.S
     return rate
 
 
-def parameter_groups(params: Params) -> Params:
-    """Names the group of each parameter: 'day' (the day layers), 'biases' (GRU and head), 'weights'
-    (and h0)."""
-
-    def group(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> str:
-        names = [str(entry.key) for entry in path]
-        if "day" in names:
-            return "day"
-        return "biases" if names[-1].startswith("bias") else "weights"
-
-    groups: Params = jax.tree_util.tree_map_with_path(group, params)
-    return groups
-
-
 class AdamByDayState(NamedTuple):
-    """Moments of the days' rows, and how often each day was updated."""
+    """Moments of the days' rows, and the number of updates of each day."""
 
     steps: jax.Array
     """int32 [days]."""
@@ -63,8 +48,8 @@ class AdamByDayState(NamedTuple):
 def scale_by_adam_by_day(
     beta1: float, beta2: float, epsilon: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay for arrays [days, ...]; days without a gradient stay as
-    they are.
+    """Return Adam with decoupled weight decay for arrays [days, ...]; days without a gradient stay
+    as they are.
 
     A day is without one when its gradient is zero in every array: no trial of the batch was of
     that day.
@@ -74,13 +59,16 @@ def scale_by_adam_by_day(
         return values.reshape(-1, *[1] * (like.ndim - 1))
 
     def init(params: optax.Params) -> AdamByDayState:
-        days = jax.tree.leaves(params)[0].shape[0]
+        leaves = jax.tree.leaves(params)
+        days = leaves[0].shape[0] if leaves else 1  # checkpoints hold no empty array
         zeros = jax.tree.map(jnp.zeros_like, params)
         return AdamByDayState(jnp.zeros(days, jnp.int32), zeros, zeros)
 
     def update(
         gradient: optax.Updates, state: AdamByDayState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AdamByDayState]:
+        if not jax.tree.leaves(gradient):  # a model without parameters of this group
+            return gradient, state
         touched = [(g != 0).any(tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradient)]
         present = jnp.stack(touched).any(0)
         steps = state.steps + present
@@ -101,9 +89,14 @@ def scale_by_adam_by_day(
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW per group: decay on weights and h0, none on biases;
-    the day layers day by day."""
+def make_optimizer(
+    config: OptimizerConfig, group: Callable[[str, Any], str]
+) -> optax.GradientTransformation:
+    """Return clipping by the global norm, then AdamW per group.
+
+    `group` names the group of a parameter by its path such as `gru/bias_ih_l0`, as `Model.group`
+    does: 'weights' decay, 'biases' do not, 'day' is updated day by day.
+    """
     main = warmup_cosine(
         config.learning_rate, config.learning_rate_min, config.warmup_steps, config.decay_steps
     )
@@ -117,6 +110,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     def adamw(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
         return optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=decay)
 
+    def named_group(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        return group(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+
     groups = optax.partition(
         {
             "weights": adamw(main, config.weight_decay),
@@ -128,7 +124,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
                 optax.scale_by_learning_rate(day),
             ),
         },
-        parameter_groups,
+        lambda params: jax.tree_util.tree_map_with_path(named_group, params),
     )
     if config.clip_norm > 0:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), groups)

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh of devices with named axes, and declared rules for every parameter.
+"""Where arrays live: one mesh of devices with named axes, and the model's rules for parameters.
 
 `data` splits the rows of a batch; `model` splits large parameters. What is split changes no result
 but for the order of sums: random numbers are functions of (seed, step) and position.
@@ -7,7 +7,6 @@ but for the order of sums: random numbers are functions of (seed, step) and posi
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,37 +17,18 @@ from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import Config, ConfigError
 from b2txt_jax.data.loader import Batch
+from b2txt_jax.model.interface import DATA, MODEL, Model
 from b2txt_jax.training.step import (
     TrainState,
     init_state,
     make_eval_step,
     make_train_step,
+    model_of,
 )
-
-DATA, MODEL = "data", "model"
-
-RULES: tuple[tuple[str, P], ...] = (
-    # Up to 7168 wide, gates on an axis of their own: every device has all gates of its units.
-    (r"noise/gru/weight_(ih|hh)_l\d+", P(None, MODEL)),
-    (r"noise/gru/bias_(ih|hh)_l\d+", P(None, MODEL)),
-    (r"noise/h0", P(None, None, MODEL)),
-    (r"noise/out/weight", P(MODEL)),
-    (r"noise/out/bias", P(MODEL)),
-    # 45 days of 512 x 512 are a quarter of the parameters; each row of the batch needs one day.
-    (r"day/weight", P(None, None, MODEL)),
-    (r"day/bias", P(None, MODEL)),
-    # 768 wide: splitting these would cost a transfer in every frame of the recurrence.
-    (r"gru/(weight|bias)_(ih|hh)_l\d+", P()),
-    (r"head/(weight|bias)", P()),
-    (r"h0", P()),
-    # Counters of the step and of the optimizer.
-    (r"step|count|steps", P()),
-)
-"""(end of a parameter's path, axes it is split over); moments follow their parameter."""
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices (of all hosts) as [data, model].
+    """Return all devices (of all hosts) as a mesh [data, model].
 
     Raises:
       ConfigError: `model` does not divide their number.
@@ -66,20 +46,8 @@ def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Me
     return mesh
 
 
-def rule_of(path: str) -> P:
-    """The axes that a leaf of the state is split over, by its path such as `params/gru/h0`.
-
-    Raises:
-      KeyError: no rule names it: add one to RULES.
-    """
-    for pattern, spec in RULES:
-        if re.search(rf"(^|/)({pattern})$", path):
-            return spec
-    raise KeyError(f"no sharding rule for {path}: add one to RULES in training/sharding.py")
-
-
-def state_shardings(state: TrainState, mesh: Mesh) -> Any:
-    """A NamedSharding per leaf of a state of arrays or shapes.
+def state_shardings(state: TrainState, mesh: Mesh, model: Model) -> Any:
+    """Return a NamedSharding per leaf of a state of arrays or shapes, by the model's rules.
 
     Raises:
       ConfigError: a dimension cannot be split evenly.
@@ -87,7 +55,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = rule_of(name)
+        spec = model.spec(name)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise ConfigError(
@@ -100,13 +68,13 @@ def state_shardings(state: TrainState, mesh: Mesh) -> Any:
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
-    """The rows of every array of a batch over `data`."""
+    """Return shardings that split the rows of every array of a batch over `data`."""
     rows: Any = NamedSharding(mesh, P(DATA))
     return Batch(*[rows] * len(Batch._fields))
 
 
 def check_rows(rows: int, key: str, mesh: Mesh) -> None:
-    """Raises ConfigError when the rows of a batch cannot be split evenly over the devices."""
+    """Raise ConfigError when the rows of a batch cannot be split evenly over the devices."""
     if rows % mesh.shape[DATA]:
         raise ConfigError(
             f"a batch has {rows} rows ({key}), which {mesh.shape[DATA]} devices cannot share "
@@ -115,7 +83,7 @@ def check_rows(rows: int, key: str, mesh: Mesh) -> None:
 
 
 def local_rows(rows: int, mesh: Mesh) -> slice:
-    """The rows of a global batch that this host's devices hold.
+    """Return the rows of a global batch that this host's devices hold.
 
     Raises:
       ConfigError: they are not neighbours.
@@ -136,7 +104,7 @@ def local_rows(rows: int, mesh: Mesh) -> slice:
 
 
 def place(batch: Batch, mesh: Mesh, rows: int) -> Batch:
-    """This host's rows of a batch of `rows` rows as global arrays on the devices."""
+    """Put this host's rows of a batch of `rows` rows on its devices, as global arrays."""
     arrays: Any = (
         jax.make_array_from_process_local_data(
             sharding, np.asarray(value), (rows, *np.shape(value)[1:])
@@ -146,21 +114,36 @@ def place(batch: Batch, mesh: Mesh, rows: int) -> Batch:
     return Batch(*arrays)
 
 
-def abstract_state(config: Config, days: int) -> TrainState:
-    """Shapes of the state; nothing is computed."""
+def abstract_state(config: Config, days: int, mesh: Mesh | None = None) -> TrainState:
+    """Return the shapes of the state, on a mesh with their placement; nothing is computed.
+
+    Raises:
+      ConfigError: a dimension cannot be split evenly.
+    """
     state: TrainState = jax.eval_shape(lambda: init_state(config, days))
+    if mesh is not None:
+        state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            state,
+            state_shardings(state, mesh, model_of(config, days)),
+        )
     return state
 
 
+def placement(state: Any) -> Any:
+    """Return the shardings of a tree of arrays or placed shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
 def sharded_state(config: Config, days: int, mesh: Mesh) -> TrainState:
-    """Fresh parameters and optimizer state, made where they will live."""
-    shardings = state_shardings(abstract_state(config, days), mesh)
+    """Return fresh parameters and optimizer state, made where they will live."""
+    shardings = placement(abstract_state(config, days, mesh))
     state: TrainState = jax.jit(lambda: init_state(config, days), out_shardings=shardings)()
     return state
 
 
 def _on(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the parts of a step that divide their own work which devices there are."""
+    """Set the mesh for the parts of a step that divide their own work."""
 
     @functools.wraps(step)  # its name is the program's, in logs and profiles
     def on_mesh(*arguments: Any) -> Any:
@@ -171,8 +154,9 @@ def _on(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jit_train_step(config: Config, days: int, mesh: Mesh) -> Any:
-    """The jitted (state, batch) -> (state, metrics) that `train` runs; the state is donated."""
-    state = state_shardings(abstract_state(config, days), mesh)
+    """Return the jitted (state, batch) -> (state, metrics) that `train` runs; the state is
+    donated."""
+    state = placement(abstract_state(config, days, mesh))
     return jax.jit(
         _on(mesh, make_train_step(config, days)),
         in_shardings=(state, batch_shardings(mesh)),
@@ -181,11 +165,11 @@ def jit_train_step(config: Config, days: int, mesh: Mesh) -> Any:
     )
 
 
-def jit_eval_step(config: Config, days: int, mesh: Mesh, adversary: bool = False) -> Any:
-    """The jitted (params, batch) -> EvalOutput; every host gets all rows."""
-    params = state_shardings(abstract_state(config, days), mesh).params
+def jit_eval_step(config: Config, days: int, mesh: Mesh, validating: bool = False) -> Any:
+    """Return the jitted (params, batch) -> EvalOutput; every host gets all rows."""
+    params = placement(abstract_state(config, days, mesh).params)
     return jax.jit(
-        _on(mesh, make_eval_step(config, days, adversary)),
+        _on(mesh, make_eval_step(config, days, validating)),
         in_shardings=(params, batch_shardings(mesh)),
         out_shardings=NamedSharding(mesh, P()),
     )

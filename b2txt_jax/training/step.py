@@ -1,4 +1,4 @@
-"""The jitted steps: one of training, one of evaluation. What happens in them is pure."""
+"""The pure functions that are jitted: one step of training, one of evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import optax
 
 from b2txt_jax.config import Config
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.gru.baseline import Params
-from b2txt_jax.model.network import init_params, make_apply, make_forward
-from b2txt_jax.model.patches import frame_count
-from b2txt_jax.signal.augment import augment
+from b2txt_jax.model.interface import Model, Params, make_model
+from b2txt_jax.signal.augment import augment, augmentations
 from b2txt_jax.signal.smooth import gaussian_taps, smooth
 from b2txt_jax.training.ctc import ctc_loss, frames_needed
 from b2txt_jax.training.optimizer import make_optimizer
@@ -37,7 +35,7 @@ class StepKeys(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a training step reports, scalars on the device."""
+    """Scalars that a training step reports, on the device."""
 
     loss: jax.Array
     """Mean CTC loss (ln) of the rows that can be aligned."""
@@ -47,12 +45,12 @@ class StepMetrics(NamedTuple):
     finite: jax.Array
     """False when loss or gradient was NaN or infinite; the step then changed nothing."""
     parts: dict[str, jax.Array]
-    """Of the triple GRU: clean_loss and noisy_loss (ln), noise_rms, reversal (lambda)."""
+    """What the model's own loss reports, by name."""
 
 
 class Rows(NamedTuple):
-    """What a batch says of its rows, without features. With several hosts, each has read some rows
-    and is told of all."""
+    """A batch without its features. With several hosts, each reads some rows and receives this of
+    all."""
 
     bins: jax.Array
     """int32 [B]; 0 marks a row that only fills the batch."""
@@ -74,47 +72,48 @@ class EvalOutput(NamedTuple):
     loss: jax.Array
     """float32 [B], CTC loss (ln); +inf where no alignment can spell the label."""
     rows: Rows
-    noisy_logits: jax.Array | None = None
-    """float32 [B, P, C], what the triple GRU's adversary reads from the noise, where asked for."""
+    aux: dict[str, jax.Array]
+    """Further logits of the model, float32 [B, P, C] by name, in validation."""
 
 
 def step_keys(seed: int, step: jax.Array) -> StepKeys:
-    """Keys as a function of (seed, step): resuming needs no more than the step's number."""
+    """Return keys as a function of (seed, step): resuming needs no more than the step's number."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return StepKeys(*jax.random.split(key, 2))
 
 
+def model_of(config: Config, days: int) -> Model:
+    """Return the configured model for `days` recording days."""
+    return make_model(config.model, config.data.feature_count, days)
+
+
 def init_state(config: Config, days: int) -> TrainState:
-    """Fresh parameters and optimizer state; parameters are a function of the seed."""
+    """Return fresh parameters and optimizer state; parameters are a function of the seed."""
+    model = model_of(config, days)
 
     def init(key: jax.Array) -> TrainState:
-        params = init_params(config.model, config.data.feature_count, days, key)
-        optimizer = make_optimizer(config.optimizer).init(params)
+        params = model.init(key)
+        optimizer = make_optimizer(config.optimizer, model.group).init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
 
     # Jitted as a whole: op by op it would be a hundred small compilations.
     return jax.jit(init)(jax.random.key(config.train.seed))
 
 
-def _frames(config: Config, bins: jax.Array) -> jax.Array:
-    return jnp.asarray(frame_count(bins, config.model.patch_size, config.model.patch_stride))
-
-
 def make_train_step(
     config: Config, days: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Returns the pure function (state, batch) -> (state, metrics); jit it with the state
-    donated."""
-    forward = make_forward(config.model, config.data.feature_count, days)
-    adversary = config.adversary
-    optimizer = make_optimizer(config.optimizer)
-    signal = config.signal
-    if signal.smooth_std > 0:
-        gaussian_taps(signal.smooth_std, signal.smooth_size)  # tells of bad settings before tracing
+    """Return the pure function (state, batch) -> (state, metrics); jit it with the state donated.
 
-    def reversal_at(step: jax.Array) -> jax.Array:
-        progress = step.astype(jnp.float32) / config.train.steps
-        return adversary.reversal * (2 / (1 + jnp.exp(-adversary.reversal_rate * progress)) - 1)
+    Raises:
+      ConfigError: the model, the smoothing or an augmentation cannot be used.
+    """
+    model, signal = model_of(config, days), config.signal
+    optimizer = make_optimizer(config.optimizer, model.group)
+    # Bad settings raise here, before tracing.
+    augmentations(signal)
+    if signal.smooth_std > 0:
+        gaussian_taps(signal.smooth_std, signal.smooth_size)
 
     def loss_of(
         params: Params, batch: Batch, keys: StepKeys, step: jax.Array
@@ -124,33 +123,17 @@ def make_train_step(
         x, bins = augment(keys.augment, x, batch.bins, signal)
         if signal.smooth_std > 0:
             x = smooth(x, signal.smooth_std, signal.smooth_size)
-        # The names tell the parts apart in a compiled program and in a profile of it.
-        with jax.named_scope("model"):
-            reversal = reversal_at(step)
-            outputs = forward(params, x, batch.day, keys.dropout, reversal)
-        frames = _frames(config, bins)
-        feasible = frames_needed(batch.labels, batch.label_length) <= frames
-        counted = jnp.maximum(feasible.sum(), 1)
+        needed = frames_needed(batch.labels, batch.label_length)
 
-        def mean_ctc(logits: jax.Array) -> jax.Array:
+        def mean_ctc(logits: jax.Array, frames: jax.Array) -> jax.Array:
             with jax.named_scope("ctc"):
                 losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
-            return jnp.where(feasible, losses, 0.0).sum() / counted
+            feasible = needed <= frames
+            return jnp.where(feasible, losses, 0.0).sum() / jnp.maximum(feasible.sum(), 1)
 
-        loss, parts = mean_ctc(outputs.logits), {}
-        if outputs.noisy_logits is not None and outputs.noise is not None:
-            noisy_loss = mean_ctc(outputs.noisy_logits)
-            power = jnp.square(outputs.noise.astype(jnp.float32)).mean(axis=-1)
-            said = jnp.arange(power.shape[1]) < frames[:, None]
-            power = jnp.where(said, power, 0.0).sum() / jnp.maximum(said.sum(), 1)
-            parts = {
-                "clean_loss": loss,
-                "noisy_loss": noisy_loss,
-                "noise_rms": jnp.sqrt(power),
-                "reversal": reversal,
-            }
-            loss = loss + adversary.noisy_weight * noisy_loss
-        return loss, ((~feasible).sum(), parts)
+        progress = step.astype(jnp.float32) / config.train.steps
+        loss, parts = model.loss(params, x, bins, batch.day, mean_ctc, keys.dropout, progress)
+        return loss, ((needed > model.frames(bins)).sum(), parts)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = step_keys(config.train.seed, state.step)
@@ -171,13 +154,12 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: Config, days: int, adversary: bool = False
+    config: Config, days: int, validating: bool = False
 ) -> Callable[[Params, Batch], EvalOutput]:
-    """Returns the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no
-    dropout; with what an adversary reads, if the model has one and it is asked for."""
-    apply = make_apply(config.model, config.data.feature_count, days)
-    forward = make_forward(config.model, config.data.feature_count, days)
-    signal = config.signal
+    """Return the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no
+    dropout; `validating`: with the further logits that the model has validated."""
+    model, signal = model_of(config, days), config.signal
+    forward = model.validate if validating else model.apply
 
     def eval_step(params: Params, batch: Batch) -> EvalOutput:
         x, bins = jnp.asarray(batch.features, jnp.float32), jnp.asarray(batch.bins)
@@ -186,13 +168,9 @@ def make_eval_step(
             if signal.eval_padding == "valid":
                 taps = len(gaussian_taps(signal.smooth_std, signal.smooth_size))
                 bins = jnp.maximum(bins - (taps - 1), 0)
-        if adversary:
-            logits, noisy_logits, _ = forward(params, x, batch.day)
-        else:
-            logits, noisy_logits = apply(params, x, batch.day), None
-        frames = _frames(config, bins)
+        logits, frames, aux = forward(params, x, bins, batch.day)
         loss = ctc_loss(logits, frames, batch.labels, batch.label_length)
         rows = Rows(batch.bins, batch.day, batch.labels, batch.label_length)
-        return EvalOutput(logits, frames, loss, rows, noisy_logits)
+        return EvalOutput(logits, frames, loss, rows, aux if validating else {})
 
     return eval_step

@@ -30,11 +30,11 @@ _STEPS_IN_FLIGHT = 2
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the text names the step and the trials."""
+    """Training that cannot go on; the text names the step and the trials."""
 
 
 class Tracker:
-    """Follows one call of `train`."""
+    """Bookkeeper of one call of `train`."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Tracker:
         )
 
     def started(self, metrics: StepMetrics) -> None:
-        """A step was dispatched; reads the metrics of an older one, so that the device never waits
+        """Note a dispatched step; read the metrics of an older one, so that the device never waits
         for us."""
         self.step += 1
         self._pending.append((self.step, metrics))
@@ -75,12 +75,12 @@ class Tracker:
             self._finish(*self._pending.popleft())
 
     def drain(self) -> None:
-        """Waits for all steps in flight."""
+        """Wait for all steps in flight."""
         while self._pending:
             self._finish(*self._pending.popleft())
 
     def pause(self) -> None:
-        """Stops the clock of training; the next step's window starts it again."""
+        """Stop the clock of training; the next step's window starts it again."""
         self._window_seconds += time.monotonic() - self._window_start
         self._window_start = time.monotonic()
 
@@ -135,13 +135,12 @@ class Tracker:
         self._window, self._window_seconds, self._skipped_in_window = [], 0.0, 0
 
     def validated(self, result: Validation, seconds: float) -> bool:
-        """Logs a validation that took `seconds`; True when it is the best so far."""
+        """Log a validation that took `seconds`; return whether it is the best so far."""
         rate = result.per.rate
         if rate is None:
             raise TrainingError(
                 f"step {self.step}: the validation split has no phoneme in any label; needed "
-                f"labels to "
-                "score against: check data.root"
+                "labels to score against: check data.root"
             )
         score = BestScore(rate, result.loss, self.step)
         values: dict[str, Any] = {
@@ -153,10 +152,10 @@ class Tracker:
             "seconds": seconds,
             "per_day": {day: found.rate for day, found in result.per_day.items()},
         }
-        noisy = ""
-        if result.noisy_per is not None and result.noisy_per.rate is not None:
-            values["noisy_per"] = result.noisy_per.rate
-            noisy = f"  PER of the noise {100 * result.noisy_per.rate:6.2f} %"
+        aux = ""
+        for name, found in result.aux_per.items():
+            values[f"{name}_per"] = found.rate
+            aux += f"  {name} PER {100 * (found.rate or 0):6.2f} %"
         self._write("val", self.step, values)
         improved = score.beats(self.best)
         if improved:
@@ -166,7 +165,7 @@ class Tracker:
             self.best = dataclasses.replace(self.best, validations_since=since)
         self._progress.update(self._task, per=percent(score))
         self._progress.console.print(
-            f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %{noisy}"
+            f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %{aux}"
             f"{'  best so far' if improved else ''}"
         )
         # Time spent in validation is not training speed.
@@ -175,12 +174,12 @@ class Tracker:
 
 
 def percent(score: BestScore | None) -> str:
-    """The PER for people; unknown when there is no score, or one of unknown value."""
+    """Format the PER; unknown when there is no score, or one of unknown value."""
     return f"{100 * score.per:.2f} %" if score and math.isfinite(score.per) else "unknown"
 
 
 def progress_bar(console: Console) -> Progress:
-    """Steps done and left, loss, PER and speed."""
+    """Return a bar of steps done and left, loss, PER and speed."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),

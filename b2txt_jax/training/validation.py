@@ -10,7 +10,7 @@ import numpy as np
 
 from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total, total_by
-from b2txt_jax.model.gru.baseline import Params
+from b2txt_jax.model.interface import Params
 from b2txt_jax.training.step import EvalOutput
 
 
@@ -20,14 +20,13 @@ class Validation:
 
     per: ErrorRate
     per_day: dict[str, ErrorRate]
-    noisy_per: ErrorRate | None
-    """Of what the triple GRU's adversary reads from the noise; near 1 when there is no speech in
-    it."""
+    aux_per: dict[str, ErrorRate]
+    """Of the further logits that the model has validated, by name."""
     loss: float
     """Mean CTC loss (ln) of the trials whose label can be aligned; NEJM: mean of the batches'
     means."""
     infeasible: int
-    """Trials without an alignment; they count in the PER, not in the loss."""
+    """Number of trials without an alignment; they count in the PER, not in the loss."""
 
 
 def validate(
@@ -36,14 +35,14 @@ def validate(
     data: EvaluationData,
     rows: slice | None = None,
 ) -> Validation:
-    """Greedy-decodes every trial.
+    """Greedy-decode every trial.
 
     Args:
-      eval_step: of this host's rows of a batch to the outputs of all of its rows.
+      eval_step: returns the outputs of all rows of a batch for this host's rows of it.
       params: of the model.
       data: the split.
-      rows: of each batch, those that this host reads; None: all. The result is of all trials, the
-        same on every host and for any number of them.
+      rows: of each batch that this host reads; None: all. The result covers all trials, and is the
+        same on every host and for any number of hosts.
 
     Raises:
       DataError: a trial cannot be read.
@@ -51,16 +50,15 @@ def validate(
     rates: list[ErrorRate] = []
     days: list[str] = []
     losses: list[float] = []
-    noisy: list[ErrorRate] = []
+    aux: dict[str, list[ErrorRate]] = {}
     for _, _, batch in data.batches(rows):
         output = jax.tree.map(np.asarray, eval_step(params, batch))
         for row in np.flatnonzero(output.rows.bins):
-            decoded = greedy_decode(output.logits[row, : output.frames[row]])
-            labels = output.rows.labels[row, : output.rows.label_length[row]]
-            rates.append(error_rate(labels.tolist(), decoded.tolist()))
-            if output.noisy_logits is not None:
-                decoded = greedy_decode(output.noisy_logits[row, : output.frames[row]])
-                noisy.append(error_rate(labels.tolist(), decoded.tolist()))
+            labels = output.rows.labels[row, : output.rows.label_length[row]].tolist()
+            frames = output.frames[row]
+            rates.append(_rate(output.logits[row, :frames], labels))
+            for name, logits in output.aux.items():
+                aux.setdefault(name, []).append(_rate(logits[row, :frames], labels))
             days.append(data.sessions[output.rows.day[row]])
             losses.append(float(output.loss[row]))
     if len(rates) != len(data.refs):
@@ -69,7 +67,11 @@ def validate(
     return Validation(
         per=total(rates),
         per_day=total_by(days, rates),
-        noisy_per=total(noisy) if noisy else None,
+        aux_per={name: total(found) for name, found in aux.items()},
         loss=float(np.mean(finite)) if finite else float("inf"),
         infeasible=len(losses) - len(finite),
     )
+
+
+def _rate(logits: np.ndarray, labels: list[int]) -> ErrorRate:
+    return error_rate(labels, greedy_decode(logits).tolist())

@@ -1,1 +1,4 @@
-"""What talks to servers and workers: numpy and redis only."""
+"""Clients of language-model servers and workers. They need numpy and redis only."""
+
+from lm_server.client.client import Client as Client
+from lm_server.client.jobs import JobClient as JobClient

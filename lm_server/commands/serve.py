@@ -7,29 +7,55 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import threading
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from lm_server import settings
+from lm_server.commands import options
 from lm_server.processes import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
-from lm_server.rescoring import rescore
-from lm_server.search import hot_words
-from lm_server.search import interface as search
+from lm_server.rescoring.load import llm_from_options
+from lm_server.search.load import load_model, need_packages
 from lm_server.serving import logs
-
-if TYPE_CHECKING:
-    from lm_server.serving.limits import Limits
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
+class Number(NamedTuple):
+    """An option that is a number; the type is that of the default."""
+
+    name: str
+    default: float
+    least: float
+    help: str
+    most: float = math.inf
+
+
+WAIT = Number("--wait-seconds", 10.0, 0, "wait for Redis at the start")
+_LIMITS = (
+    Number("--max-sessions", 64, 0, "besides the default one"),
+    Number("--session-idle-seconds", 600.0, 0.001, "a session without entries is closed then"),
+    Number(
+        *("--max-sentence-frames", MAX_MESSAGE_FRAMES, 1, "frames of 80 ms"), MAX_MESSAGE_FRAMES
+    ),
+    Number("--rescore-seconds", 20.0, 0.1, "a sentence not rescored by then is answered without"),
+    Number("--grace-seconds", 3.0, 0, "at the stop, time for sentences under way to end"),
+    Number(
+        "--lease-seconds",
+        4.0,
+        0.5,
+        "a server without a sign of life for so long loses its sessions to another; the same for "
+        "all servers of a Redis",
+    ),
+)
+
+
 def add_redis_option(parser: argparse._ActionsContainer) -> None:
-    """Adds --redis."""
+    """Add --redis."""
     parser.add_argument(
         "--redis",
         default=os.environ.get("B2TXT_REDIS_URL", DEFAULT_URL),
@@ -39,9 +65,35 @@ def add_redis_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_running_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what every process that goes on until it is told to stop can be told: where Redis is,
-    how long it is waited for, and when to stop."""
+def add_numbers(parser: argparse._ActionsContainer, numbers: Sequence[Number]) -> None:
+    """Add options that are numbers."""
+    for one in numbers:
+        parser.add_argument(
+            one.name,
+            type=type(one.default),
+            default=one.default,
+            help=f"{one.help} (default {one.default:g})",
+        )
+
+
+def check_numbers(args: argparse.Namespace, numbers: Sequence[Number]) -> None:
+    """Check options that are numbers.
+
+    Raises:
+      SettingsError: one is outside its range.
+    """
+    for one in numbers:
+        value = getattr(args, one.name.lstrip("-").replace("-", "_"))
+        if not one.least <= value <= one.most:
+            upper = "" if math.isinf(one.most) else f" and at most {one.most:g}"
+            raise settings.SettingsError(
+                f"{one.name} is {value:g}; needed at least {one.least:g}{upper}"
+            )
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every process that decodes until it is stopped."""
+    options.add_model_option(parser)
     where = parser.add_mutually_exclusive_group()
     add_redis_option(where)
     where.add_argument(
@@ -49,126 +101,74 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start a Redis of our own and stop it at the end",
     )
-    parser.add_argument(
-        "--wait-seconds", type=float, default=10.0, help="wait for Redis at the start (default 10)"
-    )
+    add_numbers(parser, [WAIT])
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
     )
+    logs.add_option(parser)
+    options.add_search_options(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
-    add_running_options(parser)
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-sessions", type=int, default=64, help="besides the default one (default 64)"
-    )
-    limits.add_argument(
-        "--session-idle-seconds",
-        type=float,
-        default=600.0,
-        help="a session without entries for so long is closed (default 600)",
-    )
-    limits.add_argument(
-        "--max-sentence-frames",
-        type=int,
-        default=MAX_MESSAGE_FRAMES,
-        help=f"frames of 80 ms (default and most: {MAX_MESSAGE_FRAMES})",
-    )
-    limits.add_argument(
-        "--rescore-seconds",
-        type=float,
-        default=20.0,
-        help="a sentence not rescored by then is answered without it (default 20)",
-    )
-    limits.add_argument(
-        "--grace-seconds",
-        type=float,
-        default=3.0,
-        help="at the stop, time for sentences under way to end (default 3)",
-    )
-    logs.add_option(parser)
-    search.add_option(parser)
-    hot_words.add_option(parser)
-    rescore.add_options(parser)
-    settings.add_options(parser)
+    """Add the options."""
+    add_process_options(parser)
+    add_numbers(parser.add_argument_group("limits"), _LIMITS)
+
+
+def stopped_by_signals() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+@contextlib.contextmanager
+def chosen_redis(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield the URL of the chosen Redis, and a check that raises when an embedded one has ended."""
+    from lm_server.serving.embedded_redis import embedded_redis
+
+    if args.embedded_redis:
+        with embedded_redis() as own:
+            yield own.url, own.check
+    else:
+        yield args.redis, lambda: None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until told to stop."""
-    from lm_server.client.connection import connect, shown_url
-    from lm_server.serving.embedded_redis import RedisStartError, embedded_redis
+    """Serve until stopped."""
+    from lm_server.client.connection import connect, mask_password
+    from lm_server.rescoring.answering import Answering
+    from lm_server.serving.ownership import Limits
     from lm_server.serving.server import Server
     from lm_server.serving.session import Session
 
-    search.need_packages(args.backend)
+    need_packages(args.backend)
     logs.use(args.log_format)
-    limits = _limits(args)
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    check_numbers(args, [WAIT, *_LIMITS])
+    stop = stopped_by_signals()
     if args.exit_with_parent:
         stop_with_parent(stop)
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(embedded_redis()) if args.embedded_redis else None
-        url = own.url if own else args.redis
-        chosen = settings.from_options(args)
-        settings.warn_without_effect(args)
-        words = hot_words.from_options(args)
+        url, check = stack.enter_context(chosen_redis(args))
+        chosen = options.settings_from(args)
+        words = options.hot_words_from(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
-        model = search.load_model(args.lm, args.backend)
-        scorer = rescore.from_options(args)
-        finish = None
-        if scorer is not None:
-            queue = rescore.RescoringQueue(scorer)
-            stack.callback(queue.close)
-            finish = queue.submit
+        model = load_model(args.lm, args.backend)
+        answering = Answering(llm_from_options(args), args.rescore_seconds)
+        stack.callback(answering.close)
 
         def session(name: str) -> Session:
-            return Session(model, chosen, name, finish, words, args.max_sentence_frames)
+            return Session(model, chosen, name, answering, words, args.max_sentence_frames)
 
+        limits = Limits(
+            sessions=args.max_sessions,
+            idle_seconds=args.session_idle_seconds,
+            grace_seconds=args.grace_seconds,
+            lease_seconds=args.lease_seconds,
+        )
         server = Server(client, session, limits)
-
-        def check() -> None:
-            if own and not own.alive:
-                raise RedisStartError(
-                    f"the embedded Redis ended with exit code {own.process.returncode}"
-                )
-
-        print(f"lm-server ready redis={shown_url(url)} lm={args.lm}", flush=True)
+        print(f"lm-server ready redis={mask_password(url)} lm={args.lm}", flush=True)
         server.run(stop, check)
     return 0
-
-
-def _limits(args: argparse.Namespace) -> Limits:
-    from lm_server.serving.limits import Limits
-
-    if not 1 <= args.max_sentence_frames <= MAX_MESSAGE_FRAMES:
-        raise settings.SettingsError(
-            f"--max-sentence-frames is {args.max_sentence_frames}; needed 1 to {MAX_MESSAGE_FRAMES}"
-        )
-    for name, least in (
-        *(("max_sessions", 0), ("rescore_seconds", 0.1)),
-        *(("grace_seconds", 0), ("wait_seconds", 0)),
-    ):
-        if not getattr(args, name) >= least:
-            raise settings.SettingsError(
-                f"--{name.replace('_', '-')} is {getattr(args, name):g}; needed {least} or more"
-            )
-    if not args.session_idle_seconds > 0:
-        raise settings.SettingsError(
-            f"--session-idle-seconds is {args.session_idle_seconds:g}; needed more than 0"
-        )
-    return Limits(
-        sessions=args.max_sessions,
-        idle_seconds=args.session_idle_seconds,
-        rescore_seconds=args.rescore_seconds,
-        grace_seconds=args.grace_seconds,
-    )

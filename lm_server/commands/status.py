@@ -15,14 +15,14 @@ from lm_server.commands.serve import add_redis_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     add_redis_option(parser)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shows the status once."""
-    from lm_server.client.connection import LOST, RedisUnavailableError, connect, shown_url
+    """Show the status once."""
+    from lm_server.client.connection import LOST, RedisUnavailableError, connect, mask_password
     from lm_server.serving.status import gather
 
     with connect(args.redis, 0.0, threading.Event()) as client:
@@ -30,13 +30,13 @@ def run(args: argparse.Namespace) -> int:
             found = gather(client)
         except LOST as error:
             raise RedisUnavailableError(
-                f"Redis at {shown_url(args.redis)} cannot tell its status ({error}): "
+                f"Redis at {mask_password(args.redis)} cannot report its status ({error}): "
                 "try again, or look at the user's rights"
             ) from error
     if args.json:
         print(json.dumps(found, indent=2))
     else:
-        _show(found, shown_url(args.redis))
+        _show(found, mask_password(args.redis))
     return 0 if found["processes"] else 1
 
 

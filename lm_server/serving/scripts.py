@@ -2,8 +2,19 @@
 
 All keys are on one Redis (no cluster). A script that is sent again because its reply was lost finds
 its own traces and changes nothing. Redis does not take back what a script did before it failed, so
-what can fail (a key of another type) is looked at before the first write.
+what can fail (a key of another type) is checked before the first write.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def flat(fields: Mapping[str, Any]) -> list[Any]:
+    """Return names and values in turns, as arguments of a script."""
+    return [part for pair in fields.items() for part in pair]
+
 
 _NEEDS = """
 local function wrong(key, needed)
@@ -51,8 +62,8 @@ end
 return 1
 """
 )
-"""Sends the answers to one entry, notes that it is answered, and deletes what is done with; only
-while the session is ours. 1: done, or was done before; 0: the session is another server's."""
+"""Sends the answers to one entry, saves the state, and deletes entries that nobody needs, but only
+while the session is ours. 1: done now or before. 0: the session is another server's."""
 
 OPEN = (
     _NEEDS
@@ -83,8 +94,8 @@ redis.call('XADD', KEYS[5], 'MAXLEN', '~', 10000, '*', unpack(fields))
 return result
 """
 )
-"""Opens a session and answers the request, once among all servers that read it. 1: it is ours; 0:
-it is not (refused, or another server took the request)."""
+"""Opens a session and answers the request, once among all servers that read it. 1: it is ours.
+0: it is refused, or another server took the request."""
 
 ONCE = (
     _NEEDS
@@ -109,14 +120,13 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 redis.call('EXPIRE', KEYS[2], ARGV[3])
 return 1
 """
-"""Keeps a session ours. 0: it is another server's."""
+"""Renews the lease of a session. 0: it is another server's."""
 
 RELEASE = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """
-"""Gives a key back if it is ours."""
-
+"""Deletes a key if it is ours."""
 
 KEEP_JOB = """
 -- KEYS: jobs;  ARGV: group, me, id
@@ -124,7 +134,7 @@ if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) == 0 
 redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'JUSTID')
 return 1
 """
-"""A heartbeat: nobody may claim the job for another lease. 0: somebody already has."""
+"""Renews the claim on a job for another lease. 0: another worker has claimed it."""
 
 FINISH_JOB = """
 -- KEYS: jobs, batch, results;  ARGV: group, entry id, job, seconds that results are kept, fields
@@ -140,8 +150,8 @@ redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
 return wanted and 1 or 0
 """
-"""Writes a job's result and takes the job away. 0: it had a result, or nobody wants one any more:
-the client deletes its batch when it leaves."""
+"""Writes a job's result and deletes the job. 0: it had a result, or the client left and deleted its
+batch."""
 
 SET_ASIDE = """
 -- KEYS: a key, where it goes;  ARGV: the type that it should have
@@ -155,5 +165,4 @@ end
 redis.call('RENAME', KEYS[1], place)
 return {found, place}
 """
-"""Takes a key of another type out of the way, keeping it. Its type and where it is now, or nothing
-if it is right."""
+"""Renames a key of another type. Returns its type and its new name, or nothing if it is right."""

@@ -1,4 +1,4 @@
-"""What servers and workers tell about themselves, and `lm-server status` shows."""
+"""The status that servers and workers write to Redis, and its reading for `lm-server status`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import redis
 
@@ -25,36 +25,28 @@ from lm_server.protocol import (
     process_key,
 )
 
-BEAT_SECONDS = 1.0
-"""Time between heartbeats."""
-STATUS_SECONDS = 15
+STUCK_SECONDS = 60.0
+"""A main loop without a sign of life for so long counts as stuck."""
+_STATUS_SECONDS = 15
 """A status is shown for so long after the last heartbeat."""
-_STUCK_SECONDS = 60.0
 _FINISH_SECONDS_PER_FRAME = 1.0
-"""Far more than the slowest search takes to end a sentence (0.1 s, a second and wider search)."""
+"""Far more than the slowest search needs to end a sentence (0.1 s)."""
 _KEPT = 4000
 
 
 def new_name(kind: str) -> str:
-    """A name for this process that no other has: server-HOST-PID-RANDOM."""
+    """Return a unique name for this process: server-HOST-PID-RANDOM."""
     host = "".join(c if c.isalnum() or c in "-." else "-" for c in platform.node())[:24]
     return f"{kind}-{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
-class Alive(Protocol):
-    """A sign of life; the next one comes `within` so many seconds, or the usual time."""
-
-    def __call__(self, within: float = 0.0) -> None:
-        """See `Heartbeat.alive`."""
-
-
 def longest_finish(frames: int) -> float:
-    """Seconds that the end of a sentence of so many frames may take."""
+    """Return the seconds that the end of a sentence of so many frames may take."""
     return _FINISH_SECONDS_PER_FRAME * frames
 
 
 class Meter:
-    """Counts of what was done, and how long it took; threads may share it."""
+    """Counts of events and their durations; threads may share it."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -62,17 +54,17 @@ class Meter:
         self._lock = threading.Lock()
 
     def count(self, what: str, number: int = 1) -> None:
-        """Adds to a count."""
+        """Add to a count."""
         with self._lock:
             self.counts[what] += number
 
     def took(self, what: str, seconds: float) -> None:
-        """Notes one duration; the last 4000 of each kind are kept."""
+        """Record one duration; the last 4000 of each kind are kept."""
         with self._lock:
             self._times.setdefault(what, deque(maxlen=_KEPT)).append(seconds)
 
     def failures(self) -> dict[str, int]:
-        """Faults of ours so far, by the exception's name."""
+        """Return the number of our own faults so far, by the exception's name."""
         with self._lock:
             return {
                 name.removeprefix("failed_"): number
@@ -81,7 +73,7 @@ class Meter:
             }
 
     def summary(self) -> dict[str, str]:
-        """Counts, and per kind of duration p50, p99 and the longest in milliseconds."""
+        """Return counts, and p50, p99 and maximum of each kind of duration in milliseconds."""
         with self._lock:
             found = {name: str(value) for name, value in self.counts.items()}
             times = {name: sorted(values) for name, values in self._times.items()}
@@ -92,12 +84,12 @@ class Meter:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which `share` of the ordered values lie (nearest rank)."""
+    """Return the value below which `share` of the ordered values lie (nearest rank)."""
     return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
 
 
 def memory_megabytes() -> float:
-    """Memory of this process, now where the system tells (Linux), else its peak."""
+    """Return this process's memory in MB: its present one on Linux, elsewhere its peak."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -106,10 +98,10 @@ def memory_megabytes() -> float:
 
 
 class Heartbeat:
-    """A thread that writes this process's status to Redis every second, and renews what it holds.
+    """A thread that writes this process's status to Redis and renews what the process holds.
 
-    It beats only while the main loop shows signs of life (`alive`), so that what a stuck process
-    holds goes to another.
+    It beats only while the main loop shows signs of life (`alive`). What a stuck process holds goes
+    to another one.
     """
 
     def __init__(
@@ -119,10 +111,23 @@ class Heartbeat:
         kind: str,
         meter: Meter,
         describe: Callable[[], Mapping[str, str]],
-        renew: Callable[[], None] = lambda: None,
-        seconds: float = BEAT_SECONDS,
+        renew: Callable[[], None],
+        seconds: float = 1.0,
+        stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
-        self._seconds = seconds
+        """Prepare; the beat begins with the `with` block.
+
+        Args:
+          client: connection to Redis.
+          name: of the process.
+          kind: "server" or "worker".
+          meter: counts and durations for the status.
+          describe: returns further fields of the status.
+          renew: renews what the process holds; called before every status.
+          seconds: time between two beats.
+          stuck_seconds: time after a sign of life at which the beat ends.
+        """
+        self._seconds, self._stuck_seconds = seconds, stuck_seconds
         self._client, self._name, self._meter = client, name, meter
         self._describe, self._renew = describe, renew
         self._fixed = {
@@ -133,7 +138,7 @@ class Heartbeat:
             "protocol": PROTOCOL_VERSION,
             "started": f"{time.time():.3f}",
         }
-        self._alive_until = time.monotonic() + _STUCK_SECONDS
+        self._alive_until = time.monotonic() + stuck_seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -149,9 +154,8 @@ class Heartbeat:
             self._client.delete(process_key(self._name))
 
     def alive(self, within: float = 0.0) -> None:
-        """The main loop's sign of life; the next one comes within a minute, or `within` seconds if
-        that is longer."""
-        self._alive_until = time.monotonic() + max(_STUCK_SECONDS, within)
+        """Show the main loop's sign of life; the next one may take up to `within` seconds."""
+        self._alive_until = time.monotonic() + max(self._stuck_seconds, within)
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
@@ -166,16 +170,17 @@ class Heartbeat:
             key = process_key(self._name)
             with self._client.pipeline() as pipeline:
                 pipeline.hset(key, mapping=fields)
-                pipeline.expire(key, STATUS_SECONDS)
+                pipeline.expire(key, _STATUS_SECONDS)
                 pipeline.execute()
         except LOST:
-            pass  # The main loop meets the same error and says so.
+            pass  # The main loop meets the same error and logs it.
 
 
 def gather(client: redis.Redis) -> dict[str, Any]:
-    """Everything that `lm-server status` shows: processes, sessions, jobs and Redis itself.
+    """Return what `lm-server status` shows: processes, sessions, jobs and Redis itself.
 
-    Redis errors are the caller's.
+    Raises:
+      RedisError: Redis cannot answer.
     """
     processes = []
     for key in sorted(text(one) for one in client.scan_iter(process_key("*"), count=500)):

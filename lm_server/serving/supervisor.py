@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class WorkersError(UserError, RuntimeError):
-    """The worker processes do not stay alive, or cannot start."""
+    """The worker processes end again and again, or cannot start."""
 
 
 def supervise(
@@ -31,11 +31,11 @@ def supervise(
     check: Callable[[], None] = lambda: None,
     watch: Callable[[threading.Event], None] | None = None,
 ) -> None:
-    """Runs `count` processes of `work` until `stop` is set.
+    """Run `count` processes of `work` until `stop` is set; start another for each that ends.
 
     Args:
-      work: what a process does until its event is set; a UserError ends all of them.
-      count: of processes.
+      work: runs in each process until its event is set; a UserError in one ends all of them.
+      count: number of processes.
       stop: ends them in order.
       check: called several times per second; may raise to end them.
       watch: called once with `stop`, after the first processes were forked; may start threads.
@@ -59,7 +59,7 @@ def supervise(
                 lived = time.monotonic() - started.pop(pid)
                 code = os.waitstatus_to_exitcode(status)
                 if code == 2:
-                    raise WorkersError("a worker could not start; it says why above")
+                    raise WorkersError("a worker could not start; the reason is above")
                 soon = soon + 1 if lived < _SOON_SECONDS else 0
                 if soon > _MOST_SOON:
                     raise WorkersError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm_server.hypothesis import Hypothesis
-from lm_server.rescoring.answer import augmented, posterior
+from lm_server.rescoring.ranking import augmented, posterior
 from lm_server.settings import LIMITS, Settings
 from lm_server.tuning.references import word_errors
 
@@ -56,7 +56,7 @@ class Lists:
     rescored: bool = False
 
     def totals(self, settings: Settings) -> np.ndarray:
-        """What `answer.ranked_answer` would rank by under other settings."""
+        """What `ranked_answer` would rank by under other settings."""
         language = self.ngram
         if self.rescored:
             language = (1.0 - settings.alpha) * self.ngram + settings.alpha * self.llm

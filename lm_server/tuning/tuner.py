@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lm_server.hypothesis import Hypothesis
 from lm_server.offline import Logits, searched
-from lm_server.rescoring.answer import SentenceScorer, checked_scores
+from lm_server.rescoring.scorer import SentenceScorer, checked_scores
 from lm_server.search.interface import SearchModel
 from lm_server.settings import LIMITS, Settings
 from lm_server.tuning import lists as tuning

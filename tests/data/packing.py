@@ -13,7 +13,8 @@ from b2txt_jax.data.prepare import PackSettings, prepare
 # Packs in a process of its own, which dies or is limited at a chosen moment.
 PROGRAM = """
 import json, os, resource, signal, sys
-from b2txt_jax.data import hdf5, prepare
+from b2txt_jax.data import prepare
+from b2txt_jax.data.hdf5 import Hdf5Reader
 from b2txt_jax.errors import UserError
 
 root, out, call, number, limit = json.loads(sys.argv[1])
@@ -29,10 +30,10 @@ def deadly(function):
     return called
 
 if call == "read":
-    hdf5.SplitReader.read = deadly(hdf5.SplitReader.read)
+    Hdf5Reader.read = deadly(Hdf5Reader.read)
 elif call == "fill":
     # The rest of the disk is taken by something else while trials are packed.
-    read = hdf5.SplitReader.read
+    read = Hdf5Reader.read
     def filling(reader, ref):
         global count
         count += 1
@@ -44,7 +45,7 @@ elif call == "fill":
                 except OSError:
                     pass
         return read(reader, ref)
-    hdf5.SplitReader.read = filling
+    Hdf5Reader.read = filling
 elif call:
     setattr(os, call, deadly(getattr(os, call)))
 if limit:

@@ -9,17 +9,10 @@ import h5py
 import numpy as np
 import pytest
 
-from b2txt_jax.data.hdf5 import (
-    DataError,
-    SplitReader,
-    TrialRef,
-    find_sessions,
-    frames_needed,
-    index_split,
-    read_description,
-    read_trial,
-    session_file,
-)
+from b2txt_jax.data.description import DataError, read_description
+from b2txt_jax.data.hdf5 import Hdf5Reader, session_file
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.trial import TrialRef, frames_needed
 
 SESSION = "t15.2023.08.13"
 LABEL = [16, 3, 21, 25, 40]  # HH AH L OW |
@@ -80,8 +73,9 @@ def write_session(
 
 
 def read_all(root: Path, split: str = "train", **options: object) -> list:
-    refs = index_split(root, [SESSION], split, **options)  # type: ignore[arg-type]
-    return [read_trial(ref) for ref in refs]
+    reader = open_folder(root)
+    refs = reader.trials([SESSION], split, **options)  # type: ignore[arg-type]
+    return [reader.read(ref) for ref in refs]
 
 
 def test_what_was_written_is_what_is_read(tmp_path: Path) -> None:
@@ -107,7 +101,7 @@ def test_val_without_labels_is_refused_only_where_labels_are_needed(tmp_path: Pa
     write_session(tmp_path, "val", ids=None)
     assert read_all(tmp_path, "val")[1].labels is None
     with pytest.raises(DataError, match=r"data_val.hdf5 trial_0001 has no dataset `seq_class_ids`"):
-        index_split(tmp_path, [SESSION], "val", labels_needed=True)
+        open_folder(tmp_path).trials([SESSION], "val", labels_needed=True)
 
 
 @pytest.mark.parametrize("kind", ["float16", "float64", "int16"])
@@ -168,7 +162,7 @@ def test_trials_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     with h5py.File(path, "w") as file:
         for number in (10_000, 3, 9_999):
             write_trial(file, number, features=np.ones((20, 512), np.float32))
-    keys = [ref.key for ref in index_split(tmp_path, [SESSION], "train")]
+    keys = [ref.key for ref in open_folder(tmp_path).trials([SESSION], "train")]
     assert keys == ["trial_0003", "trial_9999", "trial_10000"]
 
 
@@ -177,37 +171,35 @@ def test_sessions_without_the_split_are_passed_over_in_the_given_order(tmp_path:
     for session in (SESSION, later):
         write_session(tmp_path, "val", session)
     write_session(tmp_path, "train", train_only)
-    refs = index_split(tmp_path, [later, train_only, SESSION], "val")
+    refs = open_folder(tmp_path).trials([later, train_only, SESSION], "val")
     assert [ref.session for ref in refs] == [later] * 3 + [SESSION] * 3
-    assert find_sessions(tmp_path) == (train_only, SESSION, later)
+    assert open_folder(tmp_path).sessions == (train_only, SESSION, later)
 
 
 def test_a_split_without_any_trial_is_refused(tmp_path: Path) -> None:
     write_session(tmp_path)
     with pytest.raises(DataError, match="no val trial in the 1 sessions"):
-        index_split(tmp_path, [SESSION], "val")
+        open_folder(tmp_path).trials([SESSION], "val")
 
 
 def test_an_unknown_session_names_its_nearest(tmp_path: Path) -> None:
     write_session(tmp_path)
     write_session(tmp_path, session="t15.2025.03.30")
     with pytest.raises(DataError, match=r"'t15.2023.08.31' has no data_train.*: t15.2023.08.13"):
-        index_split(tmp_path, [SESSION, "t15.2023.08.31"], "train")
+        open_folder(tmp_path).trials([SESSION, "t15.2023.08.31"], "train")
 
 
 def test_a_missing_folder_and_an_empty_one_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere is not there.*b2txt simulate"):
-        find_sessions(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="nowhere is not there"):
-        index_split(tmp_path / "nowhere", [SESSION], "train")
+        open_folder(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no session"):
-        find_sessions(tmp_path)
+        open_folder(tmp_path).sessions  # noqa: B018
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ref = TrialRef(SESSION, "trial_0000", tmp_path / "gone.hdf5", 60, 5, 1, 0)
     with pytest.raises(DataError, match=r"gone.hdf5 is not there"):
-        read_trial(ref)
+        open_folder(tmp_path).read(ref)
 
 
 @pytest.mark.parametrize("kept", [0, 100, 5_000, -1])
@@ -215,13 +207,13 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
     path = write_session(tmp_path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"data_train.hdf5 \(\d+ bytes\) cannot be opened as HDF5"):
-        index_split(tmp_path, [SESSION], "train")
+        open_folder(tmp_path).trials([SESSION], "train")
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     write_session(tmp_path).write_text("id,text\n" * 1000)
     with pytest.raises(DataError, match="cannot be opened as HDF5"):
-        index_split(tmp_path, [SESSION], "train")
+        open_folder(tmp_path).trials([SESSION], "train")
 
 
 def test_damage_inside_a_file_is_named_whatever_it_hits(tmp_path: Path) -> None:
@@ -282,16 +274,16 @@ def test_values_that_are_not_finite_are_counted_and_placed(tmp_path: Path, value
     features = np.ones((30, 512), np.float32)
     features[12, 77] = features[20, 3] = value
     write_session(tmp_path, features=features)
-    refs = index_split(tmp_path, [SESSION], "train")
+    refs = open_folder(tmp_path).trials([SESSION], "train")
     with pytest.raises(DataError, match=r"trial_0001.*2 NaN or infinite.*bin 12, feature 77"):
-        read_trial(refs[1])
+        open_folder(tmp_path).read(refs[1])
 
 
 def test_a_trial_shorter_than_a_patch_is_refused_where_a_patch_is_needed(tmp_path: Path) -> None:
     write_session(tmp_path, features=np.ones((9, 512), np.float32))
     assert read_all(tmp_path)[1].ref.bins == 9
-    with pytest.raises(DataError, match=r"trial_0001.*9 bins; one patch needs 14"):
-        index_split(tmp_path, [SESSION], "train", min_bins=14)
+    with pytest.raises(DataError, match=r"trial_0001.*9 bins; the model needs 14"):
+        open_folder(tmp_path).trials([SESSION], "train", min_bins=14)
 
 
 def test_other_feature_counts_are_read_when_asked_for(tmp_path: Path) -> None:
@@ -299,21 +291,23 @@ def test_other_feature_counts_are_read_when_asked_for(tmp_path: Path) -> None:
     path.parent.mkdir()
     with h5py.File(path, "w") as file:
         write_trial(file, 0, features=np.ones((20, 256), np.float32))
-    (ref,) = index_split(tmp_path, [SESSION], "train", 256)
-    assert read_trial(ref, feature_count=256).features.shape == (20, 256)
+    reader = open_folder(tmp_path, 256)
+    (ref,) = reader.trials([SESSION], "train")
+    assert reader.read(ref).features.shape == (20, 256)
 
 
 def test_a_reader_with_one_open_file_reads_what_single_reads_give(tmp_path: Path) -> None:
     sessions = [SESSION, "t15.2023.08.18", "t15.2023.08.20"]
     for session in sessions:
         write_session(tmp_path, session=session)
-    refs = index_split(tmp_path, sessions, "train")
+    refs = open_folder(tmp_path).trials(sessions, "train")
     order = np.random.default_rng(0).integers(0, len(refs), 60)
-    with SplitReader(open_files=1) as reader, ThreadPoolExecutor(4) as pool:
+    with Hdf5Reader(tmp_path, open_files=1) as reader, ThreadPoolExecutor(4) as pool:
         trials = list(pool.map(lambda i: reader.read(refs[i]), order))
     for i, trial in zip(order, trials, strict=True):
         assert trial.ref == refs[i]
-        np.testing.assert_array_equal(trial.features, read_trial(refs[i]).features)
+        with h5py.File(refs[i].path) as file:
+            np.testing.assert_array_equal(trial.features, file[f"{refs[i].key}/input_features"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 import dataclasses
+import itertools
 import shutil
+import threading
+import time
 
 import h5py
 import numpy as np
@@ -12,16 +15,21 @@ from b2txt_jax.data.loader import (
     TrainingData,
     bucket_of,
     configured_sessions,
+    read_ahead,
     resolve_buckets,
 )
 from b2txt_jax.data.packed import read_manifest
-from b2txt_jax.data.sessions import find_sessions
+from b2txt_jax.data.reader import open_folder
 from tests.conftest import REPOSITORY
 from tests.data.packing import packed
 
 
 def frames_of_bins(bins):
     return (bins - 14) // 4 + 1
+
+
+def find_sessions(root):
+    return open_folder(root).sessions
 
 
 def training(config, root=None):
@@ -137,6 +145,51 @@ def test_an_error_in_the_background_reaches_the_training_loop(tiny_config, copy)
                 spoil(trial)
     with pytest.raises(DataError, match=r"NaN.* bin 3, feature 4"):
         list(training(tiny_config, copy).batches(0, 0, 3))
+
+
+def test_reading_ahead_keeps_the_order_and_a_bounded_number_of_items():
+    begun = []
+
+    def load(item):
+        begun.append(item)
+        time.sleep(0.001 * (item % 3))
+        return item
+
+    for expected, got in enumerate(read_ahead(load, range(40), ahead=3)):
+        assert got == expected
+        assert len(begun) <= expected + 1 + 3
+    assert sorted(begun) == list(range(40))
+
+
+def test_an_error_is_raised_in_its_place_and_ends_reading_ahead():
+    begun = []
+
+    def load(item):
+        begun.append(item)
+        if item == 5:
+            raise OSError("broken")
+        return item
+
+    loaded = read_ahead(load, itertools.count(), ahead=3)
+    assert list(itertools.islice(loaded, 5)) == list(range(5))
+    with pytest.raises(OSError, match="broken"):
+        next(loaded)
+    assert max(begun) <= 5 + 3
+    assert list(loaded) == []
+
+
+def test_reading_ahead_stops_with_its_threads_when_it_is_closed_early():
+    begun = []
+
+    def load(item):
+        begun.append(item)
+        return item
+
+    loaded = read_ahead(load, itertools.count(), ahead=3)
+    assert next(loaded) == 0
+    loaded.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("read-ahead")]
+    assert len(begun) <= 4
 
 
 @pytest.fixture(scope="module", params=["HDF5", "float32", "bfloat16"])

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from b2txt_jax.data import packed, sessions
+from b2txt_jax.data import packed
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.hdf5 import read_trial
+from b2txt_jax.data.reader import open_folder
 from b2txt_jax.errors import UserError
 from tests.data.packing import packed as pack
 
@@ -38,16 +38,17 @@ def copy(whole, tmp_path):
 
 
 def refs_of(root, split="train"):
-    return sessions.index_split(root, sessions.find_sessions(root), split)
+    reader = open_folder(root)
+    return reader.trials(reader.sessions, split)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_features_are_those_of_hdf5_rounded_to_the_packed_type(root, tmp_path, dtype):
     out = pack(root, tmp_path / "out", dtype)
-    assert sessions.features_dtype(out) == TYPES[dtype]
-    reader = sessions.SplitReader()
+    reader, original = open_folder(out), open_folder(root)
+    assert (reader.dtype, original.dtype) == (TYPES[dtype], np.float32)
     for old, new in zip(refs_of(root), refs_of(out), strict=True):
-        expected = read_trial(old).features.astype(TYPES[dtype])
+        expected = original.read(old).features.astype(TYPES[dtype])
         row = np.full((old.bins + 3, 512), 7, TYPES[dtype])
         got = reader.read_into(new, row)
         assert row[: old.bins].tobytes() == expected.tobytes()
@@ -63,12 +64,12 @@ def test_one_wrong_bit_is_refused_naming_file_and_trial_and_other_trials_are_rea
     ref = data.draw(st.sampled_from(refs))
     manifest = packed.read_manifest(copy_once)
     place = (ref.session, "train")
-    trial = packed.read_split(copy_once, *place, manifest.indices[place]).trials[ref.key]
+    trial = packed.load_split(copy_once, *place, manifest.indices[place]).trials[ref.key]
     position = trial.offset + data.draw(st.integers(0, ref.bins * 2048 - 1))
     octet = 1 << data.draw(st.integers(0, 7))
     flip(ref.path, position, octet)
     try:
-        reader = sessions.SplitReader()
+        reader = open_folder(copy_once)
         with pytest.raises(DataError, match=rf"{ref.path} {ref.key} does not match its checksum"):
             reader.read(ref)
         for other in refs:
@@ -104,7 +105,7 @@ def test_a_truncated_file_is_refused_when_listed_naming_the_first_trial_cut_off(
 
 def test_a_file_truncated_while_it_is_open_is_refused_naming_the_trial(copy):
     first, second = refs_of(copy)[:2]
-    reader = sessions.SplitReader()
+    reader = open_folder(copy)
     reader.read(first)
     os.truncate(first.path, first.bins * 2048 + 100)
     reader.read(first)
@@ -115,13 +116,14 @@ def test_a_file_truncated_while_it_is_open_is_refused_naming_the_trial(copy):
 def test_a_missing_or_damaged_index_is_refused_naming_it(copy):
     path = refs_of(copy)[0].path
     index = path.with_suffix(".json")
-    manifest = packed.read_manifest(copy)
-    index.write_bytes(index.read_bytes().replace(b'"bins": ', b'"bins":  ', 1))
+    manifest, whole_index = packed.read_manifest(copy), index.read_bytes()
+    index.write_bytes(whole_index.replace(b'"bins": ', b'"bins":  ', 1))
     with pytest.raises(DataError, match=rf"{index} does not match its checksum"):
         packed.load_split(copy, path.parent.name, "train", next(iter(manifest.indices.values())))
     index.unlink()
     with pytest.raises(DataError, match=rf"{index} cannot be read"):
         packed.load_split(copy, path.parent.name, "train", None)
+    index.write_bytes(whole_index)
     path.unlink()
     with pytest.raises(DataError, match=rf"{path} is not there"):
         refs_of(copy)
@@ -146,25 +148,26 @@ def test_a_damaged_manifest_is_refused_or_means_the_same(whole, tmp_path_factory
 
 def test_another_format_and_other_features_are_refused(copy):
     values = json.loads((copy / packed.MANIFEST).read_text())
-    names = sessions.find_sessions(copy)
+    names = open_folder(copy).sessions
     with pytest.raises(DataError, match=r"has 512 features per bin; needed 256"):
-        sessions.index_split(copy, names, "train", 256)
-    with pytest.raises(DataError, match=r"'t15.2023.08.1' has no packed trials .* t15.2023.08.1"):
-        sessions.index_split(copy, ["t15.2023.08.1"], "train")
-    with pytest.raises(DataError, match=r"trial_0000: the trial has \d+ bins; one patch needs 999"):
-        sessions.index_split(copy, names, "train", min_bins=999)
+        open_folder(copy, 256)
+    with pytest.raises(DataError, match=r"'t15.2023.08.1' has no data_train, .* t15.2023.08.1"):
+        open_folder(copy).trials(["t15.2023.08.1"], "train")
+    with pytest.raises(DataError, match=r"trial_0000: the trial has \d+ bins; the model needs 999"):
+        open_folder(copy).trials(names, "train", min_bins=999)
     with pytest.raises(DataError, match=r"no test trial in the 1 sessions .* data_test.features"):
-        sessions.index_split(copy, names[:1], "test")
+        open_folder(copy).trials(names[:1], "test")
     with pytest.raises(DataError, match=r"has no labels; needed for this split"):
-        sessions.index_split(copy, names, "test", labels_needed=True)
+        open_folder(copy).trials(names, "test", labels_needed=True)
     (copy / packed.MANIFEST).write_text(json.dumps({**values, "format": 2}))
     with pytest.raises(DataError, match=r"has format 2; this version reads 1: pack the sessions"):
-        sessions.find_sessions(copy)
+        open_folder(copy)
 
 
 def test_several_threads_read_at_once(whole, root):
-    expected = {ref.name: read_trial(ref).features for ref in refs_of(root)}
-    reader, refs = sessions.SplitReader(), refs_of(whole) * 6
+    original = open_folder(root)
+    expected = {ref.name: original.read(ref).features for ref in refs_of(root)}
+    reader, refs = open_folder(whole), refs_of(whole) * 6
     with ThreadPoolExecutor(4) as pool:
         for trial in pool.map(reader.read, refs):
             np.testing.assert_array_equal(trial.features, expected[trial.ref.name])
@@ -172,7 +175,7 @@ def test_several_threads_read_at_once(whole, root):
 
 def test_files_are_closed_with_the_reader(whole):
     before = len(os.listdir("/proc/self/fd"))
-    reader = sessions.SplitReader()
+    reader = open_folder(whole)
     for ref in refs_of(whole):
         reader.read(ref)
     assert len(os.listdir("/proc/self/fd")) > before

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from b2txt_jax.inference.logits import compute_logits, load_model
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.training.loop import train
 from tests.data.packing import packed
 
@@ -40,8 +40,8 @@ def test_packed_float32_trains_and_infers_as_hdf5_bit_for_bit(tiny_config, from_
     train(on(tiny_config, root), tmp_path / "run")
     assert losses(tmp_path / "run") == losses(from_hdf5)
     for split in ("val", "test"):
-        expected = compute_logits(load_model(from_hdf5), split)
-        got = compute_logits(load_model(tmp_path / "run"), split)
+        expected = load_run(from_hdf5).logits(split)
+        got = load_run(tmp_path / "run").logits(split)
         assert [trial.ref.name for trial in got] == [trial.ref.name for trial in expected]
         assert [trial.sentence for trial in got] == [trial.sentence for trial in expected]
         for mine, theirs in zip(got, expected, strict=True):
@@ -54,8 +54,6 @@ def test_packed_bfloat16_trains_and_infers_nearly_the_same(tiny_config, from_hdf
     got, expected = losses(tmp_path / "run"), losses(from_hdf5)
     assert [entry[:2] for entry in got] == [entry[:2] for entry in expected]
     np.testing.assert_allclose([e[2] for e in got], [e[2] for e in expected], rtol=0.02)
-    model = load_model(from_hdf5, [f"--config.data.root={root}"])
-    for mine, theirs in zip(
-        compute_logits(model, "val"), compute_logits(load_model(from_hdf5), "val"), strict=True
-    ):
+    model = load_run(from_hdf5, [f"--config.data.root={root}"])
+    for mine, theirs in zip(model.logits("val"), load_run(from_hdf5).logits("val"), strict=True):
         np.testing.assert_allclose(mine.logits, theirs.logits, atol=0.05)

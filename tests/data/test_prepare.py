@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from b2txt_jax.config import ConfigError
-from b2txt_jax.data import hdf5, packed, prepare, sessions
+from b2txt_jax.data import packed, prepare
 from b2txt_jax.data.description import DataError, read_description
 from b2txt_jax.data.prepare import PackSettings
+from b2txt_jax.data.reader import open_folder
 from tests.data.packing import contents, finished, pack_in_process
 from tests.data.packing import packed as pack
 
@@ -33,13 +34,12 @@ def whole(root, tmp_path_factory):
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_nothing_of_a_trial_is_lost(root, whole, split):
-    names = sessions.find_sessions(root)
-    assert sessions.find_sessions(whole) == names
-    before = sessions.index_split(root, names, split)
-    after = sessions.index_split(whole, names, split)
-    reader = sessions.SplitReader()
+    original, reader = open_folder(root), open_folder(whole)
+    assert reader.sessions == original.sessions
+    before = original.trials(original.sessions, split)
+    after = reader.trials(original.sessions, split)
     for old, new in zip(before, after, strict=True):
-        expected, got = hdf5.read_trial(old), reader.read(new)
+        expected, got = original.read(old), reader.read(new)
         assert got.features.dtype == np.float32
         assert got.features.tobytes() == expected.features.tobytes()
         assert got.sentence == expected.sentence
@@ -72,7 +72,7 @@ def test_after_kill_9_the_same_command_goes_on_and_nothing_half_written_is_used(
     before = contents(out)
     assert not finished(out)
     with pytest.raises(DataError, match=r"interrupted; call it again|holds no session"):
-        sessions.find_sessions(out)
+        open_folder(out).sessions  # noqa: B018
     times = {name: (out / name).stat().st_mtime_ns for name in before}
     result = pack_in_process(root, out)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -156,19 +156,20 @@ def test_a_changed_source_is_packed_again(root, tmp_path):
     copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(root, copy)
     pack(copy, out)
-    session = sessions.find_sessions(copy)[1]
+    session = open_folder(copy).sessions[1]
     with h5py.File(copy / session / "data_val.hdf5", "r+") as file:
         file["trial_0001/input_features"][3, 5] = 123.5
     done = prepare.prepare(copy, out, PackSettings())
     assert (done.written, done.kept) == (1, 9)
-    (ref,) = [ref for ref in sessions.index_split(out, [session], "val") if ref.key == "trial_0001"]
-    assert sessions.SplitReader().read(ref).features[3, 5] == 123.5
+    reader = open_folder(out)
+    (ref,) = [ref for ref in reader.trials([session], "val") if ref.key == "trial_0001"]
+    assert reader.read(ref).features[3, 5] == 123.5
 
 
 def test_features_too_large_for_float16_are_refused_with_the_trials_name(root, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
-    session = sessions.find_sessions(copy)[0]
+    session = open_folder(copy).sessions[0]
     with h5py.File(copy / session / "data_train.hdf5", "r+") as file:
         file["trial_0003/input_features"][3, 5] = 70_000.0
     with pytest.raises(DataError, match=r"trial_0003 has values up to 70000, too large for float1"):
@@ -222,11 +223,11 @@ def test_the_command_takes_sessions_and_patches_from_a_configuration(
     root, tmp_path, tiny_overrides, capsys
 ):
     out = tmp_path / "out"
-    two = sessions.find_sessions(root)[:2]
+    two = open_folder(root).sessions[:2]
     overrides = [*tiny_overrides, f"--config.data.sessions={two}"]
     assert call("--config", CONFIG, "--out", out, overrides=overrides) == 0
-    assert sessions.find_sessions(out) == two
-    with pytest.raises(DataError, match=r"has \d+ bins; one patch needs 5000"):
+    assert open_folder(out).sessions == two
+    with pytest.raises(DataError, match=r"has \d+ bins; the model needs 5000"):
         call(
             *("--config", CONFIG, "--out", tmp_path / "other"),
             overrides=[*overrides, "--config.model.patch_size=5000"],

@@ -402,7 +402,8 @@ def test_devices_that_cannot_share_a_batch_are_a_problem(
 
 
 def test_the_batch_is_compared_with_the_devices_that_jax_has(capsys, tiny_overrides, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     config = ("--config", str(REPOSITORY / "configs/demo.py"))
     status, findings, _ = diagnose(capsys, *config, overrides=tuple(tiny_overrides))
     assert status == 1

@@ -16,7 +16,8 @@ from b2txt_jax.evaluation.evaluate import (
 )
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import sentence_to_ids
-from lm_server.protocol import Scored
+from lm_server.client.answers import Result
+from lm_server.hypothesis import Answer, Hypothesis
 
 NAMES = ["t15.2023.08.13/trial_0000", "t15.2023.08.13/trial_0001", "t15.2023.08.18/trial_0000"]
 SAID = ["The cat sat.", "How are you?", "Yes!"]
@@ -29,21 +30,28 @@ def logits_of(words: list[str]) -> np.ndarray:
     return np.eye(41, dtype=np.float32)[ids]
 
 
-def scored(sentence: str) -> list[Scored]:
-    return [Scored(sentence, -1.0, -1.0, None, -2.0), Scored("other", -5.0, -5.0, None, -10.0)]
+def results(*sentences: str | None, reason: str | None = None) -> list[Result]:
+    """The language model's answers. None: it failed."""
+    found = []
+    for name, sentence in zip(NAMES, sentences, strict=True):
+        if sentence is None:
+            found.append(Result(name, None, reason, 0.0))
+        else:
+            best = Hypothesis(tuple(sentence.split()), -1.0, -1.0, total=-2.0)
+            other = Hypothesis(("other",), -5.0, -5.0, total=-10.0)
+            found.append(Result(name, Answer((best, other)), None, 0.25))
+    return found
 
 
 def evaluated(**changes: Any) -> Evaluation:
     given: dict[str, Any] = {
         "split": "val",
-        "names": NAMES,
+        "results": results("the cat sat", "how old are you", "no"),
         "logits": [logits_of(words) for words in HEARD],
-        "decoded": [scored("the cat sat"), scored("how old are you"), scored("no")],
         "labels": [sentence_to_ids(text) for text in (HEARD[0], ["how", "are", "you"], HEARD[2])],
         "sentences": SAID,
         "corpora": ["Random", "Harvard", "Random"],
         "settings": {"lm": "3-gram"},
-        "seconds_per_sentence": 0.25,
     }
     return evaluate(**{**given, **changes})
 
@@ -76,23 +84,24 @@ def test_words_without_language_model_come_from_the_greedy_phonemes() -> None:
 
 def test_a_failed_trial_is_named_and_has_all_its_words_wrong() -> None:
     result = evaluated(
-        decoded=[scored("the cat sat"), None, scored("yes")],
-        failures=[Failure(NAMES[1], "timed out")],
+        results=results("the cat sat", None, "yes", reason="timed out"),
     )
     assert result.failed == (Failure(NAMES[1], "timed out"),)
     assert result.wer is not None
     assert result.wer.all == ErrorRate(3, 7)
     assert result.sentences[1].decoded is None
-    assert result.sentences[1].errors == 3
+    assert result.sentences[1].rate == ErrorRate(3, 3)
 
 
 def test_a_trial_without_candidates_is_a_failure_even_if_nobody_said_so() -> None:
-    result = evaluated(decoded=[scored("the cat sat"), None, []])
+    answers = results("the cat sat", None, "yes")
+    answers[2] = Result(NAMES[2], Answer(()), None, 0.1)
+    result = evaluated(results=answers)
     assert [failure.trial for failure in result.failed] == NAMES[1:]
 
 
 def test_failing_never_improves_the_rate() -> None:
-    good, failed = evaluated().wer, evaluated(decoded=[None, None, None]).wer
+    good, failed = evaluated().wer, evaluated(results=results(None, None, None)).wer
     assert good is not None
     assert failed is not None
     assert failed.all == ErrorRate(7, 7)
@@ -153,11 +162,11 @@ def test_settings_that_json_cannot_hold_leave_no_file(tmp_path: Path) -> None:
 
 
 def test_a_submission_keeps_the_row_of_a_failed_trial() -> None:
-    result = evaluated(decoded=[scored("the cat sat"), None, scored("yes")])
+    result = evaluated(results=results("the cat sat", None, "yes"))
     assert submission_texts(result) == ["the cat sat", "", "yes"]
 
 
-@pytest.mark.parametrize("what", ["logits", "decoded", "labels", "sentences", "corpora"])
+@pytest.mark.parametrize("what", ["logits", "labels", "sentences", "corpora"])
 def test_lists_of_another_length_are_refused_by_name(what: str) -> None:
     with pytest.raises(ValueError, match=f"found 0 {what} for 3 trials"):
         evaluated(**{what: []})

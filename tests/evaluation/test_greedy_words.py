@@ -5,7 +5,7 @@ import pytest
 from b2txt_jax.evaluation.greedy_words import greedy_words, words_by_pronunciation
 from b2txt_jax.metrics import edit_distance, error_rate, total
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID, pronunciations, sentence_to_ids
-from b2txt_jax.simulate.corpus import load_pool
+from b2txt_jax.simulation.corpus import load_pool
 from lm_server.text_rules import scored_words
 
 

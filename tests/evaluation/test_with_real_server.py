@@ -17,7 +17,7 @@ from b2txt_jax.evaluation.evaluate import evaluate, run_language_model, run_work
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import pronunciations, sentence_to_ids
 from lm_server.client.client import (
-    LanguageModelClient,
+    Client,
     LanguageModelError,
     LanguageModelUnavailableError,
 )
@@ -51,27 +51,27 @@ def test_sentences_come_back_and_are_scored(model: Path) -> None:
     logits = [*(logits_of(sentence) for sentence in SAID), np.full((9, 41), np.nan, np.float32)]
     before = {process.pid for process in psutil.process_iter()}
     with serve_child(model) as url:
-        decoded, failures, seconds, _ = run_language_model(logits, names, url)
+        results = run_language_model(logits, names, url)
         started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-        with LanguageModelClient(url) as client:
+        with Client(url) as client:
             whole = client.decode(logits[0])
             chunks = client.decode(logits[0], chunk_frames=5)
             with pytest.raises(LanguageModelError, match="nbest is -3"):
                 client.update_params(nbest=-3)
             client.update_params(nbest=1)
-            assert len(client.decode(logits[0])) == 1
-    assert [found and found[0].sentence for found in decoded] == [*SAID, None]
-    assert all(found[0].llm is None for found in decoded if found)
-    assert [c.sentence for c in chunks] == [c.sentence for c in whole]
-    assert [c.total for c in whole] == sorted((c.total for c in whole), reverse=True)
+            assert len(client.decode(logits[0]).hypotheses) == 1
+    answers = [one.answer for one in results]
+    assert [answer and answer.sentence for answer in answers] == [*SAID, None]
+    assert all(answer.hypotheses[0].llm is None for answer in answers if answer)
+    assert [c.sentence for c in chunks.hypotheses] == [c.sentence for c in whole.hypotheses]
+    assert all(0.0 < (word.confidence or 0.0) <= 1.0 for word in whole.words)
+    totals = [c.total or 0.0 for c in whole.hypotheses]
+    assert totals == sorted(totals, reverse=True)
     result = evaluate(
         split="val",
-        names=names,
+        results=results,
         logits=[*logits[:3], np.zeros((0, 41), np.float32)],
-        decoded=decoded,
         sentences=["How are you today?", "The cat sat on the mat.", "Yes, I can see a dog.", "No."],
-        failures=failures,
-        seconds_per_sentence=seconds,
     )
     assert result.wer is not None
     assert result.wer.all == ErrorRate(2, 17)  # "a" heard as "the"; the failed trial's word
@@ -91,8 +91,8 @@ def test_workers_give_what_the_server_gives_and_name_what_fails(model: Path) -> 
     with language_model(None, model) as (url, _):
         expected = run_language_model(logits, names, url)
     assert name == str(model)
-    assert [one and one[0].sentence for one in found.decoded] == [*SAID, None]
-    assert found.decoded == expected.decoded
+    assert [one.answer and one.answer.sentence for one in found] == [*SAID, None]
+    assert [one.answer for one in found] == [one.answer for one in expected]
     (failure,) = found.failures
     assert failure.trial == names[3]
     assert "NaN" in failure.reason

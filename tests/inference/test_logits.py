@@ -17,14 +17,14 @@ PROGRAM = """
 import sys
 import jax
 from b2txt_jax import cli
-from b2txt_jax.inference import logits
+from b2txt_jax.inference import run
 
-jitted = logits.jit_eval_step
+jitted = run.jit_eval_step
 
 def spying(*arguments):
     step = jitted(*arguments)
 
-    def run(params, batch):
+    def spied(params, batch):
         output = step(params, batch)
         compiled = step.lower(params, batch).compile()
         (_, placed), _ = compiled.input_shardings
@@ -33,16 +33,16 @@ def spying(*arguments):
         print("devices", len(held), "rows", rows, flush=True)
         return output
 
-    return run
+    return spied
 
-logits.jit_eval_step = spying
+run.jit_eval_step = spying
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 def infer(run, out, devices, *more):
     """(arrays of the written file, what was said) by so many emulated devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "infer", "--workdir", run, "--out", out, *more],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from b2txt_jax.cli import main
 from b2txt_jax.config import read_written_config
-from b2txt_jax.inference.logits import TrainedModel, compute_logits
+from b2txt_jax.inference.run import Run as TrainedRun
 from b2txt_jax.interop.convert import read_workdir
 from b2txt_jax.interop.nejm import read_nejm
 from b2txt_jax.interop.weights import moments_of, to_named
@@ -90,7 +90,7 @@ def test_logits_of_the_full_size_model_are_pytorchs(full_size, trials, padding):
     model, run = full_size
     signal = dataclasses.replace(run.config.signal, eval_padding=padding)
     config = dataclasses.replace(run.config, signal=signal)
-    found = compute_logits(TrainedModel(config, run.state.params, 0), "val")
+    found = TrainedRun(config, run.state.params, 0).logits("val")
     assert [trial.ref.bins for trial in found] == [100, 737, 2000]
     for trial in found:
         with h5py.File(trials / trial.ref.session / "data_val.hdf5") as file:
@@ -158,7 +158,7 @@ def test_a_converted_run_can_be_evaluated(small, tmp_path):
 
     # Its phoneme error rate is that of the weights as they came.
     found = read_nejm(small[0])
-    trials = compute_logits(TrainedModel(found.config, found.state.params, 2), "val")
+    trials = TrainedRun(found.config, found.state.params, 2).logits("val")
     rates = [error_rate(t.labels.tolist(), greedy_decode(t.logits).tolist()) for t in trials]
     assert result["per"]["all"]["errors"] == total(rates).errors > 0
 

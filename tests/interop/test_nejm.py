@@ -15,9 +15,10 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.interop.nejm import COMPILED_PREFIX, read_nejm, write_nejm
 from b2txt_jax.interop.weights import expected_shapes, from_named, moments_of, to_named
-from b2txt_jax.model.network import init_params
+from b2txt_jax.model.interface import make_model
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.optimizer import make_optimizer
+from b2txt_jax.training.step import model_of
 
 DAYS = [(0, 1), (0, 2), (2,), (0, 1), (0,), (0, 2)]
 """Days of each step's batch."""
@@ -96,7 +97,7 @@ def test_the_optimizers_state_comes_and_goes_bit_for_bit(trained, tmp_path):
 
 def ours_after(run, gradients) -> dict[str, np.ndarray]:
     """Our parameters after steps with these gradients."""
-    optimizer = make_optimizer(run.config.optimizer)
+    optimizer = make_optimizer(run.config.optimizer, model_of(run.config, 3).group)
     params, state = run.state.params, run.state.optimizer
     update = jax.jit(optimizer.update)
     for gradient in gradients:
@@ -327,7 +328,7 @@ def test_shapes_by_arithmetic_are_those_of_the_model(trained, tmp_path):
     for change in ({}, {"patch_size": 0, "layers": 1}, {"day_layer": False}):
         model = dataclasses.replace(run.config.model, **change)
         config = dataclasses.replace(run.config, model=model)
-        made = to_named(init_params(model, 6, 3 if model.day_layer else 1, jax.random.key(0)))
+        made = to_named(make_model(model, 6, 3 if model.day_layer else 1).init(jax.random.key(0)))
         expected = {name: value.shape for name, value in made.items()}
         assert list(expected_shapes(config).items()) == list(expected.items())
 

@@ -209,9 +209,7 @@ def test_the_runbook_has_the_settings_of_the_example_and_evaluates_what_is_fetch
 
     example = settings((REPOSITORY / "launch/example.env").read_text().splitlines())
     runbook = (REPOSITORY / "docs/tpu.md").read_text()
-    block = next(
-        text for text in re.findall(r"```\n(.*?)```", runbook, re.DOTALL) if "WORKDIR=gs" in text
-    )
+    block = next(text for text in re.findall(r"```env\n(.*?)```", runbook, re.DOTALL))
     assert settings(block.splitlines()) == example
     assert f"b2txt evaluate --workdir {example['OUT']} " in runbook
 

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lm_server.hypothesis import Hypothesis
 from lm_server.protocol import (
     CLASSES,
     LM_CLASSES,
     MAX_MESSAGE_FRAMES,
     ProtocolError,
-    Scored,
     decode_logits,
     decode_scoring,
     encode_logits,
@@ -26,7 +26,11 @@ logits_arrays = hnp.arrays(
     st.tuples(st.integers(0, 7), st.just(41)),
     elements=st.floats(-(2.0**99), 2.0**99, width=32),
 )
-sentences = st.text(st.characters(blacklist_characters=";", blacklist_categories=["Cs"]))
+words = st.text(st.characters(blacklist_characters=";", blacklist_categories=["Cs", "Z", "Cc"]))
+sentences = st.lists(words.filter(bool)).map(tuple)
+hypotheses = st.builds(
+    Hypothesis, sentences, finite, finite, st.floats(-1e30, -1e-9), total=finite
+)
 
 
 def test_the_published_orders_of_the_classes():
@@ -91,19 +95,25 @@ def test_logits_survive_the_wire(logits):
     np.testing.assert_array_equal(decode_logits(payload), logits)
 
 
-@given(st.lists(st.builds(Scored, sentences, finite, finite, finite, finite)))
+@given(st.lists(hypotheses))
 def test_scoring_survives_the_wire(candidates):
     assert decode_scoring(encode_scoring(candidates)) == candidates
 
 
 def test_an_absent_llm_score_is_written_as_zero_like_published_servers_do():
-    text = encode_scoring([Scored("a b", -1.0, -2.0, None, -3.0)])
+    text = encode_scoring([Hypothesis(("a", "b"), -1.0, -2.0, total=-3.0)])
     assert text == "a b;-1.0;-2.0;0.0;-3.0"
+    assert decode_scoring(text)[0].llm is None
+
+
+def test_candidates_that_are_not_ranked_are_not_sent():
+    with pytest.raises(ValueError, match="no total"):
+        encode_scoring([Hypothesis(("a",), -1.0, -2.0)])
 
 
 def test_a_sentence_with_the_separator_is_refused():
     with pytest.raises(ProtocolError, match="';'"):
-        encode_scoring([Scored("a;b", 0.0, 0.0, None, 0.0)])
+        encode_scoring([Hypothesis(("a;b",), 0.0, 0.0, total=0.0)])
 
 
 @pytest.mark.parametrize("text", ["a;1;2;3", "a;1;2;3;4;b", "a;1;2;3;x"])

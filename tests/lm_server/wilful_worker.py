@@ -1,4 +1,4 @@
-"""A worker process that does as it is told by the length of a sentence, for tests:
+"""A worker process whose behaviour depends on the length of a sentence, for tests:
 
     python wilful_worker.py MODEL URL LEASE_SECONDS PROCESSES SLOW_SECONDS STUCK_SECONDS
 
@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 from lm_server.client.connection import connect
-from lm_server.search.interface import load_model
-from lm_server.serving import status
+from lm_server.search.load import load_model
 from lm_server.serving.supervisor import supervise
 from lm_server.serving.worker import Terms, Worker
 from lm_server.settings import Settings
@@ -56,14 +55,14 @@ class Model:
 
 def main():
     folder, url, lease, processes, seconds, stuck = sys.argv[1:]
-    status._STUCK_SECONDS = float(stuck)
+    terms = Terms(float(lease), stuck_seconds=float(stuck))
     model = Model(Path(folder), float(seconds))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
     def work(ended):
         with connect(url, 20.0, ended) as client:
-            Worker(client, model, Settings(), terms=Terms(float(lease))).run(ended)
+            Worker(client, model, Settings(), terms=terms).run(ended)
 
     print("ready", flush=True)
     supervise(work, int(processes), stop)

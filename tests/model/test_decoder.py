@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.gru.baseline import parameter_count
-from b2txt_jax.model.network import init_params, make_apply, make_forward
+from b2txt_jax.model.interface import make_model, parameter_count
 from b2txt_jax.model.patches import frame_count, patches
 
 FEATURES, DAYS = 6, 3
@@ -24,7 +23,7 @@ SMALL = dataclasses.replace(
 
 
 def perturbed_params(model):
-    params = init_params(model, FEATURES, DAYS, jax.random.key(0))
+    params = make_model(model, FEATURES, DAYS).init(jax.random.key(0))
     return jax.tree.map(
         lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape, a.dtype), params
     )
@@ -32,7 +31,7 @@ def perturbed_params(model):
 
 def test_the_published_model_has_44_315_177_parameters():
     model = load_config("configs/nejm_baseline.py").model
-    shapes = jax.eval_shape(lambda: init_params(model, 512, 45, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: make_model(model, 512, 45).init(jax.random.key(0)))
     assert parameter_count(shapes) == 44_315_177
 
 
@@ -51,10 +50,11 @@ def test_dropout_is_on_with_a_key_and_off_without():
     params = perturbed_params(SMALL)
     x = np.random.default_rng(2).normal(size=(2, 20, FEATURES)).astype(np.float32)
     day = np.zeros(2, int)
-    apply = jax.jit(make_apply(SMALL, FEATURES, DAYS))  # op by op, loops compile anew
-    np.testing.assert_array_equal(apply(params, x, day), apply(params, x, day))
-    forward = jax.jit(make_forward(SMALL, FEATURES, DAYS))
-    first, second = (forward(params, x, day, jax.random.key(k)).logits for k in (0, 1))
+    bins = np.full(2, 20)
+    apply = jax.jit(make_model(SMALL, FEATURES, DAYS).apply)  # op by op, loops compile anew
+    again = [apply(params, x, bins, day).logits for _ in range(2)]
+    np.testing.assert_array_equal(*again)
+    first, second = (apply(params, x, bins, day, jax.random.key(k)).logits for k in (0, 1))
     assert np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-3
 
 
@@ -62,7 +62,9 @@ def test_bfloat16_products_keep_float32_logits_close_to_the_float32_model():
     params = perturbed_params(SMALL)
     x = np.random.default_rng(2).normal(size=(2, 20, FEATURES)).astype(np.float32)
     day = np.array([0, 2])
-    exact = np.asarray(make_apply(SMALL, FEATURES, DAYS)(params, x, day))
-    half = make_apply(dataclasses.replace(SMALL, dtype="bfloat16"), FEATURES, DAYS)(params, x, day)
+    bins = np.full(2, 20)
+    exact = np.asarray(make_model(SMALL, FEATURES, DAYS).apply(params, x, bins, day).logits)
+    model = make_model(dataclasses.replace(SMALL, dtype="bfloat16"), FEATURES, DAYS)
+    half = model.apply(params, x, bins, day).logits
     assert half.dtype == jnp.float32
     assert 0 < np.abs(np.asarray(half) - exact).max() < 0.05

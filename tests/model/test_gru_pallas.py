@@ -156,7 +156,7 @@ print(json.dumps(found))
 
 def test_eight_devices_that_share_the_rows_give_what_one_device_gives():
     # Each weight gradient summed over the devices exactly once, whoever divides the rows.
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES, os.path.dirname(__file__)],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},

@@ -1,5 +1,6 @@
 """The wide recurrence against the plain one: values, gradients, chunks, and shared by devices."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,8 +113,9 @@ assert weight.shard_shape((3, 8, 8)) == (3, 2, 8), weight
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_eight_devices_that_share_units_and_rows_give_what_one_gives(chunk):
     program = SHARED.format(tests=str(Path(__file__).parent), chunk=chunk)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",
         "PATH": "/usr/bin:/bin",
         "OMP_NUM_THREADS": "1",

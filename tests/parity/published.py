@@ -13,14 +13,15 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
-from b2txt_jax.config import Config, ModelConfig, OptimizerConfig
-from b2txt_jax.model.network import init_params
+from b2txt_jax.config import Config, OptimizerConfig
+from b2txt_jax.model.gru.baseline import GRUSettings
+from b2txt_jax.model.interface import make_model
 
 
 class PublishedDecoder(nn.Module):
     """One Parameter per day, unfold, torch's GRU, a linear head; the checkpoint's names."""
 
-    def __init__(self, model: ModelConfig, features: int, days: int, dtype=torch.float64):
+    def __init__(self, model: GRUSettings, features: int, days: int, dtype=torch.float64):
         super().__init__()
         self.model = model
         days = days if model.day_layer else 1
@@ -55,11 +56,11 @@ class PublishedDecoder(nn.Module):
         return self.out(self.gru(x, h0)[0])
 
 
-def random_params(model: ModelConfig, features: int, days: int):
+def random_params(model: GRUSettings, features: int, days: int):
     """Parameters of our tree, drawn by numpy: compiling the initialisers would take longer than
     most tests."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(model, features, days, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: make_model(model, features, days).init(jax.random.key(0)))
     params = jax.tree.map(
         lambda leaf: (rng.normal(size=leaf.shape) / math.sqrt(leaf.shape[-1])).astype(np.float32),
         shapes,
@@ -196,7 +197,7 @@ def decoder_optimizer(
     )
 
 
-def frames_of(bins: np.ndarray, model: ModelConfig) -> torch.Tensor:
+def frames_of(bins: np.ndarray, model: GRUSettings) -> torch.Tensor:
     """The published int((bins - size) / stride + 1)."""
     if not model.patch_size:
         return torch.tensor(bins)

@@ -10,7 +10,7 @@ from published import PublishedDecoder, differences
 from scipy.stats import ks_2samp
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.network import init_params
+from b2txt_jax.model.interface import make_model
 
 FEATURES, DAYS, SEEDS = 8, 2, 300
 MODEL = dataclasses.replace(
@@ -22,7 +22,7 @@ MODEL = dataclasses.replace(
 def draws():
     """Values of each parameter over many seeds, here and in PyTorch, [seeds, ...]; the first
     of ours as a tree."""
-    draw = jax.jit(lambda key: init_params(MODEL, FEATURES, DAYS, key))
+    draw = jax.jit(lambda key: make_model(MODEL, FEATURES, DAYS).init(key))
     # One by one: many QR decompositions at once can block each other on a machine of two cores.
     each = [draw(key) for key in jax.random.split(jax.random.key(0), SEEDS)]
     params = jax.tree.map(lambda *values: np.stack(values), *each)

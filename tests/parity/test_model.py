@@ -13,7 +13,7 @@ from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.model.day_layer import day_layer
 from b2txt_jax.model.gru.scan import gru_recurrence
-from b2txt_jax.model.network import make_apply
+from b2txt_jax.model.interface import make_model
 from b2txt_jax.model.patches import frame_count, patches, project_patches
 from b2txt_jax.training.step import make_eval_step
 
@@ -43,12 +43,12 @@ def test_logits_and_gradients_equal_torch(model):
     weights = rng.normal(size=expected.shape)
     (expected * torch.tensor(weights)).sum().backward()
 
-    apply = make_apply(model, FEATURES, DAYS)
+    network = make_model(model, FEATURES, DAYS)
 
     @jax.jit
     def loss_and_gradients(params, x):
         def loss(params, x):
-            logits = apply(params, x, DAY)
+            logits = network.apply(params, x, np.full(5, 62), DAY).logits
             return (logits * weights).sum(), logits
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)

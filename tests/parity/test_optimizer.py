@@ -11,15 +11,14 @@ import torch
 from published import optimizer_and_schedule, rate_factor
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.network import init_params
+from b2txt_jax.model.interface import make_model
 from b2txt_jax.training.optimizer import (
-    GROUPS,
     make_optimizer,
-    parameter_groups,
     warmup_cosine,
 )
 
 CONFIG = load_config("configs/nejm_baseline.py")
+MODEL = make_model(CONFIG.model, 512, 45)
 
 
 @pytest.mark.parametrize("step", [0, 1, 999, 1000, 1001, 60_000, 119_999, 120_000, 200_000])
@@ -31,14 +30,14 @@ def test_the_learning_rate_is_the_published_one(step):
 
 
 def test_every_parameter_has_exactly_one_group():
-    params = jax.eval_shape(lambda: init_params(CONFIG.model, 512, 45, jax.random.key(0)))
-    groups = parameter_groups(params)
-    by_path = {
-        jax.tree_util.keystr(path, simple=True, separator="."): group
-        for path, group in jax.tree_util.tree_leaves_with_path(groups)
+    params = jax.eval_shape(lambda: MODEL.init(jax.random.key(0)))
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+    by_path = {path.replace("/", "."): MODEL.group(path, leaf) for path, leaf in paths.items()}
     assert len(by_path) == len(jax.tree.leaves(params)) == 2 + 20 + 2 + 1
-    assert set(by_path.values()) == set(GROUPS)
+    assert set(by_path.values()) == {"weights", "biases", "day"}
     assert {name for name, group in by_path.items() if group == "day"} == {
         "day.weight",
         "day.bias",
@@ -121,7 +120,7 @@ def torch_run(params, data, config):
 
 
 def our_run(params, data, config):
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, MODEL.group)
 
     def loss(params, x, day, target):
         mixed = jnp.einsum("bd,bdk->bk", x, params["day"]["weight"][day])

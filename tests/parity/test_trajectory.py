@@ -20,7 +20,7 @@ from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total
 from b2txt_jax.training.optimizer import make_optimizer
-from b2txt_jax.training.step import TrainState, make_eval_step, make_train_step
+from b2txt_jax.training.step import TrainState, make_eval_step, make_train_step, model_of
 
 DAYS, FEATURES, STEPS = 5, 12, 100
 BASELINE = load_config("configs/nejm_baseline.py")
@@ -87,7 +87,7 @@ def ours_and_theirs():
     torch.manual_seed(0)
     decoder = PublishedDecoder(CONFIG.model, FEATURES, DAYS, torch.float32)
     start = read(decoder, FEATURES, DAYS)
-    moments = make_optimizer(CONFIG.optimizer).init(start)
+    moments = make_optimizer(CONFIG.optimizer, model_of(CONFIG, DAYS).group).init(start)
     state = TrainState(np.zeros((), np.int32), start, moments)
     step = jax.jit(make_train_step(CONFIG, DAYS))
     losses = []

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from b2txt_jax.config import load_config
-from b2txt_jax.model.gru.baseline import parameter_count
-from b2txt_jax.model.network import init_params, make_apply, make_forward, make_stream
+from b2txt_jax.model.gru.baseline import GRUSettings
+from b2txt_jax.model.interface import make_model, parameter_count
 
 FEATURES, DAYS, ROWS, BINS = 6, 3, 3, 22
 SMALL = dataclasses.replace(
-    load_config("configs/nejm_baseline.py").model,
-    kind="triple_gru",
+    load_config("configs/triple_gru.py").model,
     units=10,
     layers=2,
     noisy_layers=1,
@@ -34,28 +33,30 @@ MODELS = {"full": SMALL, "bottleneck": BOTTLENECK}
 @functools.cache
 def forward_of(model):
     """Jitted: op by op, every loop would be compiled anew."""
-    return jax.jit(make_forward(model, FEATURES, DAYS))
+    return jax.jit(make_model(model, FEATURES, DAYS).full)
 
 
 @functools.cache
 def apply_of(model):
-    return jax.jit(make_apply(model, FEATURES, DAYS))
+    return jax.jit(make_model(model, FEATURES, DAYS).apply)
 
 
 @functools.cache
 def gradient_of(model):
-    forward = make_forward(model, FEATURES, DAYS)
+    network = make_model(model, FEATURES, DAYS)
 
-    def loss(params, *arguments):
-        outputs = forward(params, *arguments)
-        noisy = outputs.noisy_logits if outputs.noisy_logits is not None else outputs.logits
-        return sum(objectives(outputs.logits, noisy))
+    def loss(params, x, bins, day, key, reversal):
+        if model.name == "gru":
+            outputs = network.apply(params, x, bins, day, key)
+        else:
+            outputs = network.full(params, x, bins, day, key, reversal)
+        return sum(objectives(outputs.logits, outputs.aux.get("noisy", outputs.logits)))
 
     return jax.jit(jax.grad(loss))
 
 
 def fresh(model):
-    shapes = jax.eval_shape(lambda: init_params(model, FEATURES, DAYS, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: make_model(model, FEATURES, DAYS).init(jax.random.key(0)))
     rng = np.random.default_rng(1)
     return jax.tree.map(
         lambda a: jnp.asarray(rng.normal(size=a.shape, scale=0.3), jnp.float32), shapes
@@ -65,7 +66,7 @@ def fresh(model):
 def data():
     rng = np.random.default_rng(2)
     x = rng.normal(size=(ROWS, BINS, FEATURES)).astype(np.float32)
-    return x, np.array([0, 2, 0])
+    return x, np.full(ROWS, BINS), np.array([0, 2, 0])
 
 
 class Torch(nn.Module):
@@ -138,23 +139,23 @@ def model(request):
 
 
 def test_the_parts_give_what_pytorch_gives(model):
-    params, (x, day) = fresh(model), data()
-    outputs = forward_of(model)(params, x, day)
+    params, (x, bins, day) = fresh(model), data()
+    outputs = forward_of(model)(params, x, bins, day)
     peer = Torch(model)
     peer.load(params)
     x64, day64 = torch.tensor(x, dtype=torch.float64), torch.tensor(day)
     noise = peer.noise_of(x64, day64)
-    np.testing.assert_allclose(outputs.noise, noise.detach(), atol=2e-6)
+    np.testing.assert_allclose(outputs.aux["noise"], noise.detach(), atol=2e-6)
     np.testing.assert_allclose(outputs.logits, peer.clean_of(x64, day64, noise).detach(), atol=1e-5)
-    np.testing.assert_allclose(outputs.noisy_logits, peer.noisy_of(noise).detach(), atol=1e-5)
+    np.testing.assert_allclose(outputs.aux["noisy"], peer.noisy_of(noise).detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
 def test_gradients_are_those_of_two_passes(model, factor):
     """First the adversary's loss, whose gradient at the noise is taken out, multiplied by -factor
     and sent into the noise model by hand; then the clean loss."""
-    params, (x, day) = fresh(model), data()
-    ours = gradient_of(model)(params, x, day, None, factor)
+    params, (x, bins, day) = fresh(model), data()
+    ours = gradient_of(model)(params, x, bins, day, None, factor)
 
     peer = Torch(model)
     peer.load(params)
@@ -178,7 +179,7 @@ def test_gradients_are_those_of_two_passes(model, factor):
 
 def test_the_full_model_has_687_568_466_parameters():
     model = load_config("configs/triple_gru.py").model
-    shapes = jax.eval_shape(lambda: init_params(model, 512, 45, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: make_model(model, 512, 45).init(jax.random.key(0)))
     assert parameter_count(shapes) == 687_568_466
     assert parameter_count({**shapes["noise"], "day": {}}) == 616_655_872
     assert parameter_count({**shapes["clean"], "day": {}}) == 25_408_553
@@ -187,14 +188,14 @@ def test_the_full_model_has_687_568_466_parameters():
 
 
 def test_inference_gives_the_clean_logits_of_the_full_pass(model):
-    params, (x, day) = fresh(model), data()
-    full = forward_of(model)(params, x, day).logits
-    decoded = apply_of(model)(params, x, day)
+    params, (x, bins, day) = fresh(model), data()
+    full = forward_of(model)(params, x, bins, day).logits
+    decoded = apply_of(model)(params, x, bins, day).logits
     np.testing.assert_array_equal(decoded, full)
 
 
 def test_the_modes_do_not_retrace_each_other(model):
-    params, (x, day) = fresh(model), data()
+    params, (x, bins, day) = fresh(model), data()
     traced = []
 
     def counting(name, function):
@@ -204,32 +205,38 @@ def test_the_modes_do_not_retrace_each_other(model):
 
         return jax.jit(counted)
 
-    full = counting("full", make_forward(model, FEATURES, DAYS))
-    decode = counting("decode", make_apply(model, FEATURES, DAYS))
+    full = counting("full", make_model(model, FEATURES, DAYS).full)
+    decode = counting("decode", make_model(model, FEATURES, DAYS).apply)
     for factor in (0.1, 0.2, 0.3):
-        full(params, x, day, jax.random.key(0), jnp.float32(factor))
-        decode(params, x, day)
+        full(params, x, bins, day, jax.random.key(0), jnp.float32(factor))
+        decode(params, x, bins, day)
     assert traced == ["full", "decode"]
 
 
 PATCHES = {"patches": {}, "no patches": {"patch_size": 0}}
-KINDS = {"baseline": {"kind": "baseline"}, "full": {}, "bottleneck": {"noise_units": 7}}
+KINDS = {
+    "baseline": GRUSettings(
+        units=10, layers=2, patch_size=4, patch_stride=2, dtype="float32", name="gru"
+    ),
+    "full": dataclasses.replace(SMALL, noise_layers=1),
+    "bottleneck": dataclasses.replace(BOTTLENECK, noise_layers=1),
+}
 
 
 @pytest.mark.parametrize("patches", PATCHES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunks", [(2,) * 11, (7, 3, 12)])
-def test_chunk_by_chunk_equals_the_whole_trial(kind, patches, chunks):
-    model = dataclasses.replace(SMALL, **KINDS[kind], **PATCHES[patches])
-    params, (x, day) = fresh(model), data()
-    whole = apply_of(model)(params, x, day)
-    start, step = make_stream(model, FEATURES, DAYS)
+def test_chunk_by_chunk_equals_the_whole_trial(kind, patches):
+    """Also where a chunk is too short for a frame, and where one gives several."""
+    model = dataclasses.replace(KINDS[kind], **PATCHES[patches])
+    params, (x, bins, day) = fresh(model), data()
+    whole = apply_of(model)(params, x, bins, day).logits
+    start, step = make_model(model, FEATURES, DAYS).stream()
     step = jax.jit(step)
     state, parts, first = start(params, ROWS), [], 0
-    for bins in chunks:
-        logits, state = step(params, x[:, first : first + bins], day, state)
+    for size in (2, 2, 7, 2, 9):
+        logits, state = step(params, x[:, first : first + size], day, state)
         parts.append(logits)
-        first += bins
+        first += size
     assert first == BINS
     streamed = np.concatenate(parts, axis=1)
     np.testing.assert_allclose(streamed, whole, atol=3e-6)
@@ -238,19 +245,19 @@ def test_chunk_by_chunk_equals_the_whole_trial(kind, patches, chunks):
 @pytest.mark.parametrize("patches", PATCHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_goes_through_every_path_and_stays_near_float32(kind, patches):
-    exact = dataclasses.replace(SMALL, noise_layers=1, **KINDS[kind], **PATCHES[patches])
+    exact = dataclasses.replace(KINDS[kind], **PATCHES[patches])
     half = dataclasses.replace(exact, dtype="bfloat16")
-    params, (x, day) = fresh(exact), data()
-    whole = np.asarray(apply_of(exact)(params, x, day))
+    params, (x, bins, day) = fresh(exact), data()
+    whole = np.asarray(apply_of(exact)(params, x, bins, day).logits)
 
-    gradient = gradient_of(half)(params, x, day, jax.random.key(3), 0.5)
+    gradient = gradient_of(half)(params, x, bins, day, jax.random.key(3), 0.5)
     for leaf in jax.tree.leaves(gradient):
         assert leaf.dtype == jnp.float32
         assert np.isfinite(leaf).all()
-    logits = apply_of(half)(params, x, day)
+    logits = apply_of(half)(params, x, bins, day).logits
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, whole, atol=0.1)
-    start, step = make_stream(half, FEATURES, DAYS)
+    start, step = make_model(half, FEATURES, DAYS).stream()
     step = jax.jit(step)
     first, state = step(params, x[:, :10], day, start(params, ROWS))
     second, _ = step(params, x[:, 10:], day, state)
@@ -265,13 +272,15 @@ def test_bfloat16_goes_through_every_path_and_stays_near_float32(kind, patches):
     second, after = step(params, x[:, 10:].astype(jnp.bfloat16), day, kept)
     np.testing.assert_allclose(np.concatenate([first, second], axis=1), logits, atol=0.1)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.states)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(apply_of(half)(rounded(params), x, day), logits, atol=0.2)
+    np.testing.assert_allclose(
+        apply_of(half)(rounded(params), x, bins, day).logits, logits, atol=0.2
+    )
 
 
 def test_recomputed_frames_change_no_gradient():
-    params, (x, day) = fresh(SMALL), data()
+    params, (x, bins, day) = fresh(SMALL), data()
     again = gradient_of(dataclasses.replace(SMALL, recompute_frames=4))
-    recomputed = again(params, x, day, None, 0.3)
-    kept = gradient_of(SMALL)(params, x, day, None, 0.3)
+    recomputed = again(params, x, bins, day, None, 0.3)
+    kept = gradient_of(SMALL)(params, x, bins, day, None, 0.3)
     for one, other in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-4)

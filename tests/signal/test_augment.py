@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from b2txt_jax.config import load_config
+from b2txt_jax.config import ConfigError, load_config
 from b2txt_jax.signal.augment import augment
 
 OFF = dataclasses.replace(
@@ -70,3 +70,34 @@ def test_one_cut_for_the_batch_takes_bins_from_the_start_and_shortens_every_tria
         np.testing.assert_array_equal(np.asarray(cut_ramp)[0, : 400 - cut], ramp[0, cut:])
         cuts.add(cut)
     assert cuts == {0, 1, 2}
+
+
+def test_the_list_decides_which_augmentations_there_are_and_their_order(tmp_path, monkeypatch):
+    (tmp_path / "scaling.py").write_text(
+        "def scaled(key, x, bins, by=2):\n    return by * x, bins\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    noisy = dataclasses.replace(OFF, white_noise_std=1.0)
+    only = noise_of(dataclasses.replace(noisy, augment=("white_noise",)))
+    for entries, factor in (
+        (("white_noise", "scaling:scaled(by=3)"), 3),
+        (("scaling:scaled", "white_noise"), 1),
+    ):
+        found = noise_of(dataclasses.replace(noisy, augment=entries))
+        assert found.std() == pytest.approx(factor * only.std(), rel=0.02)
+    assert not noise_of(dataclasses.replace(noisy, augment=())).any()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("pink_noise", "'pink_noise'; needed one of static_gain"),
+        ("json:nothing", "has no 'nothing'"),
+        ("no_such:thing", "cannot be imported"),
+        ("json:dumps(3)", "needed package.module:function"),
+        ("json:dumps(x=os.x)", "settings cannot be read"),
+    ],
+)
+def test_an_entry_that_names_no_augmentation_is_an_error(entry, message):
+    with pytest.raises(ConfigError, match=message):
+        noise_of(dataclasses.replace(OFF, augment=(entry,)))

@@ -5,8 +5,8 @@ import subprocess
 import sys
 import time
 
-from b2txt_jax.data.hdf5 import SplitReader, find_sessions, index_split
-from b2txt_jax.simulate.corpus import language_model_text
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.simulation.corpus import language_model_text
 from lm_server.text_rules import normalise
 
 COMMAND = [sys.executable, "-m", "b2txt_jax.cli", "demo"]
@@ -37,8 +37,8 @@ def test_the_demo_decodes_held_out_sentences_and_says_how_well(tmp_path):
     root = out / "data" / "hdf5_data_final"
     text = set((out / "data" / "language_model_text.txt").read_text().splitlines())
     assert text == set(language_model_text())
-    reader = SplitReader()
-    for ref in index_split(root, find_sessions(root), "val"):
+    reader = open_folder(root)
+    for ref in reader.trials(reader.sessions, "val"):
         assert normalise(reader.read(ref).sentence or "") not in text
 
     started = time.monotonic()

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 from published import PublishedDecoder, fill, smoothed
 
 from b2txt_jax.config import load_config
-from b2txt_jax.data.hdf5 import SplitReader, find_sessions, index_split
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.network import init_params
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.model.interface import make_model
 from b2txt_jax.training.step import make_eval_step
 
 CONFIG = load_config("configs/nejm_baseline.py", ["--config.model.dtype=float32"])
@@ -26,7 +26,7 @@ CONFIG = load_config("configs/nejm_baseline.py", ["--config.model.dtype=float32"
 @pytest.fixture(scope="module")
 def params():
     torch.set_num_threads(1)
-    fresh = jax.jit(lambda: init_params(CONFIG.model, 512, 4, jax.random.key(0)))()
+    fresh = jax.jit(lambda: make_model(CONFIG.model, 512, 4).init(jax.random.key(0)))()
     noise = np.random.default_rng(0)
     # Day layers away from the identity, as training leaves them.
     weight = fresh["day"]["weight"] + 0.02 * noise.normal(size=(4, 512, 512)).astype(np.float32)
@@ -37,12 +37,10 @@ def params():
 @pytest.fixture(scope="module")
 def trials(simulated):
     """Simulated trials of several days, cut or repeated to lengths from 100 to 2,000 bins."""
-    root = simulated / "hdf5_data_final"
-    sessions = find_sessions(root)
-    reader = SplitReader()
+    reader = open_folder(simulated / "hdf5_data_final")
     found = []
-    for day, session in enumerate(sessions):
-        for ref in index_split(root, [session], "train")[:2]:
+    for day, session in enumerate(reader.sessions):
+        for ref in reader.trials([session], "train")[:2]:
             found.append((day, reader.read(ref).features))
     lengths = (100, 101, 333, 700, 1024, 2000)
     return [

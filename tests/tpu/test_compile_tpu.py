@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("libtpu", reason="needs the tpu extra: make test-tpu")
 
-from b2txt_jax.config import Config, load_config
-from b2txt_jax.model.gru.baseline import parameter_count
+from b2txt_jax.config import Config, load_config, with_overrides
+from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.tpu import compile as command
 from b2txt_jax.tpu.compile import CompileError, compile_step
 from b2txt_jax.tpu.report import Result
@@ -75,9 +75,9 @@ def products(rows: int) -> int:
 
 
 def test_the_triple_gru_compiles_with_its_noise_model_shared_by_devices(small: Config) -> None:
-    changes = {"kind": "triple_gru", "noise_units": 256, "noisy_layers": 1, "recompute_frames": 8}
-    model = dataclasses.replace(small.model, **changes)  # type: ignore[arg-type]
-    found = step(dataclasses.replace(small, model=model), "v5e:2x2", model_axis=2)
+    changes = {"name": "triple_gru", "noise_units": 256, "noisy_layers": 1, "recompute_frames": 8}
+    triple = with_overrides(small, [f"--config.model.{k}={v}" for k, v in changes.items()])
+    found = step(triple, "v5e:2x2", model_axis=2)
     assert found.memory.fits
     gathers = [one for one in found.cost.collectives if one.kind == "all-gather" and one.group == 2]
     # The noise model's state is gathered in every frame, so that no device needs all its units.

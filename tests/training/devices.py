@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -11,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from b2txt_jax.cli import main
+
 TRAIN = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/demo.py"]
 
 
 def environment(devices: int) -> dict[str, str]:
     """The environment of a process that sees so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
@@ -52,6 +56,15 @@ def finish(runs: Sequence[subprocess.Popen[str]]) -> list[str]:
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(outputs)
     return outputs
+
+
+def train_here(workdir: Path, overrides: Sequence[str]) -> str:
+    """Runs `b2txt train` in this process, on one device; its output. Fails unless it returns 0."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = main([*TRAIN[3:], "--workdir", str(workdir), *overrides])
+    assert status == 0, output.getvalue()
+    return output.getvalue()
 
 
 def losses(workdir: Path) -> list[float]:

@@ -27,13 +27,21 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def test_a_flipped_bit_names_the_step_and_the_way_back_and_that_way_works(tiny_config, tmp_path):
+def test_a_flipped_bit_and_a_short_file_name_the_step_and_the_way_back_and_that_way_works(
+    tiny_config, tmp_path
+):
     config = with_overrides(tiny_config, ["--config.train.steps=4"])
     train(with_overrides(config, ["--config.train.steps=3"]), tmp_path)
     latest = tmp_path / "checkpoints" / "latest"
+    assert sorted(path.name for path in latest.iterdir()) == ["2", "3"]
     flip(largest_file(latest / "3"), 0.5)
     told = r"latest/3 cannot be read.*not what was saved.*remove that folder to go on from step 2"
     with pytest.raises(CheckpointError, match=told):
+        train(config, tmp_path)
+    for path in (latest / "3").rglob("*"):
+        if path.is_file() and path.stat().st_size > 2000:
+            path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"latest/3 cannot be read.*to go on from step 2"):
         train(config, tmp_path)
     shutil.rmtree(latest / "3")
     assert train(config, tmp_path).step == 4

@@ -2,37 +2,32 @@
 
 import errno
 import fcntl
-import subprocess
 import time
 import warnings
 
 import pytest
-from devices import TRAIN, finish, start
+from devices import TRAIN, start
 
+from b2txt_jax.cli import main
 from b2txt_jax.training.lock import WorkdirInUseError, locked
 
 pytestmark = pytest.mark.timeout(900)
 
 
 def test_a_second_training_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(
-    tiny_overrides, tmp_path
+    tiny_overrides, tmp_path, capsys
 ):
     [first] = start(tmp_path, [*tiny_overrides, "--config.train.steps=100000"])
     try:
-        refused_beside(first, tiny_overrides, tmp_path)
+        refused_beside(first, tiny_overrides, tmp_path, capsys)
     finally:
         first.kill()
         first.communicate()
-    steps = [
-        int(path.name)
-        for path in (tmp_path / "checkpoints" / "latest").glob("*")
-        if path.name.isdigit()
-    ]
-    more = f"--config.train.steps={max(steps) + 4}"
-    finish(start(tmp_path, [*tiny_overrides, more]))
+    with locked(tmp_path):
+        pass
 
 
-def refused_beside(first, tiny_overrides, tmp_path):
+def refused_beside(first, tiny_overrides, tmp_path, capsys):
     """Waits for the first's first save, then starts a second."""
     latest = tmp_path / "checkpoints" / "latest"
     deadline = time.monotonic() + 120
@@ -40,15 +35,9 @@ def refused_beside(first, tiny_overrides, tmp_path):
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    second = subprocess.run(
-        [*TRAIN, "--workdir", str(tmp_path), *tiny_overrides],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    said = " ".join(second.stderr.split())
-    assert second.returncode == 2, said
+    status = main([*TRAIN[3:], "--workdir", str(tmp_path), *tiny_overrides])
+    said = " ".join(capsys.readouterr().err.split())
+    assert status == 2, said
     assert f"error: {tmp_path} is in use by another training (process {first.pid} on " in said
     assert "give another --workdir" in said
     assert first.poll() is None

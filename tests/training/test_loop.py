@@ -3,13 +3,7 @@
 import dataclasses
 import io
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -17,10 +11,9 @@ import pytest
 from rich.console import Console
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
-from b2txt_jax.data import loader
-from b2txt_jax.data.buckets import buckets_of_data
-from b2txt_jax.data.hdf5 import DataError
-from b2txt_jax.inference.logits import compute_logits, load_model, write_logits
+from b2txt_jax.data.description import DataError
+from b2txt_jax.inference.logits import write_logits
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.step import init_state
@@ -38,10 +31,16 @@ def latest_params(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_config, tmp_path_factory):
+def said():
+    """What the run of `trained` printed."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, said, tmp_path_factory):
     """A run of six steps, uninterrupted."""
     workdir = tmp_path_factory.mktemp("trained")
-    assert train(tiny_config, workdir).finished
+    assert train(tiny_config, workdir, Console(file=said, width=1000)).finished
     return workdir
 
 
@@ -53,7 +52,7 @@ def test_a_run_leaves_metrics_checkpoints_and_its_configuration(trained, tiny_co
         assert entry["per"] == pytest.approx(entry["errors"] / entry["length"])
         assert len(entry["per_day"]) == 3
     assert list((trained / "tensorboard").iterdir())
-    model = load_model(trained)
+    model = load_run(trained)
     assert len(model.config.data.sessions) == 4
     best = min(validations, key=lambda entry: (entry["per"], entry["loss"]))
     assert model.step == best["step"]
@@ -73,31 +72,6 @@ def test_a_run_in_two_parts_equals_an_uninterrupted_one_bit_for_bit(trained, tin
     ]
 
 
-def test_a_killed_run_goes_on_from_its_last_save(tiny_overrides, tmp_path):
-    command = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/demo.py"]
-    command += ["--workdir", str(tmp_path), *tiny_overrides, "--config.train.steps=4000"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    latest = tmp_path / "checkpoints" / "latest"
-    deadline = time.monotonic() + 120
-    while not any(path.name.isdigit() for path in latest.glob("*")):
-        assert time.monotonic() < deadline, "no checkpoint within two minutes"
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.1)
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
-    again = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seen = ""
-    for line in again.stdout:
-        seen += line
-        if "going on from step" in line:
-            break
-    else:
-        pytest.fail(f"did not go on: {seen}")
-    again.send_signal(signal.SIGTERM)
-    rest = again.communicate(timeout=120)[0]
-    assert "the same command goes on from there" in " ".join(rest.split())
-
-
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
     trained, tiny_config
 ):
@@ -113,12 +87,12 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(trained, tmp_path):
         if path.is_file() and path.stat().st_size > 2000:
             path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"checkpoints/best/.* cannot be read"):
-        load_model(workdir)
+        load_run(workdir)
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="not a run's folder"):
-        load_model(tmp_path)
+        load_run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +104,9 @@ def test_a_lower_per_wins_and_at_equal_per_the_lower_loss(score, wins):
 
 
 def test_the_logits_file_has_the_documented_arrays(trained, tmp_path, simulated):
-    model = load_model(trained)
+    model = load_run(trained)
     for split, has_sentences in (("val", True), ("test", False)):
-        trials = compute_logits(model, split)
+        trials = model.logits(split)
         write_logits(tmp_path / "logits.npz", trials)
         with np.load(tmp_path / "logits.npz") as file:
             assert file["logits"].dtype == np.float32
@@ -154,7 +128,7 @@ def test_a_call_that_failed_on_the_data_leaves_nothing_in_the_way_of_the_next(
         train(wrong, tmp_path / "run")
     short = with_overrides(tiny_config, ["--config.train.steps=2"])
     assert train(short, tmp_path / "run").finished
-    assert len(load_model(tmp_path / "run").config.data.sessions) == 4
+    assert len(load_run(tmp_path / "run").config.data.sessions) == 4
 
 
 def test_a_best_checkpoint_of_steps_that_were_lost_is_replaced(tmp_path):
@@ -170,7 +144,7 @@ def test_a_best_checkpoint_of_steps_that_were_lost_is_replaced(tmp_path):
 
 def test_the_sessions_of_a_trained_model_cannot_be_reordered_when_it_is_used(trained):
     with pytest.raises(ConfigError, match="belongs to the trained model"):
-        load_model(trained, ["--config.data.sessions=('b', 'a')"])
+        load_run(trained, ["--config.data.sessions=('b', 'a')"])
 
 
 def test_steps_per_second_are_the_steps_of_a_window_over_its_seconds(trained):
@@ -201,13 +175,6 @@ def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp
     assert train(more, tmp_path).step == 8
 
 
-@pytest.mark.parametrize(("buckets", "warned"), [(((1600, 80),), True), ((), False)])
-def test_buckets_that_do_not_suit_the_trials_are_told(
-    tiny_overrides, tmp_path, buckets, warned, monkeypatch
-):
-    # Two instead of six: each takes seconds to compile.
-    monkeypatch.setattr(loader, "buckets_of_data", partial(buckets_of_data, count=2))
-    overrides = [*tiny_overrides, f"--config.data.buckets={buckets}", "--config.train.steps=1"]
-    said = io.StringIO()
-    train(load_config("configs/demo.py", overrides), tmp_path, Console(file=said, width=1000))
-    assert ("data.buckets do not suit these trials" in said.getvalue()) is warned
+def test_buckets_that_do_not_suit_the_trials_are_told(trained, said):
+    """That those chosen from the trials are not is in test_faults.py."""
+    assert "data.buckets do not suit these trials" in " ".join(said.getvalue().split())

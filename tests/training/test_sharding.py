@@ -7,7 +7,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from devices import finish, losses, start, validations
+from devices import finish, losses, start, train_here, validations
 from jax.sharding import PartitionSpec
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
@@ -17,15 +17,15 @@ from b2txt_jax.training.sharding import (
     abstract_state,
     check_rows,
     make_mesh,
-    rule_of,
     sharded_state,
     state_shardings,
 )
+from b2txt_jax.training.step import model_of
 
 # One group, so that one worker makes the run that the others are compared with.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("sharding")]
 
-STEPS = 20
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def overrides(tiny_overrides):
         "--config.data.eval_batch_size=8",
         f"--config.train.steps={STEPS}",
         "--config.train.log_every=1",
-        "--config.train.validate_every=10",
-        "--config.train.save_every=10",
+        f"--config.train.validate_every={STEPS // 2}",
+        f"--config.train.save_every={STEPS // 2}",
         "--config.optimizer.warmup_steps=2",
     ]
 
@@ -48,7 +48,7 @@ def overrides(tiny_overrides):
 def alone_in(overrides, tmp_path_factory):
     """Folder of the run on one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    finish(start(workdir, overrides))
+    train_here(workdir, overrides)
     return workdir
 
 
@@ -73,8 +73,12 @@ def assert_same_validations(workdir, expected):
 
 @pytest.mark.parametrize(
     ("devices", "processes", "model_axis"),
-    [(8, 1, 1), (8, 1, 2), (4, 2, 1)],
-    ids=["8 devices", "4 x 2 devices", "2 processes of 4 devices"],
+    [
+        pytest.param(8, 1, 1, id="8 devices", marks=pytest.mark.slow),
+        # Half of such a run is in `..._saved_on_eight_devices_...`.
+        pytest.param(8, 1, 2, id="4 x 2 devices", marks=pytest.mark.slow),
+        pytest.param(4, 2, 1, id="2 processes of 4 devices"),
+    ],
 )
 def test_the_losses_are_those_of_one_device(
     devices, processes, model_axis, overrides, alone, alone_in, tmp_path
@@ -97,7 +101,7 @@ def test_the_triple_gru_has_the_losses_of_one_device_when_devices_share_its_unit
 ):
     """Also in two processes, where the sockets between them make every frame slow."""
     model = {
-        "kind": "triple_gru",
+        "name": "triple_gru",
         **{"noise_units": noise_units, "noise_layers": 2, "noisy_layers": 1},
         **{"patch_size": patch, "patch_stride": patch or 1, "recompute_frames": 32},
     }
@@ -150,15 +154,14 @@ def test_each_of_two_processes_reads_only_its_rows_in_validation_and_gets_the_re
 def test_a_run_saved_on_eight_devices_goes_on_with_one(overrides, alone, tmp_path):
     half = [*overrides, f"--config.train.steps={STEPS // 2}", "--config.parallel.model_axis=2"]
     finish(start(tmp_path, half, devices=8))
-    outputs = finish(start(tmp_path, overrides))
-    assert f"going on from step {STEPS // 2}" in outputs[0]
+    assert f"going on from step {STEPS // 2}" in train_here(tmp_path, overrides)
     np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
 
 
-def test_every_parameter_and_moment_of_the_baseline_has_a_rule():
+def test_the_day_layers_are_split_and_everything_else_is_on_every_device():
     config = load_config("configs/nejm_baseline.py")
     state = abstract_state(config, 45)
-    shardings = state_shardings(state, make_mesh(1))
+    shardings = state_shardings(state, make_mesh(1), model_of(config, 45))
     by_name = {
         jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
         for path, sharding in jax.tree_util.tree_leaves_with_path(shardings)
@@ -168,11 +171,6 @@ def test_every_parameter_and_moment_of_the_baseline_has_a_rule():
     # The day layers and their two moments; everything else is on every device.
     assert split == {name for name in by_name if "day/weight" in name or "day/bias" in name}
     assert len(split) == 6
-
-
-def test_a_parameter_without_a_rule_is_an_error_that_names_it():
-    with pytest.raises(KeyError, match=r"params/decoder/new_weight.*RULES"):
-        rule_of("params/decoder/new_weight")
 
 
 def test_rows_that_the_devices_cannot_share_are_refused():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.network import make_apply
+from b2txt_jax.model.interface import make_model
 from b2txt_jax.signal.smooth import smooth
 from b2txt_jax.training.step import init_state, make_eval_step, make_train_step, step_keys
 
@@ -19,6 +20,12 @@ def small():
         "configs/demo.py",
         ["--config.model.units=8", "--config.model.layers=1", "--config.data.feature_count=5"],
     )
+
+
+@functools.cache
+def train_step_of(config: Config):
+    """Compiled once for all tests that take the same step."""
+    return jax.jit(make_train_step(config, DAYS))
 
 
 def batch_of(rows, length=60, seed=0, longest=8):
@@ -54,7 +61,7 @@ def test_keys_are_a_function_of_seed_and_step_and_differ_by_use():
 
 def test_training_lowers_the_loss_of_a_batch_it_sees_again_and_again(small):
     config = without_noise(small)
-    step = jax.jit(make_train_step(config, DAYS))
+    step = train_step_of(config)
     state, losses = init_state(config, DAYS), []
     for _ in range(150):
         state, metrics = step(state, batch_of(4))
@@ -65,7 +72,7 @@ def test_training_lowers_the_loss_of_a_batch_it_sees_again_and_again(small):
 
 def test_the_first_step_has_rate_zero_and_changes_nothing(small):
     state = init_state(small, DAYS)
-    after, _ = jax.jit(make_train_step(small, DAYS))(state, batch_of(4))
+    after, _ = train_step_of(small)(state, batch_of(4))
     for before, now in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True
     ):
@@ -74,7 +81,7 @@ def test_the_first_step_has_rate_zero_and_changes_nothing(small):
 
 def test_a_row_that_cannot_be_aligned_is_counted_and_does_not_train(small):
     config = without_noise(small)
-    step = jax.jit(make_train_step(config, DAYS))
+    step = train_step_of(config)
     batch = batch_of(2, longest=30)
     lengths = np.array([3, 30], np.int32)  # 60 bins are 12 frames
     _, metrics = step(init_state(config, DAYS), batch._replace(label_length=lengths))
@@ -86,7 +93,7 @@ def test_a_row_that_cannot_be_aligned_is_counted_and_does_not_train(small):
 
 
 def test_a_step_that_is_not_finite_says_so_and_leaves_the_parameters_as_they_were(small):
-    step = jax.jit(make_train_step(small, DAYS))
+    step = train_step_of(small)
     state, _ = step(init_state(small, DAYS), batch_of(4))
     batch = batch_of(4)
     batch.features[1, 7, 2] = np.nan
@@ -100,7 +107,7 @@ def test_a_step_that_is_not_finite_says_so_and_leaves_the_parameters_as_they_wer
 
 def test_padding_of_a_batch_never_changes_the_training_loss_without_noise(small):
     config = without_noise(small)
-    step = jax.jit(make_train_step(config, DAYS))
+    step = train_step_of(config)
     batch = batch_of(4)
     longer = batch._replace(
         features=np.pad(batch.features, ((0, 0), (0, 41), (0, 0))),
@@ -122,5 +129,6 @@ def test_valid_padding_gives_the_logits_of_a_trial_cut_by_half_a_kernel_at_each_
     assert list(same.frames) == [(60 - 14) // 4 + 1] * 3
     # Nine taps: 'valid' has no bin whose smoothing reached beyond the trial, four less at each end.
     smoothed = jax.numpy.asarray(smooth(batch.features, 2.0, 100))[:, 4:-4]
-    expected = make_apply(small.model, 5, DAYS)(params, smoothed, batch.day)
+    model = make_model(small.model, 5, DAYS)
+    expected = model.apply(params, smoothed, batch.bins - 8, batch.day).logits
     np.testing.assert_allclose(cut.logits, expected, atol=1e-5)

@@ -8,16 +8,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from b2txt_jax.inference.logits import compute_logits, load_model
+from b2txt_jax.config import with_overrides
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.interop.convert import read_workdir
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.model.network import make_stream
 from b2txt_jax.signal.smooth import smooth
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.loop import out_of_patience, train
-from b2txt_jax.training.sharding import rule_of
-from b2txt_jax.training.step import init_state
+from b2txt_jax.training.sharding import abstract_state
+from b2txt_jax.training.step import model_of
 
 pytestmark = pytest.mark.xdist_group("triple")  # one run for all
 STEPS = 4
@@ -25,19 +26,15 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    model = dataclasses.replace(
-        tiny_config.model,
-        kind="triple_gru",
-        layers=1,
-        noise_units=8,
-        noise_layers=1,
-        noisy_layers=1,
-    )
+    model = {"name": "triple_gru", "layers": 1, "noise_units": 8}
+    model |= {"noise_layers": 1, "noisy_layers": 1}
+    overrides = [f"--config.model.{key}={value}" for key, value in model.items()]
+    tiny_config = with_overrides(tiny_config, overrides)
     schedule = dataclasses.replace(
         tiny_config.train, steps=STEPS, log_every=1, validate_every=2, save_every=2
     )
     data = dataclasses.replace(tiny_config.data, buckets=((320, 80),))
-    return dataclasses.replace(tiny_config, data=data, model=model, train=schedule)
+    return dataclasses.replace(tiny_config, data=data, train=schedule)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def test_the_parts_losses_and_the_growing_reversal_are_logged(config, run):
     steps = logged(run, "train")
     assert [one["step"] for one in steps] == [1, 2, 3, 4]
     for one in steps:
-        total = one["clean_loss"] + config.adversary.noisy_weight * one["noisy_loss"]
+        total = one["clean_loss"] + config.model.noisy_weight * one["noisy_loss"]
         assert one["loss"] == pytest.approx(total, rel=1e-5)
         assert one["noise_rms"] > 0
     progress = np.arange(STEPS) / STEPS
@@ -71,13 +68,11 @@ def test_validation_tells_the_clean_and_the_noisy_per(run):
 
 
 def test_inference_decodes_the_clean_path_and_a_stream_equals_it(config, run):
-    model = load_model(run)
-    trials = compute_logits(model, "val")
+    model = load_run(run)
+    trials = model.logits("val")
     trial = trials[0]
     x = _smoothed(config, trial)
-    start, step = make_stream(
-        config.model, config.data.feature_count, len(model.config.data.sessions)
-    )
+    start, step = model_of(config, len(model.config.data.sessions)).stream()
     day = np.array([model.config.data.sessions.index(trial.ref.session)])
     state, parts = start(model.params, 1), []
     step = jax.jit(step)
@@ -89,23 +84,28 @@ def test_inference_decodes_the_clean_path_and_a_stream_equals_it(config, run):
 
 
 def _smoothed(config, trial):
-    from b2txt_jax.data.hdf5 import read_trial
+    from b2txt_jax.data.reader import open_folder
 
-    features = read_trial(trial.ref).features[None]
+    features = open_folder(config.data.root).read(trial.ref).features[None]
     return smooth(features, config.signal.smooth_std, config.signal.smooth_size)
 
 
 def test_conversion_says_that_only_the_baseline_has_a_published_format(run):
-    with pytest.raises(ConversionError, match="'triple_gru'; needed 'baseline'"):
+    with pytest.raises(ConversionError, match="'triple_gru'; needed 'gru'"):
         read_workdir(run, "best")
 
 
-def test_every_parameter_of_the_full_model_has_a_rule(config):
+def test_every_wide_parameter_and_moment_of_the_noise_model_is_shared_by_devices(config):
     wide = dataclasses.replace(config.model, noise_units=0)
     for model in (config.model, wide):
-        shapes = jax.eval_shape(lambda m=model: init_state(dataclasses.replace(config, model=m), 3))
-        for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]:
-            rule_of(jax.tree_util.keystr(path, simple=True, separator="/"))
+        changed = dataclasses.replace(config, model=model)
+        shapes = abstract_state(changed, 3)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            shared = "noise/" in name or "day/" in name
+            assert (model_of(changed, 3).spec(name) != PartitionSpec()) is (
+                shared and leaf.ndim > 0 and not name.endswith("steps")
+            )
 
 
 @pytest.mark.parametrize(

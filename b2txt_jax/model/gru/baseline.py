@@ -9,61 +9,93 @@ transposing: `day.weight [days, D, D]`, `day.bias [days, D]`, `gru.weight_ih_lK 
 
 from __future__ import annotations
 
+import abc
+import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from b2txt_jax.config import ModelConfig
+from b2txt_jax.config import ConfigError, ModelSettings, setting
 from b2txt_jax.model.day_layer import day_layer
-from b2txt_jax.model.gru.recurrence import recurrence
+from b2txt_jax.model.gru.recurrence import KINDS, recurrence
 from b2txt_jax.model.gru.wide import wide_recurrence
+from b2txt_jax.model.interface import (
+    MODEL,
+    Bins,
+    Model,
+    Output,
+    Params,
+    Rules,
+    Stream,
+    compute_dtype,
+)
 from b2txt_jax.model.orthogonal import orthogonal
-from b2txt_jax.model.patches import project_patches
+from b2txt_jax.model.patches import frame_count, project_patches
 from b2txt_jax.model.product import linear
-
-Params = dict[str, Any]
-"""Nested dict of float32 arrays; the pure form of the model's state."""
 
 xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
 
 
-def compute_dtype(model: ModelConfig) -> jnp.dtype:
-    """The dtype of matrix products; 'auto' is bfloat16 on an accelerator and float32 on a CPU,
-    where bfloat16 is slow."""
-    name = model.dtype
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+@dataclasses.dataclass(frozen=True)
+class GRUSettings(ModelSettings):
+    """The GRU decoder, alone or as a part of the triple GRU; the defaults are the published."""
 
+    day_layer: bool = setting(True, help="one input layer per day, or else one that all days share")
+    units: int = setting(768, least=1)
+    layers: int = setting(5, least=1)
+    patch_size: int = setting(14, least=0, help="bins; 0: no patches, one frame per bin")
+    patch_stride: int = setting(4, least=1, help="bins")
+    input_dropout: float = setting(0.2, least=0, below=1)
+    rnn_dropout: float = setting(0.4, least=0, below=1)
+    recurrence: str = setting(
+        "auto",
+        choices=KINDS,
+        help="pallas: a TPU kernel that keeps the weights in fast memory; auto: that one where the "
+        "weights fit",
+        resumable=True,
+    )
 
-def patching(model: ModelConfig) -> tuple[int, int]:
-    """(size, stride) of patches in bins; (1, 1) without patches."""
-    return (model.patch_size, model.patch_stride) if model.patch_size else (1, 1)
+    @property
+    def patching(self) -> tuple[int, int]:
+        """(size, stride) of patches in bins; (1, 1) without patches."""
+        return (self.patch_size, self.patch_stride) if self.patch_size else (1, 1)
+
+    @property
+    def least_bins(self) -> int:
+        """Those of one patch."""
+        return self.patching[0]
+
+    @property
+    def days_differ(self) -> bool:
+        """Whether each day has an input layer of its own."""
+        return self.day_layer
 
 
 def first_state(key: jax.Array, units: int) -> jax.Array:
-    """A fresh h0 [1, 1, H]: Xavier as PyTorch counts it, fan-in H, fan-out H (its receptive field
-    is the last axis)."""
+    """Return a fresh h0 [1, 1, H]: Xavier as PyTorch counts it, fan-in H, fan-out H (its
+    receptive field is the last axis)."""
     bound = math.sqrt(6 / (2 * units))
     return jax.random.uniform(key, (1, 1, units), jnp.float32, -bound, bound)
 
 
 def stacked(h0: jax.Array, layers: int, rows: int) -> jax.Array:
-    """h0 [1, 1, H] of any dtype for every layer and row, float32 [layers, B, H]."""
+    """Repeat h0 [1, 1, H] of any dtype for every layer and row: float32 [layers, B, H]."""
     return jnp.tile(h0.astype(jnp.float32), (layers, rows, 1))
 
 
 def uniform(key: jax.Array, size: int, fan_in: int) -> jax.Array:
-    """A fresh bias [size]: PyTorch's bound, 1 / sqrt(fan_in)."""
+    """Return a fresh bias [size] within PyTorch's bound, 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, (size,), jnp.float32, -bound, bound)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes values with probability `rate` and scales the others; the identity without a key.
+    """Zero values with probability `rate` and scale the others; the identity without a key.
 
     One random word of 32 bits serves two channels, half the width apart: random numbers are a
     tenth of a step. `rate` is rounded to 1/65536.
@@ -84,7 +116,7 @@ class DayLayer(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((days, features)))
 
     def __call__(self, x: jax.Array, day: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """x [B, T, D], day [B] -> [B, T, D]."""
+        """Apply each row's day layer: x [B, T, D], day [B] -> [B, T, D]."""
         weight = self.weight[...]
         day = day if weight.shape[0] > 1 else jnp.zeros_like(day)
         return day_layer(x, day, weight, self.bias[...], dtype)
@@ -93,7 +125,7 @@ class DayLayer(nnx.Module):
 class GRUStack(nnx.Module):
     """GRU layers over patches; the first projection and the patches are one strided convolution."""
 
-    def __init__(self, model: ModelConfig, inputs: int, layers: int, key: jax.Array):
+    def __init__(self, model: GRUSettings, inputs: int, layers: int, key: jax.Array):
         """`inputs`: width of a patch."""
         self.model = model
         self.layers = layers
@@ -110,18 +142,19 @@ class GRUStack(nnx.Module):
                 setattr(self, f"{name}_l{layer}", nnx.Param(value))
 
     def project(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Bins x [B, T, D] -> what the first layer makes of their patches, float32 [P, B, 3H]."""
-        size, stride = patching(self.model)
+        """Project the patches of bins for the first layer: x [B, T, D] -> float32 [P, B, 3H]."""
+        size, stride = self.model.patching
         return project_patches(x, self._parameters(0)[0], size, stride, dtype).swapaxes(0, 1)
 
     def project_frames(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Frames as wide as a patch, x [P, B, I] -> as `project`, float32 [P, B, 3H]."""
+        """Project frames as wide as a patch: x [P, B, I] -> float32 [P, B, 3H]."""
         return linear(x, self._parameters(0)[0], dtype)
 
     def __call__(
         self, projected: jax.Array, h0: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
     ) -> jax.Array:
-        """Projected input [P, B, 3H], h0 [1, 1, H] -> states of the last layer, [P, B, H]."""
+        """Run the layers: projected input [P, B, 3H], h0 [1, 1, H] -> the last one's states
+        [P, B, H]."""
         first = jnp.broadcast_to(h0[0], (projected.shape[1], self.model.units))
         # Time-major: the recurrence slices frames.
         x = projected
@@ -145,8 +178,8 @@ class GRUStack(nnx.Module):
     def stream(
         self, projected: jax.Array, states: jax.Array, dtype: jnp.dtype
     ) -> tuple[jax.Array, jax.Array]:
-        """As the call, without dropout, from `states` float32 [layers, B, H] on; gives the states
-        after the last frame, too."""
+        """Run the layers without dropout from `states`, float32 [layers, B, H]; return the last
+        layer's states [P, B, H] and all states after the last frame."""
         x, after, units = projected, [], self.model.units
         for layer in range(self.layers):
             weight_ih, weight_hh, bias_ih, bias_hh = self._parameters(layer)
@@ -175,26 +208,26 @@ class Head(nnx.Module):
         self.bias = nnx.Param(uniform(bias_key, classes, units))
 
     def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """[B, P, H] -> float32 [B, P, C]."""
+        """Map states [B, P, H] to logits, float32 [B, P, C]."""
         return linear(x, self.weight[...], dtype) + self.bias[...]
 
 
 class Decoder(nnx.Module):
     """Smoothed features to phoneme logits (NEJM reference, section 3)."""
 
-    def __init__(self, model: ModelConfig, features: int, days: int, key: jax.Array):
+    def __init__(self, model: GRUSettings, features: int, days: int, key: jax.Array):
         self.model = model
         gru_key, head_key, h0_key = jax.random.split(key, 3)
         self.day = DayLayer(days if model.day_layer else 1, features)
-        self.gru = GRUStack(model, features * patching(model)[0], model.layers, gru_key)
+        self.gru = GRUStack(model, features * model.patching[0], model.layers, gru_key)
         self.head = Head(model.units, model.classes, head_key)
         self.h0 = nnx.Param(first_state(h0_key, model.units))
 
     def __call__(
         self, x: jax.Array, day: jax.Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Smoothed features x [B, T, D], day index [B] -> logits, float32 [B, P, C], one frame per
-        80 ms.
+        """Compute logits, one frame per 80 ms: smoothed features x [B, T, D], day index [B] ->
+        float32 [B, P, C].
 
         Dropout is on when a key is given.
         """
@@ -207,19 +240,132 @@ class Decoder(nnx.Module):
         return self.head(states.swapaxes(0, 1), dtype)
 
     def first_states(self, rows: int) -> dict[str, jax.Array]:
-        """What a stream starts from: each layer's state, float32 [layers, B, H]."""
+        """Return the states that a stream starts from, float32 [layers, B, H]."""
         return {"gru": stacked(self.h0[...], self.model.layers, rows)}
 
     def stream(
         self, x: jax.Array, day: jax.Array, states: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Whole patches of bins x [B, T, D] -> their logits, and the states after them."""
+        """Decode whole patches of bins x [B, T, D]: their logits, and the states after them."""
         dtype = compute_dtype(self.model)
         x = self.gru.project(self.day(x, day, dtype), dtype)
         x, after = self.gru.stream(x, states["gru"], dtype)
         return self.head(x.swapaxes(0, 1), dtype), {"gru": after}
 
 
-def parameter_count(params: Params) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+class StreamState(NamedTuple):
+    """What decoding carries from chunk to chunk."""
+
+    bins: jax.Array
+    """[B, K, D], smoothed bins that later patches need, too; at first K is 0."""
+    states: dict[str, jax.Array]
+    """Each part's states, float32 [layers, B, H]."""
+
+
+class PatchedModel(Model):
+    """A model of patches whose parameters are an nnx module's, with day layers and states."""
+
+    Settings = GRUSettings
+    # 45 days of 512 x 512 are a quarter of the parameters; each row of a batch needs one day.
+    # The GRU is not split: at 768 units that would cost a transfer in every frame.
+    sharding: ClassVar[Rules] = (
+        (r"day/weight", P(None, None, MODEL)),
+        (r"day/bias", P(None, MODEL)),
+    )
+
+    def __init__(self, settings: Any, features: int, days: int) -> None:
+        super().__init__(settings, features, days)
+        self.variant = settings.recurrence
+
+    @abc.abstractmethod
+    def module(self, key: jax.Array) -> Any:
+        """Return a fresh module with a call (x, day), `first_states` and `stream`."""
+
+    @functools.cached_property
+    def _graph(self) -> Any:
+        return nnx.graphdef(nnx.eval_shape(lambda: self.module(jax.random.key(0))))
+
+    def bound(self, params: Params) -> Any:
+        """Return the module with these parameters."""
+        return nnx.merge(self._graph, params)
+
+    def init(self, key: jax.Array) -> Params:
+        """Return fresh parameters, as PyTorch would draw them."""
+        params: Params = nnx.to_pure_dict(nnx.state(self.module(key)))
+        return params
+
+    def frames(self, bins: Bins) -> Bins:
+        """Return the number of patches in so many bins."""
+        return frame_count(bins, *self.settings.patching)
+
+    def group(self, path: str, leaf: jax.Array) -> str:
+        """Return 'day' for the day layers, else as by default."""
+        return "day" if "day" in path.split("/") else super().group(path, leaf)
+
+    def variants(self) -> dict[str, ModelSettings]:
+        """Return settings for each way to run the recurrence."""
+        kinds = ("scan", "pallas")
+        return {kind: dataclasses.replace(self.settings, recurrence=kind) for kind in kinds}
+
+    def activation_bytes(self, rows: int, bins: int) -> int:
+        """Return an estimate from above: per layer and frame the projected gates, what the backward
+        pass keeps, and their gradients."""
+        settings = self.settings
+        frames = bins // settings.patching[1]
+        return int(settings.layers * frames * rows * 8 * settings.units * 4)
+
+    def stream(self) -> Stream:
+        """Return functions that decode chunk by chunk.
+
+        A jitted step compiles once for each length of chunk and number of kept bins: with chunks of
+        one length, a multiple of model.patch_stride and at least model.patch_size, twice in all;
+        with shorter ones, until a patch is full.
+
+        Raises:
+          ConfigError: patches leave bins out.
+        """
+        size, stride = self.settings.patching
+        if stride > size:
+            raise ConfigError(
+                f"model.patch_stride is {stride} and model.patch_size {size}: between such patches "
+                "are bins of none, which decoding chunk by chunk does not skip; needed stride <= "
+                "size"
+            )
+
+        def start(params: Params, rows: int) -> StreamState:
+            bins = jnp.zeros((rows, 0, self.features), jnp.float32)
+            return StreamState(bins, self.bound(params).first_states(rows))
+
+        def step(
+            params: Params, x: jax.Array, day: jax.Array, state: StreamState
+        ) -> tuple[jax.Array, StreamState]:
+            bins = jnp.concatenate([state.bins, x.astype(jnp.float32)], axis=1)
+            frames = self.frames(bins.shape[1])
+            if frames == 0:
+                logits = jnp.zeros((x.shape[0], 0, self.settings.classes), jnp.float32)
+                return logits, state._replace(bins=bins)
+            used = (frames - 1) * stride + size
+            logits, states = self.bound(params).stream(bins[:, :used], day, state.states)
+            return logits, StreamState(bins[:, frames * stride :], states)
+
+        return Stream(start, step)
+
+
+class GRU(PatchedModel):
+    """The published baseline."""
+
+    def module(self, key: jax.Array) -> Decoder:
+        """Return a fresh decoder."""
+        return Decoder(self.settings, self.features, self.days, key)
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        bins: jax.Array,
+        day: jax.Array,
+        key: jax.Array | None = None,
+    ) -> Output:
+        """Decode the patches; a state never depends on later bins, so that padding needs no
+        mask."""
+        return Output(self.bound(params)(x, day, key), self.frames(bins))

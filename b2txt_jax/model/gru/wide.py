@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from b2txt_jax.model.interface import DATA, MODEL
 from b2txt_jax.model.product import contract
-
-DATA, MODEL = "data", "model"
 
 Frame = tuple[jax.Array, ...]
 

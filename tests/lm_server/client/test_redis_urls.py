@@ -13,7 +13,7 @@ import pytest
 from processes import ROOT, free_port, serving, start_redis, start_server
 from small_model import say
 
-from lm_server.client.client import LanguageModelClient
+from lm_server.client.client import Client
 from lm_server.client.jobs import JobClient
 from lm_server.protocol import to_rnn_order
 
@@ -99,11 +99,11 @@ def test_server_worker_client_and_status_speak_tls_with_a_password(model_folder,
     )
     try:
         with serving(*lm, "--redis", url) as server:
-            with LanguageModelClient(url, session="ann") as client:
+            with Client(url, session="ann") as client:
                 assert client.decode(SAID, chunk_frames=4)[0].sentence == "the cat sat"
             with JobClient(url) as jobs:
                 (found,) = jobs.decode_all([SAID], ["one"])
-                assert found.candidates[0].sentence == "the cat sat"
+                assert found.answer.sentence == "the cat sat"
             status = subprocess.run(
                 [sys.executable, "-m", "lm_server", "status", "--json", "--redis", url],
                 capture_output=True,
@@ -137,7 +137,7 @@ def test_a_unix_socket_with_a_password_and_logs_as_json(model_folder, tmp_path):
     server = start_server("--lm", str(model_folder), "--redis", url, "--log-format", "json")
     try:
         assert "ready" in server.stdout.readline()
-        with LanguageModelClient(url) as client:
+        with Client(url) as client:
             assert client.decode(SAID)[0].sentence == "the cat sat"
             client._redis.xadd("remote_lm_input", {"logits": b"123"})
             client._redis.xread({"remote_lm_error": "0-0"}, block=4000)

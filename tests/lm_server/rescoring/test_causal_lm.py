@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from answers import answer_of
 from small_model import say
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.protocol import to_rnn_order
-from lm_server.rescoring.answer import RescoringError, complete
 from lm_server.rescoring.causal_lm import CausalLM, in_form
-from lm_server.rescoring.rescore import from_options, load_scorer
+from lm_server.rescoring.load import add_llm_options, llm_from_options, load_scorer
+from lm_server.rescoring.scorer import RescoringError
 from lm_server.settings import Settings
 
 SENTENCES = [
@@ -211,7 +212,7 @@ def test_too_many_tokens_are_refused_and_the_answer_says_so(opt: Path) -> None:
     scorer = CausalLM(opt, "cpu")
     with pytest.raises(RescoringError, match="at most 128"):
         scorer.score(["the cat"], "cat " * 200)
-    answer = complete([Hypothesis(("a",), -1.0, -1.0)], Settings(), scorer, "cat " * 200)
+    answer = answer_of([Hypothesis(("a",), -1.0, -1.0)], Settings(), scorer, "cat " * 200)
     assert not answer.rescored
     assert "shorter context" in str(answer.problem)
 
@@ -241,7 +242,7 @@ def test_weights_that_are_not_numbers_give_the_ngram_answer(copy: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[5:] = float("nan")
     model.save_pretrained(copy)
-    answer = complete([Hypothesis(("cat",), -1.0, -1.0)], Settings(), CausalLM(copy, "cpu"))
+    answer = answer_of([Hypothesis(("cat",), -1.0, -1.0)], Settings(), CausalLM(copy, "cpu"))
     assert not answer.rescored
     assert "no finite score" in str(answer.problem)
 
@@ -319,13 +320,11 @@ def test_half_precision_is_near(opt: Path) -> None:
 def test_the_command_line_names_the_model(opt: Path) -> None:
     import argparse
 
-    from lm_server.rescoring import rescore
-
     parser = argparse.ArgumentParser()
-    rescore.add_options(parser)
-    assert from_options(parser.parse_args([])) is None
+    add_llm_options(parser)
+    assert llm_from_options(parser.parse_args([])) is None
     assert parser.parse_args(["--llm"]).llm == "facebook/opt-6.7b"
-    scorer = from_options(parser.parse_args(["--llm", str(opt), "--llm-device", "cpu"]))
+    scorer = llm_from_options(parser.parse_args(["--llm", str(opt), "--llm-device", "cpu"]))
     assert scorer is not None
     assert scorer.name == opt.name
 

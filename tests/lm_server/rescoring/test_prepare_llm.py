@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lm_server.__main__ import main
 from lm_server.rescoring import prepare_llm
-from lm_server.rescoring.answer import RescoringError
 from lm_server.rescoring.causal_lm import CausalLM
 from lm_server.rescoring.prepare_llm import from_gguf
+from lm_server.rescoring.scorer import RescoringError
 
 QUIET = Console(quiet=True)
 TEXT = ["the cat sat on the mat", "I think it's 42 dogs.", "the dog"]

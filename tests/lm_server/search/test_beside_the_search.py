@@ -17,16 +17,16 @@ from test_causal_lm import make
 from test_offline import write
 
 from lm_server.__main__ import main
-from lm_server.client.client import LanguageModelClient
+from lm_server.client.client import Client
 from lm_server.client.connection import connect
 from lm_server.client.jobs import JobClient
 from lm_server.client.process import serve_child
 from lm_server.protocol import decode_scoring, to_rnn_order
-from lm_server.rescoring.answer import RescoringError
-from lm_server.rescoring.rescore import RescoringQueue
-from lm_server.search.interface import load_model
+from lm_server.rescoring.answering import Answering
+from lm_server.rescoring.scorer import RescoringError
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
-from lm_server.serving.limits import Limits
+from lm_server.serving.ownership import Limits
 from lm_server.serving.server import Server
 from lm_server.serving.session import Session
 from lm_server.settings import Settings
@@ -49,10 +49,10 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def running(model_folder, scorer, **limits):
+def running(model_folder, scorer, rescore_seconds=20.0):
     """A server in this process, so that the test has its scorer in hand; and two connections."""
     model = load_model(model_folder)
-    stop, queue = threading.Event(), RescoringQueue(scorer)
+    stop, answering = threading.Event(), Answering(scorer, rescore_seconds)
     with (
         embedded_redis() as own,
         redis.Redis.from_url(own.url, protocol=2) as connection,
@@ -60,8 +60,8 @@ def running(model_folder, scorer, **limits):
     ):
         server = Server(
             side,
-            lambda name: Session(model, Settings(), name, queue.submit),
-            Limits(grace_seconds=0.5, **limits),
+            lambda name: Session(model, Settings(), name, answering),
+            Limits(grace_seconds=0.5),
         )
         thread = threading.Thread(target=server.run, args=(stop,))
         thread.start()
@@ -71,7 +71,7 @@ def running(model_folder, scorer, **limits):
             scorer.go.set()
             stop.set()
             thread.join(timeout=15)
-            queue.close()
+            answering.close()
 
 
 def test_other_sessions_are_served_while_one_waits_for_its_rescoring(model_folder):
@@ -130,12 +130,12 @@ def test_a_rescoring_that_comes_to_nothing_gives_the_ngram_answer_marked_so(mode
         assert (error["severity"], error["request_id"]) == ("warning", "f1")
         assert error["error"] == f"not rescored: {final['problem']}"
         # Our client takes the answer, and tells what was amiss.
-        with LanguageModelClient(url) as ours:
+        with Client(url) as ours:
             decoded = next(ours.decode_all([to_rnn_order(say(["a", "dog"]))], ["t"]))
         assert decoded.error is None
-        assert reason in decoded.problem
-        assert decoded.candidates[0].sentence == "a dog"
-        assert decoded.candidates[0].llm is None
+        assert reason in decoded.answer.problem
+        assert decoded.answer.sentence == "a dog"
+        assert decoded.answer.hypotheses[0].llm is None
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_real_model_rescores_sentences_jobs_and_files(model_folder, opt, tmp_p
     logits = [to_rnn_order(say(words)) for words in (["the", "cat"], ["a", "dog", "ran"])]
     options = ["--llm", str(opt), "--llm-device", "cpu"]
     with serving("--lm", str(model_folder), "--embedded-redis", *options) as server:
-        with LanguageModelClient(server.url) as client:
+        with Client(server.url) as client:
             by_server = [client.decode(one) for one in logits]
         with server.client() as connection:
             assert connection.xrange("remote_lm_output_final")[-1][1][b"rescored"] == b"1"
@@ -166,7 +166,7 @@ def test_a_real_model_rescores_sentences_jobs_and_files(model_folder, opt, tmp_p
         assert job.problem is None
         best = line["nbest"][0]
         assert best["llm"] < 0
-        for one in (served[0], job.candidates[0]):
+        for one in (served.hypotheses[0], job.answer.hypotheses[0]):
             assert one.sentence == best["sentence"]
             assert one.llm == pytest.approx(best["llm"], abs=1e-3)
 

@@ -24,7 +24,8 @@ from processes import (
 )
 from small_model import say
 
-from lm_server.client.connection import connect, shown_url
+from lm_server.__main__ import main
+from lm_server.client.connection import connect, mask_password
 from lm_server.protocol import decode_scoring, encode_logits
 from lm_server.search.flashlight import LanguageModel
 from lm_server.serving.embedded_redis import embedded_redis
@@ -160,11 +161,11 @@ def test_a_setting_that_no_search_can_have_is_refused_and_the_server_stays(clien
 class Faulty(Session):
     """A session that fails in the middle of every sentence of 7 frames."""
 
-    def handle(self, stream, entry_id, fields, context=""):
-        answers = super().handle(stream, entry_id, fields, context)
-        if len(fields.get("logits", b"")) == 7 * 164:
+    def handle(self, entry, context=""):
+        reply = yield from super().handle(entry, context)
+        if len(entry.fields.get("logits", b"")) == 7 * 164:
             raise ZeroDivisionError("a fault of ours")
-        return answers
+        return reply
 
 
 def test_a_fault_of_ours_is_answered_and_logged_and_the_server_goes_on(model_folder, caplog):
@@ -384,6 +385,19 @@ def test_a_setting_outside_its_range_is_an_error(model_folder):
     assert "error: acoustic_scale is 0.0; needed" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--lease-seconds", "0.1", "--lease-seconds is 0.1; needed at least 0.5"),
+        ("--max-sentence-frames", "10001", "needed at least 1 and at most 10000"),
+        ("--session-idle-seconds", "0", "needed at least 0.001"),
+    ],
+)
+def test_a_limit_outside_its_range_is_an_error(tmp_path, capsys, option, value, reason):
+    assert main(["serve", "--lm", str(tmp_path), option, value]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_two_embedded_servers_do_not_meet():
     with embedded_redis() as one, embedded_redis() as two:
         assert one.url != two.url
@@ -423,4 +437,4 @@ def test_a_backlog_longer_than_one_read_is_taken_in_order(server, client):
     ],
 )
 def test_passwords_are_not_shown(url, shown):
-    assert shown_url(url) == shown
+    assert mask_password(url) == shown

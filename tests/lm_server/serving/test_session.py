@@ -6,7 +6,7 @@ from small_model import say
 
 from lm_server.protocol import Streams, decode_scoring, encode_logits
 from lm_server.search.flashlight import BeamSearch, LanguageModel
-from lm_server.serving.session import Message, Session
+from lm_server.serving.session import STEP_FRAMES, Entry, Message, Session
 from lm_server.settings import LIMITS, Settings
 
 STREAMS = Streams()
@@ -22,21 +22,31 @@ def session(model):
     return Session(model, Settings())
 
 
+def handle(session, stream, id_, fields, context=""):
+    """The messages that answer an entry."""
+    work = session.handle(Entry(stream, id_, fields), context)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value.messages()
+
+
 def reset(session):
-    return session.handle(STREAMS.reset, "1-0", {"done": b"0"})
+    return handle(session, STREAMS.reset, (1, 0), {"done": b"0"})
 
 
 def send(session, logits):
-    return session.handle(STREAMS.input, "2-0", {"logits": encode_logits(logits)})
+    return handle(session, STREAMS.input, (2, 0), {"logits": encode_logits(logits)})
 
 
 def finalize(session, context=""):
-    return session.handle(STREAMS.finalize, "3-0", {"done": b"0"}, context)
+    return handle(session, STREAMS.finalize, (3, 0), {"done": b"0"}, context)
 
 
 def update(session, **values):
     fields = {name: str(value).encode() for name, value in values.items()}
-    return session.handle(STREAMS.update_params, "4-0", fields)
+    return handle(session, STREAMS.update_params, (4, 0), fields)
 
 
 def sentence(session, words, **chunks):
@@ -185,7 +195,7 @@ def test_a_bad_parameter_is_answered_on_the_error_stream_and_changes_nothing(
     session, fields, reason
 ):
     before = session.args()
-    (answer,) = session.handle(STREAMS.update_params, "9-1", fields)
+    (answer,) = handle(session, STREAMS.update_params, (9, 1), fields)
     assert answer.stream == "remote_lm_error"
     assert answer.fields["stream"] == b"remote_lm_update_params"
     assert answer.fields["entry_id"] == b"9-1"
@@ -194,8 +204,8 @@ def test_a_bad_parameter_is_answered_on_the_error_stream_and_changes_nothing(
 
 
 def test_the_published_second_pass_is_taken_with_a_warning_since_nothing_lacks(session):
-    args, done, warning = session.handle(
-        STREAMS.update_params, "9-1", {"rescore": b"1", "nbest": b"7"}
+    args, done, warning = handle(
+        session, STREAMS.update_params, (9, 1), {"rescore": b"1", "nbest": b"7"}
     )
     assert (args.fields["rescore"], args.fields["nbest"]) == (b"0", b"7")
     assert done.stream == "remote_lm_done_updating_params"
@@ -217,7 +227,7 @@ def test_bad_logits_are_answered_on_the_error_stream_and_the_sentence_goes_on(
 ):
     reset(session)
     send(session, say(["the"]))
-    (answer,) = session.handle(STREAMS.input, "9-2", fields)
+    (answer,) = handle(session, STREAMS.input, (9, 2), fields)
     assert answer.stream == "remote_lm_error"
     assert answer.fields["entry_id"] == b"9-2"
     assert reason in answer.fields["error"].decode()
@@ -252,4 +262,13 @@ def test_one_entry_may_hold_a_whole_sentence_and_neither_more(session):
 
 
 def test_an_unknown_stream_is_an_error_entry(session):
-    assert session.handle("elsewhere", "1-0", {})[0].stream == "remote_lm_error"
+    assert handle(session, "elsewhere", (1, 0), {})[0].stream == "remote_lm_error"
+
+
+def test_a_long_search_yields_after_every_slice(session):
+    logits = encode_logits(np.zeros((3 * STEP_FRAMES + 1, 41)))
+    frames = []
+    for _ in session.handle(Entry(STREAMS.input, (1, 0), {"logits": logits})):
+        frames.append(session.frames)
+    assert frames == [STEP_FRAMES, 2 * STEP_FRAMES, 3 * STEP_FRAMES]
+    assert session.frames == 3 * STEP_FRAMES + 1

@@ -15,7 +15,7 @@ from session_client import SessionClient, ask
 from small_model import say
 
 from lm_server.client.client import (
-    LanguageModelClient,
+    Client,
     LanguageModelError,
     LanguageModelUnavailableError,
 )
@@ -213,7 +213,7 @@ def test_answered_entries_are_deleted_on_a_shared_redis_too(model_folder):
 
 
 def test_a_killed_servers_sessions_go_on_at_another_in_the_middle_of_the_sentence(model_folder):
-    with servers(model_folder, 2) as (running, connection):
+    with servers(model_folder, 2, "--lease-seconds", "1") as (running, connection):
         default = SessionClient(connection)
         client = SessionClient(connection, "moving", nbest="3")
         default.decode(["the", "cat"])
@@ -244,7 +244,7 @@ def test_a_killed_servers_sessions_go_on_at_another_in_the_middle_of_the_sentenc
 
 
 def test_a_paused_server_that_wakes_leaves_its_session_to_the_one_that_took_it(model_folder):
-    with servers(model_folder, 2) as (running, connection):
+    with servers(model_folder, 2, "--lease-seconds", "1") as (running, connection):
         client = SessionClient(connection, "paused")
         holder = owner(connection, "paused")
         first = next(r for r in running if f"-{r.process.pid}-".encode() in holder)
@@ -300,7 +300,7 @@ def test_our_client_has_a_session_of_its_own(server, connection):
     found = {}
 
     def decode(name, words):
-        with LanguageModelClient(server.url, session=name) as client:
+        with Client(server.url, session=name) as client:
             client.update_params(nbest=3)
             for _ in range(5):
                 best = client.decode(to_rnn_order(say(words)), chunk_frames=3)[0].sentence
@@ -316,15 +316,15 @@ def test_our_client_has_a_session_of_its_own(server, connection):
     assert found == {f"client-{i}": {" ".join(words)} for i, words in enumerate(said)}
     assert wait_until(lambda: not connection.hgetall("remote_lm_open_sessions"))
     with (
-        LanguageModelClient(server.url, session="taken"),
+        Client(server.url, session="taken"),
         pytest.raises(LanguageModelError, match="is open already"),
     ):
-        LanguageModelClient(server.url, session="taken")
+        Client(server.url, session="taken")
 
 
 def test_without_a_server_a_session_is_not_waited_for_in_vain():
     with embedded_redis() as own, pytest.raises(LanguageModelUnavailableError, match="to open"):
-        LanguageModelClient(own.url, hello_timeout=0.5, session="alone")
+        Client(own.url, hello_timeout=0.5, session="alone")
 
 
 def test_the_servers_status_can_be_read_and_ends_with_it(model_folder):

@@ -18,8 +18,9 @@ from small_model import say
 
 from lm_server.client.client import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
-from lm_server.protocol import Job, process_key, results_stream, to_rnn_order
-from lm_server.search.interface import load_model
+from lm_server.protocol import Job, process_key, results_stream, to_lm_order, to_rnn_order
+from lm_server.rescoring.ranking import ngram_answer
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.settings import Settings
 
@@ -107,17 +108,14 @@ def test_workers_share_jobs_and_each_has_the_offline_decoders_answer_once(model_
             lambda done, of: seen.append((done, of)),
         )
         assert client.duplicates == 0
-    assert [one.candidates[0].sentence.split() for one in found] == said
+    assert [one.answer.sentence.split() for one in found] == said
     assert seen == [(i + 1, 40) for i in range(40)]
     search = load_model(model_folder).search(Settings(acoustic_scale=0.9))
-    from lm_server.protocol import to_lm_order
-    from lm_server.rescoring.answer import complete
-
     for trial, one in zip(logits, found, strict=True):
         search.begin()
         search.step(to_lm_order(trial))
-        expected = complete(search.finish(), search.settings).scoring()
-        assert {(c.sentence, c.acoustic, c.ngram, c.total) for c in one.candidates} == {
+        expected = ngram_answer(search.finish(), search.settings).hypotheses
+        assert {(c.sentence, c.acoustic, c.ngram, c.total) for c in one.answer.hypotheses} == {
             (c.sentence.strip(), c.acoustic, c.ngram, c.total) for c in expected
         }
 
@@ -169,7 +167,7 @@ def test_a_worker_killed_in_the_middle_of_a_sentence_loses_nothing(model_folder,
         assert not thread.is_alive()
         (decoded,) = found
         assert all(one.error is None for one in decoded)
-        assert [one.candidates[0].sentence.split() for one in decoded[1:]] == said[1:]
+        assert [one.answer.sentence.split() for one in decoded[1:]] == said[1:]
         assert client.duplicates == 0
 
 
@@ -234,12 +232,12 @@ def test_a_job_that_kills_its_workers_is_answered_by_an_error_and_the_others_are
     assert "3 workers had this job and ended, were lost or could not write" in found[2].error
     assert found[2].name == "trial 2"
     del found[2], said[2]
-    assert [one.candidates[0].sentence.split() for one in found] == said
+    assert [one.answer.sentence.split() for one in found] == said
 
 
 def test_jobs_of_a_client_that_left_are_dropped(model_folder, url, connection):
     with JobClient(url) as client:
-        client._hand_in(Job(client.batch, "0 x", say(["a"])).fields())
+        client._send(Job(client.batch, "0 x", say(["a"])).fields())
         stream = results_stream(client.batch)
     assert connection.xlen("remote_lm_jobs") == 1
     with worker(model_folder, url):
@@ -268,7 +266,7 @@ def test_accepted_jobs_survive_a_restart_of_redis(model_folder, tmp_path, lastin
             (decoded,) = found
             assert [one.error for one in decoded] == [None] * 30
             del decoded[5], said[5]
-            assert [one.candidates[0].sentence.split() for one in decoded] == said
+            assert [one.answer.sentence.split() for one in decoded] == said
             assert client.duplicates == 0
     finally:
         server.kill()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answers import answer_of
 from rich.console import Console
 from small_model import say
 
@@ -16,8 +17,8 @@ from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.offline import Logits, read_logits
 from lm_server.protocol import to_rnn_order
-from lm_server.rescoring.answer import complete
-from lm_server.search.interface import SearchModel, load_model
+from lm_server.search.interface import SearchModel
+from lm_server.search.load import default_settings, load_model
 from lm_server.settings import Settings, SettingsError, read_settings, write_settings
 from lm_server.tuning import lists as tuning
 from lm_server.tuning import report as tune_report
@@ -147,7 +148,7 @@ def test_reranking_equals_the_answer_with_those_settings() -> None:
             ]
             table = None if scorer is None else _Table(scorer)
             expected = [
-                word_errors(reference, complete(some, settings, table).sentence)
+                word_errors(reference, answer_of(some, settings, table).sentence)
                 for reference, some in zip(references, rebonused, strict=True)
             ]
             assert used.errors_of_best(settings).tolist() == expected
@@ -203,7 +204,7 @@ def test_calibration_lowers_the_log_loss_of_confidences_that_are_too_sure() -> N
     temperature, before, after = tuning.calibrate(lists, settings)
     assert after < before
     calibrated = dataclasses.replace(settings, confidence_temperature=temperature)
-    assert complete(some, calibrated).confidence == pytest.approx(0.5, abs=0.1)
+    assert answer_of(some, calibrated).confidence == pytest.approx(0.5, abs=0.1)
 
 
 def test_tuning_lowers_errors_and_goes_on_from_its_cache(
@@ -226,7 +227,7 @@ def test_tuning_lowers_errors_and_goes_on_from_its_cache(
     assert result.errors == sum(
         word_errors(
             tuple(sentence.split()),
-            complete(some, result.settings, knowing).sentence,
+            answer_of(some, result.settings, knowing).sentence,
         )
         for sentence, some in zip(SENTENCES * 2, search(result.settings), strict=True)
     )
@@ -305,12 +306,12 @@ def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Pat
     path.write_text(json.dumps({"format": 1, "settings": {"alpha": 1}}))
     assert read_settings(path) == Settings(alpha=1.0)
     path.write_text(json.dumps({"format": 1, "settings": {"acoustic_scale": 0.4}}))
-    wfst = read_settings(path, "wfst")
+    wfst = read_settings(path, default_settings("wfst"), "wfst")
     assert (wfst.acoustic_scale, wfst.max_active, wfst.beam) == (0.4, 7000, 17.0)
     write_settings(path, settings, {"backend": "flashlight"})
-    assert read_settings(path, "flashlight") == settings
+    assert read_settings(path, backend="flashlight") == settings
     with pytest.raises(SettingsError, match="tuned for the search flashlight, and this is wfst"):
-        read_settings(path, "wfst")
+        read_settings(path, default_settings("wfst"), "wfst")
     for values, says in (
         ({"alfa": 1}, "alfa"),
         ({"alpha": 2.0}, "alpha is 2.0"),

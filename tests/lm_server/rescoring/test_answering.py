@@ -11,11 +11,13 @@ from dataclasses import replace as changed
 
 import numpy as np
 import pytest
+from answers import answer_of
 
-from lm_server.hypothesis import Hypothesis
+from lm_server.hypothesis import Hypothesis, Word
 from lm_server.protocol import decode_scoring, encode_scoring
-from lm_server.rescoring.answer import RescoringError, complete, posterior, word_confidences
-from lm_server.rescoring.rescore import RescoringQueue
+from lm_server.rescoring.answering import Answering
+from lm_server.rescoring.ranking import posterior, word_confidences
+from lm_server.rescoring.scorer import RescoringError
 from lm_server.settings import Settings
 
 SETTINGS = Settings(acoustic_scale=0.5, alpha=0.25, top_candidates_to_augment=0)
@@ -55,8 +57,8 @@ SCORER = Table({"the cat": -20.0, "the bat": -12.0, "at": -30.0})
 
 
 def test_without_a_model_the_total_is_the_searchs() -> None:
-    answer = complete([BAT, CAT, AT], SETTINGS)
-    assert [(one.sentence, one.total) for one in answer.candidates] == [
+    answer = answer_of([BAT, CAT, AT], SETTINGS)
+    assert [(one.sentence, one.total) for one in answer.hypotheses] == [
         ("the cat", -9.0),
         ("the bat", -9.5),
         ("at", -10.0),
@@ -65,29 +67,29 @@ def test_without_a_model_the_total_is_the_searchs() -> None:
 
 
 def test_with_a_model_the_total_mixes_both() -> None:
-    answer = complete([CAT, BAT, AT], SETTINGS, SCORER)
+    answer = answer_of([CAT, BAT, AT], SETTINGS, SCORER)
     # acoustic_scale * acoustic + (1 - alpha) * ngram + alpha * llm, by hand.
-    assert [(one.sentence, one.total) for one in answer.candidates] == [
+    assert [(one.sentence, one.total) for one in answer.hypotheses] == [
         ("the bat", -5.5 - 3.0 - 3.0),
         ("the cat", -5.0 - 3.0 - 5.0),
         ("at", -7.0 - 2.25 - 7.5),
     ]
     assert (answer.rescored, answer.problem) == (True, None)
-    assert [one.hypothesis.llm for one in answer.candidates] == [-12.0, -20.0, -30.0]
+    assert [one.llm for one in answer.hypotheses] == [-12.0, -20.0, -30.0]
 
 
 def test_the_bonus_counts_once_whatever_alpha_is() -> None:
     boosted = changed(AT, bonus=50.0)
-    assert complete([CAT, boosted], SETTINGS).candidates[0].total == pytest.approx(40.0)
-    answer = complete([CAT, boosted], SETTINGS, SCORER)
-    assert answer.candidates[0].total == pytest.approx(-7.0 - 2.25 - 7.5 + 50.0)
+    assert answer_of([CAT, boosted], SETTINGS).hypotheses[0].total == pytest.approx(40.0)
+    answer = answer_of([CAT, boosted], SETTINGS, SCORER)
+    assert answer.hypotheses[0].total == pytest.approx(-7.0 - 2.25 - 7.5 + 50.0)
 
 
 def test_the_context_and_the_length_penalty_reach_the_model() -> None:
     scorer = Table(dict(SCORER.scores))
-    answer = complete([CAT, AT], changed(SETTINGS, length_penalty=2.0), scorer, "hello there")
+    answer = answer_of([CAT, AT], changed(SETTINGS, length_penalty=2.0), scorer, "hello there")
     assert scorer.asked == [(("the cat", "at"), "hello there")]
-    assert {one.sentence: one.hypothesis.llm for one in answer.candidates} == {
+    assert {one.sentence: one.llm for one in answer.hypotheses} == {
         "the cat": -24.0,
         "at": -32.0,
     }
@@ -95,7 +97,7 @@ def test_the_context_and_the_length_penalty_reach_the_model() -> None:
 
 def test_do_opt_0_asks_nobody() -> None:
     scorer = Table({})
-    answer = complete([CAT], changed(SETTINGS, do_opt=0), scorer)
+    answer = answer_of([CAT], changed(SETTINGS, do_opt=0), scorer)
     assert not scorer.asked
     assert (answer.rescored, answer.problem) == (False, None)
 
@@ -104,23 +106,23 @@ def test_new_candidates_are_scored_and_can_win() -> None:
     one = Hypothesis(("a", "big", "hat"), -10.0, -4.0)
     other = Hypothesis(("the", "big", "cat"), -10.0, -4.0)
     scores = {"a big hat": -30.0, "the big cat": -30.0, "a big cat": -2.0, "the big hat": -30.0}
-    answer = complete([one, other], changed(SETTINGS, top_candidates_to_augment=20), Table(scores))
+    answer = answer_of([one, other], changed(SETTINGS, top_candidates_to_augment=20), Table(scores))
     assert answer.sentence == "a big cat"
-    assert len(answer.candidates) == 4
+    assert len(answer.hypotheses) == 4
 
 
 def test_a_candidate_without_words_is_not_scored_and_does_not_win() -> None:
     nothing = Hypothesis((), 0.0, 0.0)
-    assert complete([nothing, CAT], SETTINGS).sentence == ""
-    answer = complete([nothing, CAT], SETTINGS, SCORER)
-    assert [one.sentence for one in answer.candidates] == ["the cat"]
+    assert answer_of([nothing, CAT], SETTINGS).sentence == ""
+    answer = answer_of([nothing, CAT], SETTINGS, SCORER)
+    assert [one.sentence for one in answer.hypotheses] == ["the cat"]
 
 
 def test_when_there_are_no_words_at_all_there_is_nothing_to_rescore() -> None:
     for hypotheses in ([], [Hypothesis((), -1.0, -1.0)]):
-        answer = complete(hypotheses, SETTINGS, SCORER)
+        answer = answer_of(hypotheses, SETTINGS, SCORER)
         assert (answer.sentence, answer.rescored, answer.problem) == ("", False, None)
-    assert complete([], SETTINGS).confidence is None
+    assert answer_of([], SETTINGS).confidence is None
 
 
 @pytest.mark.parametrize(
@@ -137,12 +139,12 @@ def test_when_there_are_no_words_at_all_there_is_nothing_to_rescore() -> None:
 def test_a_failing_model_gives_the_ngram_answer_and_says_why(
     scorer: Broken | Table, says: str
 ) -> None:
-    answer = complete([CAT, BAT], SETTINGS, scorer)
-    expected = complete([CAT, BAT], SETTINGS)
+    answer = answer_of([CAT, BAT], SETTINGS, scorer)
+    expected = answer_of([CAT, BAT], SETTINGS)
     assert answer.problem is not None
     assert says in answer.problem
     assert changed(answer, problem=None) == expected
-    assert [one.hypothesis.llm for one in answer.candidates] == [None, None]
+    assert [one.llm for one in answer.hypotheses] == [None, None]
 
 
 def test_scores_of_the_wrong_number_are_a_failure() -> None:
@@ -152,16 +154,16 @@ def test_scores_of_the_wrong_number_are_a_failure() -> None:
         ) -> np.ndarray:
             return np.zeros(1)
 
-    answer = complete([CAT, BAT], SETTINGS, Short({}))
+    answer = answer_of([CAT, BAT], SETTINGS, Short({}))
     assert not answer.rescored
     assert "shape (1,)" in str(answer.problem)
 
 
 def test_the_confidence_is_the_softmax_of_the_totals() -> None:
-    answer = complete([CAT, BAT, AT], SETTINGS)
+    answer = answer_of([CAT, BAT, AT], SETTINGS)
     weights = [1.0, math.exp(-0.5), math.exp(-1.0)]
     assert answer.confidence == pytest.approx(1.0 / sum(weights))
-    cooler = complete([CAT, BAT, AT], changed(SETTINGS, confidence_temperature=2.0))
+    cooler = answer_of([CAT, BAT, AT], changed(SETTINGS, confidence_temperature=2.0))
     weights = [1.0, math.exp(-0.25), math.exp(-0.5)]
     assert cooler.confidence == pytest.approx(1.0 / sum(weights))
 
@@ -186,7 +188,7 @@ def test_a_words_confidence_is_the_mass_of_the_candidates_that_agree_there() -> 
 
 
 def test_an_answer_travels_as_json_and_as_scoring() -> None:
-    answer = complete([CAT, BAT], SETTINGS, SCORER)
+    answer = answer_of([CAT, BAT], SETTINGS, SCORER)
     back = json.loads(json.dumps(answer.as_json(), allow_nan=False))
     assert back["sentence"] == "the bat"
     assert back["nbest"][0] == {
@@ -198,22 +200,26 @@ def test_an_answer_travels_as_json_and_as_scoring() -> None:
         "total": -11.5,
     }
     assert len(back["word_confidences"]) == 2
-    assert decode_scoring(encode_scoring(answer.scoring())) == list(answer.scoring())
+    assert answer.words == tuple(map(Word, ("the", "bat"), answer.word_confidences))
+    assert decode_scoring(encode_scoring(answer.hypotheses)) == list(answer.hypotheses)
 
 
-def test_the_queue_gives_what_complete_gives_in_the_order_of_submission() -> None:
-    queue = RescoringQueue(SCORER)
+def test_rescored_answers_come_in_the_order_of_submission() -> None:
+    answering = Answering(SCORER)
     done: list[int] = []
-    futures = []
+    submitted = []
     for index in range(30):
         hypotheses = [CAT, BAT] if index % 2 else [AT, CAT]
-        future = queue.submit(hypotheses, SETTINGS, f"context {index % 3}")
-        future.add_done_callback(lambda _, index=index: done.append(index))  # type: ignore[misc]
-        futures.append((future, hypotheses))
-    queue.close()
-    for future, hypotheses in futures:
-        assert future.result(0) == complete(hypotheses, SETTINGS, SCORER)
+        pending = answering.submit(hypotheses, SETTINGS, f"context {index % 3}")
+        pending.on_done(lambda index=index: done.append(index))  # type: ignore[misc]
+        submitted.append((pending, hypotheses))
+    answering.close()
+    for pending, hypotheses in submitted:
+        assert pending.done()
+        assert pending.result() == answer_of(hypotheses, SETTINGS, SCORER)
     assert done == list(range(30))
+    pending.on_done(lambda: done.append(30))
+    assert done[-1] == 30
 
 
 class Gate(Table):
@@ -233,38 +239,71 @@ class Gate(Table):
 
 def test_what_waits_during_a_batch_goes_into_the_next_one_together() -> None:
     gate = Gate(dict(SCORER.scores))
-    queue = RescoringQueue(gate)
-    first = queue.submit([CAT], SETTINGS)
+    answering = Answering(gate)
+    first = answering.submit([CAT], SETTINGS)
     assert gate.entered.wait(20)
-    others = [queue.submit([BAT, CAT], SETTINGS), queue.submit([AT, CAT], SETTINGS)]
-    dropped = queue.submit([AT], SETTINGS)
-    assert queue.waiting == 3
-    assert dropped.cancel()
+    others = [answering.submit([BAT, CAT], SETTINGS), answering.submit([AT, CAT], SETTINGS)]
+    unwanted = answering.submit([AT], SETTINGS)
+    assert answering.waiting == 3
+    unwanted.deadline = 0.0
+    assert not unwanted.result().rescored
     assert not first.done()
+    assert not first.wait(0.01)
     gate.go.set()
-    queue.close()
-    assert [one.result(0).rescored for one in (first, *others)] == [True] * 3
+    answering.close()
+    assert [one.result().rescored for one in (first, *others)] == [True] * 3
     assert [asked for asked, _ in gate.asked] == [("the cat",), ("the cat", "the bat", "at")]
 
 
 def test_one_sentences_fault_is_not_the_others() -> None:
     gate = Gate({"the cat": -20.0, "at": -30.0})
-    queue = RescoringQueue(gate)
-    first = queue.submit([CAT], SETTINGS)
+    answering = Answering(gate)
+    first = answering.submit([CAT], SETTINGS)
     assert gate.entered.wait(20)
-    good, bad = queue.submit([AT], SETTINGS), queue.submit([BAT], SETTINGS)
+    good, bad = answering.submit([AT], SETTINGS), answering.submit([BAT], SETTINGS)
     gate.go.set()
-    queue.close()
-    assert first.result(0).rescored
-    assert good.result(0).rescored
-    assert not bad.result(0).rescored
-    assert "KeyError" in str(bad.result(0).problem)
+    answering.close()
+    assert first.result().rescored
+    assert good.result().rescored
+    assert not bad.result().rescored
+    assert "KeyError" in str(bad.result().problem)
 
 
-def test_a_queue_without_a_model_gives_the_ngram_answer_and_a_closed_one_refuses() -> None:
-    queue = RescoringQueue(None)
-    assert queue.submit([CAT, BAT], SETTINGS).result(20) == complete([CAT, BAT], SETTINGS)
-    queue.close()
-    queue.close()
-    with pytest.raises(RescoringError, match="closed"):
-        queue.submit([CAT], SETTINGS)
+def test_a_late_rescoring_gives_the_ngram_answer_for_good() -> None:
+    gate = Gate(dict(SCORER.scores))
+    answering = Answering(gate, seconds=0.05)
+    called: list[bool] = []
+    pending = answering.submit([CAT, BAT], SETTINGS)
+    pending.on_done(lambda: called.append(True))
+    late = pending.result()
+    assert pending.done()
+    assert late.problem == "the large language model took longer than 0.05 s"
+    assert changed(late, problem=None) == answer_of([CAT, BAT], SETTINGS)
+    gate.go.set()
+    answering.close()
+    assert pending.result() is late
+    assert called == [True]
+
+
+def test_a_callback_that_fails_does_not_end_the_rescoring() -> None:
+    answering = Answering(SCORER)
+    answering.submit([CAT], SETTINGS).on_done(lambda: 1 // 0 and None)
+    assert answering.submit([BAT], SETTINGS).result().rescored
+    answering.close()
+
+
+def test_without_a_model_the_answer_is_there_at_once() -> None:
+    answering = Answering()
+    pending = answering.submit([CAT, BAT], SETTINGS)
+    assert pending.done()
+    assert pending.result() == answer_of([CAT, BAT], SETTINGS)
+    answering.close()
+    answering.close()
+
+
+def test_after_the_end_the_answer_is_the_ngram_models_and_says_so() -> None:
+    answering = Answering(SCORER)
+    answering.close()
+    answer = answering.submit([CAT, BAT], SETTINGS).result()
+    assert "closed" in str(answer.problem)
+    assert changed(answer, problem=None) == answer_of([CAT, BAT], SETTINGS)

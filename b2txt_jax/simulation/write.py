@@ -1,20 +1,21 @@
 """Writes simulated sessions in the published T15 layout: attempted speech as 512 features.
 
-Modelled: phonemes of real sentences with durations by class, jitter and pauses; articulation
-  (place, manner, voicing, vowel height, backness, rounding) with coarticulation, mixed onto the
-  electrodes of four arrays that differ in how much they tell, as area 6v codes articulators
-  intermixed on single electrodes (Willett et al. 2023) and sensorimotor cortex codes kinematics
-  (Bouchard et al. 2013, Chartier et al. 2018); counts of threshold crossings and spike band power;
-  private, shared and slow noise; z-scores per block; and from session to session a rotation of the
-  tuning, changed gains and baselines, dying channels, which one linear map per day can mostly undo
-  (Degenhart et al. 2020, Gallego et al. 2020; per-day layers: Card et al. 2024).
+Modelled:
+- Phonemes of real sentences, with durations by class, jitter and pauses.
+- Articulation (place, manner, voicing, vowel height, backness, rounding) with coarticulation. It is
+  mixed onto the electrodes of four arrays with different strengths of tuning: area 6v codes
+  articulators intermixed on single electrodes (Willett et al. 2023), and sensorimotor cortex codes
+  kinematics (Bouchard et al. 2013, Chartier et al. 2018).
+- Threshold crossings and spike band power, with private, shared and slow noise, z-scored per block.
+- Changes between sessions: a rotation of the tuning, other gains and baselines, dying channels. One
+  linear map per day can mostly undo them (Degenhart et al. 2020, Gallego et al. 2020; per-day
+  layers: Card et al. 2024).
+- On request, bursts of activity that many channels share, as other movements make them.
 
-On request, bursts of activity that many channels share, as movements other than speech make them.
-
-Not modelled: sound, errors and fatigue of a participant, learning, single neurons, and any tuning
-but that to the current articulation. Strengths are chosen so that training
-behaves as on recordings; error rates say nothing about a participant. docs/simulator.md has the
-numbers, the references and what was measured.
+Not modelled: sound, errors and fatigue of a participant, learning, single neurons, and tuning to
+anything but the current articulation. Strengths are chosen so that training behaves as on
+recordings. Error rates do not predict those of a participant. docs/simulator.md has the numbers,
+the references and the measurements.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,36 +40,44 @@ from b2txt_jax.data.description import (
     session_date,
     write_description,
 )
-from b2txt_jax.simulate import neural as simulate_neural
-from b2txt_jax.simulate import speech as simulate_speech
-from b2txt_jax.simulate.corpus import language_model_text
-from b2txt_jax.simulate.plan import SESSIONS as SESSIONS
-from b2txt_jax.simulate.plan import PlannedBlock, Sentence, named_rng
-from b2txt_jax.simulate.plan import SimulationSettings as SimulationSettings
-from b2txt_jax.simulate.plan import plan_sessions as plan_sessions
+from b2txt_jax.simulation import neural, speech
+from b2txt_jax.simulation.corpus import language_model_text
+from b2txt_jax.simulation.plan import (
+    SESSIONS,
+    PlannedBlock,
+    Sentence,
+    SimulationSettings,
+    named_rng,
+    plan_sessions,
+)
+from lm_server.atomic_file import replacing
 
 PADDED_LABEL = 500
 _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
+_SESSIONS_FOLDER = "hdf5_data_final"
 _SETTINGS_FILE = "simulation.json"
 _TEXT_FILE = "language_model_text.txt"
 _FORMAT = 2
-"""Raised whenever the same settings would give other files: old and new sessions do not mix."""
+"""Incremented whenever the same settings give other files, so that these do not mix."""
 
 
-def simulate(out: Path, settings: SimulationSettings, force: bool = False) -> None:
-    """Writes sessions, the table of their blocks and text for a language model to folder `out`.
+def simulate(out: Path | str, settings: SimulationSettings, force: bool = False) -> Path:
+    """Write sessions, the table of their blocks and text for a language model to folder `out`.
 
-    The sessions are OUT/hdf5_data_final/<session>/data_*.hdf5. What is there already from the same
-    settings is kept; more sessions can be added to a folder. A file appears whole or not at all.
+    The sessions are OUT/hdf5_data_final/<session>/data_*.hdf5. Existing files of the same settings
+    are kept, and more sessions can be added to a folder. A file appears whole or not at all.
 
     Args:
       out: folder to write to.
       settings: what to simulate.
       force: replaces sessions that were simulated there with other settings.
 
+    Returns:
+      The folder of the sessions, for `data.root`.
+
     Raises:
       DataError: `out` holds data that was not simulated, or simulated with other settings; or the
-        sentences do not suffice.
+        corpora have too few sentences.
     """
     out = Path(out)
     plans = plan_sessions(settings)
@@ -91,42 +99,30 @@ def simulate(out: Path, settings: SimulationSettings, force: bool = False) -> No
         done = 0
         for index, (name, plan) in enumerate(plans.items()):
             tuning = _tuning_of_day(settings, index, tuning)
-            # Val and test share blocks, so that one pass makes both.
+            # Val and test share blocks: one pass writes both.
             for splits in (("train",), ("val", "test")):
                 missing = _missing_files(out, name, plan, splits)
                 for _ in _write_files(missing, name, plan, settings, index, tuning):
                     progress.advance(task)
             done += sum(len(block.sentences) for block in plan)
             progress.update(task, completed=done)
+    return out / _SESSIONS_FOLDER
 
 
 def modulation(difficulty: float) -> float:
-    """Depth of the electrodes' modulation by speech for a difficulty of 0 to 1."""
+    """Return the depth of the electrodes' modulation by speech for a difficulty of 0 to 1."""
     return float(np.exp(np.interp(difficulty, [0.0, 1.0], [np.log(1.3), np.log(0.35)])))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `b2txt simulate`."""
-    texts = {
-        "sessions": "number of sessions, the first with train sentences only",
-        "train": "train sentences per session",
-        "val": "val sentences per session",
-        "test": "test sentences per session (written without labels)",
-        "seed": "of everything random",
-        "difficulty": "0 to 1: the phoneme error rate that can be reached goes from 3 %% to 30 %%",
-        "min_words": "fewest words of a sentence",
-        "max_words": "most words of a sentence",
-        "speaking_rate": "1 is about 65 words per minute",
-        "drift": "change from session to session; 0 is none, 1 the calibrated amount",
-        "bursts": "movement-like bursts that channels share; 0 is none, 1 is strong",
-    }
+    """Add the options of `b2txt simulate`."""
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    for field in dataclasses.fields(SimulationSettings):
+    for setting in dataclasses.fields(SimulationSettings):
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
-            default=field.default,
-            help=f"{texts[field.name]} (default {field.default})",
+            f"--{setting.name.replace('_', '-')}",
+            type=type(setting.default),
+            default=setting.default,
+            help=f"{setting.metadata['help']} (default {setting.default})".replace("%", "%%"),
         )
     parser.add_argument(
         "--force", action="store_true", help="replace sessions simulated with other settings"
@@ -134,11 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `b2txt simulate`."""
+    """Run `b2txt simulate`."""
     names = [field.name for field in dataclasses.fields(SimulationSettings)]
     settings = SimulationSettings(**{name: getattr(args, name) for name in names})
-    simulate(args.out, settings, args.force)
-    print(f"{settings.sessions} simulated sessions are in {args.out / 'hdf5_data_final'}")
+    root = simulate(args.out, settings, args.force)
+    print(f"{settings.sessions} simulated sessions are in {root}")
     return 0
 
 
@@ -151,25 +147,25 @@ def _rows(session: str, plan: list[PlannedBlock]) -> Iterator[Block]:
 
 
 def _tuning_of_day(
-    settings: SimulationSettings, index: int, before: simulate_neural.Tuning | None
-) -> simulate_neural.Tuning:
-    """The tuning of session `index`, from that of the session before."""
+    settings: SimulationSettings, index: int, before: neural.Tuning | None
+) -> neural.Tuning:
+    """Return the tuning of session `index`, from that of the session before."""
     if before is None:
-        return simulate_neural.first_tuning(named_rng(settings, "tuning"))
-    usual = simulate_neural.Drift()
-    drift = simulate_neural.Drift(
+        return neural.first_tuning(named_rng(settings, "tuning"))
+    usual = neural.Drift()
+    drift = neural.Drift(
         rotation=settings.drift * usual.rotation,
         renewal=min(1.0, settings.drift * usual.renewal),
         gain=settings.drift * usual.gain,
         death=min(1.0, settings.drift * usual.death),
     )
-    return simulate_neural.next_tuning(before, drift, named_rng(settings, "drift", index))
+    return neural.next_tuning(before, drift, named_rng(settings, "drift", index))
 
 
 def _missing_files(
     out: Path, session: str, plan: list[PlannedBlock], splits: Sequence[str]
 ) -> dict[str, Path]:
-    """Split -> file, for those of `splits` that the session has and that are not there yet."""
+    """Return split -> file, for those of `splits` that the session has and that are missing."""
     held = {sentence.split for block in plan for sentence in block.sentences}
     paths = {split: _session_folder(out, session) / f"data_{split}.hdf5" for split in splits}
     return {split: path for split, path in paths.items() if split in held and not path.is_file()}
@@ -181,11 +177,12 @@ def _write_files(
     plan: list[PlannedBlock],
     settings: SimulationSettings,
     index: int,
-    tuning: simulate_neural.Tuning,
+    tuning: neural.Tuning,
 ) -> Iterator[None]:
-    """Writes the files `paths` (by split) of one session; yields after each trial."""
+    """Write the files `paths` (by split) of one session. Yields after each trial."""
     if not paths:
         return
+    # The names do not depend on the process, so that what a killed one left is overwritten.
     partial = {split: path.with_suffix(".partial") for split, path in paths.items()}
     for path in partial.values():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,29 +201,27 @@ def _write_files(
                     _write_trial(group, session, block.number, trial, sentence, features)
                 yield
     for split, path in paths.items():
-        os.replace(partial[split], path)
+        partial[split].replace(path)
 
 
 def _record_block(
-    block: PlannedBlock, settings: SimulationSettings, index: int, tuning: simulate_neural.Tuning
+    block: PlannedBlock, settings: SimulationSettings, index: int, tuning: neural.Tuning
 ) -> list[np.ndarray]:
-    """Features of each trial of a block, float32 [T, 512]."""
+    """Return the features of each trial of a block, float32 [T, 512]."""
     rng = named_rng(settings, "block", index, block.number)
-    table = simulate_speech.articulation()
+    table = speech.articulation()
     trajectories = [
-        simulate_speech.attempt(sentence.labels, table, settings.speaking_rate, rng)
+        speech.attempt(sentence.labels, table, settings.speaking_rate, rng)
         for sentence in block.sentences
     ]
     bursts = None
     if settings.bursts:
-        # Draws of their own, so that everything else stays as it is without bursts.
+        # Separate draws, so that everything else is the same with and without bursts.
         bins = sum(len(trajectory) for trajectory in trajectories)
-        patterns = simulate_neural.burst_patterns(named_rng(settings, "burst patterns"))
+        patterns = neural.burst_patterns(named_rng(settings, "burst patterns"))
         timing = named_rng(settings, "bursts", index, block.number)
-        bursts = settings.bursts * simulate_neural.bursts(bins, patterns, timing)
-    return simulate_neural.record(
-        trajectories, tuning, modulation(settings.difficulty), rng, bursts
-    )
+        bursts = settings.bursts * neural.bursts(bins, patterns, timing)
+    return neural.record(trajectories, tuning, modulation(settings.difficulty), rng, bursts)
 
 
 def _write_trial(
@@ -237,7 +232,7 @@ def _write_trial(
     sentence: Sentence,
     features: np.ndarray,
 ) -> None:
-    """One trial in the published layout; test trials have no labels."""
+    """Write one trial in the published layout. Test trials have no labels."""
     group["input_features"] = features
     group.attrs["n_time_steps"] = len(features)
     group.attrs["session"] = session
@@ -258,24 +253,23 @@ def _padded(values: np.ndarray) -> np.ndarray:
 
 
 def _session_folder(out: Path, session: str) -> Path:
-    return out / "hdf5_data_final" / session
+    return out / _SESSIONS_FOLDER / session
 
 
 def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
-    """Writes the settings to `out`, or sees that those there agree."""
+    """Write the settings to `out`, or check that those there agree."""
     wanted = {"format": _FORMAT, **dataclasses.asdict(settings)}
     path = out / _SETTINGS_FILE
-    data = out / "hdf5_data_final"
+    data = out / _SESSIONS_FOLDER
     if path.is_file():
         try:
             found = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path} is not valid JSON ({error}), so what {out} holds is unknown: choose "
-                f"another "
-                "--out"
+                "another --out"
             ) from error
-        # A setting that came later had its default's effect.
+        # A setting that did not exist yet had the effect of its default.
         found = {**dataclasses.asdict(SimulationSettings()), **found}
         other = sorted(k for k in {*wanted, *found} - {"sessions"} if wanted.get(k) != found.get(k))
         if found.get("sessions", 0) > settings.sessions:
@@ -287,7 +281,7 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
                 "another --out, or replace them with `b2txt simulate --force`"
             )
         if other:
-            # The old settings go last: an interrupted removal can be taken up again.
+            # The old settings are replaced last, so that an interrupted removal can be repeated.
             (out / _TEXT_FILE).unlink(missing_ok=True)
             for session in SESSIONS:
                 shutil.rmtree(_session_folder(out, session), ignore_errors=True)
@@ -301,6 +295,5 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Sentences as movements: phonemes -> durations -> articulatory trajectories in 20 ms bins.
 
-Part of the simulator; `simulate.py` says what is modelled and what is not.
+`write.py` describes what is modelled and what is not.
 """
 
 from __future__ import annotations
@@ -9,39 +9,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from b2txt_jax.data.trial import frames_needed
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID
 from lm_server.protocol import CLASS_COUNT
 
 LATENTS: tuple[str, ...] = (
-    "labial",
-    "dental",
-    "alveolar",
-    "palatal",
-    "velar",
-    "glottal",
-    "stop",
-    "fricative",
-    "nasal",
-    "approximant",
-    "lateral",
-    "rhotic",
-    "voiced",
-    "vowel",
-    "high",
-    "back",
-    "rounded",
-    "tense",
-    "activity",
-    "onset",
+    *("labial", "dental", "alveolar", "palatal", "velar", "glottal"),
+    *("stop", "fricative", "nasal", "approximant", "lateral", "rhotic"),
+    *("voiced", "vowel", "high", "back", "rounded", "tense"),
+    *("activity", "onset"),
 )
 """Dimensions of a trajectory: place, manner and voicing of consonants; height, backness, rounding
-and tenseness of vowels; whether anything is attempted; a pulse as each phoneme begins."""
+and tenseness of vowels; whether speech is attempted; a pulse at the begin of each phoneme."""
 LATENT_COUNT = len(LATENTS)
 TUNED_COUNT = LATENT_COUNT - 2
 """The first `TUNED_COUNT` dimensions are articulatory; activity and onset follow."""
 
 PATCH_BINS, STRIDE_BINS = 14, 4
-"""The published model's patches; every trial is made long enough for CTC with them."""
+"""The published model's patches. Every trial is long enough for CTC with them."""
 
 _PLACE = {
     "labial": "B P M F V W",
@@ -90,14 +75,14 @@ _COARTICULATION_BINS = 2.0
 
 @dataclass(frozen=True)
 class Articulation:
-    """What each class does: targets [41, 2, latents] at its begin and its end, mean bins [41]."""
+    """Per class: targets [41, 2, latents] at its begin and its end, mean duration in bins [41]."""
 
     targets: np.ndarray
     bins: np.ndarray
 
 
 def articulation() -> Articulation:
-    """The table of all 41 classes; blank and silence are rest."""
+    """Return the table of all 41 classes. Blank and silence are rest."""
     targets = np.zeros((CLASS_COUNT, 2, LATENT_COUNT), np.float32)
     bins = np.full(CLASS_COUNT, _PAUSE)
     column = {name: index for index, name in enumerate(LATENTS)}
@@ -128,7 +113,7 @@ def articulation() -> Articulation:
 
 
 def smooth(values: np.ndarray, std: float) -> np.ndarray:
-    """Gaussian smoothing over the first axis: [T, D] -> [T, D], `std` in bins, zeros outside."""
+    """Smooth over the first axis with a Gaussian of `std` bins, zeros outside: [T, D] -> [T, D]."""
     reach = int(np.ceil(3 * std))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / std) ** 2)
     kernel /= kernel.sum()
@@ -137,14 +122,14 @@ def smooth(values: np.ndarray, std: float) -> np.ndarray:
 
 
 def frames_of(bins: int) -> int:
-    """Frames (patches of 14 bins, every 4 bins) in `bins` bins."""
+    """Return the number of frames (patches of 14 bins, every 4 bins) in `bins` bins."""
     return max(0, (bins - PATCH_BINS) // STRIDE_BINS + 1)
 
 
 def attempt(
     labels: np.ndarray, table: Articulation, speaking_rate: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """One attempt at a sentence.
+    """Draw one attempt at a sentence.
 
     Args:
       labels: class ids [L], a silence after each word.
@@ -161,9 +146,7 @@ def attempt(
     lead_in, lead_out = rng.integers(*_LEAD_BINS, endpoint=True, size=2)
     wanted = table.bins[labels] * spread / tempo
     bins = np.maximum(2, np.rint(wanted)).astype(int)
-    # A frame of 4 bins per label, one more between equal neighbours: else no alignment exists.
-    needed = len(labels) + int(np.count_nonzero(labels[1:] == labels[:-1]))
-    while frames_of(int(lead_in + bins.sum() + lead_out)) < needed:
+    while frames_of(int(lead_in + bins.sum() + lead_out)) < frames_needed(labels):
         bins = np.ceil(bins * 1.1).astype(int)
     total = int(lead_in + bins.sum() + lead_out)
     owner = np.repeat(np.arange(len(labels)), bins)
@@ -174,5 +157,5 @@ def attempt(
     trajectory[lead_in : lead_in + len(owner)] = begin + within * (end - begin)
     trajectory[lead_in + start[labels != SILENCE_ID], -1] = 3.0
     amplitude = np.exp(_AMPLITUDE_SPREAD * rng.standard_normal())
-    # Neighbouring phonemes blend: articulators move before the last target is left.
+    # Coarticulation: articulators move before the last target is left.
     return (amplitude * smooth(trajectory, _COARTICULATION_BINS)).astype(np.float32)

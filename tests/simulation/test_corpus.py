@@ -7,7 +7,7 @@ import importlib.resources
 import pytest
 
 from b2txt_jax.phonemes import pronunciations, sentence_to_ids
-from b2txt_jax.simulate.corpus import CORPORA, language_model_text, load_pool
+from b2txt_jax.simulation.corpus import CORPORA, language_model_text, load_pool
 from lm_server.text_rules import normalise
 
 POOLS = ("train", "val", "test")
@@ -64,7 +64,7 @@ def test_the_text_of_the_language_model_is_normalised_and_large() -> None:
 
 
 def test_the_files_take_at_most_five_megabytes_and_carry_their_licences() -> None:
-    folder = importlib.resources.files("b2txt_jax.data") / "corpus"
+    folder = importlib.resources.files("b2txt_jax.simulation") / "corpus"
     sizes = [len(entry.read_bytes()) for entry in folder.iterdir()]
     assert sum(sizes) <= 5_000_000
     notice = (folder / "NOTICE").read_text()

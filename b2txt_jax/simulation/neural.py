@@ -1,6 +1,6 @@
 """Movements as neural features: tuning of 4 x 64 electrodes, drift over days, noise, z-scores.
 
-Part of the simulator; `simulate.py` says what is modelled and what is not.
+`write.py` describes what is modelled and what is not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from b2txt_jax.simulate.speech import LATENT_COUNT, TUNED_COUNT, smooth
+from b2txt_jax.simulation.speech import LATENT_COUNT, TUNED_COUNT, smooth
 
 ELECTRODES = 64
 ARRAYS: tuple[str, ...] = ("ventral 6v", "area 4", "55b", "dorsal 6v")
@@ -19,7 +19,7 @@ _CHANNELS = ELECTRODES * len(ARRAYS)
 _TUNING = (1.0, 1.0, 0.45, 0.75)
 _ACTIVITY = (0.6, 0.8, 0.9, 0.6)
 _LEAD = (2, 1, 4, 2)
-_TUNED_SHARE = 0.8  # of electrodes; the rest record, but know nothing of speech
+_TUNED_SHARE = 0.8  # of electrodes; the others record, but are not tuned to speech
 _RATE_HZ = (4.0, 40.0)
 _BIN_SECONDS = 0.02
 _NOISE_SOURCES = 12
@@ -63,7 +63,7 @@ class Drift:
 
 
 def first_tuning(rng: np.random.Generator) -> Tuning:
-    """The electrodes on the first day."""
+    """Draw the electrodes of the first day."""
     crossings = _electrode_tuning(rng)
     # Spike band power sees the same neurons and some more from further away.
     power = 0.8 * crossings + 0.6 * _electrode_tuning(rng)
@@ -74,11 +74,11 @@ def first_tuning(rng: np.random.Generator) -> Tuning:
 
 
 def next_tuning(tuning: Tuning, drift: Drift, rng: np.random.Generator) -> Tuning:
-    """The same electrodes one session later."""
+    """Return the same electrodes one session later."""
     rotated = tuning.mixing.copy()
     rotated[:TUNED_COUNT] = random_rotation(drift.rotation, rng) @ tuning.mixing[:TUNED_COUNT]
     own = np.concatenate([_electrode_tuning(rng), _electrode_tuning(rng)], axis=1)
-    # Shares of variance, so that the strength of tuning does not grow or fade.
+    # Shares of variance, so that the strength of tuning stays the same.
     mixing = np.sqrt(1 - drift.renewal) * rotated + np.sqrt(drift.renewal) * own
     gain = np.exp(drift.gain * rng.standard_normal(FEATURES) - drift.gain**2 / 2)
     died = np.tile(rng.random(_CHANNELS) < drift.death, 2)
@@ -92,7 +92,7 @@ def next_tuning(tuning: Tuning, drift: Drift, rng: np.random.Generator) -> Tunin
 
 
 def random_rotation(angle: float, rng: np.random.Generator) -> np.ndarray:
-    """An orthogonal matrix [tuned, tuned] that turns a vector by about `angle` radians."""
+    """Draw an orthogonal matrix [tuned, tuned] that turns a vector by about `angle` radians."""
     square = rng.standard_normal((TUNED_COUNT, TUNED_COUNT)) / np.sqrt(2 * TUNED_COUNT)
     skew = angle * (square - square.T) / 2
     identity = np.eye(TUNED_COUNT)
@@ -100,8 +100,10 @@ def random_rotation(angle: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def burst_patterns(rng: np.random.Generator) -> np.ndarray:
-    """How each source of bursts reaches the features, [sources, 512]: an array's channels alike,
-    with some spread."""
+    """Draw the weights of each source of bursts on the features, [sources, 512].
+
+    Channels of one array have similar weights.
+    """
     common = np.repeat(rng.standard_normal((_BURST_SOURCES, len(ARRAYS))), ELECTRODES, axis=1)
     spread = 0.5 * rng.standard_normal((_BURST_SOURCES, FEATURES))
     patterns: np.ndarray = np.tile(common, 2) + spread
@@ -109,8 +111,11 @@ def burst_patterns(rng: np.random.Generator) -> np.ndarray:
 
 
 def bursts(bins: int, patterns: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Movement-like bursts, float32 [bins, 512]: at random times (Poisson), 0.3 to 1.2 s long, each
-    of a random mix of the sources, rising and falling as a half sine."""
+    """Draw movement-like bursts, float32 [bins, 512].
+
+    They begin at random times (Poisson), last 0.3 to 1.2 s, mix the sources at random, and rise and
+    fall as a half sine.
+    """
     activity = np.zeros((bins, _BURST_SOURCES))
     for _ in range(rng.poisson(_BURSTS_PER_SECOND * bins * _BIN_SECONDS)):
         length = max(1, round(rng.uniform(*_BURST_SECONDS) / _BIN_SECONDS))
@@ -129,14 +134,14 @@ def record(
     rng: np.random.Generator,
     bursts: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Features of one block's trials, z-scored over the block.
+    """Return the features of one block's trials, z-scored over the block.
 
     Args:
       trajectories: per trial [T, latents].
       tuning: the day's electrodes.
       strength: depth of modulation against the noise (1 is moderate).
       rng: source of all noise of this block.
-      bursts: what else drives the electrodes, [all bins, 512].
+      bursts: further drive of the electrodes, [all bins, 512].
 
     Returns:
       Per trial float32 [T, 512], z-scored per feature over all bins of the block; a feature that
@@ -168,7 +173,7 @@ def record(
 
 
 def _electrode_tuning(rng: np.random.Generator) -> np.ndarray:
-    """Independent tuning of each electrode [latents, 256], its strength set by the array."""
+    """Draw independent tuning of each electrode [latents, 256], with the array's strength."""
     weights = rng.standard_normal((LATENT_COUNT, _CHANNELS)) / np.sqrt(6.0)
     weights *= rng.random(_CHANNELS) < _TUNED_SHARE
     weights[:TUNED_COUNT] *= np.repeat(_TUNING, ELECTRODES)
@@ -177,7 +182,7 @@ def _electrode_tuning(rng: np.random.Generator) -> np.ndarray:
 
 
 def _drive(trajectories: list[np.ndarray], tuning: Tuning) -> np.ndarray:
-    """What the electrodes' neurons are driven with, float32 [all bins, 512], leads included."""
+    """Return the drive of the electrodes, float32 [all bins, 512], leads included."""
     mixing = tuning.mixing.astype(np.float32)
     drive = np.empty((sum(len(t) for t in trajectories), FEATURES), np.float32)
     stacked = np.concatenate(trajectories)
@@ -191,7 +196,7 @@ def _drive(trajectories: list[np.ndarray], tuning: Tuning) -> np.ndarray:
 
 
 def _baseline(knots: np.ndarray, bins: int) -> np.ndarray:
-    """Slow wandering [bins, D] between random `knots`."""
+    """Interpolate [bins, D] between random `knots`: a slowly wandering baseline."""
     place = np.arange(bins, dtype=np.float32) / np.float32(_BASELINE_BINS)
     left = place.astype(int)
     share = (place - left)[:, None]

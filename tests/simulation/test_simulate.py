@@ -13,28 +13,14 @@ import h5py
 import numpy as np
 import pytest
 
-from b2txt_jax.data.description import DataError
-from b2txt_jax.data.hdf5 import (
-    Trial,
-    find_sessions,
-    frames_needed,
-    index_split,
-    read_description,
-    read_trial,
-)
+from b2txt_jax.data.description import DataError, read_description
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.trial import Trial, frames_needed
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID, sentence_to_ids
-from b2txt_jax.simulate import neural as simulate_neural
-from b2txt_jax.simulate import speech as simulate_speech
-from b2txt_jax.simulate.corpus import CORPORA, load_pool
-from b2txt_jax.simulate.write import (
-    SESSIONS,
-    SimulationSettings,
-    add_arguments,
-    modulation,
-    plan_sessions,
-    run,
-    simulate,
-)
+from b2txt_jax.simulation import neural, speech
+from b2txt_jax.simulation.corpus import CORPORA, load_pool
+from b2txt_jax.simulation.plan import SESSIONS, SimulationSettings, plan_sessions
+from b2txt_jax.simulation.write import add_arguments, modulation, run, simulate
 from lm_server.text_rules import normalise
 
 SMALL = SimulationSettings(sessions=3, train=9, val=3, test=4, seed=5)
@@ -55,7 +41,8 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 def trials_of(folder: Path, split: str) -> list[Trial]:
     root = folder / "hdf5_data_final"
-    return [read_trial(ref) for ref in index_split(root, find_sessions(root), split)]
+    reader = open_folder(root)
+    return [reader.read(ref) for ref in reader.trials(reader.sessions, split)]
 
 
 def contents(path: Path) -> dict:
@@ -190,24 +177,24 @@ def test_every_label_can_be_aligned_with_the_published_patches(folder: Path) -> 
 
 def test_even_the_fastest_speech_can_be_aligned() -> None:
     rng = np.random.default_rng(0)
-    table = simulate_speech.articulation()
+    table = speech.articulation()
     labels = sentence_to_ids(
         ["the", "best", "sixth", "street", "bookkeeper", "unnaturally", "misspelled", "it"]
     )
     for _ in range(50):
-        bins = len(simulate_speech.attempt(labels, table, 3.0, rng))
+        bins = len(speech.attempt(labels, table, 3.0, rng))
         assert (bins - 14) // 4 + 1 >= frames_needed(labels)
 
 
 def test_a_seven_word_sentence_takes_six_to_eight_seconds() -> None:
     rng = np.random.default_rng(0)
-    table = simulate_speech.articulation()
+    table = speech.articulation()
     labels = sentence_to_ids(["you", "can", "see", "the", "code", "right", "now"])
     longer = sentence_to_ids(
         ["several", "people", "noticed", "another", "different", "question", "yesterday"]
     )
-    seconds = [0.02 * len(simulate_speech.attempt(labels, table, 1.0, rng)) for _ in range(50)]
-    more = [0.02 * len(simulate_speech.attempt(longer, table, 1.0, rng)) for _ in range(50)]
+    seconds = [0.02 * len(speech.attempt(labels, table, 1.0, rng)) for _ in range(50)]
+    more = [0.02 * len(speech.attempt(longer, table, 1.0, rng)) for _ in range(50)]
     assert 4 < np.mean(seconds) < 6 < np.mean(more) < 11
 
 
@@ -329,24 +316,24 @@ def test_words_per_sentence_stay_within_bounds() -> None:
 
 
 def test_no_two_phonemes_have_the_same_articulation() -> None:
-    targets = simulate_speech.articulation().targets
+    targets = speech.articulation().targets
     phonemes = targets[list(PHONEME_IDS.values())].reshape(len(PHONEME_IDS), -1)
     distance = np.linalg.norm(phonemes[:, None] - phonemes[None], axis=-1)
     assert distance[~np.eye(len(phonemes), dtype=bool)].min() > 0.5
     assert not targets[SILENCE_ID].any()
 
 
-def similarity(first: simulate_neural.Tuning, other: simulate_neural.Tuning) -> float:
+def similarity(first: neural.Tuning, other: neural.Tuning) -> float:
     """Cosine between the articulatory mixings of two days."""
-    a, b = (t.mixing[: simulate_speech.TUNED_COUNT].ravel() for t in (first, other))
+    a, b = (t.mixing[: speech.TUNED_COUNT].ravel() for t in (first, other))
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 def test_drift_grows_with_the_number_of_sessions_between() -> None:
     rng = np.random.default_rng(0)
-    days = [simulate_neural.first_tuning(rng)]
+    days = [neural.first_tuning(rng)]
     for _ in range(6):
-        days.append(simulate_neural.next_tuning(days[-1], simulate_neural.Drift(), rng))
+        days.append(neural.next_tuning(days[-1], neural.Drift(), rng))
     apart = [similarity(days[0], day) for day in days]
     assert apart[0] == pytest.approx(1)
     assert apart[1] > apart[3] > apart[6]
@@ -361,14 +348,14 @@ def test_drift_grows_with_the_number_of_sessions_between() -> None:
 
 def test_no_drift_leaves_the_tuning_as_it_was() -> None:
     rng = np.random.default_rng(0)
-    first = simulate_neural.first_tuning(rng)
-    still = simulate_neural.Drift(rotation=0.0, renewal=0.0, gain=0.0, death=0.0)
-    np.testing.assert_allclose(simulate_neural.next_tuning(first, still, rng).mixing, first.mixing)
+    first = neural.first_tuning(rng)
+    still = neural.Drift(rotation=0.0, renewal=0.0, gain=0.0, death=0.0)
+    np.testing.assert_allclose(neural.next_tuning(first, still, rng).mixing, first.mixing)
 
 
 def test_tuning_turns_by_about_the_angle_asked_for() -> None:
     rng = np.random.default_rng(0)
-    rotation = simulate_neural.random_rotation(0.3, rng)
+    rotation = neural.random_rotation(0.3, rng)
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(len(rotation)), atol=1e-12)
     vectors = rng.standard_normal((200, len(rotation)))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -379,12 +366,12 @@ def test_tuning_turns_by_about_the_angle_asked_for() -> None:
 def linear_error(strength: float) -> float:
     """Error of the best linear read-out of the trajectories from smoothed features, held out."""
     rng = np.random.default_rng(1)
-    table = simulate_speech.articulation()
+    table = speech.articulation()
     labels = [rng.integers(1, 40, 20) for _ in range(12)]
-    moves = [simulate_speech.attempt(label, table, 1.0, rng) for label in labels]
-    tuning = simulate_neural.first_tuning(rng)
-    recorded = simulate_neural.record(moves, tuning, strength, rng)
-    smoothed = [simulate_speech.smooth(features, 2.0) for features in recorded]
+    moves = [speech.attempt(label, table, 1.0, rng) for label in labels]
+    tuning = neural.first_tuning(rng)
+    recorded = neural.record(moves, tuning, strength, rng)
+    smoothed = [speech.smooth(features, 2.0) for features in recorded]
     x, y = np.concatenate(smoothed[:8]), np.concatenate(moves[:8])
     held_x, held_y = np.concatenate(smoothed[8:]), np.concatenate(moves[8:])
     weights = np.linalg.solve(x.T @ x + 1000 * np.eye(512), x.T @ (y - y.mean(axis=0)))
@@ -401,12 +388,12 @@ def test_articulation_is_in_the_features_and_difficulty_hides_it() -> None:
 
 def test_channels_that_died_carry_no_speech() -> None:
     rng = np.random.default_rng(1)
-    table = simulate_speech.articulation()
-    moves = [simulate_speech.attempt(rng.integers(1, 40, 20), table, 1.0, rng) for _ in range(8)]
+    table = speech.articulation()
+    moves = [speech.attempt(rng.integers(1, 40, 20), table, 1.0, rng) for _ in range(8)]
     alive = np.ones(512)
     alive[10] = alive[256 + 10] = 0
-    tuning = dataclasses.replace(simulate_neural.first_tuning(rng), alive=alive)
-    recorded = np.concatenate(simulate_neural.record(moves, tuning, 1.6, rng))
+    tuning = dataclasses.replace(neural.first_tuning(rng), alive=alive)
+    recorded = np.concatenate(neural.record(moves, tuning, 1.6, rng))
     trajectory = np.concatenate(moves)
     trajectory -= trajectory.mean(axis=0)
     explained = []
@@ -437,7 +424,7 @@ def test_bursts_are_shared_by_channels_and_leave_everything_else_alone(tmp_path:
     def shared(trials: list[Trial]) -> float:
         """Share of the variance of smoothed spike band power on its four largest axes."""
         power = np.concatenate([trial.features[:, 256:] for trial in trials])
-        smoothed = simulate_speech.smooth(power, 5.0)
+        smoothed = speech.smooth(power, 5.0)
         variances = np.linalg.svd(smoothed - smoothed.mean(0), compute_uv=False) ** 2
         return float(variances[:4].sum() / variances.sum())
 

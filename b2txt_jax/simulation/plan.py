@@ -1,17 +1,18 @@
-"""Which sentences a simulated session shows, in which blocks: settings, and the plan made of them.
+"""The settings of a simulation, and the plan made of them: each session's blocks of sentences.
 
-Part of the simulator; `simulate.py` writes the plan to files.
+`write.py` writes the plan to files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
 from b2txt_jax.data.description import DataError
 from b2txt_jax.phonemes import sentence_to_ids
-from b2txt_jax.simulate.corpus import CORPORA, Pool, load_pool
+from b2txt_jax.simulation.corpus import CORPORA, Pool, load_pool
 from lm_server.text_rules import normalise
 
 _DATES = """
@@ -28,60 +29,58 @@ SESSIONS: tuple[str, ...] = tuple(f"t15.{date}" for date in _DATES.split())
 _BLOCK_SENTENCES = 25
 
 
+def _setting(default: float, least: float, most: float, help: str) -> Any:
+    return field(default=default, metadata={"least": least, "most": most, "help": help})
+
+
 @dataclass(frozen=True)
 class SimulationSettings:
-    """What to simulate; the files are a function of these settings alone.
+    """What to simulate. The files depend on these settings alone.
 
-    Attributes:
-      sessions: number of sessions, 2 to 45; the first has only train sentences.
-      train: train sentences per session.
-      val: val sentences per session.
-      test: test sentences per session, written without labels.
-      seed: of everything random; a session is the same however many sessions are asked for.
-      difficulty: 0 (about 3 % PER can be reached) to 1 (about 30 %).
-      min_words: fewest words of a sentence.
-      max_words: most words of a sentence.
-      speaking_rate: 1 is about 65 words per minute; 2 halves all durations.
-      drift: change from session to session, 1 is the calibrated amount, 0 is none.
-      bursts: strength of movement-like bursts that many channels share; 0 is none, 1 about 1.7
-        times the modulation by speech at difficulty 0.5 (rms).
+    A session is the same however many sessions are asked for.
+
+    Raises:
+      DataError: a setting is out of range.
     """
 
-    sessions: int = 6
-    train: int = 120
-    val: int = 30
-    test: int = 30
-    seed: int = 0
-    difficulty: float = 0.5
-    min_words: int = 3
-    max_words: int = 12
-    speaking_rate: float = 1.0
-    drift: float = 1.0
-    bursts: float = 0.0
+    sessions: int = _setting(6, 2, len(SESSIONS), "sessions; the first has train sentences only")
+    train: int = _setting(120, 1, 10_000, "train sentences per session")
+    val: int = _setting(30, 0, 10_000, "val sentences per session")
+    test: int = _setting(30, 0, 10_000, "test sentences per session (written without labels)")
+    seed: int = _setting(0, 0, 2**63 - 1, "of everything random")
+    difficulty: float = _setting(
+        0.5, 0, 1, "0 to 1: the phoneme error rate that can be reached goes from 3 % to 30 %"
+    )
+    min_words: int = _setting(3, 3, 12, "fewest words of a sentence")
+    max_words: int = _setting(12, 3, 12, "most words of a sentence")
+    speaking_rate: float = _setting(
+        1.0, 0.5, 3, "1 is about 65 words per minute; 2 halves all durations"
+    )
+    drift: float = _setting(
+        1.0, 0, 3, "change from session to session; 0 is none, 1 the calibrated amount"
+    )
+    bursts: float = _setting(
+        0.0,
+        0,
+        5,
+        "strength of movement-like bursts that channels share; 0 is none, 1 about 1.7 times the "
+        "modulation by speech at difficulty 0.5 (rms)",
+    )
 
     def __post_init__(self) -> None:
-        bounds = {
-            "sessions": (2, len(SESSIONS)),
-            "train": (1, 10_000),
-            "val": (0, 10_000),
-            "test": (0, 10_000),
-            "seed": (0, 2**63 - 1),
-            "difficulty": (0.0, 1.0),
-            "min_words": (3, 12),
-            "max_words": (self.min_words, 12),
-            "speaking_rate": (0.5, 3.0),
-            "drift": (0.0, 3.0),
-            "bursts": (0.0, 5.0),
-        }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise DataError(f"--{name.replace('_', '-')} is {value}; needed {low} to {high}")
+        for setting in fields(self):
+            value, least = getattr(self, setting.name), setting.metadata["least"]
+            if setting.name == "max_words":
+                least = self.min_words
+            if not least <= value <= setting.metadata["most"]:
+                option = f"--{setting.name.replace('_', '-')}"
+                most = setting.metadata["most"]
+                raise DataError(f"{option} is {value}; needed {least} to {most}")
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One trial to be: its split, its text as shown, its phonemes int32 [L]."""
+    """One planned trial: its split, its text as shown, its phonemes int32 [L]."""
 
     split: Pool
     text: str
@@ -90,7 +89,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """A block of one corpus; number as in the table, sentences in the order of trials."""
+    """A block of one corpus: its number in the table, its sentences in the order of trials."""
 
     number: int
     corpus: str
@@ -98,17 +97,17 @@ class PlannedBlock:
 
     @property
     def is_train(self) -> bool:
-        """Whether the block belongs to train (otherwise to val and test together)."""
+        """Whether the block belongs to train. Otherwise val and test share it."""
         return self.sentences[0].split == "train"
 
 
 def named_rng(settings: SimulationSettings, purpose: str, *numbers: int) -> np.random.Generator:
-    """Randomness by name: independent of whatever else was drawn before."""
+    """Return randomness by name, independent of what was drawn before."""
     return np.random.default_rng([settings.seed, *purpose.encode(), *numbers])
 
 
 def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]:
-    """Session name -> its blocks. No sentence comes twice.
+    """Return session name -> blocks. No sentence occurs twice.
 
     Raises:
       DataError: the corpora have too few sentences of this length.
@@ -136,7 +135,7 @@ def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]
 
 
 def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:
-    """Corpus -> the split's sentences of fitting length, in this seed's order, last one first."""
+    """Return corpus -> sentences of fitting length, in this seed's order, the last one first."""
     queues: dict[str, list[str]] = {corpus: [] for corpus in CORPORA}
     for text, corpus in load_pool(split):
         if settings.min_words <= len(normalise(text).split()) <= settings.max_words:
@@ -148,13 +147,13 @@ def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:
 
 
 def _block_sizes(sentences: int) -> list[int]:
-    """Splits `sentences` into blocks of about 25, as even as can be."""
+    """Split `sentences` into blocks of about 25, as evenly as possible."""
     blocks = max(1, round(sentences / _BLOCK_SENTENCES)) if sentences else 0
     return [sentences // blocks + (i < sentences % blocks) for i in range(blocks)]
 
 
 def _held_out_blocks(counts: dict[str, int]) -> list[dict[str, int]]:
-    """Blocks that val and test share, as in the published set: per block, sentences by split."""
+    """Return blocks that val and test share, as in the published set: sentences by split."""
     blocks: list[dict[str, int]] = [{} for _ in _block_sizes(sum(counts.values()))]
     for split, count in counts.items():
         for i, block in enumerate(blocks):
@@ -170,8 +169,8 @@ def _draw_corpus(
     rng: np.random.Generator,
     settings: SimulationSettings,
 ) -> str:
-    """A corpus that still has the sentences wanted, by how many it has left."""
-    # One number is drawn, whatever is left, so that later draws do not depend on it.
+    """Draw a corpus that still has the wanted sentences, weighted by how many are left."""
+    # Always one draw, so that later draws do not depend on what is left.
     place = rng.random()
     left = np.array([min(len(queues[split][c]) for split in wanted) for c in CORPORA], float)
     enough = [all(len(queues[split][c]) >= n for split, n in wanted.items()) for c in CORPORA]

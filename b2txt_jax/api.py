@@ -1,0 +1,106 @@
+"""What the commands do, for a program or a notebook: simulate, train, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from b2txt_jax.config import Config, load_config, with_overrides
+from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
+from b2txt_jax.evaluation.evaluate import Evaluation
+from b2txt_jax.inference.run import Run, load_run
+from b2txt_jax.quiet import other_libraries_quiet
+from b2txt_jax.simulation.plan import SimulationSettings
+from b2txt_jax.simulation.write import simulate as write_sessions
+from b2txt_jax.training.loop import TrainResult
+from b2txt_jax.training.loop import train as train_run
+
+
+def simulate(out: Path | str, *, force: bool = False, **settings: Any) -> Path:
+    """Write simulated sessions to folder `out`, as `b2txt simulate` does.
+
+    Args:
+      out: folder to write to. What an earlier call with the same settings wrote is kept.
+      force: replaces sessions that were simulated there with other settings.
+      settings: of `SimulationSettings`, such as `sessions=6, train=120, val=30, seed=0`.
+
+    Returns:
+      The folder of the sessions, for `data.root`.
+
+    Raises:
+      DataError: a setting is out of range, or `out` holds other data.
+    """
+    return write_sessions(out, SimulationSettings(**settings), force)
+
+
+def train(
+    config: Config | Path | str,
+    workdir: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train a decoder as `b2txt train` does. A run that `workdir` holds is resumed.
+
+    Args:
+      config: the name of a configuration of the package such as "demo", the path of a
+        configuration file, or a `Config`.
+      workdir: the run's folder.
+      overrides: of keys of the configuration, such as "data.root=DIR". `--config.` before a key, as
+        on the command line, is optional.
+      quiet: prints nothing.
+
+    Raises:
+      UserError: the configuration, the data or the folder cannot be used, or a loss was not finite.
+    """
+    changes = [f"--config.{change.removeprefix('--config.')}" for change in overrides]
+    if isinstance(config, Config):
+        config = with_overrides(config, changes)
+    else:
+        config = load_config(config, changes)
+    with other_libraries_quiet():
+        return train_run(config, Path(workdir), Console(quiet=True) if quiet else None)
+
+
+def evaluate(
+    run: Run | Path | str,
+    lm: Path | str | None = None,
+    split: str = "val",
+    *,
+    redis: str | None = None,
+    workers: int | None = None,
+    options: Sequence[str] = (),
+    out: Path | str | None = None,
+    quiet: bool = False,
+) -> Evaluation:
+    """Decode a split of a run's data and score it, as `b2txt evaluate` does.
+
+    Args:
+      run: from `load_run`, or the run's folder.
+      lm: model folder of `lm-server build`. A server is started for this call.
+      split: "val", or "test", which has no labels and so no error rates.
+      redis: URL of the Redis where a running server listens, instead of `lm`.
+      workers: how many worker processes share the sentences. None: one server.
+      options: of `lm-server serve` (with `workers`: of `lm-server worker`), such as
+        `["--llm", "runs/smollm2"]`.
+      out: folder for evaluation.json and submission.csv. None: nothing is written.
+      quiet: prints nothing.
+
+    Raises:
+      UserError: no language model server answers or starts, or the run or its data cannot be used.
+    """
+    console = Console(quiet=quiet)
+    trained = run if isinstance(run, Run) else load_run(run)
+    folder = None if lm is None else Path(lm)
+    with language_model(redis, folder, workers, options) as (url, name):
+        trials = trained.logits(split, console=console)
+        settings = {"language_model": name}
+        jobs = workers is not None
+        result = evaluate_run(trained, trials, split, url, settings, console, jobs)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_results(Path(out), result)
+    return result

@@ -1,0 +1,265 @@
+"""A trained run, and its logits for arrays, for lists of arrays and for a split of its data."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
+from rich.console import Console
+from rich.progress import track
+
+from b2txt_jax.config import CONFIG_FILE, Config, read_written_config, with_overrides
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.loader import Batch, EvaluationData
+from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, too_short
+from b2txt_jax.model.interface import Params
+from b2txt_jax.quiet import other_libraries_quiet
+from b2txt_jax.training.checkpoint import Checkpoints
+from b2txt_jax.training.sharding import (
+    DATA,
+    abstract_state,
+    jit_eval_step,
+    make_mesh,
+    placement,
+)
+from b2txt_jax.training.step import EvalOutput
+
+CHANGEABLE = frozenset(
+    {
+        "data.root",
+        "data.buckets",
+        "data.eval_batch_size",
+        "model.dtype",
+        "signal.eval_padding",
+    }
+)
+"""Keys of a run's configuration that may differ when its model is used. The others made it."""
+
+_BUCKETS = ((512, 64),)
+"""(bins, labels), for arrays given to a run without buckets of its own."""
+
+
+@dataclass(frozen=True)
+class TrialLogits:
+    """One trial's logits, float32 [frames, 41] in the RNN's class order, with its labels."""
+
+    ref: TrialRef
+    logits: np.ndarray
+    labels: np.ndarray | None
+    """int32 [L]; None without labels."""
+    sentence: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained run: its configuration and its best parameters."""
+
+    config: Config
+    params: Params = field(repr=False)
+    step: int
+    """Optimizer step of the parameters."""
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        """Names of the recording days that the run has an input layer for, in their order."""
+        return self.config.data.sessions
+
+    @overload  # A str is an ArrayLike too, and the first signature that fits counts.
+    def logits(  # type: ignore[overload-overlap]
+        self, trials: str, day: None = None, console: Console | None = None
+    ) -> list[TrialLogits]: ...
+
+    @overload
+    def logits(
+        self,
+        trials: list[Any] | tuple[Any, ...],
+        day: str | Sequence[str] | None = None,
+        console: Console | None = None,
+    ) -> list[np.ndarray]: ...
+
+    @overload
+    def logits(
+        self, trials: np.ndarray | jax.Array, day: str | None = None, console: Console | None = None
+    ) -> np.ndarray: ...
+
+    def logits(
+        self,
+        trials: Any,
+        day: str | Sequence[str] | None = None,
+        console: Console | None = None,
+    ) -> np.ndarray | list[np.ndarray] | list[TrialLogits]:
+        """Return the logits of one trial, of several, or of a split, as `b2txt infer` does.
+
+        Features are smoothed and padded here. Only a few shapes are computed, so that trials of
+        other lengths compile nothing new. All devices share the trials.
+
+        Args:
+          trials: features [T, 512], z-scored, one row per 20 ms bin; or a list of such arrays; or
+            "train", "val" or "test": every trial of that split in `config.data.root`.
+          day: the name of the recording day that the features are from, such as
+            "t15.2023.08.13", one of `sessions`. With a list also one name per array. Optional where
+            the run has one day.
+          console: shows the progress of a split.
+
+        Returns:
+          float32 [P, 41] in the RNN's class order (blank, 39 phonemes, silence), one row per 80 ms;
+          or a list of them; or for a split one `TrialLogits` per trial, by session and trial.
+
+        Raises:
+          DataError: an unknown day or split; features of a wrong shape, too few bins, or NaN; or a
+            trial of the split cannot be read.
+        """
+        if isinstance(trials, str):
+            return self._of_split(trials, console)
+        if isinstance(trials, list | tuple):
+            days = [day] * len(trials) if day is None or isinstance(day, str) else list(day)
+            if len(days) != len(trials):
+                raise DataError(
+                    f"found {len(days)} days for {len(trials)} trials; needed one for all, or one "
+                    "for each"
+                )
+            return self._of_arrays(
+                [self._checked(one, f"trial {i}") for i, one in enumerate(trials)],
+                [self._day_index(one) for one in days],
+            )
+        if day is not None and not isinstance(day, str):
+            raise DataError(f"day is {day!r}; needed one name, for one trial")
+        return self._of_arrays([self._checked(trials, "the trial")], [self._day_index(day)])[0]
+
+    def _of_split(self, split: str, console: Console | None) -> list[TrialLogits]:
+        if split not in SPLITS:
+            raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
+        config = replace(self.config.data, eval_batch_size=self._rows)
+        data = EvaluationData(config, self.sessions, split, self._min_bins, labels=split != "test")
+        batches: Iterable[tuple[list[int], list[Trial], Batch]] = data.batches()
+        if console is not None:
+            batches = track(
+                batches, total=data.batch_count, description=f"logits of {split}", console=console
+            )
+        results: dict[int, TrialLogits] = {}
+        for indices, trials, batch in batches:
+            for index, trial, logits in zip(indices, trials, self._of_batch(batch), strict=False):
+                results[index] = TrialLogits(trial.ref, logits, trial.labels, trial.sentence)
+        return [results[index] for index in range(len(data.refs))]
+
+    def _of_arrays(self, arrays: Sequence[np.ndarray], days: Sequence[int]) -> list[np.ndarray]:
+        """Compute batches of one shape per bucket. Single trials have batches of their own."""
+        by_bucket: dict[tuple[int, int], list[int]] = {}
+        for index, features in enumerate(arrays):
+            by_bucket.setdefault(self._bucket(len(features)), []).append(index)
+        size = self._rows if len(arrays) > 1 else self._mesh.shape[DATA]
+        results: dict[int, np.ndarray] = {}
+        for (bins, labels), group in by_bucket.items():
+            for first in range(0, len(group), size):
+                indices = group[first : first + size]
+                features = np.zeros((size, bins, self.config.data.feature_count), np.float32)
+                counts = np.zeros((3, size), np.int32)
+                for row, index in enumerate(indices):
+                    features[row, : len(arrays[index])] = arrays[index]
+                    counts[:2, row] = len(arrays[index]), days[index]
+                none = np.zeros((size, labels), np.int32)
+                filled: Any = (features, counts[0], counts[1], none, counts[2])
+                for index, logits in zip(indices, self._of_batch(Batch(*filled)), strict=False):
+                    results[index] = logits
+        return [results[index] for index in range(len(arrays))]
+
+    def _bucket(self, bins: int) -> tuple[int, int]:
+        """Return the first bucket for so many bins. Longer trials take multiples of the last."""
+        buckets = self.config.data.buckets or _BUCKETS
+        fits = [bucket for bucket in buckets if bins <= bucket[0]]
+        if fits:
+            return fits[0]
+        longest, labels = buckets[-1]
+        return -(-bins // longest) * longest, labels
+
+    def _checked(self, trial: ArrayLike, name: str) -> np.ndarray:
+        features = np.asarray(trial, np.float32)
+        if features.ndim != 2 or features.shape[1] != self.config.data.feature_count:
+            raise DataError(
+                f"{name} is {list(features.shape)}; needed [T, {self.config.data.feature_count}], "
+                "one row per 20 ms bin: several trials are a list, and the run was trained on so "
+                "many features"
+            )
+        if len(features) < self._min_bins:
+            raise too_short(name, len(features), self._min_bins)
+        wrong = np.argwhere(~np.isfinite(features))
+        if len(wrong):
+            time, channel = (int(i) for i in wrong[0])
+            raise DataError(
+                f"{name} has {len(wrong)} NaN or infinite values, the first in bin {time}, feature "
+                f"{channel}; needed finite numbers (a z-score over a silent channel gives NaN)"
+            )
+        return features
+
+    def _day_index(self, day: str | None) -> int:
+        if day in self.sessions:
+            return self.sessions.index(day)
+        if day is None and (len(self.sessions) == 1 or not self.config.model.days_differ):
+            return 0
+        near = difflib.get_close_matches(str(day), self.sessions, n=3, cutoff=0.3)
+        shown = ", ".join(near or self.sessions[:3])
+        raise DataError(
+            f"the day is {day!r}; needed one of the {len(self.sessions)} that the run was trained "
+            f"on, whose input layer is used; nearest: {shown}"
+        )
+
+    # What follows is all that this module knows of the model and its step.
+
+    @property
+    def _min_bins(self) -> int:
+        return self.config.model.least_bins
+
+    @functools.cached_property
+    def _mesh(self) -> Mesh:
+        return make_mesh()
+
+    @property
+    def _rows(self) -> int:
+        """`data.eval_batch_size`, rounded up so that the devices share the rows evenly."""
+        shares: int = self._mesh.shape[DATA]
+        return -(-self.config.data.eval_batch_size // shares) * shares
+
+    @functools.cached_property
+    def _eval_step(self) -> Callable[[Params, Batch], EvalOutput]:
+        return jit_eval_step(self.config, len(self.sessions), self._mesh)
+
+    @functools.cached_property
+    def _placed_params(self) -> Params:
+        state = abstract_state(self.config, len(self.sessions), self._mesh)
+        params: Params = jax.device_put(self.params, placement(state.params))
+        return params
+
+    def _of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
+        """Yield each row's valid logits, float32 [frames, 41]."""
+        output = self._eval_step(self._placed_params, batch)
+        logits, frames = np.asarray(output.logits), np.asarray(output.frames)
+        for row, count in enumerate(frames):
+            yield logits[row, :count].copy()
+
+
+def load_run(workdir: Path | str, overrides: Sequence[str] = ()) -> Run:
+    """Read a run's configuration and best parameters.
+
+    Args:
+      workdir: the run's folder, written by `b2txt train`.
+      overrides: of the keys in `CHANGEABLE`, such as "--config.data.root=DIR".
+
+    Raises:
+      ConfigError: the folder holds no run.
+      CheckpointError: the run has no best checkpoint yet, or it is damaged.
+    """
+    workdir = Path(workdir)
+    config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
+    # Whole on every device of this mesh, however many devices trained them.
+    like = abstract_state(config, len(config.data.sessions), make_mesh()).params
+    with other_libraries_quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
+        params, best = checkpoints.restore_best(like)
+    return Run(config, params, best.step)

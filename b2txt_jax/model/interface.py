@@ -1,0 +1,189 @@
+"""What a model is to the rest of the package: one object with settings, parameters and a loss.
+
+Training, inference, streaming, compilation and checkpoints use a model through `Model` alone.
+docs/your_own_model.md shows one from outside the package.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from b2txt_jax.config import ConfigError, ModelSettings, model_class
+
+Params = dict[str, Any]
+"""Nested dict of float32 arrays."""
+Bins = TypeVar("Bins", int, jax.Array)
+MeanCTC = Callable[[jax.Array, jax.Array], jax.Array]
+"""(logits [B, P, C], frames [B]) -> the mean CTC loss (ln) of the rows that can be aligned."""
+
+Rules = tuple[tuple[str, PartitionSpec], ...]
+"""(regular expression for the end of a parameter's path such as `head/weight`, axes that it is
+split over), of which the first match counts."""
+
+DATA, MODEL = "data", "model"
+"""The mesh's axes: DATA splits the rows of a batch, MODEL large parameters."""
+
+
+class Output(NamedTuple):
+    """What a model makes of a batch."""
+
+    logits: jax.Array
+    """float32 [B, P, C]."""
+    frames: jax.Array
+    """int32 [B], valid frames."""
+    aux: dict[str, jax.Array] = {}  # noqa: RUF012
+    """What the model's own loss needs besides, or, from `validate`, further logits by name."""
+
+
+class Stream(NamedTuple):
+    """Decoding of a recording under way, chunk after chunk, equal to decoding the whole."""
+
+    start: Callable[[Params, int], Any]
+    """(params, rows) -> the state before the first chunk."""
+    step: Callable[[Params, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+    """(params, x [B, T, D], day [B], state) -> (logits [B, P, C], state): the next smoothed bins of
+    every row -> the frames that they complete, P from 0 on."""
+
+
+class Model(abc.ABC):
+    """A model of one configuration; a subclass defines `init`, `apply` and `frames`.
+
+    Methods are pure functions: what they need besides their arguments is fixed by the constructor.
+    """
+
+    Settings: ClassVar[type[ModelSettings]] = ModelSettings
+    """The frozen dataclass that the section `model` of a configuration is checked against."""
+    sharding: ClassVar[Rules] = ()
+    """Which parameters devices share; one without a rule is whole on every device."""
+    variant: str = "auto"
+    """Which of `variants` the settings ask for."""
+
+    def __init__(self, settings: Any, features: int, days: int) -> None:
+        """`settings`: of the class `Settings`; `features`: per bin; `days`: recording days."""
+        self.settings = settings
+        self.features = features
+        self.days = days
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array) -> Params:
+        """Return fresh parameters."""
+
+    @abc.abstractmethod
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        bins: jax.Array,
+        day: jax.Array,
+        key: jax.Array | None = None,
+    ) -> Output:
+        """Compute logits: smoothed features x [B, T, D], valid bins [B], day index [B].
+
+        Bins from `bins` on are padding. With a key, dropout and whatever else is random is on.
+        """
+
+    @abc.abstractmethod
+    def frames(self, bins: Bins) -> Bins:
+        """Return how many frames so many bins give; an int for an int."""
+
+    def loss(
+        self,
+        params: Params,
+        x: jax.Array,
+        bins: jax.Array,
+        day: jax.Array,
+        ctc: MeanCTC,
+        key: jax.Array | None = None,
+        progress: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the training loss, and scalars to log by name; arguments as of `apply`.
+
+        Args:
+          params: of the model.
+          x: smoothed features, [B, T, D].
+          bins: valid bins, [B].
+          day: day index, [B].
+          ctc: of logits and frames.
+          key: for dropout.
+          progress: of the training, from 0 to 1.
+        """
+        # The name tells the model's part from others in a compiled program and in a profile.
+        with jax.named_scope("model"):
+            output = self.apply(params, x, bins, day, key)
+        return ctc(output.logits, output.frames), {}
+
+    def validate(self, params: Params, x: jax.Array, bins: jax.Array, day: jax.Array) -> Output:
+        """Compute what validation looks at: `aux` holds further logits [B, P, C], each of which
+        gets a phoneme error rate of its own."""
+        return self.apply(params, x, bins, day)
+
+    def stream(self) -> Stream:
+        """Return the functions that decode a recording under way.
+
+        Raises:
+          ConfigError: the model cannot.
+        """
+        raise ConfigError(
+            f"model {self.settings.name!r} decodes whole trials only; needed a model with "
+            "Model.stream"
+        )
+
+    def group(self, path: str, leaf: jax.Array) -> str:
+        """Return a parameter's group in the optimizer.
+
+        'weights' decay and 'biases' do not. 'day' is for arrays [days, ...]: its rates are the
+        optimizer's day_* settings, and rows of days that a batch has not are left alone.
+        """
+        return "biases" if path.split("/")[-1].startswith("bias") or leaf.ndim < 2 else "weights"
+
+    def variants(self) -> dict[str, ModelSettings]:
+        """Return settings that compute the same in other ways, by name, for `b2txt compile
+        --compare`."""
+        return {}
+
+    def activation_bytes(self, rows: int, bins: int) -> int:
+        """Return about how much memory a training step on a CPU takes for what lies between layers;
+        0: not known."""
+        return 0
+
+    def spec(self, path: str) -> PartitionSpec:
+        """Return the axes that a leaf of the training state is split over, by its path such as
+        `params/gru/h0`; moments are split as their parameter is."""
+        for pattern, spec in self.sharding:
+            if re.search(rf"(^|/)({pattern})$", path):
+                return spec
+        return PartitionSpec()
+
+
+@functools.cache
+def make_model(settings: ModelSettings, features: int, days: int) -> Model:
+    """Return the model of a configuration's section `model`.
+
+    Raises:
+      ConfigError: there is no such model, or it cannot be made with these settings.
+    """
+    model: Model = model_class(settings.name)(settings, features, days)
+    return model
+
+
+def compute_dtype(settings: ModelSettings) -> jnp.dtype:
+    """Return the dtype of matrix products; 'auto' is bfloat16 on an accelerator and float32 on a
+    CPU, where bfloat16 is slow."""
+    name = settings.dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def parameter_count(params: Params) -> int:
+    """Return the number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

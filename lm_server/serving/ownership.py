@@ -1,0 +1,511 @@
+"""The sessions that this process owns on a Redis: leases, positions, answers, orphans.
+
+A session is owned by the process that holds its owner key. The key expires soon after that
+process's last heartbeat. Then another process adopts the session and goes on from its saved state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from lm_server.client.connection import LOST, EntryId, parse_id, plain, text
+from lm_server.errors import UserError
+from lm_server.protocol import (
+    DEFAULT_SESSION,
+    REGISTRY,
+    WARNING,
+    ProtocolError,
+    owner_key,
+    session_streams,
+    state_key,
+)
+from lm_server.serving import scripts
+from lm_server.serving.key_types import registry_keys, session_keys, set_aside
+from lm_server.serving.session import Entry, Message, Reply, Session, logits_of
+
+BATCH = 16
+"""Entries read from one stream at a time."""
+_OUTPUT_ENTRIES = 10_000
+"""Entries that an output stream keeps, about."""
+_MAX_UNSENT = 200
+_KEPT_OF_SENTENCE = 20_000
+_LAST_WORDS_SECONDS = 60
+"""A closed session's streams can be read for so long."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a server accepts, and how long it waits.
+
+    Attributes:
+      sessions: open sessions besides the default one.
+      idle_seconds: a session without entries for so long is closed, unless it asked for less.
+      backlog: entries of one stream that may wait; more end the sentence and are dropped.
+      grace_seconds: at the stop, time for current sentences to end.
+      lease_seconds: a session is owned for so long after its server's last heartbeat.
+      state_seconds: a session's state is kept for so long after its server's last heartbeat.
+      refused_seconds: a session that could not be adopted is tried again after so long.
+    """
+
+    sessions: int = 64
+    idle_seconds: float = 600.0
+    backlog: int = 20_000
+    grace_seconds: float = 3.0
+    lease_seconds: float = 4.0
+    state_seconds: int = 60
+    refused_seconds: float = 30.0
+
+    @property
+    def beat_seconds(self) -> float:
+        """Time between two heartbeats, each of which renews the leases."""
+        return min(1.0, self.lease_seconds / 4)
+
+    @property
+    def look_seconds(self) -> float:
+        """Time between two searches for orphans."""
+        return self.lease_seconds / 8
+
+    @property
+    def absent_seconds(self) -> float:
+        """Time for which an owner key must be absent before its session is adopted.
+
+        After a FLUSHALL the owner writes it again with the next heartbeat.
+        """
+        return self.lease_seconds * 5 / 8
+
+
+@dataclass
+class Unsent:
+    """The reply to an entry, with what is written to Redis together with it.
+
+    Attributes:
+      entry: the entry.
+      reply: its messages.
+      started: when the entry was taken up (monotonic seconds).
+      state: fields of the session's saved state.
+      done_with: stream and id of the entries that nobody needs any more.
+    """
+
+    entry: Entry
+    reply: Reply
+    started: float
+    state: dict[str, str]
+    done_with: list[tuple[str, str]]
+
+
+class OwnedSession:
+    """A session, its positions in the input streams, and its replies that are not sent yet.
+
+    Attributes:
+      positions: the last entry handled, by input stream.
+      read: entries that were read and not handled yet.
+      work: the handling of one entry, a slice at every `next`; None between entries.
+      unsent: replies in the order of their entries.
+      active: when an entry was handled last (monotonic seconds).
+      lost: whether another process owns the session now.
+    """
+
+    def __init__(self, session: Session, idle_seconds: float | None = None) -> None:
+        """Begin at the start of all streams; `idle_seconds` None: never close it as idle."""
+        self.session = session
+        self.idle_seconds = idle_seconds
+        names = session.streams
+        # The order of entries with the same millisecond.
+        self.inputs = (
+            *(names.reset, names.update_params, names.hot_words),
+            *(names.input, names.finalize),
+        )
+        self.positions: dict[str, EntryId] = dict.fromkeys(self.inputs, (0, 0))
+        self.read: deque[Entry] = deque()
+        self.work: Generator[None, None, None] | None = None
+        self.unsent: deque[Unsent] = deque()
+        self.active = time.monotonic()
+        self.lost = False
+        self._of_sentence: list[tuple[str, str]] = []
+        self._first: str | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """The session's owner and state keys."""
+        return [owner_key(self.session.name), state_key(self.session.name)]
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to handle."""
+        return self.work is not None or bool(self.read)
+
+    @property
+    def listening(self) -> bool:
+        """Whether more entries may be read."""
+        return not self.ready and len(self.unsent) < _MAX_UNSENT
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sentence has begun, or anything waits to be handled or sent."""
+        return self.ready or bool(self.unsent) or self.session.frames > 0
+
+    def take(self, batches: Mapping[str, Sequence[Entry]]) -> None:
+        """Queue the entries whose turn it is, of all that a read with count `BATCH` returned."""
+        entries = sorted((one for batch in batches.values() for one in batch), key=self._turn)
+        # A full batch: its stream may hold more, and later entries of the others must wait.
+        full = [self._turn(batch[-1]) for batch in batches.values() if len(batch) == BATCH]
+        self.read.extend(one for one in entries if not full or self._turn(one) <= min(full))
+
+    def forget(self) -> None:
+        """Drop what is read or half handled: it is read again from `positions`."""
+        self.work = None
+        self.read.clear()
+
+    def handled(self, entry: Entry, reply: Reply, started: float) -> None:
+        """Move behind an entry that was taken up at `started`, and queue its reply.
+
+        The entries of the current sentence stay in Redis until it ends, so that another process can
+        search them again.
+        """
+        names = self.session.streams
+        self.positions[entry.stream] = entry.id
+        self.active = time.monotonic()
+        if entry.stream == names.input and self._first is None:
+            self._first = entry.name
+        done_with = []
+        if entry.stream in (names.reset, names.finalize) or not self.session.frames:
+            done_with = [*self._of_sentence, (entry.stream, entry.name)]
+            self._of_sentence, self._first = [], None
+        elif entry.stream == names.input:
+            self._of_sentence.append((entry.stream, entry.name))
+            if len(self._of_sentence) > _KEPT_OF_SENTENCE:
+                done_with = [self._of_sentence.pop(0)]
+        else:
+            done_with = [(entry.stream, entry.name)]
+        sentence = json.dumps({"first": self._first, "frames": self.session.frames})
+        state = {"sentence": sentence, "session": self.session.description()}
+        self.unsent.append(Unsent(entry, reply, started, state, done_with))
+
+    def replay(
+        self, first: str | None, entries: Sequence[tuple[Any, Any]]
+    ) -> Generator[None, None, None]:
+        """Search the entries of a sentence again; yield between slices.
+
+        Args:
+          first: id of the sentence's first entry.
+          entries: id and fields of the input stream's entries.
+        """
+        self._first = first
+        for id_, fields in entries:
+            try:
+                yield from self.session.search_frames(logits_of(plain(fields)))
+            except ProtocolError:
+                continue  # The first server refused it, too.
+            self._of_sentence.append((self.session.streams.input, text(id_)))
+            yield
+
+    def description(self) -> str:
+        """Return the session's value in the hash of open sessions."""
+        session = json.loads(self.session.description())
+        return json.dumps({"idle_seconds": self.idle_seconds, "session": session})
+
+    def _turn(self, entry: Entry) -> tuple[int, int, int]:
+        # The number after the millisecond counts per stream.
+        ms, number = entry.id
+        return ms, self.inputs.index(entry.stream), number
+
+
+class OwnedSessions:
+    """The table of sessions that this process owns; threads may renew their leases meanwhile."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        me: str,
+        make_session: Callable[[str], Session],
+        limits: Limits | None = None,
+    ) -> None:
+        """Begin without a session.
+
+        Args:
+          client: connection to Redis.
+          me: the process's name, which owner keys hold.
+          make_session: returns a new session of an id.
+          limits: how much is accepted, and how long leases last.
+        """
+        self.me, self.limits, self.make_session = me, limits or Limits(), make_session
+        self.lease_ms = int(1000 * self.limits.lease_seconds)
+        self._client = client
+        self._answer = client.register_script(scripts.ANSWER)
+        self._renewal = client.register_script(scripts.RENEW)
+        self._release = client.register_script(scripts.RELEASE)
+        self._owned: dict[str, OwnedSession] = {}
+        self._absent: dict[str, float] = {}
+        self._looked = 0.0
+        self._turn_of = 0
+
+    def __iter__(self) -> Iterator[OwnedSession]:
+        """Iterate over those owned now, whatever happens to the table meanwhile."""
+        return iter(list(self._owned.values()))
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a session is owned."""
+        return name in self._owned
+
+    @property
+    def names(self) -> list[str]:
+        """Ids of the owned sessions; the default one's is empty."""
+        return sorted(self._owned)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more sessions are accepted besides the default one."""
+        return sum(1 for name in self._owned if name) >= self.limits.sessions
+
+    def send(
+        self, owned: OwnedSession, messages: Sequence[Message], unsent: Unsent | None = None
+    ) -> None:
+        """Send messages on their own, or as the reply to an entry together with its state.
+
+        A reply is sent once, however often this is called. The session is marked as lost if another
+        process owns it.
+
+        Raises:
+          RedisError: Redis did not answer; call this again.
+        """
+        stream, entry_id, state, done_with = "", "", {}, []
+        if unsent is not None:
+            stream, entry_id = unsent.entry.stream, unsent.entry.name
+            state, done_with = unsent.state, unsent.done_with
+        arguments: list[Any] = [self.me, self.lease_ms, stream, entry_id]
+        arguments += [self.limits.state_seconds, _OUTPUT_ENTRIES, len(state), *scripts.flat(state)]
+        arguments.append(len(messages))
+        for message in messages:
+            arguments += [message.stream, len(message.fields), *scripts.flat(message.fields)]
+        for entry in done_with:
+            arguments += entry
+        if not self._answer(keys=owned.keys, args=arguments):
+            owned.lost = True
+
+    def warn(self, owned: OwnedSession, entry: Entry, reason: str) -> None:
+        """Send a warning about an entry."""
+        self.send(owned, [owned.session.refusal(reason, entry, WARNING)])
+
+    def add(self, session: Session, idle_seconds: float, warnings: Sequence[Message] = ()) -> None:
+        """Add a session that was opened for this process, and send its settings and warnings."""
+        owned = self._owned[session.name] = OwnedSession(session, idle_seconds)
+        self.send(owned, [session.args(), *warnings])
+
+    def close(self, name: str, reason: str | None = None) -> None:
+        """Close a session of this process or an orphan; announce it to its client if there is a
+        `reason` that the client does not know."""
+        with self._client.pipeline() as pipeline:
+            pipeline.hdel(REGISTRY.sessions, name)
+            pipeline.delete(state_key(name))
+            for stream in vars(session_streams(name)).values():
+                pipeline.expire(stream, _LAST_WORDS_SECONDS)
+            pipeline.execute()
+        self._release(keys=[owner_key(name)], args=[self.me])
+        self._owned.pop(name, None)
+        _log.info("closed session %r%s", name, f": {reason}" if reason else "")
+        if reason:
+            answer: dict[Any, Any] = {"action": "close", "session": name, "done": 1}
+            answer["reason"] = reason
+            self._client.xadd(REGISTRY.answers, answer, maxlen=10_000, approximate=True)
+
+    def renew(self) -> None:
+        """Renew all leases; a session of which another process holds the lease is lost."""
+        for owned in self:
+            lease: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
+            owned.lost = owned.lost or not self._renewal(keys=owned.keys, args=lease)
+
+    def drop_lost(self) -> None:
+        """Remove the sessions that another process owns now."""
+        for owned in self:
+            if owned.lost:
+                name = owned.session.name
+                _log.warning("session %r is served by another server now; leaving it", name)
+                self._owned.pop(name, None)
+
+    def release(self, owned: OwnedSession) -> None:
+        """Release a session, so that another process can adopt it at once."""
+        self._release(keys=owned.keys[:1], args=[self.me])
+
+    # Orphans
+
+    def adopt(self, at_once: bool = False) -> None:
+        """Adopt sessions without an owner: the default one and open ones.
+
+        With `at_once`, an owner that is absent now is not waited for.
+        """
+        now = time.monotonic()
+        if not at_once and now - self._looked < self.limits.look_seconds:
+            return
+        self._looked = now
+        open_: Any = self._client.hgetall(REGISTRY.sessions)
+        descriptions = {text(name): value for name, value in open_.items()}
+        for name in [DEFAULT_SESSION, *descriptions]:
+            if name in self._owned or self._client.exists(owner_key(name)):
+                self._absent.pop(name, None)
+                continue
+            if name != DEFAULT_SESSION and self.full:
+                continue
+            since = self._absent.setdefault(name, now)
+            if at_once or now - since >= self.limits.absent_seconds:
+                self._absent.pop(name, None)
+                if self._client.set(owner_key(name), self.me, px=self.lease_ms, nx=True):
+                    self._adopt(name, descriptions.get(name), at_once)
+
+    def _adopt(self, name: str, description: bytes | None, at_once: bool) -> None:
+        try:
+            session = self.make_session(name)
+        except UserError as error:
+            self._release(keys=[owner_key(name)], args=[self.me])
+            if at_once and name == DEFAULT_SESSION:
+                raise  # What this process was started with cannot be used.
+            # This session must not cost the others their server.
+            self._absent[name] = time.monotonic() + self.limits.refused_seconds
+            _log.error("session %r cannot be taken over: %s; left to other servers", name, error)
+            return
+        idle = None
+        if description is not None:
+            opened = json.loads(description)
+            idle = float(opened["idle_seconds"])
+            _restore(session, json.dumps(opened["session"]))
+        kept: Any = self._client.hgetall(state_key(name))
+        state = plain(kept)
+        if "session" in state:
+            _restore(session, state["session"])
+        owned = OwnedSession(session, idle)
+        for stream in owned.inputs:
+            if stream in state:
+                owned.positions[stream] = parse_id(state[stream])
+        if state:
+            _log.info("session %r: going on where another server ended", name)
+            sentence = json.loads(state.get("sentence", "{}"))
+            if sentence.get("frames"):
+                stream = session.streams.input
+                last = "{}-{}".format(*owned.positions[stream])
+                first = sentence.get("first")
+                entries: Any = self._client.xrange(stream, first or "-", last)
+                owned.work = self._replay(owned, first, entries, sentence["frames"])
+        elif description is None:
+            # Nobody has served it lately: what was sent to nobody is not answered.
+            newest, _ = newest_ids(self._client, owned.inputs)
+            owned.positions.update(zip(owned.inputs, newest, strict=True))
+        self._owned[name] = owned
+
+    def _replay(
+        self, owned: OwnedSession, first: str | None, entries: Any, frames: int
+    ) -> Generator[None, None, None]:
+        session = owned.session
+        try:
+            yield from owned.replay(first, entries)
+        except Exception:
+            # A fault of ours; it must not go from server to server with the session.
+            _log.exception("session %r: its sentence cannot be searched again", session.name)
+            frames = -1
+        if session.frames != frames:
+            _log.warning(
+                "session %r: only %d frames of its sentence could be restored",
+                *(session.name, session.frames),
+            )
+            gone = RuntimeError("another server ended, and entries of the sentence are deleted")
+            self.send(owned, [session.failed(Entry(session.streams.input), gone)])
+
+    # Upkeep
+
+    def look_after(self) -> None:
+        """Repair what others did to streams, and close idle sessions.
+
+        The settings are sent to clients that come after a FLUSHALL. Streams that began anew are
+        read from their start, and too long ones are emptied. The default session and one of the
+        others are looked at in each call, because all of them would be a load.
+        """
+        others = [name for name in self._owned if name != DEFAULT_SESSION]
+        chosen = [DEFAULT_SESSION] if DEFAULT_SESSION in self._owned else []
+        if others:
+            self._turn_of = (self._turn_of + 1) % len(others)
+            chosen.append(others[self._turn_of])
+        for name in chosen:
+            self._look_after_one(self._owned[name])
+        now = time.monotonic()
+        for owned in self:
+            idle, waits = owned.idle_seconds, owned.ready or owned.unsent
+            if idle is not None and now - owned.active > idle and not waits:
+                self.close(owned.session.name, f"idle for {idle:g} s")
+        # What a FLUSHALL deleted; a session that somebody closed stays closed.
+        named = [one for one in self if one.session.name]
+        if named and not self._client.exists(REGISTRY.sessions):
+            for owned in named:
+                self._client.hset(REGISTRY.sessions, owned.session.name, owned.description())
+
+    def _look_after_one(self, owned: OwnedSession) -> None:
+        session = owned.session
+        if not self._client.xlen(session.streams.args):
+            self.send(owned, [session.args()])
+        newest, lengths = newest_ids(self._client, owned.inputs)
+        for stream, last, length in zip(owned.inputs, newest, lengths, strict=True):
+            # A stream made anew counts from the clock, so its ids are behind our position only if
+            # the clock was set back or a client made its own ids. They would never be read.
+            if (0, 0) < last < owned.positions[stream]:
+                _log.warning(
+                    "stream %s began anew behind our position; reading it from its start", stream
+                )
+                owned.positions[stream] = (0, 0)
+            if length > self.limits.backlog:
+                self._client.xtrim(stream, maxlen=0, approximate=False)
+                owned.forget()
+                owned.positions[stream] = last
+                reason = OverflowError(
+                    f"{length} entries waited; at most {self.limits.backlog} may: they are deleted"
+                )
+                self.send(owned, [session.failed(Entry(stream, last), reason)])
+
+    def set_aside(self) -> bool:
+        """Rename keys of a wrong type and warn their sessions; return whether there were any."""
+        reasons = {}
+        with contextlib.suppress(*LOST):
+            reasons = set_aside(self._client, registry_keys())
+            # Orphans too: they are adopted, and must not stop this process then.
+            open_: Any = self._client.hkeys(REGISTRY.sessions)
+            for name in sorted({DEFAULT_SESSION, *self._owned, *map(text, open_)}):
+                found = set_aside(self._client, session_keys(name))
+                reasons |= found
+                if name in self._owned:
+                    for key, reason in found.items():
+                        self.warn(self._owned[name], Entry(key), reason)
+        return bool(reasons)
+
+
+def _restore(session: Session, description: str | bytes) -> None:
+    try:
+        session.restore(description)
+    except (ValueError, KeyError, TypeError) as error:
+        _log.warning("session %r: its settings cannot be used here: %s", session.name, error)
+
+
+def newest_ids(client: redis.Redis, streams: Sequence[str]) -> tuple[list[EntryId], list[int]]:
+    """Return each stream's last id ever and its length; (0, 0) and 0 where there is no stream."""
+    with client.pipeline(transaction=False) as pipeline:
+        for stream in streams:
+            pipeline.xinfo_stream(stream)
+        answers = pipeline.execute(raise_on_error=False)
+    newest, lengths = [], []
+    for answer in answers:
+        if isinstance(answer, Exception):
+            if "no such key" not in str(answer):
+                raise answer
+            newest.append((0, 0))
+            lengths.append(0)
+        else:
+            info = plain(answer)
+            newest.append(parse_id(info["last-generated-id"]))
+            lengths.append(int(info["length"]))
+    return newest, lengths

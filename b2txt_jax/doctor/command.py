@@ -6,6 +6,7 @@ The exit status is 1 if something prevents training or decoding, else 0.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json

@@ -174,15 +174,9 @@ def check_training(
             findings.append(found)
             state = _state_bytes(config, sessions)
             needed = training_memory(config, state, max(buckets), on_accelerator=on_accelerator)
-            findings.append(
-                checks.check_memory(
-                    "memory",
-                    "one training process",
-                    needed,
-                    available,
-                    "lower data.trials_per_day or data.buckets, or use a larger machine",
-                )
-            )
+            what, advice = "one training process", "lower data.trials_per_day or data.buckets"
+            advice += ", or use a larger machine"
+            findings.append(checks.check_memory("memory", what, needed, available, advice))
     except (UserError, OSError) as error:
         findings.append(Finding("data", "problem", str(error), "see the message; then run again"))
     if args.workdir:

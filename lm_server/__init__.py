@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lm_server.client import Client as Client
-    from lm_server.decoder import Decoder as Decoder
+    from lm_server.offline import Decoder as Decoder
     from lm_server.settings import Settings
 
 __all__ = ["Client", "Decoder", "load"]
@@ -42,7 +42,7 @@ def load(
       SettingsError: a setting is outside its range, or the file cannot be used.
       RescoringError: the large language model cannot be loaded.
     """
-    from lm_server.decoder import Decoder
+    from lm_server.offline import Decoder
 
     return Decoder(folder, backend, settings, llm)
 
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
         return Client
     if name == "Decoder":
-        from lm_server.decoder import Decoder
+        from lm_server.offline import Decoder
 
         return Decoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ import lm_server
 from lm_server.__main__ import main
 from lm_server.hypothesis import Answer, Word
 from lm_server.protocol import ProtocolError, to_lm_order, to_rnn_order
+from lm_server.settings import SettingsError
 
 SAID = ["the cat sat", "a dog ran"]
 
@@ -81,6 +82,15 @@ def test_logits_of_another_shape_are_refused(decoder):
         decoder.decode(np.zeros((3, 40), np.float32))
     with pytest.raises(ProtocolError, match=r"needed \[frames, 41\]"):
         decoder.decode(np.zeros(41, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"beem": 3.0}, "no setting 'beem'"), ({"beam": -1.0}, "beam is -1"), ("no.json", "no.json")],
+)
+def test_settings_that_cannot_be_used_are_refused(model_folder, settings, reason):
+    with pytest.raises(SettingsError, match=reason):
+        lm_server.load(model_folder, settings=settings)
 
 
 def test_an_empty_answer_has_no_words():

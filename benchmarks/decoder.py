@@ -36,8 +36,8 @@ from simulated_logits import CORPUS, held_out, label, simulate_at
 
 from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.lm import build as build_lm
-from lm_server.search.interface import BACKENDS
-from lm_server.settings import Settings, default_settings
+from lm_server.search.load import BACKENDS, default_settings
+from lm_server.settings import Settings
 
 __all__ = ["held_out", "label", "simulate_at"]
 
@@ -120,7 +120,7 @@ def measure(
     """Runs in a fresh process: tunes one search, decodes every task, sends a row for each."""
     backend = name.split(" ")[0]
     started = time.process_time()
-    from lm_server.search.interface import load_model
+    from lm_server.search.load import load_model
 
     model = load_model(folder, backend)
     loading = time.process_time() - started

@@ -118,7 +118,7 @@ def in_fresh_process(task: Callable[..., object], *args: object) -> object:
 
 def decode(answers, folder: Path, logits: Sequence[Sequence[np.ndarray]]) -> None:  # type: ignore[no-untyped-def]
     """Loads a folder and decodes every task's sentences."""
-    from lm_server.search.interface import load_model
+    from lm_server.search.load import load_model
     from lm_server.settings import Settings
 
     started = time.process_time()

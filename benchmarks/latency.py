@@ -30,9 +30,9 @@ from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.lm import build as build_lm
 from lm_server.protocol import encode_logits, session_streams
 from lm_server.rescoring.ranking import ngram_answer
-from lm_server.search.interface import SearchModel, load_model
+from lm_server.search.interface import SearchModel
+from lm_server.search.load import default_settings, load_model
 from lm_server.serving.status import percentile
-from lm_server.settings import default_settings
 
 PARTIAL_TARGET = 0.020
 

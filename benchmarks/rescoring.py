@@ -34,7 +34,7 @@ from lm_server.lm import build as build_lm
 from lm_server.rescoring.load import load_scorer
 from lm_server.rescoring.ranking import augmented, ranked_answer, sentences_to_score
 from lm_server.rescoring.scorer import SentenceScorer
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.settings import Settings
 
 _ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)

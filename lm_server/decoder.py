@@ -13,8 +13,9 @@ from lm_server.protocol import check_logits, to_lm_order
 from lm_server.rescoring.answering import Answering
 from lm_server.rescoring.load import load_scorer
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import Search, load_model
-from lm_server.settings import Settings, default_settings, read_settings
+from lm_server.search.interface import Search
+from lm_server.search.load import default_settings, load_model
+from lm_server.settings import Settings, read_settings
 
 HotWords = Mapping[str, float | HotWord]
 """Words to favour, each with its weight (ln)."""
@@ -38,7 +39,7 @@ class Decoder:
         if settings is None or isinstance(settings, Mapping):
             settings = Settings(**{**vars(default_settings(backend)), **(settings or {})})
         elif not isinstance(settings, Settings):
-            settings = read_settings(Path(settings), backend)
+            settings = read_settings(Path(settings), default_settings(backend), backend)
         self.settings = settings
         self._model = load_model(Path(folder), backend)
         self._answering = Answering(None if llm is None else load_scorer(llm))

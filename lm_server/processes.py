@@ -1,4 +1,4 @@
-"""Processes on this machine: how many cores there are, and what to do when a parent ends."""
+"""This process: its version, its cores, and what happens at a signal or when its parent ends."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 
+_STOP_SECONDS = 20.0
+
 
 def version() -> str:
-    """Version of the installed package; `unknown` where it is not installed but lies there."""
+    """Return the version of the installed package, or `unknown` in a checkout that is on the path
+    only."""
     try:
         return importlib.metadata.version("b2txt-jax")
     except importlib.metadata.PackageNotFoundError:
@@ -21,23 +24,23 @@ def version() -> str:
 
 
 def default_workers() -> int:
-    """Cores that this process may use."""
-    return (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    )
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def stop_with_parent(stop: threading.Event) -> None:
-    """Sets `stop` when the process that started this one ends; insists if that does not help."""
+    """Set `stop` when the parent process ends, and exit if this process then takes too long."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         stop.set()
-        time.sleep(20.0)
-        # A decode that never ends or a Redis that hangs must not keep us alive; the embedded Redis
-        # goes with us.
+        time.sleep(_STOP_SECONDS)
+        # A search that never ends or a Redis that hangs must not keep this process alive. The
+        # embedded Redis ends with it.
         os._exit(3)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -45,7 +48,7 @@ def stop_with_parent(stop: threading.Event) -> None:
 
 @contextlib.contextmanager
 def cleaning_up_when_terminated() -> Iterator[None]:
-    """SIGTERM ends the block by way of its clean-up, so that no half-written file stays."""
+    """Turn SIGTERM into an exception inside the block, so that no unfinished file stays."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield

@@ -1,9 +1,8 @@
-"""What both sides agree on: classes, their order, stream names and message contents.
+"""The contract of both sides: classes, their order, stream names and message contents.
 
-It needs numpy and the standard library alone. The streams and their fields are those of the
-published NEJM server, so that either end can be exchanged for the published one. What that lacks is
-added beside them: error entries, request ids, sessions with streams of their own, and jobs
-(docs/protocol.md).
+Streams and fields are those of the published NEJM server, so that either end can be replaced by the
+published one. Added to them are error entries, request ids, sessions with streams of their own, and
+jobs (docs/protocol.md). Only numpy and the standard library are needed.
 """
 
 from __future__ import annotations
@@ -32,32 +31,31 @@ LM_CLASSES: tuple[str, ...] = (BLANK, SILENCE, *PHONEMES)
 CLASS_COUNT = len(CLASSES)
 
 MAX_MESSAGE_FRAMES = 10_000
-"""Frames of 80 ms that one input entry may hold, as many as a sentence (13 minutes, 1.6 MB); more
-is refused as an error entry."""
+"""Most frames of 80 ms in one input entry and in one sentence (13 minutes, 1.6 MB)."""
 
 _RNN_OF_LM = np.array([CLASSES.index(name) for name in LM_CLASSES])
 _LM_OF_RNN = np.array([LM_CLASSES.index(name) for name in CLASSES])
 
 
 PROTOCOL_VERSION = "2"
-"""Told in `remote_lm_args` and in every status; the published server, which tells none, is 1."""
+"""Sent in `remote_lm_args` and in every status. The published server, which sends none, is 1."""
 CONTEXT_KEY = "contextual_decoding_current_context"
 REQUEST_ID = "request_id"
-"""A field that any entry may have; whatever answers the entry has it too."""
+"""A field that any entry may have. Everything that answers the entry has it too."""
 MAX_REQUEST_ID = 200
 """Bytes of a request id."""
 WARNING = "warning"
-"""`severity` of an error entry that comes beside an answer instead of in its place."""
+"""`severity` of an error entry that accompanies an answer instead of replacing it."""
 _SESSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class ProtocolError(UserError, ValueError):
-    """A message that breaks the protocol; says what was found, what was needed, what to do."""
+    """A message that breaks the protocol."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Names of the Redis streams of one session; the default session has the published names."""
+    """Names of the Redis streams of one session. The default session has the published names."""
 
     reset: str = "remote_lm_reset"
     input: str = "remote_lm_input"
@@ -76,14 +74,14 @@ class Streams:
 
 @dataclass(frozen=True)
 class Registry:
-    """Names of what all clients and servers on one Redis share.
+    """Names that all clients and servers of one Redis share.
 
     Attributes:
-      requests: stream; a client asks for a session to be opened or closed.
-      answers: stream; what became of it, also when it is refused.
-      sessions: hash; open session -> JSON of its settings, hot words and idle time.
-      jobs: stream with a consumer group: sentences to decode offline.
-      workers: that group's name.
+      requests: stream of requests to open or close a session.
+      answers: stream of their results, refusals included.
+      sessions: hash, open session -> JSON of its settings, hot words and idle time.
+      jobs: stream of sentences to decode offline, read by a consumer group.
+      workers: name of that group.
     """
 
     requests: str = "remote_lm_sessions"
@@ -98,10 +96,10 @@ DEFAULT_SESSION = ""
 
 
 def check_session(session: str) -> str:
-    """Returns the id of a session that a client may choose.
+    """Return a session id that a client has chosen.
 
     Raises:
-      ProtocolError: it is empty, too long, or holds characters that a name cannot have.
+      ProtocolError: it is empty, too long, or has other characters than A-Z a-z 0-9 . _ -.
     """
     if not _SESSION.fullmatch(session):
         raise ProtocolError(
@@ -112,8 +110,8 @@ def check_session(session: str) -> str:
 
 
 def session_streams(session: str) -> Streams:
-    """Stream names of a session: the published ones with `:ID` after them; plain for the default
-    session, whose id is empty."""
+    """Return the stream names of a session: the published names, followed by `:ID` unless it is the
+    default session, whose id is empty."""
     if session == DEFAULT_SESSION:
         return Streams()
     suffix = f":{check_session(session)}"
@@ -121,55 +119,54 @@ def session_streams(session: str) -> Streams:
 
 
 def context_key(session: str) -> str:
-    """Key of a session's context string."""
+    """Return the key of a session's context string."""
     return f"{CONTEXT_KEY}:{session}" if session else CONTEXT_KEY
 
 
 def owner_key(session: str) -> str:
-    """Key that holds the id of the server which serves the session, for as long as that server's
-    heartbeat."""
+    """Return the key that holds the id of a session's server; it expires with its heartbeat."""
     return f"remote_lm_owner:{session}" if session else "remote_lm_owner"
 
 
 def state_key(session: str) -> str:
-    """Key of the hash from which another server can go on where the session's server ended."""
+    """Return the key of the hash from which another server can resume the session."""
     return f"remote_lm_state:{session}" if session else "remote_lm_state"
 
 
 def process_key(process: str) -> str:
-    """Key of the status hash of a server or worker; it expires soon after the process ends."""
+    """Return the key of a server's or worker's status hash; it expires soon after the process."""
     return f"remote_lm_process:{process}"
 
 
 def batch_key(batch: str) -> str:
-    """Key of the hash job -> queued or done of a batch of jobs."""
+    """Return the key of a batch's hash, job -> queued or done."""
     return f"remote_lm_batch:{check_session(batch)}"
 
 
 def results_stream(batch: str) -> str:
-    """Stream of a batch's results, one for each job."""
+    """Return the name of the stream of a batch's results, one for each job."""
     return f"remote_lm_results:{check_session(batch)}"
 
 
 def request_id(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The request id of an entry as a field of its answers; none when the client gave none, or one
-    longer than `MAX_REQUEST_ID` bytes, which is cut to that."""
+    """Return an entry's request id as a field of its answers, cut to `MAX_REQUEST_ID` bytes; no
+    field if the client sent none."""
     given = fields_.get(REQUEST_ID)
     return {} if given is None else {REQUEST_ID: given[:MAX_REQUEST_ID]}
 
 
 def to_lm_order(logits: np.ndarray) -> np.ndarray:
-    """Reorders classes from the RNN's order to the language model's: [..., 41] -> [..., 41]."""
+    """Reorder classes from the RNN's order to the language model's: [..., 41] -> [..., 41]."""
     return np.asarray(logits)[..., _RNN_OF_LM]
 
 
 def to_rnn_order(logits: np.ndarray) -> np.ndarray:
-    """Reorders classes from the language model's order to the RNN's: [..., 41] -> [..., 41]."""
+    """Reorder classes from the language model's order to the RNN's: [..., 41] -> [..., 41]."""
     return np.asarray(logits)[..., _LM_OF_RNN]
 
 
 def check_logits(logits: np.ndarray, what: str = "logits") -> np.ndarray:
-    """Returns `logits` as contiguous float32 [frames, 41].
+    """Return `logits` as contiguous float32 [frames, 41].
 
     Raises:
       ProtocolError: it is not [frames, 41], or a value is NaN or infinite.
@@ -186,14 +183,13 @@ def check_logits(logits: np.ndarray, what: str = "logits") -> np.ndarray:
         frame = int(np.argwhere(~finite)[0, 0])
         raise ProtocolError(
             f"{what} hold {int((~finite).sum())} NaN or infinite values, the first in frame "
-            f"{frame}; needed finite numbers: look for a diverged model or broken input features"
+            f"{frame}; needed finite numbers: check the model for divergence and its input features"
         )
     return array
 
 
 def encode_logits(logits: np.ndarray) -> bytes:
-    """Logits [frames, 41] in the language model's order -> bytes of the input entry's `logits`
-    field.
+    """Return logits [frames, 41] in the language model's order as bytes of the field `logits`.
 
     Raises:
       ProtocolError: the shape is wrong or a value is not finite.
@@ -202,10 +198,10 @@ def encode_logits(logits: np.ndarray) -> bytes:
 
 
 def decode_logits(payload: bytes) -> np.ndarray:
-    """Bytes of an input entry -> float32 [frames, 41] in the language model's order.
+    """Return float32 [frames, 41] in the language model's order from the bytes of `logits`.
 
     Raises:
-      ProtocolError: the bytes are no whole number of frames, are too many, or hold NaN or infinity.
+      ProtocolError: the bytes are no whole number of frames, too many, or hold NaN or infinity.
     """
     frame_bytes = 4 * CLASS_COUNT
     if len(payload) % frame_bytes:
@@ -223,7 +219,7 @@ def decode_logits(payload: bytes) -> np.ndarray:
 
 
 def encode_scoring(hypotheses: Sequence[Hypothesis]) -> str:
-    """Candidates -> the final entry's `scoring` field, `sentence;ac;ngram;llm;total` joined by `;`.
+    """Return ranked hypotheses as the field `scoring`: `sentence;ac;ngram;llm;total;sentence;...`.
 
     The published format has no room for "not scored". It is written as 0.0, as published servers
     do.
@@ -276,11 +272,11 @@ def decode_scoring(text: str) -> list[Hypothesis]:
 
 @dataclass(frozen=True)
 class HotWordEntry:
-    """A word that a session's search favours, as it travels.
+    """A hot word as it is sent: a word that a session's search favours.
 
     Attributes:
-      weight: added to a sentence's total for each occurrence (ln).
-      pronunciations: how it is said; empty: as the lexicon says.
+      weight: added to a sentence's total for every occurrence (ln).
+      pronunciations: its pronunciations; if empty, those of the lexicon.
     """
 
     weight: float
@@ -288,7 +284,7 @@ class HotWordEntry:
 
 
 def encode_hot_words(words: Mapping[str, HotWordEntry]) -> str:
-    """Hot words -> the `words` field: JSON {word: {weight, pronunciations}}."""
+    """Return hot words as the field `words`: JSON {word: {weight, pronunciations}}."""
     return json.dumps(
         {
             word: {"weight": one.weight, "pronunciations": [list(p) for p in one.pronunciations]}
@@ -298,11 +294,10 @@ def encode_hot_words(words: Mapping[str, HotWordEntry]) -> str:
 
 
 def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
-    """The `words` field -> hot words; a plain number stands for a weight alone.
+    """Return the hot words of the field `words`, in which a plain number is a weight alone.
 
     Raises:
-      ProtocolError: it is not JSON of that form. Which words and weights can be used, the
-        search says.
+      ProtocolError: it is not JSON of that form. The search checks words and weights.
     """
     form = '{"WORD": WEIGHT, ...} or {"WORD": {"weight": W, "pronunciations": [["K", "AE", "T"]]}}'
     try:
@@ -344,9 +339,9 @@ redis.call('EXPIRE', KEYS[2], ARGV[2])
 redis.call('XADD', KEYS[1], '*', unpack(ARGV, 3))
 return 1
 """
-"""Lua: hands in a job, once, however often it is sent. 0: it was there already."""
+"""Lua: submits a job once, however often it is sent, and returns 0 if it was there already."""
 JOB_SECONDS = 86_400
-"""A batch and its results are kept for so long after its last job or result."""
+"""Seconds for which a batch and its results are kept after its last job or result."""
 
 
 @dataclass(frozen=True)
@@ -354,11 +349,11 @@ class Job:
     """A sentence to decode offline.
 
     Attributes:
-      batch: names the jobs that belong together; their results come on one stream.
-      name: of this job within its batch, such as a trial's.
+      batch: name of the jobs that belong together; one stream has their results.
+      name: name of the job within its batch, such as a trial's.
       logits: float32 [frames, 41] in the language model's order.
-      settings: published name -> value; the worker's own where one is not given.
-      context: what was said before, for rescoring.
+      settings: name -> value; the worker's own where a name is missing.
+      context: the preceding text, for rescoring.
       hot_words: words to favour; None: the worker's own.
     """
 
@@ -370,7 +365,7 @@ class Job:
     hot_words: Mapping[str, HotWordEntry] | None = None
 
     def fields(self) -> dict[str, bytes]:
-        """As an entry of the jobs' stream.
+        """Return the fields of an entry of the jobs' stream.
 
         Raises:
           ProtocolError: the logits cannot be sent.

@@ -19,7 +19,7 @@ from rich.console import Console
 from lm_server.lm.build import build
 from lm_server.protocol import LM_CLASSES, REGISTRY, SILENCE, encode_scoring
 from lm_server.rescoring.ranking import ngram_answer
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import find_program
 from lm_server.settings import Settings
 

@@ -12,15 +12,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from lm_server import settings
+from lm_server.commands import options
 from lm_server.processes import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
-from lm_server.rescoring.load import add_llm_options, llm_from_options
-from lm_server.search import hot_words
-from lm_server.search import interface as search
+from lm_server.rescoring.load import llm_from_options
+from lm_server.search.load import load_model, need_packages
 from lm_server.serving import logs
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
@@ -94,7 +93,7 @@ def check_numbers(args: argparse.Namespace, numbers: Sequence[Number]) -> None:
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every process that decodes until it is stopped."""
-    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    options.add_model_option(parser)
     where = parser.add_mutually_exclusive_group()
     add_redis_option(where)
     where.add_argument(
@@ -107,10 +106,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
         "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
     )
     logs.add_option(parser)
-    search.add_option(parser)
-    hot_words.add_option(parser)
-    add_llm_options(parser)
-    settings.add_options(parser)
+    options.add_search_options(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_server.serving.server import Server
     from lm_server.serving.session import Session
 
-    search.need_packages(args.backend)
+    need_packages(args.backend)
     logs.use(args.log_format)
     check_numbers(args, [WAIT, *_LIMITS])
     stop = stopped_by_signals()
@@ -155,12 +151,11 @@ def run(args: argparse.Namespace) -> int:
         stop_with_parent(stop)
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
-        chosen = settings.from_options(args)
-        settings.warn_without_effect(args)
-        words = hot_words.from_options(args)
+        chosen = options.settings_from(args)
+        words = options.hot_words_from(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
-        model = search.load_model(args.lm, args.backend)
+        model = load_model(args.lm, args.backend)
         answering = Answering(llm_from_options(args), args.rescore_seconds)
         stack.callback(answering.close)
 

@@ -1,9 +1,9 @@
-"""Finds settings for a model's logits on sentences whose truth is known, and writes them to a file
+"""Find settings for a model's logits on sentences whose transcripts are known, and write a file
 that `serve`, `worker` and `decode` (--settings) and `b2txt evaluate` read.
 
-Tuned are acoustic_scale, blank_penalty, word_bonus, with --llm alpha, and the temperature of the
-confidences; everything else stays as the options say. What was worked out is kept in a folder
-beside the file, so an interrupted tuning goes on where it was.
+acoustic_scale, blank_penalty, word_bonus, with --llm alpha, and the temperature of the confidences
+are tuned. Every other setting is as the options set it. Results are cached in a folder beside the
+file, so an interrupted tuning resumes.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lm_server import settings
-from lm_server.processes import cleaning_up_when_terminated, default_workers
-from lm_server.rescoring.load import add_llm_options, llm_from_options
-from lm_server.search import interface as search
+from lm_server.commands import options
+from lm_server.processes import cleaning_up_when_terminated
+from lm_server.rescoring.load import llm_from_options
+from lm_server.search.load import load_model
+from lm_server.settings import SettingsError, write_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+    """Add the options."""
+    options.add_model_option(parser)
     parser.add_argument(
         "--logits",
         type=Path,
@@ -39,22 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="FILE", help="settings file (JSON) to write"
     )
     parser.add_argument(
-        "--searches", type=int, default=12, metavar="N", help="searches to make (default 12)"
+        "--searches", type=int, default=12, metavar="N", help="number of searches (default 12)"
     )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where results are kept (default OUT.cache)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
-    parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
-    )
-    search.add_option(parser)
-    add_llm_options(parser)
-    settings.add_options(parser)
+    options.add_workers_option(parser)
+    options.add_search_options(parser, hot_words=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tunes."""
+    """Tune."""
     from lm_server.offline import read_logits
     from lm_server.rescoring.scorer import SentenceScorer
     from lm_server.tuning.cache import digest
@@ -62,23 +59,22 @@ def run(args: argparse.Namespace) -> int:
     from lm_server.tuning.report import about, as_text, write_picture
     from lm_server.tuning.tuner import Tuner
 
-    workers = default_workers() if args.workers is None else args.workers
-    for name, value in (("--workers", workers), ("--searches", args.searches)):
-        if value < 1:
-            raise settings.SettingsError(f"{name} is {value}; needed at least 1")
-    base = settings.from_options(args)
+    workers = options.workers_from(args)
+    if args.searches < 1:
+        raise SettingsError(f"--searches is {args.searches}; needed at least 1")
+    base = options.settings_from(args)
     logits = read_logits(args.logits)
     references = read_references(args.refs or args.logits)
     if args.out.exists() and not args.out.is_file():
-        raise settings.SettingsError(
-            f"--out {args.out} is there and is no regular file: name the settings file to write"
+        raise SettingsError(
+            f"--out {args.out} exists and is no regular file: name the settings file to write"
         )
     if not args.out.absolute().parent.is_dir():
-        raise settings.SettingsError(f"there is no folder {args.out.absolute().parent}: make it")
+        raise SettingsError(f"there is no folder {args.out.absolute().parent}: make it")
     if args.llm is not None:
         from lm_server.rescoring.causal_lm import find_model
 
-        # Before the searches: a wrong folder shows at once.
+        # Before the searches: a wrong folder is reported at once.
         find_model(args.llm)
 
     def load() -> tuple[SentenceScorer, list[object]] | None:
@@ -89,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
         return scorer, [digest(find_model(args.llm)), form, args.llm_dtype, args.llm_device]
 
     with cleaning_up_when_terminated():
-        model = search.load_model(args.lm, args.backend)
+        model = load_model(args.lm, args.backend)
         cache = args.cache or args.out.with_name(args.out.name + ".cache")
         tuner = Tuner(model, logits, references, cache, workers, args.seed)
         result = tuner.run(base, args.searches, load)
         facts = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
         facts["backend"] = args.backend
-        settings.write_settings(args.out, result.settings, {**facts, **about(result)})
+        write_settings(args.out, result.settings, {**facts, **about(result)})
         picture = args.out.with_suffix(".png")
         write_picture(result, picture)
     print(as_text(result))

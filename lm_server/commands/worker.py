@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 
-from lm_server import settings
+from lm_server.commands import options
 from lm_server.commands.serve import (
     WAIT,
     Number,
@@ -22,10 +22,9 @@ from lm_server.commands.serve import (
     chosen_redis,
     stopped_by_signals,
 )
-from lm_server.processes import default_workers, stop_with_parent
+from lm_server.processes import stop_with_parent
 from lm_server.rescoring.load import llm_from_options
-from lm_server.search import hot_words
-from lm_server.search import interface as search
+from lm_server.search.load import load_model, need_packages
 from lm_server.serving import logs
 
 _TERMS = (
@@ -41,9 +40,7 @@ _TERMS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_process_options(parser)
-    parser.add_argument(
-        "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
-    )
+    options.add_workers_option(parser)
     add_numbers(parser, _TERMS)
 
 
@@ -54,21 +51,19 @@ def run(args: argparse.Namespace) -> int:
     from lm_server.serving.supervisor import supervise
     from lm_server.serving.worker import Terms, Worker
 
-    search.need_packages(args.backend)
+    need_packages(args.backend)
     logs.use(args.log_format)
-    if args.workers is None:
-        args.workers = default_workers()
-    check_numbers(args, [WAIT, *_TERMS, Number("--workers", 1, 1, "")])
-    chosen = settings.from_options(args)
-    settings.warn_without_effect(args)
-    words = hot_words.from_options(args)
+    args.workers = options.workers_from(args)
+    check_numbers(args, [WAIT, *_TERMS])
+    chosen = options.settings_from(args)
+    words = options.hot_words_from(args)
     terms = Terms(args.lease_seconds, args.attempts)
     stop = stopped_by_signals()
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
         connect(url, args.wait_seconds, stop).close()
         # Read before the processes are forked, so that they share its memory.
-        model = search.load_model(args.lm, args.backend)
+        model = load_model(args.lm, args.backend)
         # Words that cannot be used show here once, and not in every process again and again.
         model.search(chosen, words)
 

@@ -1,5 +1,5 @@
-"""Logits -> what a search adds up: scaled log-probabilities in which a blank may stand for a
-silence, without frames that are surely blank.
+"""Logits -> emissions, which a search sums: scaled log-probabilities in which a blank may replace a
+silence, without frames that are almost certainly blank.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FLOOR = -1e3
 
 
 def scaled_log_probabilities(logits: np.ndarray, settings: Settings) -> np.ndarray:
-    """acoustic_scale * (log-softmax(logits) - ln(blank_penalty) for the blank): float64 [frames,
-    41], ln."""
+    """Return acoustic_scale * (log-softmax(logits), less ln(blank_penalty) for the blank): float64
+    [frames, 41], ln."""
     return _scaled(_log_softmax(logits), settings)
 
 
@@ -38,10 +38,10 @@ def _scaled(log_probabilities: np.ndarray, settings: Settings) -> np.ndarray:
 
 @dataclass
 class Emissions:
-    """Makes the emissions of one sentence after another, chunk by chunk.
+    """Emissions of one sentence after another, chunk by chunk.
 
     Attributes:
-      settings: those of the sentence under way.
+      settings: those of the current sentence.
       skipped: score of the frames left out so far, each as blank (ln, with the acoustic scale).
     """
 
@@ -50,18 +50,18 @@ class Emissions:
     _after_blank: bool = False
 
     def begin(self, settings: Settings) -> None:
-        """Starts a sentence."""
+        """Start a sentence."""
         self.settings = settings
         self.skipped = 0.0
         self._after_blank = False
 
     def of(self, logits: np.ndarray) -> np.ndarray:
-        """Emissions float64 [frames that are searched, 41] of logits [frames, 41] in the language
-        model's order, ln.
+        """Return emissions [searched frames, 41] of logits [frames, 41] in the language model's
+        order: float64, ln.
 
         A silence costs at most `silence_penalty` more than the blank, and at most thrice that more
-        than the likeliest class: where the logits lack the silence between two words, a blank, or
-        else a phoneme's spare frame, completes the first word.
+        than the likeliest class. Where the logits lack the silence between two words, a blank
+        completes the first word, or else a spare frame of a phoneme.
         """
         log_probabilities = _log_softmax(logits)
         settings = self.settings

@@ -1,14 +1,13 @@
-"""Lexicon-constrained CTC beam search with a word n-gram model: begin, step(frames), finish.
+"""Lexicon-constrained CTC beam search of flashlight-text with a word n-gram model.
 
-flashlight-text does the search. Here it is fitted to phoneme models whose words end in a silence:
+It is adapted to phoneme models whose words end in a silence:
 
-- A pronunciation is spelled into the trie with its silence, which is compulsory: that is more
-  accurate and several times faster than an optional one. A silence that the logits lack is stood
-  in for by a blank, see `lm_server.search.emissions`; the last word of a sentence needs none at
-  all, see `BeamSearch.finish`.
-- Only the likeliest classes of a frame are looked at (`max_classes`), which a silence that costs
-  little more than a blank makes harmless.
-- Words of any number may be said alike, and each search may have hot words of its own, see
+- Every pronunciation in the trie ends in a compulsory silence. That is more accurate and several
+  times faster than an optional one. A blank replaces a silence that the logits lack, see
+  `lm_server.search.emissions`. The last word of a sentence needs none, see `BeamSearch.finish`.
+- Only the likeliest classes of a frame are searched (`max_classes`). This loses no silence, which
+  costs little more than a blank.
+- Any number of words may share a pronunciation, and each search may have hot words of its own, see
   `lm_server.search.hot_trie`.
 """
 
@@ -18,55 +17,59 @@ import math
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from flashlight.lib.text.decoder import (
-    CriterionType,
-    DecodeResult,
-    LexiconDecoder,
-    LexiconDecoderOptions,
-    SmearingMode,
-    Trie,
-)
-from flashlight.lib.text.decoder.kenlm import KenLM
-from flashlight.lib.text.dictionary import Dictionary
 
 from lm_server.hypothesis import Hypothesis, rank
-from lm_server.lm.reader import ModelFolderError, find_words, read_description, read_spellings
-from lm_server.protocol import CLASS_COUNT, MAX_MESSAGE_FRAMES, ProtocolError, check_logits
+from lm_server.lm.reader import ModelFolderError, read_description, read_spellings
+from lm_server.protocol import CLASS_COUNT
 from lm_server.search.emissions import BLANK_ID, SILENCE_ID, Emissions
 from lm_server.search.hot_trie import MAX_CLASSES, SPARE_WORDS, HotTrie, Numbers, spell
 from lm_server.search.hot_words import HotWord, check_hot_words
-from lm_server.search.interface import NO_HOT_WORDS
+from lm_server.search.interface import NO_HOT_WORDS, ONLY_MAX_ACTIVE, Backend, next_frames
 from lm_server.settings import Settings
 
+if TYPE_CHECKING:
+    from flashlight.lib.text.decoder import DecodeResult, LexiconDecoder, Trie
+
+# flashlight is imported late: BACKEND must be readable without it.
+BACKEND = Backend(
+    requires=("flashlight.lib.text.decoder.kenlm",), lacks={"min_active": ONLY_MAX_ACTIVE}
+)
 _LOG10 = math.log(10.0)
 _FORBIDDEN = -1e4
-"""Log-probability of what the closing frame excludes, and of other searches' hot words; far below
-any frame's, whose floor is `lm_server.search.emissions.FLOOR`."""
-MAX_UTTERANCE_FRAMES = MAX_MESSAGE_FRAMES
-"""Frames of 80 ms in one sentence (13 minutes): the search remembers every frame."""
+"""Log-probability of classes that the closing frame excludes, and of other searches' hot words; far
+below every other, whose floor is `lm_server.search.emissions.FLOOR`."""
+
+
+def load(folder: Path) -> LanguageModel:
+    """Read a model folder; see `lm_server.search.load.load_model`."""
+    return LanguageModel(folder)
 
 
 class LanguageModel:
-    """A model folder in memory: word list, n-gram model and pronunciation trie; shared by any
-    number of searches."""
+    """A model folder in memory, shared by any number of searches: words, n-grams, and the trie of
+    pronunciations."""
 
     backend = "flashlight"
 
     def __init__(self, folder: Path) -> None:
-        """Reads `folder`, as written by `lm-server build`.
+        """Read `folder`, as written by `lm-server build`.
 
         Raises:
-          ModelFolderError: it is no model folder, is of another format, or a file of it is missing
-            or damaged.
+          ModelFolderError: it is no model folder, has another format, or a file of it is missing or
+            damaged.
         """
+        from flashlight.lib.text.decoder.kenlm import KenLM
+        from flashlight.lib.text.dictionary import Dictionary
+
         self.folder = folder
         self.description = read_description(folder)
         self.order = int(str(self.description["order"]))
         spellings = read_spellings(folder, self.description)
         self.words = spellings.words
-        # The n-gram model numbers its words once, here; later hot words take the spare ones, which
+        # The n-gram model numbers its words only here. Later hot words use the spare entries, which
         # it scores as unknown words.
         dictionary = Dictionary()
         for word in self.words:
@@ -91,29 +94,28 @@ class LanguageModel:
     def search(
         self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
     ) -> BeamSearch:
-        """A new search; see `lm_server.search.interface.SearchModel`."""
+        """Return a new search; see `lm_server.search.interface.SearchModel`."""
         return BeamSearch(self, settings, hot_words)
 
     def hot_trie(self, hot_words: Mapping[str, HotWord]) -> HotTrie:
-        """Puts hot words into the trie, once for all searches that have the same; they are there
-        as long as somebody holds them.
+        """Return the trie's entries for hot words, shared by all searches with the same words.
 
         Raises:
           HotWordError: a hot word cannot be used, or all clients together have too many.
-          ModelFolderError: the folder is not there any more.
+          ModelFolderError: the folder was removed.
         """
         same = frozenset(hot_words.items())
         shared = self._hot_tries.get(same)
         if shared is not None:
             return shared
-        known = find_words(self.folder, {word.lower() for word in hot_words})
-        checked = check_hot_words(hot_words, {word: said for word, (_, said) in known.items()})
-        indices = {word: index for word, (index, _) in known.items()}
+        checked, indices = check_hot_words(self.folder, hot_words)
         made = HotTrie(self.trie, self.ngram, self._classes, self._spare, checked, indices)
         self._hot_tries[same] = made
         return made
 
     def _spell(self, homophones: dict[bytes, list[int]]) -> Trie:
+        from flashlight.lib.text.decoder import SmearingMode, Trie
+
         trie = Trie(MAX_CLASSES, SILENCE_ID)
         nothing = self.ngram.start(True)
         while homophones:
@@ -121,7 +123,7 @@ class LanguageModel:
             # The first is the likeliest.
             unigram = self.ngram.score(nothing, words[0])[1]
             spell(trie, [*spelling, SILENCE_ID], words, unigram)
-        # Every node learns the best 1-gram score below it, which the search uses until the word is
+        # Every node stores the best 1-gram score below it, which the search uses until the word is
         # known.
         trie.smear(SmearingMode.MAX)
         return trie
@@ -130,9 +132,9 @@ class LanguageModel:
 class BeamSearch:
     """The search for one sentence after another: begin, step for every chunk of frames, finish.
 
-    Settings given while a sentence is under way hold from the next `begin`, so that every frame of
-    a sentence is scored alike. Where `max_active` cuts through hypotheses of exactly equal scores
-    (homophones that the text lacks), which of them stay is arbitrary.
+    Settings change only with `begin`, so that every frame of a sentence is scored alike. Where
+    `max_active` separates hypotheses with equal scores (homophones that the text lacks), the choice
+    among them is arbitrary.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class BeamSearch:
         self.begin(settings)
 
     def begin(self, settings: Settings | None = None) -> None:
-        """Starts a sentence, dropping the one under way."""
+        """Start a sentence and drop the current one."""
         if settings is not None:
             self._decoder = self._make_decoder(settings)
             self.settings = settings
@@ -156,33 +158,18 @@ class BeamSearch:
         self.frames = 0
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
-        """Takes the next frames, [frames, 41] in the language model's order; any number of them.
-
-        Returns:
-          The best sentence so far; a word stands in it once its silence has begun.
-
-        Raises:
-          ProtocolError: the shape is wrong, a value is not finite, or the sentence becomes too
-            long. The sentence under way is unchanged.
-        """
-        logits = check_logits(logits)
-        if self.frames + len(logits) > MAX_UTTERANCE_FRAMES:
-            raise ProtocolError(
-                f"the sentence would have {self.frames + len(logits)} frames; at most "
-                f"{MAX_UTTERANCE_FRAMES} are possible: send finalize or reset between sentences"
-            )
+        """Search the next frames; return the best words so far, each once its silence has begun."""
+        logits = next_frames(logits, self.frames)
         if len(logits):
             self._decode(self._emissions.of(logits))
             self.frames += len(logits)
         return self._words(self._decoder.get_best_hypothesis(0).words) if self.frames else ()
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """Ends the sentence: the n best candidates, distinct and best first; none when there were
-        no frames.
+        """End the sentence; return distinct hypotheses, best first, none if there were no frames.
 
         A closing frame, in which only silence is possible and costs nothing, completes a last word
-        whose own silence was cut off or overlooked. A hypothesis that has its last silence only
-        stays in it.
+        whose own silence was cut off. A hypothesis that already has its last silence stays in it.
         """
         if not self.frames:
             return ()
@@ -194,8 +181,8 @@ class BeamSearch:
         results = self._decoder.get_all_final_hypothesis()
         surplus = 0.0
         if results and max(one.emittingModelScore for one in results) < before + _FORBIDDEN / 2:
-            # Every hypothesis stood inside a word that could not end there; the closing frame
-            # forbade nothing. (No beam reaches over `_FORBIDDEN`: it is all of them or none.)
+            # Every hypothesis was inside a word that could not end there, so the closing frame
+            # changed no order. (No beam reaches across `_FORBIDDEN`: it is all of them or none.)
             surplus = _FORBIDDEN
         found = [self._hypothesis(one, surplus) for one in results]
         settings = self.settings
@@ -209,7 +196,7 @@ class BeamSearch:
             weights = sum(
                 self._hot.weights[token]
                 for token in result.tokens
-                if token in self._hot.weights  # entrances weigh nothing, endings have one frame
+                if token in self._hot.weights  # entrances weigh 0, endings last one frame
             )
         return Hypothesis(
             words,
@@ -220,7 +207,7 @@ class BeamSearch:
         )
 
     def _decode(self, emissions: np.ndarray) -> None:
-        """Searches emissions [frames, 41]; this search's own classes follow as further columns."""
+        """Search emissions [frames, 41], with this search's own classes as further columns."""
         if self._hot:
             every = np.full((len(emissions), self._hot.columns), _FORBIDDEN)
             every[:, :CLASS_COUNT] = emissions
@@ -238,9 +225,15 @@ class BeamSearch:
         )
 
     def _make_decoder(self, settings: Settings) -> LexiconDecoder:
+        from flashlight.lib.text.decoder import (
+            CriterionType,
+            LexiconDecoder,
+            LexiconDecoderOptions,
+        )
+
         options = LexiconDecoderOptions(
             beam_size=settings.max_active,
-            # A search's own classes copy others, and may take their places among the likeliest.
+            # A search's own classes copy others, and may displace these among the likeliest.
             beam_size_token=settings.max_classes + (len(self._hot.sources) if self._hot else 0),
             beam_threshold=settings.beam,
             # KenLM counts in base 10, the emissions in ln.

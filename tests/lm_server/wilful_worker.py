@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from lm_server.client.connection import connect
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.supervisor import supervise
 from lm_server.serving.worker import Terms, Worker
 from lm_server.settings import Settings

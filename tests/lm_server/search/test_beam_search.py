@@ -15,12 +15,12 @@ from lm_server.lm.trie.kenlm_binary import write_trie
 from lm_server.protocol import LM_CLASSES, SILENCE, ProtocolError
 from lm_server.search.emissions import scaled_log_probabilities
 from lm_server.search.flashlight import (
-    MAX_UTTERANCE_FRAMES,
     BeamSearch,
     LanguageModel,
     ModelFolderError,
 )
-from lm_server.search.interface import load_model
+from lm_server.search.interface import MAX_UTTERANCE_FRAMES
+from lm_server.search.load import load_model
 from lm_server.settings import Settings, SettingsError
 
 BLANK, SIL = 0, LM_CLASSES.index(SILENCE)

@@ -24,7 +24,7 @@ from lm_server.client.process import serve_child
 from lm_server.protocol import decode_scoring, to_rnn_order
 from lm_server.rescoring.answering import Answering
 from lm_server.rescoring.scorer import RescoringError
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.serving.ownership import Limits
 from lm_server.serving.server import Server

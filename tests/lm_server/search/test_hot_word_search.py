@@ -8,7 +8,8 @@ from small_model import LEXICON, say
 
 from lm_server.protocol import LM_CLASSES, SILENCE
 from lm_server.search.hot_words import MAX_HOT_WORDS, HotWord, HotWordError
-from lm_server.search.interface import BackendError, load_model
+from lm_server.search.interface import BackendError
+from lm_server.search.load import load_model
 from lm_server.settings import Settings
 
 ZADIE = ("Z", "EY", "D", "IY")

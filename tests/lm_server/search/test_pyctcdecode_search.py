@@ -8,7 +8,8 @@ from small_model import say
 from lm_server.lm.build import build
 from lm_server.offline import decode_trial
 from lm_server.protocol import LM_CLASSES, SILENCE, to_rnn_order
-from lm_server.search.interface import NoSentenceError, load_model
+from lm_server.search.interface import NoSentenceError
+from lm_server.search.load import load_model
 from lm_server.settings import Settings
 
 
@@ -59,7 +60,7 @@ def test_a_sentence_that_no_word_fits_is_an_error_and_not_an_empty_answer(tmp_pa
     logits[:, LM_CLASSES.index("Z")] = 0.0
     search = load_model(folder, "pyctcdecode").search(Settings(silence_penalty=1000.0))
     search.step(logits)
-    with pytest.raises(NoSentenceError, match=r"fits these 3 frames.*take the search flashlight"):
+    with pytest.raises(NoSentenceError, match=r"fits these 3 frames.*use the search flashlight"):
         search.finish()
     assert search.finish() == ()
     outcome = decode_trial(search, "t1", to_rnn_order(logits))

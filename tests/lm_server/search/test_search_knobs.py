@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 from small_model import say
 
+from lm_server.commands.options import add_search_options, settings_from
 from lm_server.protocol import LM_CLASSES, SILENCE
-from lm_server.rescoring.load import add_llm_options
 from lm_server.search.emissions import Emissions
-from lm_server.search.interface import BACKENDS, add_option, load_model
-from lm_server.settings import (
-    ONLY_IN,
-    Settings,
-    add_options,
+from lm_server.search.load import (
+    BACKENDS,
+    backend,
     default_settings,
-    from_options,
-    warn_without_effect,
+    load_model,
     without_effect,
 )
+from lm_server.settings import Settings
 
 PUBLISHED = (
     *("max_active", "min_active", "beam", "lattice_beam", "acoustic_scale"),
@@ -46,18 +44,17 @@ def decoded(model, logits, **settings):
     return search.finish()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_parameter_is_a_setting_or_says_why_not(name, backend):
+@pytest.mark.parametrize("search", BACKENDS)
+def test_a_published_parameter_is_a_setting_or_has_a_reason_why_not(search):
     known = {field.name for field in fields(Settings)}
-    reason = without_effect(name, backend)
-    assert name in known or reason
-    if reason:
-        assert reason.startswith(f"{name} has no effect in the search {backend}: ")
-
-
-def test_only_settings_and_published_parameters_are_said_to_have_no_effect():
-    assert set(ONLY_IN) <= {field.name for field in fields(Settings)} | set(PUBLISHED)
+    for name in PUBLISHED:
+        reason = without_effect(name, search)
+        assert name in known or reason
+        if reason:
+            assert reason.startswith(f"{name} has no effect in the search {search}: ")
+    # What a search declares to lack or to have its own default of is a setting.
+    declared = backend(search)
+    assert {*declared.lacks, *declared.defaults} <= known
 
 
 @pytest.mark.parametrize("lattice_beam", [0.0, 1.0, 4.0])
@@ -145,12 +142,11 @@ def test_a_silence_in_the_logits_costs_what_it_did():
 
 def test_each_search_has_its_own_defaults_and_options_change_them():
     parser = argparse.ArgumentParser()
-    add_option(parser)
-    add_options(parser)
-    chosen = from_options(parser.parse_args(["--backend", "wfst", "--beam", "11"]))
+    add_search_options(parser)
+    chosen = settings_from(parser.parse_args(["--backend", "wfst", "--beam", "11"]))
     assert chosen == replace(default_settings("wfst"), beam=11.0)
     assert chosen.max_active == 7000
-    assert from_options(parser.parse_args([])) == Settings()
+    assert settings_from(parser.parse_args([])) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -166,11 +162,9 @@ def test_each_search_has_its_own_defaults_and_options_change_them():
         (["--beam", "9"], []),
     ],
 )
-def test_options_without_effect_are_told_in_a_line_each(capsys, given, named):
+def test_each_option_without_effect_has_a_warning(capsys, given, named):
     parser = argparse.ArgumentParser()
-    add_option(parser)
-    add_options(parser)
-    add_llm_options(parser)
-    warn_without_effect(parser.parse_args(given))
+    add_search_options(parser)
+    settings_from(parser.parse_args(given))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == [f"--{name}" for name in named]

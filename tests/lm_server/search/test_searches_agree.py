@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.settings import Settings
 
 EXACT = {"beam": 1000.0, "max_active": 10_000, "nbest": 10_000, "max_classes": 41}
@@ -96,7 +96,7 @@ def test_the_graph_search_finds_the_best_of_all_paths(tmp_path_factory, problem,
 def test_pyctcdecode_agrees_with_adding_up_every_path(
     tmp_path_factory, monkeypatch, problem, chosen, cut, weight
 ):
-    monkeypatch.setattr("lm_server.search.pyctcdecode._HISTORIES", 10_000)
+    monkeypatch.setattr("lm_server.search.pyctcdecode_stream._HISTORIES", 10_000)
     model = load_model(problem.write(tmp_path_factory.mktemp("problem")), "pyctcdecode")
     said, known = (("Z", "AH"),), sorted(problem.lexicon)[0]
     search = model.search(chosen, {"zoe": HotWord(weight, said), known: HotWord(weight)})

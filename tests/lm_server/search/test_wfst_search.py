@@ -8,8 +8,9 @@ from graph import write_graph
 from lm_server.lm.reader import ModelFolderError
 from lm_server.protocol import LM_CLASSES, SILENCE, ProtocolError
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import BackendError, load_model
-from lm_server.settings import Settings, default_settings
+from lm_server.search.interface import BackendError
+from lm_server.search.load import default_settings, load_model
+from lm_server.settings import Settings
 
 PROBLEM = Problem(
     {"at": (("AH", "T"),), "za": (("Z", "AH"),), "t": (("T",),)},
@@ -78,7 +79,7 @@ def test_bad_frames_are_refused_and_the_sentence_goes_on(folder):
 
 
 def test_a_graph_takes_no_hot_words_and_says_what_does(folder):
-    with pytest.raises(BackendError, match=r"its graph is fixed.*take the search flashlight"):
+    with pytest.raises(BackendError, match=r"its graph is fixed.*use the search flashlight"):
         load_model(folder, "wfst").search(Settings(), {"zoe": HotWord(1.0, (("Z", "OW"),))})
 
 

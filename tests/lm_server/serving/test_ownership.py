@@ -11,7 +11,7 @@ from small_model import say
 from lm_server.errors import UserError
 from lm_server.protocol import REGISTRY, encode_logits, owner_key
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.serving.ownership import Limits, OwnedSessions
 from lm_server.serving.server import Server

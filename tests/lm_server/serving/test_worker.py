@@ -20,7 +20,7 @@ from lm_server.client.client import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
 from lm_server.protocol import Job, process_key, results_stream, to_lm_order, to_rnn_order
 from lm_server.rescoring.ranking import ngram_answer
-from lm_server.search.interface import load_model
+from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.settings import Settings
 

@@ -17,7 +17,8 @@ from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.offline import Logits, read_logits
 from lm_server.protocol import to_rnn_order
-from lm_server.search.interface import SearchModel, load_model
+from lm_server.search.interface import SearchModel
+from lm_server.search.load import default_settings, load_model
 from lm_server.settings import Settings, SettingsError, read_settings, write_settings
 from lm_server.tuning import lists as tuning
 from lm_server.tuning import report as tune_report
@@ -305,12 +306,12 @@ def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Pat
     path.write_text(json.dumps({"format": 1, "settings": {"alpha": 1}}))
     assert read_settings(path) == Settings(alpha=1.0)
     path.write_text(json.dumps({"format": 1, "settings": {"acoustic_scale": 0.4}}))
-    wfst = read_settings(path, "wfst")
+    wfst = read_settings(path, default_settings("wfst"), "wfst")
     assert (wfst.acoustic_scale, wfst.max_active, wfst.beam) == (0.4, 7000, 17.0)
     write_settings(path, settings, {"backend": "flashlight"})
-    assert read_settings(path, "flashlight") == settings
+    assert read_settings(path, backend="flashlight") == settings
     with pytest.raises(SettingsError, match="tuned for the search flashlight, and this is wfst"):
-        read_settings(path, "wfst")
+        read_settings(path, default_settings("wfst"), "wfst")
     for values, says in (
         ({"alfa": 1}, "alfa"),
         ({"alpha": 2.0}, "alpha is 2.0"),

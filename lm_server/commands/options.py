@@ -1,0 +1,144 @@
+"""Options that several commands share: search, settings, hot words, the form of a model folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lm_server import settings
+from lm_server.processes import default_workers
+from lm_server.protocol import ProtocolError
+from lm_server.rescoring.load import add_llm_options
+from lm_server.search.hot_words import HotWord, HotWordError, parse_hot_words
+from lm_server.search.load import BACKENDS, default_settings, without_effect
+from lm_server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from lm_server.lm.trie.kenlm_binary import TrieForm
+
+_OF_RESCORING = ("llm_device", "llm_dtype", "llm_text")
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """Add --lm."""
+    parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
+
+
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    """Add --workers."""
+    parser.add_argument(
+        "--workers", type=int, default=None, metavar="N", help="processes (default: all cores)"
+    )
+
+
+def add_search_options(parser: argparse.ArgumentParser, hot_words: bool = True) -> None:
+    """Add --backend, --hot-words, and the options of rescoring and of every setting."""
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help=f"which search (default {BACKENDS[0]}; see docs/search.md)",
+    )
+    if hot_words:
+        parser.add_argument(
+            "--hot-words",
+            type=Path,
+            metavar="FILE",
+            help='words to favour, such as names, as JSON: {"WORD": WEIGHT} or {"WORD": {"weight": '
+            'W, "pronunciations": [["K", "AE", "T"]]}}; weights are added to a sentence\'s total '
+            "(ln)",
+        )
+    add_llm_options(parser)
+    settings.add_options(parser)
+
+
+def add_build_options(parser: argparse.ArgumentParser, held_out: str) -> None:
+    """Add the options of the form of a model folder, of what measures it, and --out."""
+    parser.add_argument(
+        "--quantise", type=int, metavar="BITS", help="bits of each probability (2-25; 8 is usual)"
+    )
+    parser.add_argument(
+        "--compress", action="store_true", help="compress pointers: smaller, a little slower"
+    )
+    parser.add_argument(
+        "--held-out", type=Path, nargs="+", default=(), metavar="PATH", help=held_out
+    )
+    add_out_option(parser)
+
+
+def add_out_option(parser: argparse.ArgumentParser) -> None:
+    """Add --out, a model folder."""
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="model folder to write or replace"
+    )
+
+
+def trie_form(args: argparse.Namespace) -> TrieForm:
+    """Return the form that --quantise and --compress name.
+
+    Raises:
+      ModelError: it is impossible.
+    """
+    from lm_server.lm.arpa import ModelError
+    from lm_server.lm.trie.kenlm_binary import TrieForm
+
+    try:
+        return TrieForm(args.quantise, args.compress)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def workers_from(args: argparse.Namespace) -> int:
+    """Return the number of processes of --workers.
+
+    Raises:
+      SettingsError: it is below 1.
+    """
+    workers: int = default_workers() if args.workers is None else args.workers
+    if workers < 1:
+        raise SettingsError(f"--workers is {workers}; needed at least 1")
+    return workers
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Return the settings: the search's defaults, the file's values, then the options.
+
+    Every option that changes nothing is named on a line of the error output.
+
+    Raises:
+      SettingsError: a value is outside its range, or the file cannot be used.
+    """
+    base = default_settings(args.backend)
+    if args.settings is not None:
+        base = settings.read_settings(args.settings, base, args.backend)
+    given = {
+        name: getattr(args, name) for name in settings.NAMES if getattr(args, name) is not None
+    }
+    chosen = dataclasses.replace(base, **given)
+    of_rescoring = (*settings.names_of("rescoring"), *_OF_RESCORING)
+    # "auto" is the default of the options of rescoring that are no settings.
+    given |= {name: value for name in _OF_RESCORING if (value := getattr(args, name)) != "auto"}
+    for name in given:
+        reason = without_effect(name, args.backend)
+        if reason is None and name in of_rescoring and args.llm is None:
+            reason = f"{name} has no effect without --llm: no large language model rescores"
+        if reason is not None:
+            print(f"warning: --{name.replace('_', '-')} is given, but {reason}", file=sys.stderr)
+    return chosen
+
+
+def hot_words_from(args: argparse.Namespace) -> dict[str, HotWord]:
+    """Return the hot words of --hot-words, none without it; the search checks them.
+
+    Raises:
+      HotWordError: the file cannot be read or parsed.
+    """
+    if args.hot_words is None:
+        return {}
+    try:
+        return parse_hot_words(args.hot_words.read_bytes())
+    except (OSError, ProtocolError) as error:
+        raise HotWordError(f"--hot-words {args.hot_words}: {error}") from error

@@ -108,7 +108,8 @@ class SessionRequests:
         for answer in (done, _refusal(entry, reason)):
             arguments += [len(answer), *scripts.flat(answer)]
         if self._open_script(keys=keys, args=arguments) and name not in sessions:
-            sessions.add(session, idle, session.warnings(before, entry))
+            asked = Entry(entry.stream, entry.id, {**given, **request_id(fields)})
+            sessions.add(session, idle, session.warnings(before, asked))
             _log.info("opened session %r", name)
 
     def _close(self, name: str, entry: Entry) -> None:

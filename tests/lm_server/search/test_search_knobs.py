@@ -62,9 +62,7 @@ def test_lattice_beam_leaves_out_what_is_much_worse_than_the_best(model, lattice
     logits = noisy(["the", "cat", "sat"])
     everything = decoded(model, logits, beam=40.0)
     best = everything[0].total
-    near = [
-        one for one in everything if one.total >= best - lattice_beam
-    ]
+    near = [one for one in everything if one.total >= best - lattice_beam]
     assert len(everything) > len(near) > 0
     assert list(decoded(model, logits, beam=40.0, lattice_beam=lattice_beam)) == near
 

@@ -27,13 +27,13 @@ class ErrorRate:
     def __post_init__(self) -> None:
         if self.errors < 0 or self.length < 0:
             raise ValueError(
-                f"{self.errors} errors in {self.length} cannot be; both must be 0 or more: "
+                f"{self.errors} errors in {self.length} are impossible; both must be 0 or more: "
                 "look at how they were counted"
             )
 
     @property
     def rate(self) -> float | None:
-        """errors / length, above 1 with very many insertions; None without any reference."""
+        """errors / length, above 1 with very many insertions. None without any reference."""
         return self.errors / self.length if self.length else None
 
     def __add__(self, other: ErrorRate) -> ErrorRate:
@@ -46,7 +46,7 @@ class ErrorRate:
 
 @dataclass(frozen=True)
 class Difference(Generic[Item]):
-    """A stretch of an alignment: `decoded` items found for `reference` items; equal when `same`."""
+    """A stretch of an alignment: `decoded` items for `reference` items, equal when `same`."""
 
     same: bool
     reference: tuple[Item, ...]
@@ -54,12 +54,12 @@ class Difference(Generic[Item]):
 
 
 def edit_distance(reference: Sequence[Hashable], decoded: Sequence[Hashable]) -> int:
-    """Fewest insertions, deletions and substitutions that turn `decoded` into `reference`."""
+    """Return the fewest insertions, deletions and substitutions from `decoded` to `reference`."""
     return Levenshtein.distance(*_numbered(reference, decoded))
 
 
 def differences(reference: Sequence[Item], decoded: Sequence[Item]) -> list[Difference[Item]]:
-    """A best alignment as stretches that agree or differ; joined they give both inputs."""
+    """Return a best alignment as stretches that agree or differ. Joined they are both inputs."""
     stretches = []
     for op in Levenshtein.opcodes(*_numbered(reference, decoded)):
         truth = tuple(reference[op.src_start : op.src_end])
@@ -69,17 +69,17 @@ def differences(reference: Sequence[Item], decoded: Sequence[Item]) -> list[Diff
 
 
 def error_rate(reference: Sequence[Hashable], decoded: Sequence[Hashable]) -> ErrorRate:
-    """Edit distance of one trial with its reference length."""
+    """Return the edit distance of one trial with its reference length."""
     return ErrorRate(edit_distance(reference, decoded), len(reference))
 
 
 def total(rates: Iterable[ErrorRate]) -> ErrorRate:
-    """Sums errors and lengths: the aggregate rate, in which a long sentence weighs more."""
+    """Sum errors and lengths: the aggregate rate, in which a long sentence weighs more."""
     return sum(rates, ErrorRate(0, 0))
 
 
 def total_by(keys: Sequence[Key], rates: Sequence[ErrorRate]) -> dict[Key, ErrorRate]:
-    """Aggregate rate per key (a session, a corpus), in the order in which the keys first appear.
+    """Return the aggregate rate per key (a session, a corpus), in order of first appearance.
 
     Raises:
       ValueError: there are more keys than rates, or fewer.
@@ -92,7 +92,7 @@ def total_by(keys: Sequence[Key], rates: Sequence[ErrorRate]) -> dict[Key, Error
 
 
 def greedy_decode(logits: np.ndarray) -> np.ndarray:
-    """Best class per frame, repeats collapsed, blanks dropped: [P, 41] -> int32 [L].
+    """Return the best class per frame, repeats collapsed, blanks dropped: [P, 41] -> int32 [L].
 
     Silence stays, as it does in a label.
 
@@ -108,7 +108,7 @@ def greedy_decode(logits: np.ndarray) -> np.ndarray:
 def phoneme_error_rates(
     labels: Sequence[np.ndarray], decoded: Sequence[np.ndarray]
 ) -> list[ErrorRate]:
-    """One rate per trial from true and decoded class ids; silence counts as a phoneme (NEJM).
+    """Return one rate per trial from class ids. Silence counts as a phoneme (NEJM).
 
     Raises:
       ValueError: the two lists differ in length.
@@ -119,7 +119,7 @@ def phoneme_error_rates(
 
 
 def word_error_rates(references: Sequence[str], decoded: Sequence[str]) -> list[ErrorRate]:
-    """One rate per sentence over normalised words.
+    """Return one rate per sentence over normalised words.
 
     Raises:
       ValueError: the two lists differ in length.
@@ -130,7 +130,7 @@ def word_error_rates(references: Sequence[str], decoded: Sequence[str]) -> list[
 
 
 def _numbered(first: Sequence[Hashable], second: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    # rapidfuzz compares hashes, which may collide (hash(-1) == hash(-2), "a" and 97); small
+    # rapidfuzz compares hashes, which may collide (hash(-1) == hash(-2), "a" and 97). Small
     # numbers cannot.
     number: dict[Hashable, int] = {}
     first_ids = [number.setdefault(item, len(number)) for item in first]

@@ -94,7 +94,7 @@ def errors(task: Task, count: int, settings: Settings, rescored: bool) -> int:
 
 
 def oracle(task: Task, count: int) -> int:
-    """Word errors of the candidates nearest to the truth."""
+    """Count the word errors of the candidates nearest to the truth."""
     return sum(
         min((Levenshtein.distance(words, one.words) for one in candidates), default=len(words))
         for words, candidates in zip(task.truth, task.lists[count], strict=True)

@@ -20,7 +20,7 @@ from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.lexicon.text import normalise
 from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE
 
-CORPUS = Path(__file__).parents[1] / "b2txt_jax" / "simulate" / "corpus"
+CORPUS = Path(__file__).parents[1] / "b2txt_jax" / "simulation" / "corpus"
 _IDS = {name: index for index, name in enumerate(LM_CLASSES)}
 _ALIKE = (
     "P B M",

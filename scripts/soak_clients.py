@@ -17,6 +17,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from soak_machines import AWAY, Sentence
 
+from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
 from lm_server.protocol import REGISTRY, encode_logits, session_streams, to_rnn_order
 
@@ -219,6 +220,18 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
         _request(client, "close", session)
 
 
+def _job_client(url: str) -> JobClient:
+    """Connect as soon as Redis is there; at the start of a batch it may just have been killed."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return JobClient(url, timeout=ANSWER_SECONDS, reconnect_seconds=60.0)
+        except LanguageModelUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def do_jobs(url: str, sentences: Sequence[Sentence], count: int, spoken: int, tally: Tally) -> None:
     """Submit jobs, batch by batch, and check their results.
 
@@ -233,7 +246,7 @@ def do_jobs(url: str, sentences: Sequence[Sentence], count: int, spoken: int, ta
         size = min(_BATCH, count - done)
         mine = [sentences[(done + i) % len(sentences)] for i in range(size)]
         logits = [to_rnn_order(one.logits) for one in mine]
-        with JobClient(url, timeout=ANSWER_SECONDS, reconnect_seconds=60.0) as client:
+        with _job_client(url) as client:
             told = 0
 
             def progress(number: int, _: int) -> None:

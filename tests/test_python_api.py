@@ -115,7 +115,7 @@ def test_trials_of_any_length_compile_one_program_per_bucket(run, trials):
         (lambda x: x, ["t15.2023.08.11"], "needed one name, for one trial"),
         (lambda x: x[:, :500], "t15.2023.08.11", r"is \[\d+, 500\]; needed \[T, 512\]"),
         (lambda x: x[None], "t15.2023.08.11", r"several trials are a list"),
-        (lambda x: x[:13], "t15.2023.08.11", "has 13 bins; one patch needs 14"),
+        (lambda x: x[:13], "t15.2023.08.11", "has 13 bins; the model needs 14"),
         (lambda x: x * np.nan, "t15.2023.08.11", "NaN or infinite values, the first in bin 0"),
         (lambda x: [x, x], ["t15.2023.08.11"], "found 1 days for 2 trials"),
         (lambda x: [x, x[:9]], "t15.2023.08.11", "trial 1: the trial has 9 bins"),

@@ -45,7 +45,7 @@ OPT_PARAMETERS = {
     "30b": 29.97e9,
     "66b": 65.72e9,
 }
-"""Parameters of the OPT models (Zhang et al. 2022, table 1); NEJM rescores with 6.7b."""
+"""Parameters of the OPT models (Zhang et al. 2022, table 1). NEJM rescores with 6.7b."""
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -170,7 +170,7 @@ def check_devices(
         advice = busy or (
             "another process holds the TPU: end the one named, or wait"
             if in_use
-            else "mend the versions first; on a TPU VM, restart it if that does not help"
+            else "correct the versions first; on a TPU VM, restart it if that does not help"
         )
         return Finding("devices", "problem", found, advice), None
     platform, count, kind, everywhere = json.loads(answer[0].removeprefix("DEVICES "))

@@ -6,6 +6,7 @@ The exit status is 1 if something prevents training or decoding, else 0.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -34,19 +36,17 @@ _RUNTIME_BYTES = 1.5e9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt doctor`."""
-    parser.add_argument("--config", help="configuration: its data and memory are checked too")
-    parser.add_argument("--workdir", type=Path, help="folder of a run, existing or planned")
-    parser.add_argument("--data", help="folder of sessions, overrides data.root")
-    parser.add_argument(
-        "--redis",
-        metavar="URL",
-        default=os.environ.get("B2TXT_REDIS_URL"),
-        help="for example redis://:PASSWORD@host:6379/0 (default: $B2TXT_REDIS_URL)",
-    )
-    parser.add_argument("--lm", type=Path, help="folder that `lm-server build` has written")
-    parser.add_argument("--opt", choices=tuple(checks.OPT_PARAMETERS), help="model to rescore with")
-    parser.add_argument("--opt-dtype", choices=tuple(checks.BYTES_PER_PARAMETER), default="float16")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    option = parser.add_argument
+    option("--config", help="configuration: its data and memory are checked too")
+    option("--workdir", type=Path, help="folder of a run, existing or planned")
+    option("--data", help="folder of sessions, overrides data.root")
+    url, own = "redis://:PASSWORD@host:6379/0", os.environ.get("B2TXT_REDIS_URL")
+    help_ = f"for example {url} (default: $B2TXT_REDIS_URL)"
+    option("--redis", metavar="URL", default=own, help=help_)
+    option("--lm", type=Path, help="folder written by `lm-server build`")
+    option("--opt", choices=tuple(checks.OPT_PARAMETERS), help="model to rescore with")
+    option("--opt-dtype", choices=tuple(checks.BYTES_PER_PARAMETER), default="float16")
+    option("--json", action="store_true", help="print JSON instead of lines")
     rows = [
         f"  {size:>5}  {checks.opt_memory(size, 'float16') / 1e9:6.1f} GB float16 "
         f"{checks.opt_memory(size, 'float32') / 1e9:7.1f} GB float32"
@@ -67,9 +67,8 @@ def run(args: argparse.Namespace) -> int:
     warnings = sum(finding.status == "warning" for finding in findings)
     if args.json:
         listed = [dataclasses.asdict(finding) for finding in findings]
-        print(
-            json.dumps({"problems": problems, "warnings": warnings, "findings": listed}, indent=2)
-        )
+        values = {"problems": problems, "warnings": warnings, "findings": listed}
+        print(json.dumps(values, indent=2))
     else:
         _print(findings)
         print(f"{problems} problems, {warnings} warnings")
@@ -99,7 +98,10 @@ def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[F
         return [finding]
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield "versions", lambda: [checks.check_versions(_installed(), _jax_requires(), chips)]
+    names, read = ("jax", "jaxlib", "libtpu"), importlib.metadata.version
+    versions = {name: _metadata(read, name) for name in names}
+    required = _metadata(importlib.metadata.requires, "jax") or []
+    yield "versions", lambda: [checks.check_versions(versions, required, chips)]
     yield "devices", look_at_devices
     yield "huge pages", lambda: [checks.check_huge_pages(chips.generation)]
     yield "open files", lambda: [checks.check_open_files(soft, hard)]
@@ -115,21 +117,10 @@ def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[F
         yield "rescoring", lambda: [checks.check_opt(args.opt, args.opt_dtype, available)]
 
 
-def _installed() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for name in ("jax", "jaxlib", "libtpu"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _jax_requires() -> list[str]:
-    try:
-        return importlib.metadata.requires("jax") or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
+def _metadata(read: Callable[[str], Any], package: str) -> Any:
+    """Return a package's metadata, or None if it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return read(package)
 
 
 def _compilation_cache() -> list[Finding]:
@@ -183,15 +174,9 @@ def check_training(
             findings.append(found)
             state = _state_bytes(config, sessions)
             needed = training_memory(config, state, max(buckets), on_accelerator=on_accelerator)
-            findings.append(
-                checks.check_memory(
-                    "memory",
-                    "one training process",
-                    needed,
-                    available,
-                    "lower data.trials_per_day or data.buckets, or use a larger machine",
-                )
-            )
+            what, advice = "one training process", "lower data.trials_per_day or data.buckets"
+            advice += ", or use a larger machine"
+            findings.append(checks.check_memory("memory", what, needed, available, advice))
     except (UserError, OSError) as error:
         findings.append(Finding("data", "problem", str(error), "see the message; then run again"))
     if args.workdir:

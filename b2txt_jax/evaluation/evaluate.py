@@ -50,7 +50,7 @@ class Rates:
     per_corpus: Mapping[str, ErrorRate]
 
     def to_json(self) -> dict[str, Any]:
-        """Return {all, per_session, per_corpus}, each with errors, length, rate (null: no length)."""
+        """Return {all, per_session, per_corpus}, each with errors, length and rate."""
         return {
             "all": _rate_json(self.all),
             "per_session": {name: _rate_json(r) for name, r in self.per_session.items()},

@@ -10,7 +10,6 @@ import base64
 import io
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from b2txt_jax.metrics import ErrorRate, differences
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID
+from lm_server.atomic_file import replacing
 from lm_server.protocol import CLASSES, check_logits
 
 FRAME_SECONDS = 0.08
@@ -43,7 +43,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Mark:
-    """A phoneme's name in a picture: class id, time in s, whether the alignment calls it wrong."""
+    """A phoneme's name in a picture: class id, time in s, whether it is an error."""
 
     phoneme: int
     time: float
@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def greedy_segments(logits: np.ndarray) -> list[Segment]:
-    """The phonemes of the greedy decoding with the frames that they take: [P, 41] -> segments."""
+    """Return the phonemes of the greedy decoding with their frames: [P, 41] -> segments."""
     best = check_logits(logits).argmax(axis=1)
     edges = [0, *(np.flatnonzero(np.diff(best)) + 1).tolist(), len(best)]
     found = [Segment(int(best[a]), a, b) for a, b in itertools.pairwise(edges) if b > a]
@@ -87,7 +87,7 @@ def greedy_segments(logits: np.ndarray) -> list[Segment]:
 
 
 def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss of training and validation, and PER of validation, against the step."""
+    """Draw the losses of training and validation, and the validation PER, against the step."""
     figure = _figure(7.2, 3.4)
     losses, rates = figure.subplots(1, 2)
     for kind, colour, name in (("train", BLUE, "training"), ("val", ORANGE, "validation")):
@@ -120,7 +120,7 @@ def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def per_by_day(rates: Mapping[str, float | None]) -> Figure:
-    """PER of each day, as horizontal bars in the order of the days; None has no labels."""
+    """Draw the PER of each day as horizontal bars in the order of the days. None: no labels."""
     names = list(rates)
     figure = _figure(7.2, max(1.8, 0.9 + 0.27 * len(names)))
     axes = figure.subplots()
@@ -138,7 +138,7 @@ def per_by_day(rates: Mapping[str, float | None]) -> Figure:
 
 
 def wer_bars(rows: Sequence[tuple[str, ErrorRate]]) -> Figure:
-    """Word error rates side by side, each with its errors and words."""
+    """Draw word error rates side by side, each with its errors and words."""
     figure = _figure(7.2, max(1.7, 0.9 + 0.42 * len(rows)))
     axes = figure.subplots()
     names = [name for name, _ in rows]
@@ -152,7 +152,7 @@ def wer_bars(rows: Sequence[tuple[str, ErrorRate]]) -> Figure:
 def phoneme_picture(
     logits: np.ndarray, label: np.ndarray | None = None, title: str = "Phoneme probabilities"
 ) -> Figure:
-    """Class probabilities over time, decoded phonemes above where they occur, true ones beneath.
+    """Draw class probabilities over time, with decoded phonemes above and true ones beneath.
 
     Args:
       logits: [P, 41] in the RNN's order, one row per 80 ms.
@@ -203,7 +203,7 @@ def phoneme_picture(
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG."""
+    """Return the figure as PNG."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
@@ -211,19 +211,15 @@ def png(figure: Figure) -> bytes:
 
 
 def data_uri(figure: Figure) -> str:
-    """The figure as `data:` address, for a page that loads nothing."""
+    """Return the figure as `data:` URL, for a page that loads nothing."""
     return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
 
 
 def save_png(path: Path, figure: Figure) -> None:
-    """Writes the figure; the file appears whole or not at all."""
+    """Write the figure, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(png(figure))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(png(figure))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -277,7 +273,7 @@ def _bars(
 def _aligned(
     found: Sequence[int], times: Sequence[float], true: Sequence[int], seconds: float
 ) -> tuple[list[Mark], list[Mark]]:
-    """Marks of the decoded and of the true phonemes, the latter at the times of their partners."""
+    """Return marks of the decoded and the true phonemes, the latter at their partners' times."""
     wrong_found: list[bool] = []
     wrong_true: list[bool] = []
     partners: list[tuple[int, float]] = [(-1, 0.0)]  # (place in `true`, time)
@@ -296,7 +292,7 @@ def _aligned(
 
 
 def _strip(axes: Axes, marks: Sequence[Mark], name: str, seconds_per_inch: float) -> None:
-    """Phoneme names at their times, in the first of three rows that has room; errors are boxed."""
+    """Write phoneme names at their times in the first of three rows with room, errors boxed."""
     axes.set_ylim(0, 1)
     axes.set_yticks([0.5], [name])
     axes.tick_params(axis="both", length=0, labelbottom=False)

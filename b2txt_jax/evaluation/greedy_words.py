@@ -1,11 +1,10 @@
 """Words without a language model: greedy phonemes, split at silences, looked up one by one.
 
-Each group of phonemes is looked up exactly in the CMU dictionary: this is the rate that shows what
-the language model adds. There is no search, and no word knows its neighbours: a group of phonemes
-that is nobody's pronunciation stays a placeholder, which counts as one wrong word. Among words that
-sound alike the one wins whose preferred pronunciation it is, then the one more common in the
-training sentences that come with the package ("you" before "yu"), then the shortest spelling, then
-the alphabet's order.
+Each group of phonemes is looked up exactly in the CMU dictionary. The rate shows what the language
+model adds: there is no search, and neighbouring words do not matter. A group without an entry stays
+a placeholder, which counts as one wrong word. Of words with equal pronunciations, the one wins
+whose first pronunciation it is, then the more common one in the package's training sentences ("you"
+before "yu"), then the shorter spelling, then the alphabetic order.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from b2txt_jax.simulation.corpus import load_pool
 from lm_server.protocol import CLASSES
 from lm_server.text_rules import scored_words
 
-# Entries such as "a.m." would be normalised away from what the reference holds; of the names of
-# letters ("r" sounds like "are") only two are words.
+# Normalisation would change entries such as "a.m." to something that no reference contains. Of the
+# names of letters ("r" sounds like "are"), only two are words.
 _WORD = re.compile(r"[ai]|[a-z]+(?:['-]?[a-z]+)+")
 
 
 @functools.cache
 def words_by_pronunciation() -> dict[tuple[str, ...], str]:
-    """ARPAbet phonemes without stress -> the word that stands for them."""
+    """Return ARPAbet phonemes without stress -> the word that stands for them."""
     common = Counter(word for text, _ in load_pool("train") for word in scored_words(text))
     best: dict[tuple[str, ...], tuple[int, int, int, str]] = {}
     for word, entries in pronunciations().items():
@@ -41,9 +40,9 @@ def words_by_pronunciation() -> dict[tuple[str, ...], str]:
 
 
 def greedy_words(ids: Iterable[int]) -> tuple[str, ...]:
-    """Decoded class ids (no blanks) -> words.
+    """Return the words of decoded class ids (no blanks).
 
-    An unmatched group becomes `<HH-AH-L>`, in capitals, and so equals no scored word.
+    An unmatched group becomes `<HH-AH-L>`. In capitals, it equals no scored word.
 
     Raises:
       ValueError: a blank or an id outside the 41 classes is among the ids.
@@ -51,7 +50,7 @@ def greedy_words(ids: Iterable[int]) -> tuple[str, ...]:
     lookup = words_by_pronunciation()
     words: list[str] = []
     group: list[str] = []
-    for value in (*ids, SILENCE_ID):  # a last word needs no silence after it
+    for value in (*ids, SILENCE_ID):  # A last word needs no silence after it.
         index = int(value)
         if not BLANK_ID < index <= SILENCE_ID:
             raise ValueError(

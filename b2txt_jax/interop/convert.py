@@ -34,49 +34,25 @@ CHECKPOINTS = "checkpoints"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt convert`."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--from-nejm",
-        type=Path,
-        metavar="DIR",
-        help="published checkpoint folder (checkpoint/best_checkpoint, checkpoint/args.yaml)",
-    )
-    what.add_argument(
-        "--to-nejm", type=Path, metavar="OUT", help="write such a folder from --workdir"
-    )
-    what.add_argument("--from-safetensors", type=Path, metavar="FILE")
-    what.add_argument("--to-safetensors", type=Path, metavar="FILE")
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        type=Path,
-        help="the run's folder: --from writes it, --to reads it",
-    )
-    parser.add_argument("--root", type=Path, help="--from: folder of session folders (data.root)")
-    parser.add_argument(
-        "--restart",
-        action="store_true",
-        help="--from: the weights alone; training restarts at step 0 (fine-tuning)",
-    )
-    parser.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="SETTING",
-        help="--from-nejm: leave out a setting of args.yaml that has no equivalent",
-    )
-    parser.add_argument(
-        "--which",
-        choices=("best", "latest"),
-        help="--to: the best checkpoint, or the latest with its optimizer state (default: best)",
-    )
-    parser.add_argument(
-        "--compiled-names",
-        action="store_true",
-        help=f"--to-nejm: names begin with {COMPILED_PREFIX}, as the published trainer needs to "
-        "continue",
-    )
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    published = "published checkpoint folder (checkpoint/best_checkpoint, checkpoint/args.yaml)"
+    what("--from-nejm", type=Path, metavar="DIR", help=published)
+    what("--to-nejm", type=Path, metavar="OUT", help="write such a folder from --workdir")
+    what("--from-safetensors", type=Path, metavar="FILE")
+    what("--to-safetensors", type=Path, metavar="FILE")
+    option = parser.add_argument
+    workdir = "the run's folder: --from writes it, --to reads it"
+    option("--workdir", required=True, type=Path, help=workdir)
+    option("--root", type=Path, help="--from: folder of session folders (data.root)")
+    restart = "--from: the weights alone; training restarts at step 0 (fine-tuning)"
+    option("--restart", action="store_true", help=restart)
+    ignore = "--from-nejm: leave out a setting of args.yaml that has no equivalent"
+    option("--ignore", action="append", default=[], metavar="SETTING", help=ignore)
+    which = "--to: the best checkpoint, or the latest with its optimizer state (default: best)"
+    option("--which", choices=("best", "latest"), help=which)
+    names = f"begin with {COMPILED_PREFIX}, as the published trainer needs to continue"
+    option("--compiled-names", action="store_true", help=f"--to-nejm: names {names}")
+    option("--force", action="store_true", help="replace existing files")
     parser.epilog = (
         "Any key of a converted configuration can be changed: --config.section.key=value. "
         "docs/convert.md has the names, the formats and what is left out."

@@ -137,11 +137,20 @@ def _base_rates(config: Config) -> list[float]:
     return [main, day, main]
 
 
+_ADAMW = dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False) | {
+    "foreach": None,
+    "fused": True,
+    "decoupled_weight_decay": True,
+}
+"""Options of the published torch.optim.AdamW that are the same in every group."""
+
+
 def optimizer_dict(state: TrainState, config: Config, names: Sequence[str]) -> dict[str, Any]:
     """Return torch.optim.AdamW's state_dict with the published groups."""
-    settings = config.optimizer
-    moments = moments_of(state)
-    groups, entries, index = [], {}, 0
+    settings, moments = config.optimizer, moments_of(state)
+    own = {"betas": (settings.beta1, settings.beta2), "eps": settings.epsilon}
+    groups: list[dict[str, Any]] = []
+    entries: dict[int, Any] = {}
     kinds = zip(
         optimizer_groups(names),
         ("bias", "day_layer", "other"),
@@ -150,28 +159,13 @@ def optimizer_dict(state: TrainState, config: Config, names: Sequence[str]) -> d
         _base_rates(config),
         strict=True,
     )
+    first = 0
     for group, kind, decay, rate, base in kinds:
-        indices = list(range(index, index + len(group)))
-        index += len(group)
-        groups.append(
-            {
-                "weight_decay": decay,
-                "group_type": kind,
-                "lr": rate,
-                "betas": (settings.beta1, settings.beta2),
-                "eps": settings.epsilon,
-                "amsgrad": False,
-                "maximize": False,
-                "foreach": None,
-                "capturable": False,
-                "differentiable": False,
-                "fused": True,
-                "decoupled_weight_decay": True,
-                "initial_lr": base,
-                "params": indices,
-            }
-        )
-        for number, name in zip(indices, group, strict=True):
+        numbers = list(range(first, first + len(group)))
+        first += len(group)
+        varied = {"group_type": kind, "weight_decay": decay, "lr": rate, "initial_lr": base}
+        groups.append({**varied, **own, **_ADAMW, "params": numbers})
+        for number, name in zip(numbers, group, strict=True):
             if name in moments.steps:
                 entries[number] = {
                     "step": np.array(moments.steps[name], np.float32),

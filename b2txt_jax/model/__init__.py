@@ -1,1 +1,1 @@
-"""The decoder: day layer, patches, GRU, head."""
+"""Models: their interface, the two of this package, and parts to build with."""

@@ -11,8 +11,8 @@ from b2txt_jax.model.product import contract
 def day_layer(
     x: jax.Array, day: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """softsign(x @ weight[day] + bias[day]): x [B, T, D], day [B], weight [days, D, D], bias [days,
-    D] -> [B, T, D].
+    """Return softsign(x @ weight[day] + bias[day]): x [B, T, D], day [B], weight [days, D, D], bias
+    [days, D] -> [B, T, D].
 
     The product runs in `dtype` with float32 sums; the result has `dtype`.
     """

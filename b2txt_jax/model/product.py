@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def contract(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """einsum of two operands, float32: every index of one operand is in the other or in the result.
+    """Return the einsum of two operands, float32: every index of one operand is in the other or in
+    the result.
 
     The operands, and in the backward pass the cotangent, are cast to `dtype` first.
     """
@@ -43,19 +44,19 @@ contract.defvjp(_forward, _backward)
 
 
 def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x @ weight.T: x [X, Y, I], weight [O, I] as PyTorch keeps it -> float32 [X, Y, O]."""
+    """Return x @ weight.T: x [X, Y, I], weight [O, I] as PyTorch keeps it -> float32 [X, Y, O]."""
     return contract("xyi,oi->xyo", x, weight, dtype)
 
 
 def recurrent(state: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """state @ weight.T of one frame: state [B, I], weight [O, I] -> float32 [B, O].
+    """Return state @ weight.T of one frame: state [B, I], weight [O, I] -> float32 [B, O].
 
-    Not differentiable as it stands: for use inside loops with a backward pass of their own.
+    Not differentiable: for use inside loops with a backward pass of their own.
     """
 
     def columns(h: jax.Array, w: jax.Array) -> jax.Array:
         # With the few rows of a batch on the right, a CPU reads the weight in its own order: 1.2
-        # to 2 times faster. The barrier keeps the compiler from turning it round again.
+        # to 2 times faster. The barrier keeps the compiler from undoing this.
         product = jnp.matmul(w, h.T, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(product).T
 
@@ -69,7 +70,7 @@ def recurrent(state: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Arra
 
 
 def transposed(weight: jax.Array) -> jax.Array:
-    """weight.T laid out anew, once, where a loop would otherwise read it against its order."""
+    """Return weight.T laid out anew, where a loop would otherwise read it against its order."""
 
     def copied(w: jax.Array) -> jax.Array:
         moved: jax.Array = jax.lax.optimization_barrier(w.T)

@@ -1,1 +1,1 @@
-"""What is done to features on the device before the model: augmentation, smoothing."""
+"""Processing of features on the device before the model: augmentation, smoothing."""

@@ -11,14 +11,14 @@ import numpy as np
 from b2txt_jax.config import ConfigError
 
 TAP_THRESHOLD = 0.01
-"""Taps below this are dropped before the kernel is renormalised (NEJM reference, section 4)."""
+"""Smaller taps are dropped before the kernel is renormalised (NEJM reference, section 4)."""
 
 
 @functools.cache
 def gaussian_taps(std: float, size: int) -> tuple[float, ...]:
-    """Taps of the smoothing kernel, summing to 1; `std` and `size` in bins.
+    """Return the taps of the smoothing kernel, summing to 1; `std` and `size` in bins.
 
-    A Gaussian, cut at 4 std and normalised, of which the published code keeps the taps above 0.01.
+    The published code cuts a Gaussian at 4 std, normalises it, and keeps the taps above 0.01.
 
     Raises:
       ConfigError: the window is too small for the kernel, or no tap is above the threshold.
@@ -35,14 +35,13 @@ def gaussian_taps(std: float, size: int) -> tuple[float, ...]:
     if not len(kept):
         raise ConfigError(
             f"signal.smooth_std is {std} bins: all taps of so wide a kernel are below "
-            f"{TAP_THRESHOLD} "
-            "and would be dropped; needed less than 39"
+            f"{TAP_THRESHOLD} and would be dropped; needed less than 39"
         )
     return tuple((kept / kept.sum()).tolist())
 
 
 def smooth(x: jax.Array, std: float, size: int, padding: str = "same") -> jax.Array:
-    """Smooths over time: [B, T, D] -> [B, T, D] ('same') or [B, T - taps + 1, D] ('valid').
+    """Smooth over time: [B, T, D] -> [B, T, D] ('same') or [B, T - taps + 1, D] ('valid').
 
     A sum of shifted copies: the compiler fuses it into one pass over the data, which a depthwise
     convolution is not.

@@ -51,37 +51,20 @@ def _positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt compile`."""
-    parser.add_argument("--topology", required=True, help=f"the slice: {known_topologies()}")
-    parser.add_argument("--config", required=True, help="e.g. configs/nejm_baseline.py")
-    parser.add_argument(
-        "--per-device-batch",
-        type=_positive,
-        metavar="N",
-        help="rows per device (default: the devices share the configured batch)",
-    )
-    parser.add_argument(
-        "--model-axis",
-        type=_positive,
-        metavar="M",
-        help="devices that share the large parameters (default: parallel.model_axis)",
-    )
-    parser.add_argument(
-        "--bucket",
-        metavar="BINSxLABELS",
-        help="padded shape of the batch, e.g. 2560x500 (default: a middle bucket of the "
-        "configuration)",
-    )
-    parser.add_argument(
-        "--days",
-        type=_positive,
-        help="number of sessions, if the configuration names none and has no data",
-    )
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="compile each variant of the recurrence and rank them by the compiler's cycles",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    option = parser.add_argument
+    option("--topology", required=True, help=f"the slice: {known_topologies()}")
+    option("--config", required=True, help="e.g. configs/nejm_baseline.py")
+    rows = "rows per device (default: the devices share the configured batch)"
+    option("--per-device-batch", type=_positive, metavar="N", help=rows)
+    axis = "devices that share the large parameters (default: parallel.model_axis)"
+    option("--model-axis", type=_positive, metavar="M", help=axis)
+    shape = "padded shape of the batch, e.g. 2560x500 (default: a middle bucket)"
+    option("--bucket", metavar="BINSxLABELS", help=shape)
+    days = "number of sessions, if the configuration names none and has no data"
+    option("--days", type=_positive, help=days)
+    compare = "compile each variant of the recurrence and rank them by the compiler's cycles"
+    option("--compare", action="store_true", help=compare)
+    option("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.epilog = (
         "Any key of the configuration: --config.section.key=value. Needs the tpu extra; one to "
         "five minutes of one core."

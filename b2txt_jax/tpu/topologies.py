@@ -133,7 +133,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     if topology.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip.name == "v4":
-        # One device per chip, as on a Cloud TPU VM; libtpu's default here is one per core.
+        # One device per chip, as on a Cloud TPU VM. libtpu's default here is one per core.
         options["chip_config_name"] = "megacore"
     try:
         described = topologies.get_topology_desc(

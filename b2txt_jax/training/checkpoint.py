@@ -1,5 +1,4 @@
-"""Checkpoints of a run: the latest full state, to go on from, and the best parameters, to decode
-with."""
+"""Checkpoints of a run: the latest full state, to resume, and the best parameters, to decode."""
 
 from __future__ import annotations
 
@@ -45,12 +44,12 @@ class BestScore:
     validations_since: int = 0
 
     def beats(self, other: BestScore | None) -> bool:
-        """Whether this score replaces `other`."""
+        """Return whether this score replaces `other`."""
         return other is None or (self.per, self.loss) < (other.per, other.loss)
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in `workdir` has saved a full state to go on from."""
+    """Return whether a run in `workdir` has saved a full state to resume from."""
     return any(path.name.isdigit() for path in (workdir / "checkpoints" / "latest").glob("*"))
 
 
@@ -58,11 +57,11 @@ class Checkpoints:
     """`WORKDIR/checkpoints/latest` and `WORKDIR/checkpoints/best`, written in the background by
     Orbax.
 
-    Orbax would read a flipped bit of a weight as another weight: checksums are kept beside.
+    Orbax reads a flipped bit of a weight as another weight, so checksums are saved too.
     """
 
     def __init__(self, workdir: Path, read_only: bool = False):
-        """`read_only`: leaves the folder as it is, for use beside a training."""
+        """`read_only` leaves the folder as it is, for use beside a training."""
         folder = workdir.absolute() / "checkpoints"
 
         def manager(name: str, kept: int) -> ocp.CheckpointManager:
@@ -77,17 +76,17 @@ class Checkpoints:
         self._started: dict[ocp.CheckpointManager, int] = {}
 
     def prepare(self, state: TrainState) -> None:
-        """Compiles what saving needs, so that saves compile nothing."""
+        """Compile what saving needs, so that saves compile nothing."""
         checksums(state._asdict())
         checksums(state.params)
 
     def latest_step(self) -> int | None:
-        """The step of the latest full state, if there is one."""
+        """Return the step of the latest full state, if there is one."""
         step: int | None = self._latest.latest_step()
         return step
 
     def save_latest(self, step: int, state: TrainState, best: BestScore | None) -> None:
-        """Saves the full state; returns before it is on disk.
+        """Save the full state; return before it is on disk.
 
         Raises:
           CheckpointError: this save, or the one before it, failed.
@@ -98,14 +97,14 @@ class Checkpoints:
                 self._latest.save(step, args=_arguments(state._asdict(), best_score))
 
     def save_best(self, step: int, params: Params, best: BestScore) -> None:
-        """Saves the parameters of the best validation; returns before they are on disk.
+        """Save the parameters of the best validation; return before they are on disk.
 
         Raises:
           CheckpointError: this save, or the one before it, failed.
         """
         with self._naming(step, self._best):
             for stale in self._best.all_steps():
-                # Of steps that were lost when the run was killed and are now done again.
+                # Left by steps that were lost when the run was killed and are now repeated.
                 if stale >= step:
                     self._best.delete(stale)
             saved = self._best.save(step, args=_arguments(params, asdict(best)), force=True)
@@ -113,7 +112,7 @@ class Checkpoints:
             raise CheckpointError(f"the best parameters of step {step} were not saved; try again")
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, BestScore | None]:
-        """Restores the full state, with the shapes and placement of `like`.
+        """Restore the full state, with the shapes and placement of `like`.
 
         Raises:
           CheckpointError: there is none, or it cannot be read.
@@ -122,7 +121,7 @@ class Checkpoints:
         return TrainState(**tree), BestScore(**best) if best else None
 
     def restore_best(self, like: Params) -> tuple[Params, BestScore]:
-        """Restores the best parameters.
+        """Restore the best parameters.
 
         Raises:
           CheckpointError: there are none, or they cannot be read.
@@ -131,7 +130,7 @@ class Checkpoints:
         return tree, BestScore(**best)
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk.
+        """Wait until everything that was saved is on disk.
 
         Raises:
           CheckpointError: a save failed.
@@ -142,10 +141,10 @@ class Checkpoints:
 
     @contextmanager
     def _naming(self, step: int | None, manager: ocp.CheckpointManager) -> Iterator[None]:
-        """Turns a failed save into an error that names the step, the folder and what is left.
+        """Turn a failed save into an error that names the step, the folder and what is left.
 
-        Saves end in the background, so that the next call tells of a failure: the step that was
-        on its way is named too. `step`: that this call starts to save; None: it only waits.
+        Saves end in the background, so the next call raises for a failure: the step that was in
+        flight is named too. `step` is the one that this call starts to save; None: it only waits.
         """
         before = self._started.get(manager)
         if step is not None:
@@ -166,7 +165,7 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Waits and releases Orbax's threads."""
+        """Wait, and release Orbax's threads."""
         self._latest.close()
         self._best.close()
 
@@ -179,14 +178,14 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Closing tells of a failed save once more; the error that is on its way told of it already.
-        on_its_way = contextlib.nullcontext() if kind is None else contextlib.suppress(Exception)
-        with on_its_way:
+        # Closing raises for a failed save once more; the error being raised names it already.
+        quietly = contextlib.nullcontext() if kind is None else contextlib.suppress(Exception)
+        with quietly:
             self.close()
 
 
 def _first_line(error: Exception) -> str:
-    """Orbax's texts run to thousands of characters; the first line says what is wrong."""
+    """Return the first line of an error: Orbax's texts run to thousands of characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:600] if lines else type(error).__name__
 
@@ -198,15 +197,15 @@ def _arguments(tree: Any, best: dict[str, Any] | None) -> ocp.args.Composite:
 
 
 def _crc(extra: dict[str, Any]) -> int:
-    """Of everything but itself."""
+    """Return the checksum of everything but the checksum."""
     rest = {key: value for key, value in extra.items() if key != "crc32"}
     return text_checksum(json.dumps(rest, sort_keys=True))
 
 
 def _check_sums(tree: Any, extra: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError when arrays or score are not those that were saved."""
+    """Raise ValueError when arrays or score are not those that were saved."""
     if "crc32" not in extra and "checksums" not in extra:
-        warnings.warn(f"{folder} was written without checksums: it is taken as it is", stacklevel=2)
+        warnings.warn(f"{folder} was written without checksums: it is used as it is", stacklevel=2)
         return
     if extra.get("crc32") != _crc(extra):
         raise ValueError("its score and checksums are not what was saved")
@@ -220,7 +219,7 @@ def _check_sums(tree: Any, extra: dict[str, Any], folder: Path) -> None:
 
 
 def _restore(manager: ocp.CheckpointManager, like: Any) -> tuple[Any, Any]:
-    """The tree and the score of the last step."""
+    """Return the tree and the score of the last step."""
     step = manager.latest_step()
     if step is None:
         raise CheckpointError(

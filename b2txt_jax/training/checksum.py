@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where the arrays live: whatever the number of devices, the same."""
+"""Checksums of arrays, computed where the arrays live; equal for any number of devices."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-"""By the bytes of an element; 8 bytes become two elements."""
+"""Unsigned type by the bytes of an element; 8 bytes become two elements."""
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A 32-bit number per leaf, by its path such as `params/gru/h0`.
+    """Return a 32-bit number per leaf, by its path such as `params/gru/h0`.
 
-    One changed element always changes its leaf's number; any other change goes unseen once in 4
-    billion times. Nothing but the numbers leaves the devices; each shape compiles once.
+    One changed element always changes its leaf's number. Any other change is missed once in 4
+    billion times. Only the numbers leave the devices, and each shape compiles once.
     With several hosts, all must call it.
     """
     # A program per shape, not one for all: moments have the shapes of their parameters.
@@ -29,16 +29,16 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def text_checksum(text: str) -> int:
-    """CRC-32 of a text."""
+    """Return the CRC-32 of a text."""
     return zlib.crc32(text.encode())
 
 
 @jax.jit
 def _checksum_of(leaf: jax.Array) -> jax.Array:
-    """The sum, modulo 2^32, of every element's bits mixed with its position.
+    """Return the sum, modulo 2^32, of every element's bits mixed with its position.
 
-    The mixing is MurmurHash3's finalizer, which maps no two words to one. A sum is the same in
-    whatever order the devices take it.
+    The mixing is MurmurHash3's finalizer, which maps no two words to one. A sum does not depend on
+    the order in which devices add.
     """
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)

@@ -2,10 +2,10 @@
 (Graves et al. 2006).
 
 Automatic differentiation of the forward recursion would run a second, larger loop; instead the
-backward recursion is run as the forward recursion of the reversed problem, stacked beside the
-first, so that one loop of P steps gives both and the gradient is a closed form: softmax
-minus the posterior of each class in each frame. Everything is float32: bfloat16 has too few digits
-for sums of log-probabilities.
+backward recursion runs as the forward recursion of the reversed problem, stacked beside the first.
+One loop of P steps computes both, and the gradient is a closed form: softmax minus the posterior of
+each class in each frame. Everything is float32: bfloat16 has too few digits for sums of
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _LOG_ZERO = -1e30
 
 
 def frames_needed(labels: jax.Array, label_length: jax.Array) -> jax.Array:
-    """Fewest frames that can spell each label: its length plus one blank per immediate repeat. [B,
-    L], [B] -> [B]."""
+    """Return the fewest frames that can spell each label, its length plus one blank per immediate
+    repeat: [B, L], [B] -> [B]."""
     inside = jnp.arange(1, labels.shape[1]) < label_length[:, None]
     repeats = (labels[:, 1:] == labels[:, :-1]) & inside
     return label_length + repeats.sum(1)
@@ -29,16 +29,16 @@ def frames_needed(labels: jax.Array, label_length: jax.Array) -> jax.Array:
 def ctc_loss(
     logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array
 ) -> jax.Array:
-    """Negative log-likelihood (ln) of each label: [B].
+    """Return the negative log-likelihood (ln) of each label: [B].
 
     Args:
       logits: float32 [B, P, C], class 0 is the blank.
-      frames: valid frames per row, int [B]; later frames count for nothing.
+      frames: valid frames per row, int [B]; later frames are ignored.
       labels: class ids, int [B, L], padded with anything.
       label_length: int [B].
 
-    Rows that no alignment can spell (fewer frames than `frames_needed`) give +inf and a zero
-    gradient; the caller counts and leaves them out. Zero frames with an empty label is loss 0.
+    Rows that no alignment can spell (fewer frames than `frames_needed`) have loss +inf and a zero
+    gradient. The caller counts and excludes them. Zero frames with an empty label have loss 0.
     """
     return _loss_and_posterior(logits, frames, labels, label_length)[0]
 
@@ -78,8 +78,8 @@ def _loss_and_posterior(
     in_states = jnp.arange(states.shape[1]) < state_length[:, None]
     in_frames = jnp.arange(length) < frames[:, None]
     occupied = in_frames[:, :, None] & in_states[:, None, :] & feasible[:, None, None]
-    # Each frame's joint sums to the likelihood; normalising per frame instead of dividing by it
-    # takes away the rounding error that the two recursions have gathered on the way.
+    # Each frame's joint sums to the likelihood. Normalising per frame instead of dividing by it
+    # removes the rounding error that the two recursions have accumulated.
     joint = jnp.where(occupied, alphas + betas - emissions, _LOG_ZERO)
     gamma = jnp.where(occupied, jax.nn.softmax(joint, axis=-1), 0.0)
     posterior = jnp.einsum("bps,bsc->bpc", gamma, one_hot, precision="highest")
@@ -90,7 +90,7 @@ def _loss_and_posterior(
 
 
 def _extended(labels: jax.Array, label_length: jax.Array) -> jax.Array:
-    """Labels with a blank before, between and after: [B, L] -> [B, 2L + 1]; padding becomes
+    """Put a blank before, between and after labels: [B, L] -> [B, 2L + 1]; padding becomes
     blanks."""
     batch, length = labels.shape
     inside = jnp.arange(length) < label_length[:, None]
@@ -100,14 +100,14 @@ def _extended(labels: jax.Array, label_length: jax.Array) -> jax.Array:
 
 
 def _reversal(valid: jax.Array, size: int) -> jax.Array:
-    """Indices that reverse the first `valid` entries of an axis and leave the rest in place: [B] ->
-    [B, size]."""
+    """Return indices that reverse the first `valid` entries of an axis and leave the rest in
+    place: [B] -> [B, size]."""
     index = jnp.arange(size)
     return jnp.where(index < valid[:, None], valid[:, None] - 1 - index, index)
 
 
 def _alphas(emissions: jax.Array, states: jax.Array, state_length: jax.Array) -> jax.Array:
-    """Forward variables, ln: emissions [B, P, S], states [B, S] -> [B, P, S]."""
+    """Compute the forward variables, ln: emissions [B, P, S], states [B, S] -> [B, P, S]."""
     size = states.shape[1]
     index = jnp.arange(size)
     before = jnp.pad(states[:, :-2], ((0, 0), (2, 0)), constant_values=BLANK)
@@ -134,7 +134,7 @@ def _alphas(emissions: jax.Array, states: jax.Array, state_length: jax.Array) ->
 
 
 def _last_alpha(alphas: jax.Array, frames: jax.Array, state_length: jax.Array) -> jax.Array:
-    """ln likelihood: the last frame's two final states. [B, P, S] -> [B]."""
+    """Return the ln likelihood, from the last frame's two final states: [B, P, S] -> [B]."""
     if alphas.shape[1] == 0:
         return jnp.full(frames.shape, _LOG_ZERO)
     row = jnp.take_along_axis(alphas, jnp.maximum(frames - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -155,8 +155,7 @@ def _ctc_backward(
     saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     gradient, logits_like = saved
-    # 0 * inf would be NaN: a row that is left out has a zero cotangent and a finite (zero)
-    # gradient.
+    # A row that is left out has a zero cotangent and a zero gradient, not 0 * inf = NaN.
     return (gradient * cotangent[:, None, None]).astype(logits_like.dtype), None, None, None
 
 
@@ -164,5 +163,5 @@ ctc_loss.defvjp(_ctc_forward, _ctc_backward)
 
 
 def greedy_ids(logits: jax.Array) -> jax.Array:
-    """Best class of each frame: [B, P, C] -> int32 [B, P]."""
+    """Return the best class of each frame: [B, P, C] -> int32 [B, P]."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -17,11 +17,11 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 
 
 class DistributedError(UserError, RuntimeError):
-    """The processes did not find each other."""
+    """Processes that did not find each other."""
 
 
 def join_hosts() -> None:
-    """Joins this process to the others of a TPU slice or cluster.
+    """Join this process to the others of a TPU slice or cluster.
 
     JAX finds the others by itself on Cloud TPU, SLURM and Kubernetes; elsewhere the environment
     names them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
@@ -47,28 +47,29 @@ def join_hosts() -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process of the run has come this far, an hour at most.
+    """Wait until every process of the run is here, an hour at most.
 
-    One that loads its programs from the cache is ready minutes before one that compiles them; if it
-    went ahead, its first exchange with the others would time out.
+    A process that loads its programs from the cache is ready minutes before one that compiles them.
+    Without waiting, its first exchange with the others would time out.
     """
     ocp.multihost.get_barrier_sync_fn()(key=f"b2txt_{what}", timeout_ms=3_600_000)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[int], int | None]]:
-    """Gives `stopping(step)`: the signal that asks for a stop after this step, or None.
+    """Yield `stopping(step)`, which returns the signal that asks for a stop after this step, or
+    None.
 
-    SIGTERM (preemption) and SIGINT let the step end and the state be saved; a SIGINT after that
-    interrupts. With several hosts, all stop after the same step, whichever of them was told.
+    After SIGTERM (preemption) or SIGINT the step ends and the state is saved. A SIGINT after that
+    interrupts. With several hosts, all stop after the same step, whichever received the signal.
     """
     if jax.process_count() > 1:
-        # JAX's own handler of SIGTERM tells the other hosts and agrees on a step with them.
+        # JAX's own handler of SIGTERM agrees on a step with the other hosts.
         yield (
             lambda step: (
                 signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
@@ -78,7 +79,7 @@ def stop_on_signals() -> Iterator[Callable[[int], int | None]]:
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        # Whoever preempts may say so twice, and to the process and its group; a person means it.
+        # SIGTERM may come twice, to the process and its group; a second SIGINT is a person's.
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)

@@ -14,21 +14,21 @@ from pathlib import Path
 from b2txt_jax.errors import UserError
 
 LOCK_FILE = ".training.lock"
-"""In a run's folder; it stays there, and says nothing unless a process holds its lock."""
+"""Name in a run's folder; the file stays, and means nothing unless a process holds its lock."""
 
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
 
 class WorkdirInUseError(UserError, RuntimeError):
-    """Another training runs in the folder."""
+    """A folder in which another training runs."""
 
 
 @contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Holds the lock of a run's folder, which must exist.
+    """Hold the lock of a run's folder, which must exist.
 
-    Where the file system has no locks (some that show a bucket as a folder), it warns and goes on.
-    A folder in a bucket is guarded against other trainings on the same machine at most.
+    Warn and go on where the file system has no locks, as some that show a bucket as a folder. A
+    folder in a bucket is protected at most against other trainings on the same machine.
 
     Raises:
       WorkdirInUseError: another training holds it; the text names the process.

@@ -51,30 +51,30 @@ from b2txt_jax.training.validation import validate
 from lm_server.atomic_file import replacing
 
 FINISHED_FILE = "finished.json"
-"""In a run's folder when it is complete, and only then: all steps, or early by train.patience."""
+"""Name in a run's folder of a complete run: all steps done, or stopped by train.patience."""
 
 _MUCH_PADDING = 0.6
-"""Share of a batch's bins beyond which the buckets are called unsuitable; chosen ones have about
-0.3 to 0.45, since the longest of all rows decides."""
+"""Share of padding in a batch beyond which the user is warned; buckets chosen from the data have
+about 0.3 to 0.45, since the longest of all rows decides."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a call of `train` ended."""
+    """End of a call of `train`."""
 
     step: int
     best: BestScore | None
     finished: bool
     """False when a signal stopped it early."""
     stopped_by: int | None = None
-    """The signal that did."""
+    """The signal that stopped it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `b2txt train`."""
+    """Add the arguments of `b2txt train`."""
     parser.add_argument(
         "--config",
-        help="configuration file, e.g. configs/demo.py; a folder that holds a run has its own",
+        help="name of a configuration (demo) or its file; a folder that holds a run has its own",
     )
     parser.add_argument("--workdir", required=True, type=Path, help="the run's folder")
     parser.add_argument(
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`b2txt train`."""
+    """Run `b2txt train`."""
     if args.distributed:
         join_hosts()
     if args.config is not None:
@@ -98,13 +98,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = with_overrides(read_written_config(args.workdir / CONFIG_FILE), args.overrides)
     result = train(config, args.workdir)
-    # Preemption is no failure: everything is saved. An interrupted user's command is one.
+    # Preemption is no failure: everything is saved. An interrupt by the user is one.
     return 130 if result.stopped_by == signal.SIGINT and not result.finished else 0
 
 
 def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
-    """Fills in the list of sessions, the buckets and the absolute root; `resumed`: checks that it
-    is the same run.
+    """Fill in the list of sessions, the buckets and the absolute root; with `resumed`, check that
+    it is the same run.
 
     Raises:
       ConfigError: the folder holds a run with another configuration.
@@ -135,8 +135,7 @@ def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
 
 
 def train(config: Config, workdir: Path, console: Console | None = None) -> TrainResult:
-    """Trains to `config.train.steps`, going on from the latest checkpoint in `workdir` if there is
-    one.
+    """Train to `config.train.steps`, from the latest checkpoint in `workdir` if there is one.
 
     Raises:
       ConfigError, DataError, PlanError, CheckpointError: see their modules.
@@ -157,10 +156,9 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     if without:
         names = ", ".join(without)
         console.print(f"no training trials in {names}: their day layers stay untrained")
-    # Only now: a mistake found in the data leaves no folder that another attempt would collide
-    # with.
+    # Not earlier: a mistake found above leaves no folder behind.
     workdir.mkdir(parents=True, exist_ok=True)
-    # One host holds the lock for all; the others wait for it at the first thing done together.
+    # One host holds the lock for all; the others wait for it at the first collective operation.
     with locked(workdir) if is_first() else contextlib.nullcontext():
         if has_checkpoint(workdir) != resumed:
             raise WorkdirInUseError(
@@ -180,7 +178,7 @@ def _train_in(
     validation: EvaluationData,
     resumed: bool,
 ) -> TrainResult:
-    """`train`, once its folder is there and held."""
+    """Run `train` in a folder that exists and is locked."""
     days = len(config.data.sessions)
     if is_first():
         write_config(config, workdir / CONFIG_FILE)
@@ -252,12 +250,12 @@ def _train_in(
                 f"stopped at step {tracker.step}: {config.train.patience} validations in a row "
                 "found nothing better (train.patience)"
             )
-        _tell_end(console, config, workdir, tracker, finished)
+        _print_end(console, config, workdir, tracker, finished)
         return TrainResult(tracker.step, tracker.best, finished, stopped_by)
 
 
 def out_of_patience(config: Config, best: BestScore | None) -> bool:
-    """Whether `train.patience` validations in a row found nothing better than `best`."""
+    """Return whether `train.patience` validations in a row found nothing better than `best`."""
     if not config.train.patience or best is None:
         return False
     return best.validations_since >= config.train.patience
@@ -270,7 +268,7 @@ def _compile(
     validation: EvaluationData,
     console: Console,
 ) -> None:
-    """Compiles every bucket that batches can fall into, before the first step."""
+    """Compile every bucket that batches can fall into, before the first step."""
     trials = [ref for refs in training.refs_of_day for ref in refs]
     train = used_buckets(trials, config.data.buckets)
     evaluate = used_buckets(validation.refs, config.data.buckets)
@@ -300,7 +298,7 @@ def _compile(
 def _write_finished(
     workdir: Path, step: int, best: BestScore | None, skipped: int | None = None
 ) -> None:
-    """`skipped`: steps of this call of `train`; None: not known."""
+    """Write the file of a complete run; `skipped`: steps of this call, None: not known."""
     values: dict[str, Any] = {"step": step, "skipped_steps": skipped}
     if best is not None:
         values["best"] = dataclasses.asdict(best)
@@ -308,7 +306,7 @@ def _write_finished(
         unfinished.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _tell_end(
+def _print_end(
     console: Console, config: Config, workdir: Path, tracker: Tracker, finished: bool
 ) -> None:
     if tracker.skipped:

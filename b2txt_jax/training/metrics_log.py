@@ -1,5 +1,5 @@
-"""Metrics of a run: JSON lines for programs, TensorBoard for people. Both survive a resumed run
-without repeats."""
+"""Metrics of a run: JSON lines for programs, TensorBoard for people. A resumed run repeats
+nothing in either."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from types import TracebackType
 from typing import Any
 
 from b2txt_jax.errors import UserError
+from lm_server.atomic_file import replacing
 
 
 @contextlib.contextmanager
 def _hidden(package: str) -> Iterator[None]:
-    """A package cannot be imported here, even if it is installed."""
+    """Make a package impossible to import here, even if it is installed."""
     before = sys.modules.get(package)
     sys.modules[package] = None  # type: ignore[assignment]
     try:
@@ -30,8 +31,8 @@ def _hidden(package: str) -> Iterator[None]:
             sys.modules[package] = before
 
 
-# It imports torch wherever it finds it, only to take tensors too: two seconds and 300 MB for every
-# command.
+# It imports torch where it is installed, only to accept tensors too: two seconds and 300 MB for
+# every command.
 with _hidden("torch"):
     from tensorboardX import SummaryWriter
 
@@ -39,20 +40,18 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsError(UserError, RuntimeError):
-    """The metrics of a step cannot be written."""
+    """Metrics that cannot be written."""
 
 
 class MetricsLog:
-    """Appends to `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`."""
+    """Writer of `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`."""
 
     def __init__(self, workdir: Path, first_step: int):
-        """Opens the files; entries after `first_step` belong to work that was lost and are
-        dropped."""
+        """Open the files; drop entries after `first_step`, which belong to work that was lost."""
         path = workdir / METRICS_FILE
         kept = [line for line in _whole_lines(path) if line["step"] <= first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        with replacing(path) as unfinished:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         # TensorBoard's thread ends at a full disk; a queue with a limit would then block us.
         self._board = SummaryWriter(
@@ -60,16 +59,15 @@ class MetricsLog:
         )
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one line `{kind, step, **values}`; numbers, also nested ones, go to TensorBoard
-        too.
+        """Write one line `{kind, step, **values}`; numbers, also nested, go to TensorBoard too.
 
         Raises:
-          MetricsError: it cannot be written: the disk is full.
+          MetricsError: it cannot be written, for example on a full disk.
         """
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._file.flush()
-            # A file system in a bucket sends what was appended only now, or at the end.
+            # A file system in a bucket sends appended lines only now, or at the end.
             os.fsync(self._file.fileno())
         except OSError as error:
             free = shutil.disk_usage(Path(self._file.name).parent).free / 2**20
@@ -94,16 +92,16 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What could not be written fails once more on closing; the error on its way told of it.
-        on_its_way = contextlib.nullcontext() if kind is None else contextlib.suppress(OSError)
-        with on_its_way:
+        # A failed write fails once more on closing; the error that is being raised names it.
+        quietly = contextlib.nullcontext() if kind is None else contextlib.suppress(OSError)
+        with quietly:
             self._file.close()
-        with on_its_way:
+        with quietly:
             self._board.close()
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The file's entries; a last line that a killed process left half-written is dropped."""
+    """Return the file's entries, without a last line that a killed process left half-written."""
     if not path.is_file():
         return []
     lines = path.read_text().splitlines()

@@ -1,8 +1,8 @@
-"""Makes a model folder: text -> n-gram model (modified Kneser-Ney) -> KenLM trie, with a lexicon.
+"""Make a model folder: text -> n-gram model (modified Kneser-Ney) -> KenLM trie, with a lexicon.
 
 Several options make it smaller: --prune (rare n-grams), --ngrams or --size (the n-grams that matter
-least), --quantise and --compress (fewer bits for each), --vocabulary (fewer words). See
-docs/language_models.md for what each costs.
+least), --quantise and --compress (fewer bits for each), --vocabulary (fewer words). The costs of
+each are in docs/language_models.md.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import argparse
 import re
 from pathlib import Path
 
+from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def amount(text: str) -> int:
-    """A number with a unit, such as 500M or 2G (decimal) -> the number.
+    """Return the number that a text with a decimal unit means, such as 500M or 2G.
 
     Raises:
-      ArgumentTypeError: it is none.
+      ArgumentTypeError: it means none.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
@@ -33,7 +34,7 @@ def _vocabulary(text: str) -> int | Path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     parser.add_argument(
         "--text",
         type=Path,
@@ -82,51 +83,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep as many n-grams as make an lm.bin of this size, such as 50M",
     )
     parser.add_argument(
-        "--quantise", type=int, metavar="BITS", help="bits of each probability (2-25; 8 is usual)"
-    )
-    parser.add_argument(
-        "--compress", action="store_true", help="compress pointers: smaller, a little slower"
-    )
-    parser.add_argument(
         "--memory",
         type=amount,
         default=2 * 10**9,
         metavar="BYTES",
         help="memory for sorting; the rest is on disk beside --out (default 2G)",
     )
-    parser.add_argument(
-        "--held-out",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="text to measure the model on (default: every hundredth sentence of --text)",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="model folder to write or replace"
+    options.add_build_options(
+        parser, "text to measure the model on (default: every hundredth sentence of --text)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Builds the folder."""
-    from lm_server.lm.arpa import ModelError
+    """Build the folder."""
     from lm_server.lm.build import Options, build
-    from lm_server.lm.trie.kenlm_binary import TrieForm
 
-    try:
-        form = TrieForm(args.quantise, args.compress)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
-    options = Options(
+    chosen = Options(
         vocabulary=args.vocabulary,
         guess=args.g2p,
         prune=tuple(args.prune),
         ngrams=args.ngrams,
         size=args.size,
-        form=form,
+        form=options.trie_form(args),
         memory=args.memory,
         held_out=tuple(args.held_out),
     )
     with cleaning_up_when_terminated():
-        build(args.text, args.order, args.lexicon, args.out, options=options)
+        build(args.text, args.order, args.lexicon, args.out, options=chosen)
     return 0

@@ -1,8 +1,7 @@
-"""Makes a model folder of a Kaldi language model: words.txt and G.fst as arpa2fst made it, or an
-ARPA file.
+"""Make a model folder of a Kaldi language model: words.txt and G.fst of arpa2fst, or an ARPA file.
 
-Nothing is trained anew. Words get the pronunciations of the model's own lexicon, if there is one,
-else those of CMU's dictionary, else guesses; what has none is dropped and named.
+Nothing is trained. Pronunciations come from the model's own lexicon if there is one, else from
+CMU's dictionary, else from guesses. Words without any are dropped and named.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
+    """Add the options."""
     parser.add_argument(
         "source",
         type=Path,
@@ -31,35 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-g2p", action="store_true", help="drop words that no lexicon has, instead of guessing"
     )
-    parser.add_argument(
-        "--quantise", type=int, metavar="BITS", help="bits of each probability (2-25; 8 is usual)"
-    )
-    parser.add_argument(
-        "--compress", action="store_true", help="compress pointers: smaller, a little slower"
-    )
-    parser.add_argument(
-        "--held-out",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="text to measure the model on",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="model folder to write or replace"
-    )
+    options.add_build_options(parser, "text to measure the model on")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Imports the model."""
-    from lm_server.lm.arpa import ModelError
+    """Import the model."""
     from lm_server.lm.kaldi.importer import import_kaldi
-    from lm_server.lm.trie.kenlm_binary import TrieForm
 
-    try:
-        form = TrieForm(args.quantise, args.compress)
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    form = options.trie_form(args)
     with cleaning_up_when_terminated():
         import_kaldi(
             args.source,

@@ -1,4 +1,4 @@
-"""Options of every command that searches: which search, its settings, hot words, rescoring."""
+"""Options that several commands share: search, settings, hot words, the form of a model folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lm_server import settings
 from lm_server.processes import default_workers
@@ -14,6 +15,9 @@ from lm_server.rescoring.load import add_llm_options
 from lm_server.search.hot_words import HotWord, HotWordError, parse_hot_words
 from lm_server.search.load import BACKENDS, default_settings, without_effect
 from lm_server.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from lm_server.lm.trie.kenlm_binary import TrieForm
 
 _OF_RESCORING = ("llm_device", "llm_dtype", "llm_text")
 
@@ -49,6 +53,42 @@ def add_search_options(parser: argparse.ArgumentParser, hot_words: bool = True) 
         )
     add_llm_options(parser)
     settings.add_options(parser)
+
+
+def add_build_options(parser: argparse.ArgumentParser, held_out: str) -> None:
+    """Add the options of the form of a model folder, of what measures it, and --out."""
+    parser.add_argument(
+        "--quantise", type=int, metavar="BITS", help="bits of each probability (2-25; 8 is usual)"
+    )
+    parser.add_argument(
+        "--compress", action="store_true", help="compress pointers: smaller, a little slower"
+    )
+    parser.add_argument(
+        "--held-out", type=Path, nargs="+", default=(), metavar="PATH", help=held_out
+    )
+    add_out_option(parser)
+
+
+def add_out_option(parser: argparse.ArgumentParser) -> None:
+    """Add --out, a model folder."""
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="model folder to write or replace"
+    )
+
+
+def trie_form(args: argparse.Namespace) -> TrieForm:
+    """Return the form that --quantise and --compress name.
+
+    Raises:
+      ModelError: it is impossible.
+    """
+    from lm_server.lm.arpa import ModelError
+    from lm_server.lm.trie.kenlm_binary import TrieForm
+
+    try:
+        return TrieForm(args.quantise, args.compress)
+    except ValueError as error:
+        raise ModelError(str(error)) from error
 
 
 def workers_from(args: argparse.Namespace) -> int:

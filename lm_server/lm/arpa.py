@@ -38,7 +38,7 @@ class NGrams:
     """All n-grams of one order.
 
     `words` [N, order] int32 holds indices into the model's word list, in spoken order. `log10` [N]
-    float32 and `backoff` [N] float32 are base-10 logarithms; the highest order has back-offs of 0.
+    float32 and `backoff` [N] float32 are base-10 logarithms. The highest order has back-offs of 0.
     """
 
     words: np.ndarray

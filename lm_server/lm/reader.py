@@ -31,47 +31,44 @@ def read_description(folder: Path) -> dict[str, object]:
       ModelFolderError: the folder does not exist or has another format, or one of its files is
         missing or damaged.
     """
-    hint = f"make one with `lm-server build --text FILE --out {folder}`"
+
+    def fault(
+        text: str, remedy: str = f"make one with `lm-server build --text FILE --out {folder}`"
+    ) -> ModelFolderError:
+        return ModelFolderError(f"{text}: {remedy}")
+
     if folder.is_file():
-        raise ModelFolderError(
-            f"{folder} is a file; needed a model folder: give the one that it lies in, "
-            f"{folder.parent}"
-        )
+        needed = f"needed a model folder: give the one that it lies in, {folder.parent}"
+        raise ModelFolderError(f"{folder} is a file; {needed}")
     if not folder.is_dir():
-        raise ModelFolderError(f"there is no model folder {folder}: {hint}")
+        raise fault(f"there is no model folder {folder}")
+    path, trie = folder / DESCRIPTION, folder / TRIE
     for name in (DESCRIPTION, TRIE, LEXICON):
         if not (folder / name).is_file():
-            raise ModelFolderError(f"{folder} is no model folder, {name} is missing in it: {hint}")
+            raise fault(f"{folder} is no model folder, {name} is missing in it")
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{folder}/lm.json cannot be read ({error}): {hint}") from error
+        raise fault(f"{path} cannot be read ({error})") from error
     if not isinstance(description, dict):
-        raise ModelFolderError(
-            f"{folder}/lm.json holds a {type(description).__name__}; needed an object: {hint}"
-        )
+        raise fault(f"{path} holds a {type(description).__name__}; needed an object")
     found = description.get("format")
     if found != FORMAT:
-        raise ModelFolderError(f"{folder} has format {found}; this version reads {FORMAT}: {hint}")
+        raise fault(f"{folder} has format {found}; this version reads {FORMAT}")
     for name in ("order", "words", "pronunciations"):
-        if not isinstance(description.get(name), int):
-            raise ModelFolderError(
-                f"{folder}/lm.json has the {name} {description.get(name)!r}; "
-                f"needed a whole number: {hint}"
-            )
-    size = (folder / TRIE).stat().st_size
+        if not isinstance(value := description.get(name), int):
+            raise fault(f"{path} has the {name} {value!r}; needed a whole number")
+    size = trie.stat().st_size
     wanted = description.get("bytes", size)  # absent in older folders
     if size != wanted:
-        raise ModelFolderError(
-            f"{folder}/lm.bin has {size} bytes, but lm.json says {wanted}: it is damaged, cut "
-            f"short or another model's: {_REMEDY}"
-        )
+        text = f"{trie} has {size} bytes, but lm.json says {wanted}: it is damaged, cut short or"
+        raise fault(f"{text} another model's", _REMEDY)
     stored = description.get("crc32")
-    if stored is not None and checksum(folder / TRIE) != stored:
-        raise ModelFolderError(
-            f"{folder}/lm.bin is not the file whose checksum lm.json has: it is damaged or another "
-            f"model's: {_REMEDY}"
+    if stored is not None and checksum(trie) != stored:
+        text = (
+            f"{trie} is not the file whose checksum lm.json has: it is damaged or another model's"
         )
+        raise fault(text, _REMEDY)
     return description
 
 

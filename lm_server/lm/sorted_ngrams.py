@@ -20,7 +20,7 @@ class SortedOrder:
 
     Attributes:
       word: uint32 [N], the id of the first word of each.
-      parent: int64 [N] ascending, the row of its suffix in the order below; zeros for order 1.
+      parent: int64 [N] ascending, the row of its suffix in the order below. Zeros for order 1.
       log10: float32 [N], base-10 logarithm of the probability.
       backoff: float32 [N], base-10 logarithm of the back-off weight. A zero is +0 if a longer
         n-gram begins with this one and -0 otherwise. KenLM drops the latter from its states.
@@ -100,7 +100,7 @@ def contexts_of(model: SortedModel, level: int, below: np.ndarray | None) -> np.
     count = len(model.words)
     lower = model.orders[level - 2]
     keys = lower.parent * count + lower.word
-    # "a b c" hangs below "b c"; its context "a b" hangs below the context of that, "b".
+    # "a b c" is a child of "b c". Its context "a b" is a child of the context of "b c", "b".
     wanted = below[order.parent] * count + order.word
     return find_rows(keys, np.where(below[order.parent] < 0, -1, wanted))
 

@@ -95,7 +95,7 @@ class PendingAnswer:
         callback()
 
     def settle(self, scores: dict[str, float] | None, problem: str | None = None) -> None:
-        """Rank with the scores, or without them because of `problem`. Only the first call counts."""
+        """Rank with the scores, or without because of `problem`. Only the first call counts."""
         answer = dataclasses.replace(self._ngram_answer, problem=problem)
         if scores is not None:
             try:

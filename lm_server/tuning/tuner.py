@@ -1,9 +1,10 @@
-"""`lm-server tune`: settings for a model's logits, found on sentences whose truth is known.
+"""`lm-server tune`: settings for a model's logits, found on sentences with known transcripts.
 
-First a few real searches: the defaults, points spread over acoustic scale and blank penalty, then
-points around the best so far. Each is judged with its own best re-ranking (acoustic scale and word
-bonus near it). Then, with a large language model, the candidates of the best searches are scored
-and alpha joins the re-ranking. A last search with the settings found says what they really give.
+First come a few real searches: the defaults, points spread over acoustic scale and blank penalty,
+then points around the best so far. Each is judged by its own best re-ranking, with an acoustic
+scale and a word bonus near the search's. With a large language model, the hypotheses of the best
+searches are then scored, and alpha joins the re-ranking. A last search with the settings found
+measures their real error rate.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lm_server.tuning.references import ReferencesError
 _SCALES = (0.25, 4.0)
 _BLANKS = (1.0, 150.0)
 _RESCORED = 2
-"""Searches whose candidates the large language model scores, besides the last one."""
+"""Searches whose hypotheses the large language model scores, besides the last one."""
 _SENTENCES_AT_ONCE = 64
 
 
@@ -47,14 +48,15 @@ class Tried:
 
 @dataclass(frozen=True)
 class Result:
-    """What tuning found.
+    """The result of tuning.
 
     Attributes:
       settings: the settings to use.
-      lists: the candidates of the search with (nearly) them.
-      errors: word errors with them; `words` of all references.
+      lists: the hypotheses of the search with settings near them.
+      errors: word errors with them.
+      words: words of all references.
       default_errors: word errors with the settings that tuning began with, without a large model.
-      expected: word error rate to expect of new sentences (cross-validation by halves).
+      expected: expected word error rate of new sentences (cross-validation by halves).
       log_loss: of the sentence confidence with temperature 1 and with the one found (ln).
       tried: every search, in order.
     """
@@ -75,7 +77,7 @@ class Result:
 
 
 class Tuner:
-    """Searches, scores and re-ranks one validation set; everything dear is cached."""
+    """Tuning on one validation set, with a cache of searches and scores."""
 
     def __init__(
         self,
@@ -87,10 +89,10 @@ class Tuner:
         seed: int = 0,
         console: Console | None = None,
     ) -> None:
-        """Takes the trials that have a reference.
+        """Select the trials that have a reference.
 
         Raises:
-          ReferencesError: there is none.
+          ReferencesError: none has.
         """
         known = [index for index, trial in enumerate(logits.trials) if trial in references]
         if not known:
@@ -117,26 +119,19 @@ class Tuner:
         searches: int,
         load_scorer: Callable[[], tuple[SentenceScorer, Sequence[object]] | None],
     ) -> Result:
-        """Tunes.
+        """Tune.
 
         Args:
-          base: settings to begin with; what is not tuned stays as it is here.
-          searches: how many real searches, the last one not counted.
-          load_scorer: gives the large language model and what identifies it; called after the
-            searches.
+          base: settings to begin with; those that are not tuned stay.
+          searches: number of real searches, the last one not counted.
+          load_scorer: returns the large language model and its identity; called after the searches.
 
         Raises:
           RescoringError: the large language model fails.
         """
         rng = np.random.default_rng(self._seed)
         tried: list[Tried] = []
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self._console) as progress:
+        with self._progress() as progress:
             task = progress.add_task("searches", total=searches)
             for number in range(searches):
                 tried.append(self._try(self._point(base, tried, number, searches, rng)))
@@ -153,7 +148,7 @@ class Tuner:
         tried.append(last)
         if loaded is not None:
             last = self._rescored(last, *loaded)
-        # As searched, the last one keeps its promise; re-ranked, another may look better by luck.
+        # The last one is really searched. A re-ranked one may look better by chance.
         chosen, errors = last.best, last.best_errors
         if last.errors <= errors + last.lists.reference_words.sum() / 1000:
             chosen, errors = last.lists.settings, last.errors
@@ -181,13 +176,12 @@ class Tuner:
         searches: int,
         rng: np.random.Generator,
     ) -> Settings:
-        """The settings of the next search: the base, then spread, then around the best."""
+        """Return the settings of the next search: the base, then spread, then near the best."""
         if number == 0:
             return base
         spread = max(searches // 2, 1)
         if number <= spread:
-            # A scale may be far from what was thought; the points of a low-discrepancy sequence
-            # leave no gap.
+            # The right scale may be far away. A low-discrepancy sequence leaves no gap.
             u, v = (0.5 + number * 0.7548776662) % 1.0, (0.5 + number * 0.5698402910) % 1.0
             change = {"acoustic_scale": _within(_SCALES, u), "blank_penalty": _within(_BLANKS, v)}
             return tuning.within_limits(base, change)
@@ -210,6 +204,10 @@ class Tuner:
         best, best_errors = tuning.rerank(lists, self._seed)
         return Tried(lists, int(lists.errors_of_best(lists.settings).sum()), best, best_errors)
 
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        return Progress(*columns, TimeElapsedColumn(), console=self._console)
+
     def _search(self, settings: Settings) -> list[tuple[Hypothesis, ...]]:
         found = []
         with searched(self._model, settings, self._logits, self._workers) as outcomes:
@@ -221,19 +219,13 @@ class Tuner:
         return found
 
     def _rescored(self, tried: Tried, scorer: SentenceScorer, identity: Sequence[object]) -> Tried:
-        """The same search with the large language model's scores, re-ranked with them."""
+        """Return the same search, re-ranked with the large language model's scores."""
         settings = tried.lists.settings
         model = [*identity, settings.length_penalty]
         scores = self._cache.read_scores(model)
         wanted = dict.fromkeys(one for some in tried.lists.sentences for one in sorted(some) if one)
         missing = [one for one in wanted if one not in scores]
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self._console,
-        ) as progress:
+        with self._progress() as progress:
             task = progress.add_task(f"sentences scored by {scorer.name}", total=len(missing))
             for start in range(0, len(missing), _SENTENCES_AT_ONCE):
                 some = missing[start : start + _SENTENCES_AT_ONCE]
@@ -245,16 +237,16 @@ class Tuner:
 
 
 def _within(limits: tuple[float, float], share: float) -> float:
-    """A point between two limits, by its share of the logarithmic way."""
+    """Return a point between two limits, at a share of their logarithmic distance."""
     low, high = np.log(limits)
     return float(np.exp(low + share * (high - low)))
 
 
 def search_curve(result: Result) -> list[tuple[float, float]]:
-    """(blank penalty, word error rate) of every search with its own best re-ranking.
+    """Return (blank penalty, word error rate) of every search with its own best re-ranking.
 
-    What a blank penalty changes cannot be had by re-ranking, so each point is a search of its own;
-    their acoustic scales differ.
+    Re-ranking cannot change the blank penalty, so each point is a search of its own. Their acoustic
+    scales differ.
     """
     return sorted(
         (one.lists.settings.blank_penalty, one.best_errors / max(result.words, 1))
@@ -263,7 +255,7 @@ def search_curve(result: Result) -> list[tuple[float, float]]:
 
 
 def curves(result: Result) -> dict[str, list[tuple[float, float]]]:
-    """Setting -> (value, word error rate) with the others as found, by re-ranking."""
+    """Return setting -> (value, word error rate) by re-ranking, with the others as found."""
     settings, lists = result.settings, result.lists
     grids: dict[str, Sequence[float]] = {
         "acoustic_scale": [settings.acoustic_scale * 2.0 ** (step / 4) for step in range(-4, 5)],

@@ -260,5 +260,6 @@ def test_the_code_on_the_vm_is_what_is_on_the_disk_without_caches(cloud):
     archive = cloud.folder / "vms/0/b2txt_jax.tar.gz"
     with tarfile.open(archive) as files:
         names = files.getnames()
-    assert {"setup.cfg", "constraints.txt", "configs/demo.py", "launch/on_vm.sh"} <= set(names)
+    needed = {"setup.cfg", "setup.py", "constraints.txt", "configs/demo.py", "launch/on_vm.sh"}
+    assert needed <= set(names)
     assert not [name for name in names if "__pycache__" in name or name.startswith(("runs", "."))]

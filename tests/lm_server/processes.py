@@ -41,7 +41,7 @@ def start_server(*arguments: str) -> subprocess.Popen[str]:
 
 def wait_ready(process: subprocess.Popen[str], url: str | None = None) -> Running:
     assert process.stdout is not None
-    assert select.select([process.stdout], [], [], 30)[0], "no ready line within 30 s"
+    assert select.select([process.stdout], [], [], 120)[0], "no ready line within 120 s"
     line = process.stdout.readline()
     found = re.fullmatch(r"lm-server ready redis=(\S+) lm=(.+)\n", line)
     assert found, (line, process.stderr and process.stderr.read())

@@ -1,14 +1,14 @@
-"""The GRU recurrence as two Pallas TPU kernels, forward and backward: equations of gru.py.
+"""The GRU recurrence as two Pallas TPU kernels, forward and backward: equations of scan.py.
 
 A `lax.scan` reads the recurrent weight from HBM once per frame. Here it stays in VMEM: time is the
 sequential axis of the grid, the state (backward: its cotangent) is carried in VMEM scratch, and
 the frames' inputs and results stream past in blocks. The forward kernel saves the gates; the
-backward kernel runs in reverse and gives the cotangents of both projections; the weight's gradient
-is one matrix product over all frames, outside.
+backward kernel runs in reverse and returns the cotangents of both projections. The weight's
+gradient is one matrix product over all frames, outside.
 
-Rows of a batch are independent, so the kernels run on each device's rows by themselves under
-`shard_map`, and everything that sums over rows (gradients of weight and bias) stays outside of
-it, to the partitioner: summed over the devices exactly once, without differentiating a shard_map.
+Rows of a batch are independent, so the kernels run on each device's rows under `shard_map`.
+Everything that sums over rows (gradients of weight and bias) stays outside: the partitioner sums it
+over the devices exactly once, and no shard_map is differentiated.
 
 Sizes that do not fill a tile (hidden units in 128s, rows in 8s or 16s) are padded with zeros, which
 is exact: a padded unit starts at 0, stays 0 (z = 1/2, n = 0) and has no weight to the others. The
@@ -45,7 +45,7 @@ def _split(values: jax.Array, parts: int) -> list[jax.Array]:
 def _forward_kernel(
     projected: Any, h0: Any, weight_t: Any, bias: Any, *refs: Any, length: int, save: bool
 ) -> None:
-    """One block: projected [F, R, 3H], h0 [R, H], weight_t [H, 3H], bias [1, 3H] -> states
+    """Compute one block: projected [F, R, 3H], h0 [R, H], weight_t [H, 3H], bias [1, 3H] -> states
     [F, R, H], and with `save` the states before [F, R, H] and r, z, n, W_hn h + b_hn side by side
     [F, R, 4H]."""
     states, *saved, carry = refs
@@ -88,10 +88,10 @@ def _backward_kernel(
     *,
     length: int,
 ) -> None:
-    """One block, last first: cotangent of each state and the state before [F, R, H], saved gates
-    [F, R, 4H], weight [3H, H] -> cotangents of the input projection [F, R, 3H], of the recurrent
-    one where it differs, in W_hn h + b_hn [F, R, H], of bias by eighths of the rows [8, 3H], of h0
-    [R, H]."""
+    """Compute one block, last first: cotangent of each state and the state before [F, R, H], saved
+    gates [F, R, 4H], weight [3H, H] -> cotangents of the input projection [F, R, 3H], of the
+    recurrent one where it differs, in W_hn h + b_hn [F, R, H], of bias by eighths of the rows
+    [8, 3H], of h0 [R, H]."""
     step, size = pl.program_id(1), d_states.shape[0]
     block = pl.num_programs(1) - 1 - step
     dtype = d_projected.dtype
@@ -127,7 +127,7 @@ def _backward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How to run: hashable, decided while tracing."""
+    """Choices made while tracing; hashable."""
 
     dtype: jnp.dtype
     blocks: Blocks
@@ -144,7 +144,7 @@ def _call(
     *,
     reverse: bool,
 ) -> list[jax.Array]:
-    """Runs a kernel over (blocks of rows, blocks of frames).
+    """Run a kernel over (blocks of rows, blocks of frames).
 
     Args:
       kernel: takes a reference per array, per result, and the carried state.
@@ -203,7 +203,7 @@ def _call(
 
 
 def _pad_gates(values: jax.Array, parts: int, width: int) -> jax.Array:
-    """[..., parts * H] -> [..., parts * width]: zeros after each part."""
+    """Put zeros after each part: [..., parts * H] -> [..., parts * width]."""
     hidden = values.shape[-1] // parts
     if hidden == width:
         return values
@@ -213,7 +213,7 @@ def _pad_gates(values: jax.Array, parts: int, width: int) -> jax.Array:
 
 
 def _cut_gates(values: jax.Array, parts: int, hidden: int) -> jax.Array:
-    """Undoes _pad_gates."""
+    """Undo _pad_gates."""
     width = values.shape[-1] // parts
     if hidden == width:
         return values
@@ -229,7 +229,7 @@ def _pad_rows(values: jax.Array, rows: int, axis: int) -> jax.Array:
 
 
 def _pad_weight(weight: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array:
-    """[3H, H] -> [3 width, width] of `dtype`."""
+    """Pad a weight: [3H, H] -> [3 width, width] of `dtype`."""
     return _pad_gates(_pad_gates(weight.astype(dtype), 1, width).T, 3, width).T
 
 
@@ -242,8 +242,8 @@ def _rows_forward(
     plan: Plan,
     save: bool,
 ) -> tuple[jax.Array, ...]:
-    """One device's rows -> states [P, B, H] and, with `save`, the states before, and padded gates
-    [P, B', 4H']."""
+    """Run one device's rows forward: states [P, B, H] and, with `save`, the states before, and
+    padded gates [P, B', 4H']."""
     length, batch, hidden = *projected.shape[:2], h0.shape[-1]
     width, rows = up(hidden, LANES), plan.blocks.rows
     arrays = [
@@ -266,8 +266,8 @@ def _rows_forward(
 def _rows_backward(
     d_states: jax.Array, before: jax.Array, gates: jax.Array, weight: jax.Array, *, plan: Plan
 ) -> tuple[jax.Array, ...]:
-    """One device's rows -> cotangents of the input projection [P, B, 3H], of W_hn h + b_hn
-    [P, B, H], of bias in parts [_, 3H], of h0 [B, H]."""
+    """Run one device's rows backward: cotangents of the input projection [P, B, 3H], of W_hn h +
+    b_hn [P, B, H], of bias in parts [_, 3H], of h0 [B, H]."""
     length, batch, hidden = before.shape
     width, rows = up(hidden, LANES), plan.blocks.rows
     arrays = [
@@ -296,8 +296,9 @@ def _rows_backward(
 def _over_rows(
     function: Callable[..., tuple[jax.Array, ...]], plan: Plan, inputs: str, outputs: str
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """`function` on each device's rows: an axis "data" at 'stream' (s) axis 1, 'rows' (r) axis 0;
-    'whole' (w) on every device. Nothing in it sums over rows, and it is never differentiated."""
+    """Return `function` on each device's rows: the axis "data" is axis 1 at 'stream' (s), axis 0 at
+    'rows' (r); 'whole' (w) is on every device. Nothing in it sums over rows, and it is never
+    differentiated."""
     if plan.mesh is None:
         return function
     data = "data" if "data" in plan.mesh.axis_names else None
@@ -350,7 +351,7 @@ _recurrence.defvjp(_forward, _backward)
 
 
 def devices_mesh(mesh: AbstractMesh | Mesh | None) -> AbstractMesh | Mesh | None:
-    """The mesh that a call must be divided over: `mesh`, else that of the surrounding
+    """Return the mesh that a call must be divided over: `mesh`, else that of the surrounding
     `jax.sharding.use_abstract_mesh` or `jax.set_mesh`; None inside a shard_map, and without any."""
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
@@ -367,7 +368,7 @@ def plan_for(
     core: Core | None = None,
     interpret: bool = False,
 ) -> Plan:
-    """Blocks for `batch` rows over all devices of `mesh`.
+    """Return blocks for `batch` rows over all devices of `mesh`.
 
     Raises:
       UserError: the weight does not fit VMEM, or the rows cannot be divided over the devices.
@@ -403,7 +404,7 @@ def gru_recurrence_pallas(
     mesh: AbstractMesh | Mesh | None = None,
     core: Core | None = None,
 ) -> jax.Array:
-    """gru_recurrence as Pallas kernels: same arguments, same values and gradients.
+    """Run gru_recurrence as Pallas kernels: same arguments, same values and gradients.
 
     Args:
       projected: input projections with the input bias, [P, B, 3H].

@@ -1,5 +1,5 @@
-"""Chooses how the GRU recurrence runs: as a `lax.scan` (gru.py) or as Pallas kernels
-(gru_pallas.py).
+"""The choice how the GRU recurrence runs: as a `lax.scan` (scan.py) or as Pallas kernels
+(pallas.py).
 
 The choice is made for the platform that a program is lowered for, not for the machine that lowers
 it, so that compiling for a TPU topology on a CPU gives the program that the TPU would run. The
@@ -29,7 +29,7 @@ def recurrence(
     dtype: jnp.dtype,
     kind: str = "auto",
 ) -> jax.Array:
-    """Runs the recurrence over time, time first; all kinds give the same values and gradients.
+    """Run the recurrence over time, time first; all kinds compute the same values and gradients.
 
     Args:
       projected: input projections with the input bias, [P, B, 3H].
@@ -37,18 +37,17 @@ def recurrence(
       weight: recurrent weight, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
       dtype: of the recurrent products' operands and of the result; gates and state stay float32.
-      kind: 'scan'; 'pallas', elsewhere than on a TPU by Pallas's interpreter, which is slow and
-        meant for tests; 'auto': Pallas on a TPU when the weight fits VMEM and the devices share
-        the rows evenly, else the scan.
+      kind: 'scan'; 'pallas', which outside a TPU is Pallas's interpreter, slow and meant for tests;
+        or 'auto': Pallas on a TPU when the weight fits VMEM and the devices share the rows evenly,
+        else the scan.
 
     Returns:
       States after each frame, [P, B, H] of `dtype`.
 
     Raises:
-      UserError: an unknown kind; 'pallas' where 'auto' would have taken the scan on a TPU.
+      UserError: an unknown kind; 'pallas' where 'auto' would run the scan on a TPU.
     """
-    # A state, or parameters, that somebody keeps in bfloat16: gates and the state carried are
-    # float32 all the same.
+    # Also for a state or parameters kept in bfloat16, gates and the carried state are float32.
     h0, weight, bias = (value.astype(jnp.float32) for value in (h0, weight, bias))
     arguments = projected, h0, weight, bias
     scan = functools.partial(gru_recurrence, dtype=dtype)

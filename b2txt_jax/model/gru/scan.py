@@ -21,8 +21,8 @@ from b2txt_jax.model.product import contract, recurrent, transposed
 def _gates(
     x: jax.Array, h: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, ...]:
-    """One frame: projected input x [B, 3H], state h [B, H] -> r, z, n, W_hn h + b_hn, each [B, H]
-    float32."""
+    """Compute one frame: projected input x [B, 3H], state h [B, H] -> r, z, n, W_hn h + b_hn, each
+    float32 [B, H]."""
     gates = recurrent(h, weight, dtype) + bias
     x_r, x_z, x_n = jnp.split(x.astype(jnp.float32), 3, axis=-1)
     h_r, h_z, h_n = jnp.split(gates, 3, axis=-1)
@@ -36,14 +36,14 @@ def _gates(
 def gru_recurrence(
     projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Runs the recurrence over time, time first.
+    """Run the recurrence over time, time first.
 
     Args:
       projected: input projections with the input bias, [P, B, 3H].
       h0: first state, float32 [B, H].
       weight: recurrent weight, PyTorch's `weight_hh`, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
-      dtype: of the recurrent products' operands and of the result; gates and state stay float32.
+      dtype: of the recurrent products' operands and of the result. Gates and state stay float32.
 
     Returns:
       States after each frame, [P, B, H] of `dtype`.

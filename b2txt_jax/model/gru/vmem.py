@@ -1,4 +1,4 @@
-"""How the Pallas recurrence is cut to fit a TPU's VMEM, the memory beside its compute units."""
+"""Blocks of the Pallas recurrence that fit a TPU's VMEM, the memory beside its compute units."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jax.sharding import AbstractMesh, Mesh
 LANES = 128
 """Numbers in a row of a tile: hidden units are padded to a multiple."""
 _MOST_FRAMES = 8
-"""Frames per step of the grid: a step's own cost (about 0.35 us) is then small beside them."""
+"""Frames per step of the grid, so that a step's own cost (about 0.35 us) is small beside them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Core:
-    """What the kernels must know about a TPU device."""
+    """Properties of a TPU device that decide the blocks."""
 
     vmem_bytes: int
     """VMEM of one tensor core."""
@@ -25,7 +25,7 @@ class Core:
 
 
 SMALLEST = Core(16 << 20)
-"""Assumed where the chip is not known: fits every chip since v4."""
+"""Assumed for an unknown chip; fits every chip since v4."""
 
 VMEM_BYTES = {
     "TPU v4": 16 << 20,
@@ -37,7 +37,8 @@ VMEM_BYTES = {
     "TPU v6e": 128 << 20,
     "TPU7x": 64 << 20,
 }
-"""Of one tensor core by JAX's device kind; jax.experimental.pallas.tpu.get_tpu_info_for_chip."""
+"""VMEM of one tensor core by JAX's device kind, from
+jax.experimental.pallas.tpu.get_tpu_info_for_chip."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +50,15 @@ class Blocks:
 
 
 def up(size: int, unit: int) -> int:
-    """`size` rounded up to a multiple of `unit`."""
+    """Round `size` up to a multiple of `unit`."""
     return -(-size // unit) * unit
 
 
 def vmem_needed(blocks: Blocks, hidden: int, dtype: jnp.dtype) -> int:
-    """Bytes of VMEM that the larger of the two kernels (backward) needs, an upper bound.
+    """Return an upper bound of the VMEM, in bytes, of the larger kernel (backward).
 
-    The weight is held once; the blocks of frames twice, one being filled while the other is worked
-    on; sums, gates and states of one frame in float32.
+    The weight is held once. Blocks of frames are held twice: one is filled while the other is
+    computed. Sums, gates and states of one frame are float32.
     """
     width, item = up(hidden, LANES), jnp.dtype(dtype).itemsize
     rows = up(blocks.rows, 16)
@@ -70,9 +71,9 @@ def vmem_needed(blocks: Blocks, hidden: int, dtype: jnp.dtype) -> int:
 def choose_blocks(
     batch: int, hidden: int, dtype: jnp.dtype, core: Core = SMALLEST
 ) -> Blocks | None:
-    """The largest blocks that fit; None when not even the smallest do.
+    """Return the largest blocks that fit; None when not even the smallest do.
 
-    Fewest blocks of rows first, since each goes through all frames by itself; cores that share a
+    Fewest blocks of rows first, since each goes through all frames by itself. Cores that share a
     program take one each.
     """
     unit = 8 * 4 // jnp.dtype(dtype).itemsize
@@ -92,16 +93,16 @@ def choose_blocks(
 
 
 def fits_vmem(batch: int, hidden: int, dtype: jnp.dtype, vmem_bytes: int) -> bool:
-    """Whether the kernels can run `batch` rows per device of `hidden` units in that much VMEM.
+    """Return whether the kernels can run `batch` rows per device of `hidden` units in that VMEM.
 
-    Blocks of rows shrink to fit, so that above all the weight decides: 3 hidden^2 of `dtype`.
+    Blocks of rows shrink to fit, so the weight decides most: 3 hidden^2 of `dtype`.
     """
     return choose_blocks(batch, hidden, dtype, Core(vmem_bytes)) is not None
 
 
 def core_of(mesh: AbstractMesh | Mesh | None) -> Core:
-    """The core that a program for this mesh runs on: of the mesh's devices, else of this process's
-    first device; SMALLEST where neither is a TPU that is known."""
+    """Return the core of the mesh's devices, else of this process's first device; SMALLEST where
+    neither is a known TPU."""
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     device = abstract.abstract_device if abstract is not None else None
     device = jax.devices()[0] if device is None else device

@@ -3,11 +3,11 @@
 
 Gates stand on an axis of their own, weight [3, H, H] (gate r, z, n; to; from), so that every device
 holds all three gates of its units. A frame gathers the state of B x H values over `model`,
-multiplies it with the device's rows of the weight, and keeps its units of the new state; the
-backward pass sums the state's gradient over `model`. Equations and gate order are those of gru.py.
+multiplies it with the device's rows of the weight, and keeps its units of the new state. The
+backward pass sums the state's gradient over `model`. Equations and gate order are those of scan.py.
 
-Without a mesh, or where `model` is one device, this is the plain recurrence; streaming uses it too,
-because it tells the last state in float32.
+Without a mesh, or where `model` is one device, this is the plain recurrence. Streaming uses it too,
+because it returns the last state in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Frame = tuple[jax.Array, ...]
 
 
 def spread(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks for `x` to lie over these axes of the mesh; as it is where there is no such mesh."""
+    """Constrain `x` to these axes of the mesh; return it as it is where there is no such mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not {DATA, MODEL} <= set(mesh.axis_names):
         return x
@@ -41,7 +41,7 @@ def wide_recurrence(
     dtype: jnp.dtype,
     chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the recurrence over time, time first.
+    """Run the recurrence over time, time first.
 
     Args:
       projected: input projections with the input bias, [P, B, 3, H].
@@ -78,8 +78,8 @@ def wide_recurrence(
 def _gates(
     x: jax.Array, h: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
 ) -> Frame:
-    """x [B, 3, H], h [B, H], weight [3, H, H] of `dtype` -> r, z, n, W_hn h + b_hn, each float32
-    [B, H]."""
+    """Compute one frame: x [B, 3, H], h [B, H], weight [3, H, H] of `dtype` -> r, z, n,
+    W_hn h + b_hn, each float32 [B, H]."""
     gathered = spread(h.astype(dtype), DATA, None)
     product = jnp.einsum("bh,gkh->bgk", gathered, weight, preferred_element_type=jnp.float32)
     gates = spread(product, DATA, None, MODEL) + bias

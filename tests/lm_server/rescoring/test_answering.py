@@ -286,8 +286,11 @@ def test_a_late_rescoring_gives_the_ngram_answer_for_good() -> None:
 
 
 def test_a_callback_that_fails_does_not_end_the_rescoring() -> None:
+    def broken() -> None:
+        raise ValueError("a caller's fault")
+
     answering = Answering(SCORER)
-    answering.submit([CAT], SETTINGS).on_done(lambda: 1 // 0 and None)
+    answering.submit([CAT], SETTINGS).on_done(broken)
     assert answering.submit([BAT], SETTINGS).result().rescored
     answering.close()
 

@@ -70,8 +70,8 @@ def plain_augment(
                 first[a], second[b] = other.words[b], one.words[a]
                 for words in (first, second):
                     if " ".join(words) not in scores:
-                        acoustic = np.mean([one.acoustic, other.acoustic])
-                        ngram = np.mean([one.ngram, other.ngram])
+                        acoustic = float(np.mean([one.acoustic, other.acoustic]))
+                        ngram = float(np.mean([one.ngram, other.ngram]))
                         scores[" ".join(words)] = (
                             acoustic - penalty * abs(acoustic),
                             ngram - penalty * abs(ngram),

@@ -163,7 +163,7 @@ def test_a_real_model_rescores_sentences_jobs_and_files(model_folder, opt, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     for served, job, line in zip(by_server, by_worker, lines, strict=True):
         assert line["rescored"]
-        assert job.problem is None
+        assert job.answer.problem is None
         best = line["nbest"][0]
         assert best["llm"] < 0
         for one in (served.hypotheses[0], job.answer.hypotheses[0]):

@@ -303,7 +303,7 @@ def test_our_client_has_a_session_of_its_own(server, connection):
         with Client(server.url, session=name) as client:
             client.update_params(nbest=3)
             for _ in range(5):
-                best = client.decode(to_rnn_order(say(words)), chunk_frames=3)[0].sentence
+                best = client.decode(to_rnn_order(say(words)), chunk_frames=3).sentence
                 found.setdefault(name, set()).add(best)
 
     threads = [

@@ -144,7 +144,7 @@ class Decoder:
         pending = []
         for one in [logits] if single else logits:
             search.begin()
-            search.step(to_lm_order(check_logits(one)))
+            search.step(to_lm_order(check_logits(np.asarray(one))))
             pending.append(self._answering.submit(search.finish(), self.settings, context))
         answers = [one.result() for one in pending]
         return answers[0] if single else answers

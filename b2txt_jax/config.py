@@ -64,29 +64,15 @@ def setting(
 class DataConfig:
     """Where the trials are and how batches are drawn from them."""
 
-    root: str = setting(
-        help="folder with one folder per session (the published hdf5_data_final)", resumable=True
-    )
-    sessions: tuple[str, ...] = setting(
-        help="in the order of the day index; empty: every session found, sorted by name"
-    )
+    root: str = setting(help="folder with one folder per session", resumable=True)
+    sessions: tuple[str, ...] = setting(help="in the order of the day index; (): all, by name")
     feature_count: int = setting(least=1, help="features per bin of 20 ms")
     days_per_batch: int = setting(least=1, help="different days in a batch")
     trials_per_day: int = setting(least=1, help="trials of each of them, drawn with replacement")
     buckets: tuple[tuple[int, int], ...] = setting(
-        help="(bins, labels) shapes, ascending: a batch is padded to the first that holds all its "
-        "trials; (): chosen from the lengths of the data"
+        help="(bins, labels) shapes that batches are padded to; (): chosen from the data"
     )
     eval_batch_size: int = setting(least=1, help="trials", resumable=True)
-
-
-PUBLISHED_AUGMENTATIONS = (
-    "static_gain",
-    "white_noise",
-    "constant_offset",
-    "random_walk",
-    "random_cut",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +83,13 @@ class SignalConfig:
     white_noise_std: float = setting(least=0)
     constant_offset_std: float = setting(least=0)
     random_walk_std: float = setting(least=0)
-    random_cut: int = setting(
-        least=1,
-        help="one cut of 0 .. random_cut - 1 bins from the start, the same for the whole batch",
-    )
-    smooth_std: float = setting(least=0, help="of the Gaussian kernel, bins; 0 turns smoothing off")
-    smooth_size: int = setting(
-        least=1, help="window of the kernel before small taps are dropped, bins"
-    )
-    eval_padding: str = setting(
-        choices=("same", "valid"), help="'valid' is what the published evaluation script does"
-    )
+    random_cut: int = setting(least=1, help="a batch loses its first 0 .. random_cut - 1 bins")
+    smooth_std: float = setting(least=0, help="of the Gaussian kernel, bins; 0: no smoothing")
+    smooth_size: int = setting(least=1, help="window before small taps are dropped, bins")
+    # 'valid' is what the published evaluation script does.
+    eval_padding: str = setting(choices=("same", "valid"))
     augment: tuple[str, ...] = setting(
-        PUBLISHED_AUGMENTATIONS,
+        ("static_gain", "white_noise", "constant_offset", "random_walk", "random_cut"),
         help="augmentations in their order: names, or 'package.module:function(setting=value)'",
     )
 
@@ -119,14 +99,9 @@ class ModelSettings:
     """What the settings of every model have; each model adds its own in a subclass."""
 
     name: str = setting("gru", help="'gru', 'triple_gru', or 'package.module:Class'")
-    classes: int = setting(
-        CLASS_COUNT, choices=(CLASS_COUNT,), help="blank, 39 phonemes and silence"
-    )
-    dtype: str = setting(
-        "auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="of matrix products; auto: bfloat16 off the CPU",
-    )
+    classes: int = setting(CLASS_COUNT, choices=(CLASS_COUNT,), help="blank, phonemes, silence")
+    # Of matrix products; auto: bfloat16 off the CPU.
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
 
     @property
     def least_bins(self) -> int:
@@ -156,9 +131,7 @@ class OptimizerConfig:
     epsilon: float = setting(least=1e-12)
     weight_decay: float = setting(least=0)
     day_weight_decay: float = setting(least=0)
-    clip_norm: float = setting(
-        least=0, help="largest global norm of the gradient; 0 turns clipping off"
-    )
+    clip_norm: float = setting(least=0, help="largest norm of the gradient; 0: no clipping")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,31 +143,19 @@ class TrainConfig:
     log_every: int = setting(least=1, resumable=True)
     validate_every: int = setting(least=1, resumable=True)
     save_every: int = setting(least=1, resumable=True)
-    patience: int = setting(
-        0,
-        least=0,
-        help="validations in a row without a better PER after which training stops; 0: never",
-        resumable=True,
-    )
-    on_nonfinite: str = setting(
-        "stop",
-        choices=("stop", "skip"),
-        help="a step with a NaN or infinite loss or gradient leaves the parameters as they were; "
-        "then 'stop' ends the run with an error, and 'skip' names the trials and goes on",
-        resumable=True,
-    )
+    # Validations in a row without a better PER after which training stops; 0: never.
+    patience: int = setting(0, least=0, help="validations", resumable=True)
+    # A step with a NaN or infinite loss or gradient changes no parameter. Then 'stop' ends the run
+    # with an error, and 'skip' names the trials and goes on.
+    on_nonfinite: str = setting("stop", choices=("stop", "skip"), resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """How devices share the work; changes no result."""
 
-    model_axis: int = setting(
-        1,
-        least=1,
-        help="devices over which large parameters are split; the others split a batch's rows",
-        resumable=True,
-    )
+    # Devices over which large parameters are split; the others split a batch's rows.
+    model_axis: int = setting(1, least=1, help="devices", resumable=True)
 
 
 @dataclasses.dataclass(frozen=True)

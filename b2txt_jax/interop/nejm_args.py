@@ -18,6 +18,7 @@ import yaml
 
 from b2txt_jax.config import Config, freeze
 from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.model.gru.baseline import GRUSettings
 from b2txt_jax.signal.smooth import gaussian_taps
 
 
@@ -331,7 +332,8 @@ def _not_validated(
 def _reader(key: str) -> Callable[[Any], Any]:
     """Return the reader of a published setting, by the type of its key here."""
     section, name = key.split(".")
-    kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
+    sections = typing.get_type_hints(Config) | {"model": GRUSettings}
+    kind = typing.get_type_hints(sections[section])[name]
     return {int: _whole, float: _number, str: _text}.get(kind, _names)
 
 

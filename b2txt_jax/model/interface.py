@@ -15,14 +15,15 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import PartitionSpec
 
 from b2txt_jax.config import ConfigError, ModelSettings, model_class
 
 Params = dict[str, Any]
 """Nested dict of float32 arrays."""
-Bins = TypeVar("Bins", int, jax.Array)
-MeanCTC = Callable[[jax.Array, jax.Array], jax.Array]
+Bins = TypeVar("Bins", int, Array)
+MeanCTC = Callable[[Array, Array], Array]
 """(logits [B, P, C], frames [B]) -> the mean CTC loss (ln) of the rows that can be aligned."""
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
@@ -36,11 +37,11 @@ DATA, MODEL = "data", "model"
 class Output(NamedTuple):
     """What a model makes of a batch."""
 
-    logits: jax.Array
+    logits: Array
     """float32 [B, P, C]."""
-    frames: jax.Array
+    frames: Array
     """int32 [B], valid frames."""
-    aux: dict[str, jax.Array] = {}  # noqa: RUF012
+    aux: dict[str, Array] = {}  # noqa: RUF012
     """What the model's own loss needs besides, or, from `validate`, further logits by name."""
 
 
@@ -49,7 +50,7 @@ class Stream(NamedTuple):
 
     start: Callable[[Params, int], Any]
     """(params, rows) -> the state before the first chunk."""
-    step: Callable[[Params, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+    step: Callable[[Params, Array, Array, Any], tuple[Array, Any]]
     """(params, x [B, T, D], day [B], state) -> (logits [B, P, C], state): the next smoothed bins of
     every row -> the frames that they complete, P from 0 on."""
 
@@ -74,17 +75,12 @@ class Model(abc.ABC):
         self.days = days
 
     @abc.abstractmethod
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: Array) -> Params:
         """Return fresh parameters."""
 
     @abc.abstractmethod
     def apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        bins: jax.Array,
-        day: jax.Array,
-        key: jax.Array | None = None,
+        self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
     ) -> Output:
         """Compute logits: smoothed features x [B, T, D], valid bins [B], day index [B].
 
@@ -98,13 +94,13 @@ class Model(abc.ABC):
     def loss(
         self,
         params: Params,
-        x: jax.Array,
-        bins: jax.Array,
-        day: jax.Array,
+        x: Array,
+        bins: Array,
+        day: Array,
         ctc: MeanCTC,
-        key: jax.Array | None = None,
-        progress: jax.Array | float = 1.0,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key: Array | None = None,
+        progress: Array | float = 1.0,
+    ) -> tuple[Array, dict[str, Array]]:
         """Return the training loss, and scalars to log by name; arguments as of `apply`.
 
         Args:
@@ -121,7 +117,7 @@ class Model(abc.ABC):
             output = self.apply(params, x, bins, day, key)
         return ctc(output.logits, output.frames), {}
 
-    def validate(self, params: Params, x: jax.Array, bins: jax.Array, day: jax.Array) -> Output:
+    def validate(self, params: Params, x: Array, bins: Array, day: Array) -> Output:
         """Compute what validation looks at: `aux` holds further logits [B, P, C], each of which
         gets a phoneme error rate of its own."""
         return self.apply(params, x, bins, day)
@@ -137,7 +133,7 @@ class Model(abc.ABC):
             "Model.stream"
         )
 
-    def group(self, path: str, leaf: jax.Array) -> str:
+    def group(self, path: str, leaf: Array) -> str:
         """Return a parameter's group in the optimizer.
 
         'weights' decay and 'biases' do not. 'day' is for arrays [days, ...]: its rates are the

@@ -1,7 +1,7 @@
 """The triple GRU: a noise model, a decoder of what is left, and an adversary that reads the noise.
 
     noise = NoiseModel(x)                           [B, P, I], I the width of a patch
-    clean logits = CleanSpeechModel(patches - noise)
+    clean logits = Decoder(patches - noise)
     noisy logits = NoisySpeechModel(reverse(noise))
 
 The noisy decoder learns to read speech from the noise; the gradient that it sends to the noise
@@ -21,25 +21,25 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import setting
 from b2txt_jax.model.gru.baseline import (
     DayLayer,
+    Decoder,
     GRUSettings,
     GRUStack,
     Head,
     PatchedModel,
+    draw_layer,
     dropout,
     first_state,
     stacked,
-    uniform,
-    xavier,
 )
 from b2txt_jax.model.gru.recurrence import recurrence
 from b2txt_jax.model.gru.wide import spread, wide_recurrence
 from b2txt_jax.model.interface import DATA, MODEL, MeanCTC, Output, Params, Rules, compute_dtype
-from b2txt_jax.model.orthogonal import orthogonal
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import contract, linear
 
@@ -77,16 +77,16 @@ class TripleGRUSettings(GRUSettings):
 
 
 @jax.custom_vjp
-def reverse_gradient(x: jax.Array, factor: jax.Array) -> jax.Array:
+def reverse_gradient(x: Array, factor: Array) -> Array:
     """Return `x` itself; its gradient comes back multiplied by -factor, a scalar."""
     return x
 
 
-def _reverse_forward(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _reverse_forward(x: Array, factor: Array) -> tuple[Array, Array]:
     return x, factor
 
 
-def _reverse_backward(factor: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _reverse_backward(factor: Array, cotangent: Array) -> tuple[Array, Array]:
     return (-factor * cotangent).astype(cotangent.dtype), jnp.zeros_like(factor)
 
 
@@ -96,25 +96,17 @@ reverse_gradient.defvjp(_reverse_forward, _reverse_backward)
 class NoiseStack(nnx.Module):
     """The noise model's GRU layers, whose units devices can share."""
 
-    def __init__(self, model: TripleGRUSettings, inputs: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, inputs: int, key: Array):
         self.model = model
         self.units = model.noise_units or inputs
         units = self.units
         for layer in range(model.noise_layers):
-            keys = jax.random.split(jax.random.fold_in(key, layer), 4)
-            width = units if layer else inputs
-            parameters = {
-                # As PyTorch draws them: over all three gates at once.
-                "weight_ih": xavier(keys[0], (3 * units, width), jnp.float32),
-                "weight_hh": orthogonal(keys[1], 3 * units, units),
-                "bias_ih": uniform(keys[2], 3 * units, units),
-                "bias_hh": uniform(keys[3], 3 * units, units),
-            }
-            for name, value in parameters.items():
+            fresh = draw_layer(jax.random.fold_in(key, layer), units if layer else inputs, units)
+            for name, value in fresh.items():
                 apart = value.reshape(3, units, *value.shape[1:])
                 setattr(self, f"{name}_l{layer}", nnx.Param(apart))
 
-    def _project(self, x: jax.Array, layer: int, dtype: jnp.dtype) -> jax.Array:
+    def _project(self, x: Array, layer: int, dtype: jnp.dtype) -> Array:
         """Project bins [B, T, D] for the first layer, frames [P, B, H] for others: [P, B, 3, H]."""
         weight = getattr(self, f"weight_ih_l{layer}")[...]
         bias = getattr(self, f"bias_ih_l{layer}")[...]
@@ -126,9 +118,7 @@ class NoiseStack(nnx.Module):
             projected = contract("pbi,gki->pbgk", x, weight, dtype)
         return spread((projected + bias).astype(dtype), None, DATA, None, MODEL)
 
-    def __call__(
-        self, x: jax.Array, h0: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x: Array, h0: Array, dtype: jnp.dtype, dropout_key: Array | None) -> Array:
         """Run the layers: x [B, T, D], h0 [1, 1, H] -> states of the last one, [P, B, H]."""
         first = jnp.broadcast_to(h0[0], (x.shape[0], self.units))
         for layer in range(self.model.noise_layers):
@@ -138,9 +128,7 @@ class NoiseStack(nnx.Module):
             x = self._run(self._project(x, layer, dtype), first, layer, dtype)
         return x
 
-    def _run(
-        self, projected: jax.Array, first: jax.Array, layer: int, dtype: jnp.dtype
-    ) -> jax.Array:
+    def _run(self, projected: Array, first: Array, layer: int, dtype: jnp.dtype) -> Array:
         weight = getattr(self, f"weight_hh_l{layer}")[...]
         bias = getattr(self, f"bias_hh_l{layer}")[...]
         mesh = jax.sharding.get_abstract_mesh()
@@ -158,9 +146,7 @@ class NoiseStack(nnx.Module):
             "scan" if self.model.recurrence == "scan" else "auto",
         )
 
-    def stream(
-        self, x: jax.Array, states: jax.Array, dtype: jnp.dtype
-    ) -> tuple[jax.Array, jax.Array]:
+    def stream(self, x: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Run the layers without dropout from `states`, float32 [layers, B, H]; return the last
         layer's states [P, B, H] and all states after the last frame."""
         after = []
@@ -175,7 +161,7 @@ class NoiseStack(nnx.Module):
 class NoiseModel(nnx.Module):
     """The part of the patches that is no speech."""
 
-    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: Array):
         self.model = model
         gru_key, h0_key, out_key = jax.random.split(key, 3)
         width = features * model.patching[0]
@@ -184,14 +170,12 @@ class NoiseModel(nnx.Module):
         self.h0 = nnx.Param(first_state(h0_key, self.gru.units))
         self.out = Head(self.gru.units, width, out_key) if model.noise_units else None
 
-    def _noise(self, states: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def _noise(self, states: Array, dtype: jnp.dtype) -> Array:
         if self.out is None:
             return states
         return (linear(states, self.out.weight[...], dtype) + self.out.bias[...]).astype(dtype)
 
-    def __call__(
-        self, x: jax.Array, day: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x: Array, day: Array, dtype: jnp.dtype, dropout_key: Array | None) -> Array:
         """Estimate the noise in every patch: x [B, T, D], day [B] -> [P, B, I] of `dtype`."""
         x = self.day(x, day, dtype)
         if dropout_key is not None:
@@ -199,71 +183,22 @@ class NoiseModel(nnx.Module):
             x = dropout(x, self.model.input_dropout, input_key)
         return self._noise(self.gru(x, self.h0[...], dtype, dropout_key), dtype)
 
-    def stream(
-        self, x: jax.Array, day: jax.Array, states: jax.Array, dtype: jnp.dtype
-    ) -> tuple[jax.Array, jax.Array]:
+    def stream(self, x: Array, day: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Estimate the noise of whole patches of bins x; return it and the states after them."""
         frames, after = self.gru.stream(self.day(x, day, dtype), states, dtype)
         return self._noise(frames, dtype), after
 
 
-class CleanSpeechModel(nnx.Module):
-    """The decoder of the patches without their noise."""
-
-    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: jax.Array):
-        self.model = model
-        gru_key, head_key, h0_key = jax.random.split(key, 3)
-        self.day = DayLayer(days if model.day_layer else 1, features)
-        self.gru = GRUStack(model, features * model.patching[0], model.layers, gru_key)
-        self.head = Head(model.units, model.classes, head_key)
-        self.h0 = nnx.Param(first_state(h0_key, model.units))
-
-    def _project(self, x: jax.Array, noise: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        # W (patches - noise) as W patches - W noise: the patches never exist in memory.
-        return self.gru.project(x, dtype) - self.gru.project_frames(noise, dtype)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        day: jax.Array,
-        noise: jax.Array,
-        dtype: jnp.dtype,
-        dropout_key: jax.Array | None,
-    ) -> jax.Array:
-        """Decode: x [B, T, D], day [B], noise [P, B, I] -> logits, float32 [B, P, C]."""
-        x = self.day(x, day, dtype)
-        if dropout_key is not None:
-            input_key, dropout_key = jax.random.split(dropout_key)
-            x = dropout(x, self.model.input_dropout, input_key)
-        states = self.gru(self._project(x, noise, dtype), self.h0[...], dtype, dropout_key)
-        return self.head(states.swapaxes(0, 1), dtype)
-
-    def stream(
-        self,
-        x: jax.Array,
-        day: jax.Array,
-        noise: jax.Array,
-        states: jax.Array,
-        dtype: jnp.dtype,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Decode from `states`, float32 [layers, B, H]; return the logits and the states after."""
-        projected = self._project(self.day(x, day, dtype), noise, dtype)
-        frames, after = self.gru.stream(projected, states, dtype)
-        return self.head(frames.swapaxes(0, 1), dtype), after
-
-
 class NoisySpeechModel(nnx.Module):
     """The adversary: a decoder of the noise alone."""
 
-    def __init__(self, model: TripleGRUSettings, inputs: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, inputs: int, key: Array):
         gru_key, head_key, h0_key = jax.random.split(key, 3)
         self.gru = GRUStack(model, inputs, model.noisy_layers, gru_key)
         self.head = Head(model.units, model.classes, head_key)
         self.h0 = nnx.Param(first_state(h0_key, model.units))
 
-    def __call__(
-        self, noise: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, noise: Array, dtype: jnp.dtype, dropout_key: Array | None) -> Array:
         """Decode the noise [P, B, I]: logits, float32 [B, P, C]."""
         projected = self.gru.project_frames(noise, dtype)
         states = self.gru(projected, self.h0[...], dtype, dropout_key)
@@ -273,20 +208,16 @@ class NoisySpeechModel(nnx.Module):
 class TripleDecoder(nnx.Module):
     """The three parts; `full` trains, the call and `stream` only decode."""
 
-    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: jax.Array):
+    def __init__(self, model: TripleGRUSettings, features: int, days: int, key: Array):
         self.model = model
         noise_key, clean_key, noisy_key = jax.random.split(key, 3)
         self.noise = NoiseModel(model, features, days, noise_key)
-        self.clean = CleanSpeechModel(model, features, days, clean_key)
+        self.clean = Decoder(model, features, days, clean_key)
         self.noisy = NoisySpeechModel(model, features * model.patching[0], noisy_key)
 
     def full(
-        self,
-        x: jax.Array,
-        day: jax.Array,
-        dropout_key: jax.Array | None = None,
-        reversal: jax.Array | float = 1.0,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, x: Array, day: Array, dropout_key: Array | None = None, reversal: Array | float = 1.0
+    ) -> tuple[Array, Array, Array]:
         """Run all three parts: smoothed features x [B, T, D], day index [B] -> clean and noisy
         logits, float32 [B, P, C], and the noise [B, P, I].
 
@@ -295,31 +226,31 @@ class TripleDecoder(nnx.Module):
         dtype = compute_dtype(self.model)
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         noise = self.noise(x, day, dtype, keys[0])
-        logits = self.clean(x, day, noise, dtype, keys[1])
+        logits = self.clean(x, day, keys[1], noise)
         reversed_ = reverse_gradient(noise, jnp.asarray(reversal, jnp.float32))
         noisy_logits = self.noisy(reversed_, dtype, keys[2])
         return logits, noisy_logits, noise.swapaxes(0, 1)
 
-    def __call__(self, x: jax.Array, day: jax.Array) -> jax.Array:
+    def __call__(self, x: Array, day: Array) -> Array:
         """Decode with noise model and clean decoder: x [B, T, D], day [B] -> logits, float32
         [B, P, C]."""
         dtype = compute_dtype(self.model)
-        return self.clean(x, day, self.noise(x, day, dtype, None), dtype, None)
+        return self.clean(x, day, None, self.noise(x, day, dtype, None))
 
-    def first_states(self, rows: int) -> dict[str, jax.Array]:
+    def first_states(self, rows: int) -> dict[str, Array]:
         """Return the states that a stream starts from, float32 [layers, B, H]."""
         return {
             "noise": stacked(self.noise.h0[...], self.model.noise_layers, rows),
-            "clean": stacked(self.clean.h0[...], self.model.layers, rows),
+            "clean": self.clean.first_states(rows),
         }
 
     def stream(
-        self, x: jax.Array, day: jax.Array, states: dict[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: Array, day: Array, states: dict[str, Array]
+    ) -> tuple[Array, dict[str, Array]]:
         """Decode whole patches of bins x [B, T, D]: clean logits, and the states after them."""
         dtype = compute_dtype(self.model)
         noise, after = self.noise.stream(x, day, states["noise"], dtype)
-        logits, clean = self.clean.stream(x, day, noise, states["clean"], dtype)
+        logits, clean = self.clean.stream(x, day, states["clean"], noise)
         return logits, {"noise": after, "clean": clean}
 
 
@@ -337,17 +268,12 @@ class TripleGRU(PatchedModel):
         *PatchedModel.sharding,
     )
 
-    def module(self, key: jax.Array) -> TripleDecoder:
+    def module(self, key: Array) -> TripleDecoder:
         """Return the three fresh parts."""
         return TripleDecoder(self.settings, self.features, self.days, key)
 
     def apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        bins: jax.Array,
-        day: jax.Array,
-        key: jax.Array | None = None,
+        self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
     ) -> Output:
         """Decode with the noise model and the clean decoder; with a key, run the adversary too."""
         if key is not None:
@@ -357,17 +283,17 @@ class TripleGRU(PatchedModel):
     def full(
         self,
         params: Params,
-        x: jax.Array,
-        bins: jax.Array,
-        day: jax.Array,
-        key: jax.Array | None = None,
-        reversal: jax.Array | float = 1.0,
+        x: Array,
+        bins: Array,
+        day: Array,
+        key: Array | None = None,
+        reversal: Array | float = 1.0,
     ) -> Output:
         """Run all three parts: `aux` holds the noisy logits [B, P, C] and the noise [B, P, I]."""
         logits, noisy, noise = self.bound(params).full(x, day, key, reversal)
         return Output(logits, self.frames(bins), {"noisy": noisy, "noise": noise})
 
-    def validate(self, params: Params, x: jax.Array, bins: jax.Array, day: jax.Array) -> Output:
+    def validate(self, params: Params, x: Array, bins: Array, day: Array) -> Output:
         """Decode the noise too: its PER stays near 1 when there is no speech in it."""
         output = self.full(params, x, bins, day)
         return output._replace(aux={"noisy": output.aux["noisy"]})
@@ -375,13 +301,13 @@ class TripleGRU(PatchedModel):
     def loss(
         self,
         params: Params,
-        x: jax.Array,
-        bins: jax.Array,
-        day: jax.Array,
+        x: Array,
+        bins: Array,
+        day: Array,
         ctc: MeanCTC,
-        key: jax.Array | None = None,
-        progress: jax.Array | float = 1.0,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        key: Array | None = None,
+        progress: Array | float = 1.0,
+    ) -> tuple[Array, dict[str, Array]]:
         """Return the weighed sum of both decoders' CTC losses, and its parts."""
         settings = self.settings
         reversal = settings.reversal * (2 / (1 + jnp.exp(-settings.reversal_rate * progress)) - 1)

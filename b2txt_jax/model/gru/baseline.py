@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import ConfigError, ModelSettings, setting
@@ -52,13 +53,8 @@ class GRUSettings(ModelSettings):
     patch_stride: int = setting(4, least=1, help="bins")
     input_dropout: float = setting(0.2, least=0, below=1)
     rnn_dropout: float = setting(0.4, least=0, below=1)
-    recurrence: str = setting(
-        "auto",
-        choices=KINDS,
-        help="pallas: a TPU kernel that keeps the weights in fast memory; auto: that one where the "
-        "weights fit",
-        resumable=True,
-    )
+    # 'pallas': a TPU kernel that keeps the weights in fast memory; 'auto': that where they fit.
+    recurrence: str = setting("auto", choices=KINDS, resumable=True)
 
     @property
     def patching(self) -> tuple[int, int]:
@@ -76,25 +72,25 @@ class GRUSettings(ModelSettings):
         return self.day_layer
 
 
-def first_state(key: jax.Array, units: int) -> jax.Array:
+def first_state(key: Array, units: int) -> Array:
     """Return a fresh h0 [1, 1, H]: Xavier as PyTorch counts it, fan-in H, fan-out H (its
     receptive field is the last axis)."""
     bound = math.sqrt(6 / (2 * units))
     return jax.random.uniform(key, (1, 1, units), jnp.float32, -bound, bound)
 
 
-def stacked(h0: jax.Array, layers: int, rows: int) -> jax.Array:
+def stacked(h0: Array, layers: int, rows: int) -> Array:
     """Repeat h0 [1, 1, H] of any dtype for every layer and row: float32 [layers, B, H]."""
     return jnp.tile(h0.astype(jnp.float32), (layers, rows, 1))
 
 
-def uniform(key: jax.Array, size: int, fan_in: int) -> jax.Array:
+def uniform(key: Array, size: int, fan_in: int) -> Array:
     """Return a fresh bias [size] within PyTorch's bound, 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, (size,), jnp.float32, -bound, bound)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zero values with probability `rate` and scale the others; the identity without a key.
 
     One random word of 32 bits serves two channels, half the width apart: random numbers are a
@@ -108,6 +104,17 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(halves >= dropped, x * (65536 / (65536 - dropped)), 0).astype(x.dtype)
 
 
+def draw_layer(key: Array, inputs: int, units: int) -> dict[str, Array]:
+    """Return a layer's fresh parameters, drawn as PyTorch does: over all three gates at once."""
+    keys = jax.random.split(key, 4)
+    return {
+        "weight_ih": xavier(keys[0], (3 * units, inputs), jnp.float32),
+        "weight_hh": orthogonal(keys[1], 3 * units, units),
+        "bias_ih": uniform(keys[2], 3 * units, units),
+        "bias_hh": uniform(keys[3], 3 * units, units),
+    }
+
+
 class DayLayer(nnx.Module):
     """Input layers, the identity at first: one per day, or one that all days share."""
 
@@ -115,7 +122,7 @@ class DayLayer(nnx.Module):
         self.weight = nnx.Param(jnp.tile(jnp.eye(features), (days, 1, 1)))
         self.bias = nnx.Param(jnp.zeros((days, features)))
 
-    def __call__(self, x: jax.Array, day: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, x: Array, day: Array, dtype: jnp.dtype) -> Array:
         """Apply each row's day layer: x [B, T, D], day [B] -> [B, T, D]."""
         weight = self.weight[...]
         day = day if weight.shape[0] > 1 else jnp.zeros_like(day)
@@ -125,34 +132,28 @@ class DayLayer(nnx.Module):
 class GRUStack(nnx.Module):
     """GRU layers over patches; the first projection and the patches are one strided convolution."""
 
-    def __init__(self, model: GRUSettings, inputs: int, layers: int, key: jax.Array):
+    def __init__(self, model: GRUSettings, inputs: int, layers: int, key: Array):
         """`inputs`: width of a patch."""
         self.model = model
         self.layers = layers
         units = model.units
         for layer in range(layers):
-            keys = jax.random.split(jax.random.fold_in(key, layer), 4)
-            parameters = {
-                "weight_ih": xavier(keys[0], (3 * units, units if layer else inputs), jnp.float32),
-                "weight_hh": orthogonal(keys[1], 3 * units, units),
-                "bias_ih": uniform(keys[2], 3 * units, units),
-                "bias_hh": uniform(keys[3], 3 * units, units),
-            }
-            for name, value in parameters.items():
+            fresh = draw_layer(jax.random.fold_in(key, layer), units if layer else inputs, units)
+            for name, value in fresh.items():
                 setattr(self, f"{name}_l{layer}", nnx.Param(value))
 
-    def project(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def project(self, x: Array, dtype: jnp.dtype) -> Array:
         """Project the patches of bins for the first layer: x [B, T, D] -> float32 [P, B, 3H]."""
         size, stride = self.model.patching
         return project_patches(x, self._parameters(0)[0], size, stride, dtype).swapaxes(0, 1)
 
-    def project_frames(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def project_frames(self, x: Array, dtype: jnp.dtype) -> Array:
         """Project frames as wide as a patch: x [P, B, I] -> float32 [P, B, 3H]."""
         return linear(x, self._parameters(0)[0], dtype)
 
     def __call__(
-        self, projected: jax.Array, h0: jax.Array, dtype: jnp.dtype, dropout_key: jax.Array | None
-    ) -> jax.Array:
+        self, projected: Array, h0: Array, dtype: jnp.dtype, dropout_key: Array | None
+    ) -> Array:
         """Run the layers: projected input [P, B, 3H], h0 [1, 1, H] -> the last one's states
         [P, B, H]."""
         first = jnp.broadcast_to(h0[0], (projected.shape[1], self.model.units))
@@ -166,18 +167,11 @@ class GRUStack(nnx.Module):
                     x = dropout(x, self.model.rnn_dropout, key)
                 x = linear(x, weight_ih, dtype)
             x = recurrence(
-                (x + bias_ih).astype(dtype),
-                first,
-                weight_hh,
-                bias_hh,
-                dtype,
-                self.model.recurrence,
+                (x + bias_ih).astype(dtype), first, weight_hh, bias_hh, dtype, self.model.recurrence
             )
         return x
 
-    def stream(
-        self, projected: jax.Array, states: jax.Array, dtype: jnp.dtype
-    ) -> tuple[jax.Array, jax.Array]:
+    def stream(self, projected: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Run the layers without dropout from `states`, float32 [layers, B, H]; return the last
         layer's states [P, B, H] and all states after the last frame."""
         x, after, units = projected, [], self.model.units
@@ -194,7 +188,7 @@ class GRUStack(nnx.Module):
             after.append(last)
         return x, jnp.stack(after)
 
-    def _parameters(self, layer: int) -> tuple[jax.Array, ...]:
+    def _parameters(self, layer: int) -> tuple[Array, ...]:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         return tuple(getattr(self, f"{name}_l{layer}")[...] for name in names)
 
@@ -202,12 +196,12 @@ class GRUStack(nnx.Module):
 class Head(nnx.Module):
     """Linear map to the classes."""
 
-    def __init__(self, units: int, classes: int, key: jax.Array):
+    def __init__(self, units: int, classes: int, key: Array):
         weight_key, bias_key = jax.random.split(key)
         self.weight = nnx.Param(xavier(weight_key, (classes, units), jnp.float32))
         self.bias = nnx.Param(uniform(bias_key, classes, units))
 
-    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, x: Array, dtype: jnp.dtype) -> Array:
         """Map states [B, P, H] to logits, float32 [B, P, C]."""
         return linear(x, self.weight[...], dtype) + self.bias[...]
 
@@ -215,7 +209,7 @@ class Head(nnx.Module):
 class Decoder(nnx.Module):
     """Smoothed features to phoneme logits (NEJM reference, section 3)."""
 
-    def __init__(self, model: GRUSettings, features: int, days: int, key: jax.Array):
+    def __init__(self, model: GRUSettings, features: int, days: int, key: Array):
         self.model = model
         gru_key, head_key, h0_key = jax.random.split(key, 3)
         self.day = DayLayer(days if model.day_layer else 1, features)
@@ -223,43 +217,49 @@ class Decoder(nnx.Module):
         self.head = Head(model.units, model.classes, head_key)
         self.h0 = nnx.Param(first_state(h0_key, model.units))
 
+    def _project(self, x: Array, noise: Array | None, dtype: jnp.dtype) -> Array:
+        projected = self.gru.project(x, dtype)
+        # W (patches - noise) as W patches - W noise: the patches never exist in memory.
+        return projected if noise is None else projected - self.gru.project_frames(noise, dtype)
+
     def __call__(
-        self, x: jax.Array, day: jax.Array, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
+        self, x: Array, day: Array, dropout_key: Array | None = None, noise: Array | None = None
+    ) -> Array:
         """Compute logits, one frame per 80 ms: smoothed features x [B, T, D], day index [B] ->
         float32 [B, P, C].
 
-        Dropout is on when a key is given.
+        Dropout is on with a key. Of each patch the `noise` [P, B, I] is subtracted, if there is
+        any.
         """
         dtype = compute_dtype(self.model)
         x = self.day(x, day, dtype)
         if dropout_key is not None:
             input_key, dropout_key = jax.random.split(dropout_key)
             x = dropout(x, self.model.input_dropout, input_key)
-        states = self.gru(self.gru.project(x, dtype), self.h0[...], dtype, dropout_key)
+        states = self.gru(self._project(x, noise, dtype), self.h0[...], dtype, dropout_key)
         return self.head(states.swapaxes(0, 1), dtype)
 
-    def first_states(self, rows: int) -> dict[str, jax.Array]:
+    def first_states(self, rows: int) -> Array:
         """Return the states that a stream starts from, float32 [layers, B, H]."""
-        return {"gru": stacked(self.h0[...], self.model.layers, rows)}
+        return stacked(self.h0[...], self.model.layers, rows)
 
     def stream(
-        self, x: jax.Array, day: jax.Array, states: dict[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, x: Array, day: Array, states: Array, noise: Array | None = None
+    ) -> tuple[Array, Array]:
         """Decode whole patches of bins x [B, T, D]: their logits, and the states after them."""
         dtype = compute_dtype(self.model)
-        x = self.gru.project(self.day(x, day, dtype), dtype)
-        x, after = self.gru.stream(x, states["gru"], dtype)
-        return self.head(x.swapaxes(0, 1), dtype), {"gru": after}
+        projected = self._project(self.day(x, day, dtype), noise, dtype)
+        frames, after = self.gru.stream(projected, states, dtype)
+        return self.head(frames.swapaxes(0, 1), dtype), after
 
 
 class StreamState(NamedTuple):
     """What decoding carries from chunk to chunk."""
 
-    bins: jax.Array
+    bins: Array
     """[B, K, D], smoothed bins that later patches need, too; at first K is 0."""
-    states: dict[str, jax.Array]
-    """Each part's states, float32 [layers, B, H]."""
+    states: Any
+    """Each layer's state, float32 [layers, B, H], of several parts by name."""
 
 
 class PatchedModel(Model):
@@ -278,7 +278,7 @@ class PatchedModel(Model):
         self.variant = settings.recurrence
 
     @abc.abstractmethod
-    def module(self, key: jax.Array) -> Any:
+    def module(self, key: Array) -> Any:
         """Return a fresh module with a call (x, day), `first_states` and `stream`."""
 
     @functools.cached_property
@@ -289,7 +289,7 @@ class PatchedModel(Model):
         """Return the module with these parameters."""
         return nnx.merge(self._graph, params)
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: Array) -> Params:
         """Return fresh parameters, as PyTorch would draw them."""
         params: Params = nnx.to_pure_dict(nnx.state(self.module(key)))
         return params
@@ -298,7 +298,7 @@ class PatchedModel(Model):
         """Return the number of patches in so many bins."""
         return frame_count(bins, *self.settings.patching)
 
-    def group(self, path: str, leaf: jax.Array) -> str:
+    def group(self, path: str, leaf: Array) -> str:
         """Return 'day' for the day layers, else as by default."""
         return "day" if "day" in path.split("/") else super().group(path, leaf)
 
@@ -337,8 +337,8 @@ class PatchedModel(Model):
             return StreamState(bins, self.bound(params).first_states(rows))
 
         def step(
-            params: Params, x: jax.Array, day: jax.Array, state: StreamState
-        ) -> tuple[jax.Array, StreamState]:
+            params: Params, x: Array, day: Array, state: StreamState
+        ) -> tuple[Array, StreamState]:
             bins = jnp.concatenate([state.bins, x.astype(jnp.float32)], axis=1)
             frames = self.frames(bins.shape[1])
             if frames == 0:
@@ -354,17 +354,12 @@ class PatchedModel(Model):
 class GRU(PatchedModel):
     """The published baseline."""
 
-    def module(self, key: jax.Array) -> Decoder:
+    def module(self, key: Array) -> Decoder:
         """Return a fresh decoder."""
         return Decoder(self.settings, self.features, self.days, key)
 
     def apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        bins: jax.Array,
-        day: jax.Array,
-        key: jax.Array | None = None,
+        self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
     ) -> Output:
         """Decode the patches; a state never depends on later bins, so that padding needs no
         mask."""

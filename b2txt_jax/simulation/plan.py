@@ -49,20 +49,20 @@ class SimulationSettings:
     test: int = _setting(30, 0, 10_000, "test sentences per session (written without labels)")
     seed: int = _setting(0, 0, 2**63 - 1, "of everything random")
     difficulty: float = _setting(
-        0.5, 0, 1, "0 to 1: the phoneme error rate that can be reached goes from 3 % to 30 %"
+        0.5, 0.0, 1.0, "0 to 1: the phoneme error rate that can be reached goes from 3 % to 30 %"
     )
     min_words: int = _setting(3, 3, 12, "fewest words of a sentence")
     max_words: int = _setting(12, 3, 12, "most words of a sentence")
     speaking_rate: float = _setting(
-        1.0, 0.5, 3, "1 is about 65 words per minute; 2 halves all durations"
+        1.0, 0.5, 3.0, "1 is about 65 words per minute; 2 halves all durations"
     )
     drift: float = _setting(
-        1.0, 0, 3, "change from session to session; 0 is none, 1 the calibrated amount"
+        1.0, 0.0, 3.0, "change from session to session; 0 is none, 1 the calibrated amount"
     )
     bursts: float = _setting(
         0.0,
-        0,
-        5,
+        0.0,
+        5.0,
         "strength of movement-like bursts that channels share; 0 is none, 1 about 1.7 times the "
         "modulation by speech at difficulty 0.5 (rms)",
     )

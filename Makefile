@@ -22,7 +22,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned packages into $(VENV) (about two minutes, 2 GB)"
@@ -59,7 +59,7 @@ test-slow: setup setup-tpu
 
 setup-tpu: $(TPU_STAMP)
 
-$(TPU_STAMP): setup.cfg pyproject.toml constraints.txt
+$(TPU_STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	test -x $(TPU_VENV)/bin/python || $(PYTHON) -m venv $(TPU_VENV)
 	@echo "installing JAX with the TPU compiler into $(TPU_VENV)"
 	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tpu]' \

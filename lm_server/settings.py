@@ -137,11 +137,14 @@ def changed(settings: Settings, values: Mapping[str, float]) -> Settings:
     """Return settings with some values replaced; 3.0 becomes 3 where whole numbers are needed.
 
     Raises:
-      SettingsError: a value is outside its range.
+      SettingsError: a value is no number, or outside its range.
     """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SettingsError(f"{name} is {value!r}; needed a number")
     whole = {field.name for field in fields(Settings) if type(field.default) is int}
     fitting = {
-        name: int(value) if name in whole and value == value // 1 else value
+        name: (int(value) if value == value // 1 else value) if name in whole else float(value)
         for name, value in values.items()
     }
     return dataclasses.replace(settings, **fitting)  # type: ignore[arg-type]

@@ -161,15 +161,17 @@ class Machines:
                     with contextlib.suppress(ProcessLookupError):
                         # Stopped first, to be sure that it dies with the job in its hands.
                         os.kill(pid, signal.SIGSTOP)
-                        while _state(pid) not in ("T", "Z", ""):
-                            time.sleep(0.001)
-                        # Twice: a result that it sent before the stop is written by the second
-                        # time, because Redis reads all its connections in turn.
-                        if all((entry, name) in self._held() for _ in range(2)):
-                            os.kill(pid, signal.SIGKILL)
-                            self._abandoned.append((entry, name))
-                            return
-                        os.kill(pid, signal.SIGCONT)
+                        try:
+                            while _state(pid) not in ("T", "Z", ""):
+                                time.sleep(0.001)
+                            # Twice: a result that it sent before the stop is written by the second
+                            # time, because Redis reads all its connections in turn.
+                            if all((entry, name) in self._held() for _ in range(2)):
+                                os.kill(pid, signal.SIGKILL)
+                                self._abandoned.append((entry, name))
+                                return
+                        finally:
+                            os.kill(pid, signal.SIGCONT)
             except AWAY:
                 pass
             time.sleep(0.002)

@@ -37,7 +37,7 @@ def read_answer(fields: Mapping[bytes, bytes]) -> Answer:
     then.
 
     Raises:
-      LanguageModelError: there is no candidate, or the scores cannot be read.
+      LanguageModelError: there is no candidate, or the scores or confidences cannot be read.
     """
     best = _text(fields, b"lm_response_final")
     if b"scoring" in fields:
@@ -55,13 +55,18 @@ def read_answer(fields: Mapping[bytes, bytes]) -> Answer:
             "frames? If so, widen its beam, or look at the logits' scale"
         )
     unique: dict[tuple[str, ...], Hypothesis] = {}
-    for one in sorted(found, key=lambda one: one.total or 0.0, reverse=True):
+    # Rounded as the server ranks, whose order stays where totals are equal.
+    for one in sorted(found, key=lambda one: round(one.total or 0.0, 6), reverse=True):
         unique.setdefault(one.words, one)
     hypotheses = tuple(unique.values())
-    words = tuple(json.loads(fields.get(b"word_confidences", b"[]")))
+    try:
+        words = tuple(map(float, json.loads(fields.get(b"word_confidences", b"[]"))))
+        confidence = float(fields[b"confidence"]) if b"confidence" in fields else None
+    except (ValueError, TypeError) as error:
+        raise LanguageModelError(f"the confidences of {best!r} cannot be read: {error}") from error
     return Answer(
         hypotheses,
-        float(fields[b"confidence"]) if b"confidence" in fields else None,
+        confidence,
         words if len(words) == len(hypotheses[0].words) else (),
         fields.get(b"rescored") == b"1",
         _text(fields, b"problem") or None,

@@ -50,6 +50,7 @@ _LIMITS = (
         0.5,
         "a server without a sign of life for so long loses its sessions to another; the same for "
         "all servers of a Redis",
+        30.0,  # The saved state must outlive the lease, or its heir finds none.
     ),
 )
 

@@ -323,7 +323,9 @@ class OwnedSessions:
         """Renew all leases; a session of which another process holds the lease is lost."""
         for owned in self:
             lease: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
-            owned.lost = owned.lost or not self._renewal(keys=owned.keys, args=lease)
+            # Only ever set here: the loop may find out at the same time that it is lost.
+            if not owned.lost and not self._renewal(keys=owned.keys, args=lease):
+                owned.lost = True
 
     def drop_lost(self) -> None:
         """Remove the sessions that another process owns now."""

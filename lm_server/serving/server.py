@@ -161,6 +161,8 @@ class Server:
 
     def _advance(self, owned: OwnedSession) -> None:
         """Handle the session's next entry, or one slice more of it."""
+        # Many sessions with slow slices make a long round, which is no sign of being stuck.
+        self._heartbeat.alive()
         if owned.work is None:
             owned.work = self._handle(owned, owned.read.popleft())
         try:

@@ -409,3 +409,23 @@ def test_an_answer_without_any_candidate_is_an_error(fields: dict[bytes, bytes])
 def test_scores_that_cannot_be_read_are_an_error() -> None:
     with pytest.raises(LanguageModelError, match="cannot be read"):
         read_answer({b"lm_response_final": b"a", b"scoring": b"a;1;2"})
+
+
+@pytest.mark.parametrize("broken", [b"[0.5", b"abc", b"5", b'["x"]'])
+@pytest.mark.parametrize("field", [b"word_confidences", b"confidence"])
+def test_confidences_that_cannot_be_read_cost_one_trial(field: bytes, broken: bytes) -> None:
+    if field == b"confidence" and broken == b"5":
+        broken = b""
+    with pytest.raises(LanguageModelError, match=r"confidences of 'a cat' cannot be read"):
+        read_answer({b"lm_response_final": b"a cat", field: broken})
+
+
+def test_of_equal_totals_the_servers_first_stays_first() -> None:
+    text = encode_scoring(
+        [
+            Hypothesis(("see", "it"), -1.0, -2.0, total=-3.0),
+            Hypothesis(("sea", "it"), -1.0, -2.0, total=-3.0 + 1e-9),
+        ]
+    )
+    answer = read_answer({b"lm_response_final": b"see it", b"scoring": text.encode()})
+    assert answer.sentence == "see it"

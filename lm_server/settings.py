@@ -206,8 +206,6 @@ def read_settings(
             raise SettingsError(
                 f"{path} has the setting {name!r}; known are {', '.join(NAMES)}: leave it out"
             )
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise SettingsError(f"{path}: {name} is {value!r}; needed a number")
     try:
         return changed(defaults, values)
     except (SettingsError, OverflowError) as error:

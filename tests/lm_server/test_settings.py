@@ -13,7 +13,7 @@ def test_numbers_get_the_type_of_their_setting():
 
 @pytest.mark.parametrize("value", ["5", None, True, [5]])
 def test_what_is_no_number_is_refused_by_name(value):
-    with pytest.raises(SettingsError, match="nbest is .*; needed a number"):
+    with pytest.raises(SettingsError, match=r"nbest is .*; needed a number"):
         changed(Settings(), {"nbest": value})
 
 

@@ -201,7 +201,7 @@ def read_settings(
             f"{path} was tuned for the search {of}, and this is {backend}: the same numbers mean "
             f"something else there. Use --backend {of}, or tune again with --backend {backend}"
         )
-    for name, value in values.items():
+    for name in values:
         if name not in NAMES:
             raise SettingsError(
                 f"{path} has the setting {name!r}; known are {', '.join(NAMES)}: leave it out"

@@ -100,7 +100,7 @@ def test_server_worker_client_and_status_speak_tls_with_a_password(model_folder,
     try:
         with serving(*lm, "--redis", url) as server:
             with Client(url, session="ann") as client:
-                assert client.decode(SAID, chunk_frames=4)[0].sentence == "the cat sat"
+                assert client.decode(SAID, chunk_frames=4).sentence == "the cat sat"
             with JobClient(url) as jobs:
                 (found,) = jobs.decode_all([SAID], ["one"])
                 assert found.answer.sentence == "the cat sat"
@@ -138,7 +138,7 @@ def test_a_unix_socket_with_a_password_and_logs_as_json(model_folder, tmp_path):
     try:
         assert "ready" in server.stdout.readline()
         with Client(url) as client:
-            assert client.decode(SAID)[0].sentence == "the cat sat"
+            assert client.decode(SAID).sentence == "the cat sat"
             client._redis.xadd("remote_lm_input", {"logits": b"123"})
             client._redis.xread({"remote_lm_error": "0-0"}, block=4000)
         server.terminate()

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -277,7 +279,13 @@ def test_killing_the_parent_ends_server_and_redis(model_folder):
     assert wait_until(lambda: not is_running(redis_process))
 
 
-def test_killing_the_server_ends_its_redis(model_folder):
+def test_killing_the_server_ends_its_redis(model_folder, monkeypatch, request):
+    # A folder of its own, short enough for a socket: any other server that starts on this machine
+    # would clear away what this one leaves.
+    own = tempfile.mkdtemp(prefix="lm-")
+    request.addfinalizer(lambda: shutil.rmtree(own, ignore_errors=True))
+    monkeypatch.setenv("TMPDIR", own)
+    monkeypatch.setattr(tempfile, "tempdir", None)
     with serving("--lm", str(model_folder), "--embedded-redis") as running:
         (redis_process,) = children(running.process.pid)
         running.process.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from b2txt_jax.config import Config, load_config, with_overrides
-from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
+from b2txt_jax.evaluation.command import (
+    OptionsError,
+    check_decoders,
+    evaluate_run,
+    language_model,
+    write_results,
+)
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.quiet import other_libraries_quiet
@@ -90,17 +97,27 @@ def evaluate(
       quiet: prints nothing.
 
     Raises:
-      UserError: no language model server answers or starts, or the run or its data cannot be used.
+      UserError: the arguments do not go together, no language model server answers or starts, or
+        the run or its data cannot be used.
     """
     console = Console(quiet=quiet)
-    trained = run if isinstance(run, Run) else load_run(run)
     folder = None if lm is None else Path(lm)
+    check_decoders(redis, folder, workers)
+    if options and folder is None:
+        raise OptionsError(
+            f"found options {list(options)} without `lm`: they are for a server that is started "
+            "here. A running server has its own"
+        )
+    if out is not None:  # A wrong folder is an error before the work.
+        Path(out).mkdir(parents=True, exist_ok=True)
+    trained = run if isinstance(run, Run) else load_run(run)
     with language_model(redis, folder, workers, options) as (url, name):
         trials = trained.logits(split, console=console)
         settings = {"language_model": name}
+        if options:
+            settings["lm_options"] = shlex.join(options)
         jobs = workers is not None
         result = evaluate_run(trained, trials, split, url, settings, console, jobs)
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
         write_results(Path(out), result)
     return result

@@ -177,6 +177,8 @@ MODELS = {
 }
 """The models of this package by their short names."""
 _OLD_NAMES = {"baseline": "gru"}
+_OLD_ADVERSARY = {"noisy_weight": 1.0, "reversal": 1.0, "reversal_rate": 10.0}
+"""The section `adversary` of older versions, with its defaults. They are the triple GRU's now."""
 _REQUIRED = ("init", "apply", "frames")
 
 
@@ -272,9 +274,9 @@ def read_config_file(path: str | Path) -> ConfigDict:
             f"configuration file {path} has no get_config() that returns a ConfigDict"
         )
     config: ConfigDict = module.get_config()
-    if "adversary" not in config:
-        # Files of older versions that start from one of ours set keys of this section.
-        config.adversary = ConfigDict()
+    if "adversary" not in config and not config.is_locked:
+        # Files of older versions that start from one of ours read and set keys of this section.
+        config.adversary = ConfigDict(_OLD_ADVERSARY)
     return config
 
 
@@ -331,7 +333,9 @@ def _parsed(override: str) -> tuple[str, str]:
         key = "model.name"
     if key == "model.name":
         value = _OLD_NAMES.get(value, value)
-    return key.replace("adversary.", "model.", 1), value
+    if key.startswith("adversary."):
+        key = "model." + key.removeprefix("adversary.")
+    return key, value
 
 
 def _settings_of(name: str, before: ModelSettings) -> dict[str, Any]:
@@ -383,13 +387,23 @@ def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     Every older file has all settings of the triple GRU, also for the baseline, which has none.
     """
     values = dict(values)
-    adversary = values.pop("adversary", {})
+    section = values.pop("adversary", {})
+    unknown = sorted(set(section) - set(_OLD_ADVERSARY))
+    if unknown:
+        raise ConfigError(
+            f"configuration section 'adversary': unknown keys {unknown}; needed some of "
+            f"{', '.join(_OLD_ADVERSARY)}, which are keys of the section 'model' now"
+        )
+    adversary = {key: value for key, value in section.items() if value != _OLD_ADVERSARY[key]}
     model = values.get("model")
-    if not isinstance(model, Mapping) or not (adversary or "kind" in model):
+    if not isinstance(model, Mapping):
         return values
     model = dict(model)
+    older = bool(adversary) or "kind" in model
     name = model.pop("kind", model.get("name", "gru"))
     model["name"] = name = _OLD_NAMES.get(name, name)
+    if not older:
+        return values | {"model": model}
     if name == "gru":
         own = {field.name for field in dataclasses.fields(model_class(name).Settings)}
         others = {field.name for field in dataclasses.fields(model_class("triple_gru").Settings)}
@@ -415,7 +429,7 @@ def _freeze(kind: type, values: Any, where: str) -> Any:
             f"{unknown}; start from configs/nejm_baseline.py, which lists every key"
         )
     fields = {}
-    for name in declared.keys() & values.keys():
+    for name in (one for one in declared if one in values):
         key, value, hint = f"{where}{name}", values[name], hints[name]
         if key == "model":
             chosen = value.get("name", "gru") if isinstance(value, Mapping) else "gru"
@@ -429,7 +443,9 @@ def _freeze(kind: type, values: Any, where: str) -> Any:
         elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
             fields[name] = value
         else:
-            raise ConfigError(f"configuration key {key} is {value!r}; needed a {hint.__name__}")
+            raise ConfigError(
+                f"configuration key {key} is {value!r}; needed a {getattr(hint, '__name__', hint)}"
+            )
         _check_limits(key, fields[name], declared[name].metadata)
     return kind(**fields)
 

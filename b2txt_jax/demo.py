@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from b2txt_jax import __version__
-from b2txt_jax.config import load_config
+from b2txt_jax.config import find_config_file, load_config
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
 from b2txt_jax.evaluation.evaluate import Evaluation
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     # First, so that a mistake in the configuration is reported before the work.
     root = out / "data" / "hdf5_data_final"
     overrides = [f"--config.data.root={root}"]
-    if args.config == _CONFIG:
+    if find_config_file(args.config) == find_config_file(_CONFIG):
         overrides.append(f"--config.data.buckets={_BUCKETS}")
     config = load_config(args.config, [*overrides, *args.overrides])
     settings = SimulationSettings(

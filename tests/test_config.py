@@ -218,6 +218,38 @@ def test_a_file_and_overrides_with_older_keys_are_read(tmp_path):
     assert load_config(path, ["--config.model.kind=baseline"]).model == load_config(BASELINE).model
 
 
+def write_derived(path, lines):
+    path.write_text(
+        "from b2txt_jax.config import read_config_file\n"
+        "def get_config():\n"
+        f"    config = read_config_file({str(Path(BASELINE).absolute())!r})\n"
+        + "".join(f"    {line}\n" for line in lines)
+        + "    return config\n"
+    )
+    return path
+
+
+def test_a_derived_file_may_lock_and_may_read_the_older_section(tmp_path):
+    locked = write_derived(tmp_path / "a.py", ["del config.adversary", "config.lock()"])
+    assert load_config(locked) == load_config(BASELINE)
+    lines = [
+        "config.model.name = 'triple_gru'",
+        "config.adversary.reversal = config.adversary.reversal / 2",
+    ]
+    assert load_config(write_derived(tmp_path / "b.py", lines)).model.reversal == 0.5
+
+
+def test_a_wrong_key_of_the_older_section_is_named_for_every_model(tmp_path):
+    path = write_derived(tmp_path / "a.py", ["config.adversary.reversl = 0.5"])
+    with pytest.raises(ConfigError, match=r"'adversary': unknown keys \['reversl'\]"):
+        load_config(path)
+
+
+def test_the_older_name_of_the_baseline_becomes_todays(tmp_path):
+    path = write_derived(tmp_path / "a.py", ["config.model.name = 'baseline'"])
+    assert load_config(path) == load_config(BASELINE)
+
+
 def test_every_limit_is_declared_with_its_field_and_named_with_its_meaning():
     with pytest.raises(ConfigError, match=r"noise_units is -1; needed at least 0 \(of the noise"):
         load_config("configs/triple_gru.py", ["--config.model.noise_units=-1"])

@@ -171,6 +171,20 @@ assert callable(b2t.simulate)
 """
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"redis": "redis://localhost:1", "lm": "lm"}, "--redis and --lm are both given"),
+        ({"redis": "redis://localhost:1", "options": ["--llm", "x"]}, "without `lm`"),
+        ({"lm": "lm", "workers": 0}, "--workers 0 leaves the work"),
+        ({"redis": "redis://localhost:1", "workers": 2}, "needs --lm DIR"),
+    ],
+)
+def test_evaluate_refuses_what_the_command_refuses(run, arguments, message):
+    with pytest.raises(UserError, match=message):
+        b2t.evaluate(run, **arguments)
+
+
 def test_the_library_prints_nothing_and_leaves_logging_as_it_was(workdir, tmp_path):
     command = [sys.executable, "-c", QUIET, str(workdir), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")

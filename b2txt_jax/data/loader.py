@@ -66,7 +66,7 @@ def read_ahead(
     try:
         for item in items:
             waiting.append(pool.submit(load, item))
-            if len(waiting) > ahead:
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

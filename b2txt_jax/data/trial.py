@@ -83,7 +83,7 @@ class Reader(ABC):
 
     @abstractmethod
     def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
-        """List the trials of a session's split by number; None: it has no file of this split.
+        """List the trials of a session's split by number. None: it has no file of this split.
 
         Raises:
           DataError: a trial's shapes or attributes do not fit, or it has no labels where needed.

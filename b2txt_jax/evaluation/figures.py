@@ -1,6 +1,6 @@
 """Figures of a run, as matplotlib `Figure` objects (no window, no global state, no pyplot).
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; pictures use cividis for the
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Pictures use cividis for the
 same reason.
 """
 
@@ -55,7 +55,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is no JSON object with `step` and `kind`; a last line that is not finished
+      ValueError: a line is no JSON object with `step` and `kind`. A last line that is not finished
         yet (the run is still writing) is left out.
     """
     text = path.read_text(encoding="utf-8")
@@ -156,7 +156,7 @@ def phoneme_picture(
 
     Args:
       logits: [P, 41] in the RNN's order, one row per 80 ms.
-      label: true class ids [L]; they carry no times, so each stands under its decoded partner of
+      label: true class ids [L]. They carry no times, so each stands under its decoded partner of
         the best alignment, and one without partner between its neighbours.
       title: heading, such as the trial's name.
     """

@@ -54,7 +54,7 @@ class TrialLogits:
     ref: TrialRef
     logits: np.ndarray
     labels: np.ndarray | None
-    """int32 [L]; None without labels."""
+    """int32 [L]. None without labels."""
     sentence: str | None
 
 

@@ -36,7 +36,7 @@ _PREFIXES = ("_orig_mod.", "module.")
 
 @dataclass(frozen=True)
 class Moments:
-    """AdamW's state, by parameter name; a parameter that was never updated is in none of the
+    """AdamW's state, by parameter name. A parameter that was never updated is in none of the
     three.
 
     Day layers are only updated by batches that have their day, so that each has a count of its
@@ -245,7 +245,7 @@ def fresh_state(config: Config, params: Params, step: int) -> TrainState:
 
 
 def with_moments(state: TrainState, moments: Moments, config: Config, source: str) -> TrainState:
-    """Puts AdamW's moments into a fresh state; parameters without any have had no update.
+    """Puts AdamW's moments into a fresh state. Parameters without any have had no update.
 
     Raises:
       ConversionError: a shape does not fit, or parameters that are always updated together have
@@ -304,7 +304,7 @@ def _masked_like(masked: Any, tree: Params) -> Any:
 
 
 def moments_of(state: TrainState) -> Moments:
-    """AdamW's moments of a training state; parameters without an update are left out."""
+    """AdamW's moments of a training state. Parameters without an update are left out."""
     adam = [
         leaf
         for leaf in jax.tree.leaves(state.optimizer, is_leaf=_is_leaf)

@@ -14,7 +14,7 @@ def day_layer(
     """Return softsign(x @ weight[day] + bias[day]): x [B, T, D], day [B], weight [days, D, D], bias
     [days, D] -> [B, T, D].
 
-    The product runs in `dtype` with float32 sums; the result has `dtype`.
+    The product runs in `dtype` with float32 sums. The result has `dtype`.
     """
     mixed = contract("btd,bdk->btk", x, weight[day], dtype)
     return jax.nn.soft_sign(mixed + bias[day][:, None, :]).astype(dtype)

@@ -56,7 +56,7 @@ class Stream(NamedTuple):
 
 
 class Model(abc.ABC):
-    """A model of one configuration; a subclass defines `init`, `apply` and `frames`.
+    """A model of one configuration. A subclass defines `init`, `apply` and `frames`.
 
     Methods are pure functions: what they need besides their arguments is fixed by the constructor.
     """
@@ -64,12 +64,12 @@ class Model(abc.ABC):
     Settings: ClassVar[type[ModelSettings]] = ModelSettings
     """The frozen dataclass that the section `model` of a configuration is checked against."""
     sharding: ClassVar[Rules] = ()
-    """Which parameters devices share; one without a rule is whole on every device."""
+    """Which parameters devices share. One without a rule is whole on every device."""
     variant: str = "auto"
     """Which of `variants` the settings ask for."""
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
-        """`settings`: of the class `Settings`; `features`: per bin; `days`: recording days."""
+        """`settings`: of the class `Settings`; `features`: per bin. `days`: recording days."""
         self.settings = settings
         self.features = features
         self.days = days
@@ -89,7 +89,7 @@ class Model(abc.ABC):
 
     @abc.abstractmethod
     def frames(self, bins: Bins) -> Bins:
-        """Return how many frames so many bins give; an int for an int."""
+        """Return how many frames so many bins give. An int for an int."""
 
     def loss(
         self,
@@ -147,13 +147,13 @@ class Model(abc.ABC):
         return {}
 
     def activation_bytes(self, rows: int, bins: int) -> int:
-        """Return about how much memory a training step on a CPU takes for what lies between layers;
+        """Return about how much memory a training step on a CPU takes for what lies between layers.
         0: not known."""
         return 0
 
     def spec(self, path: str) -> PartitionSpec:
         """Return the axes that a leaf of the training state is split over, by its path such as
-        `params/gru/h0`; moments are split as their parameter is."""
+        `params/gru/h0`. Moments are split as their parameter is."""
         for pattern, spec in self.sharding:
             if re.search(rf"(^|/)({pattern})$", path):
                 return spec

@@ -39,7 +39,7 @@ def project_patches(
     x [B, T, D], weight [K, size * D] -> float32 [B, P, K].
 
     One strided convolution: the patches, 3.5 times the features at 14 bins every 4, never exist in
-    memory. Operands are cast to `dtype`, forward and backward; sums are float32.
+    memory. Operands are cast to `dtype`, forward and backward. Sums are float32.
     """
     return _convolve(
         x.astype(dtype),

@@ -4,7 +4,7 @@
     clean logits = Decoder(patches - noise)
     noisy logits = NoisySpeechModel(reverse(noise))
 
-The noisy decoder learns to read speech from the noise; the gradient that it sends to the noise
+The noisy decoder learns to read speech from the noise. The gradient that it sends to the noise
 model is reversed, so that the noise comes to hold no speech (gradient reversal: Ganin and Lempitsky
 2015). Noise model and clean decoder have day layers of their own.
 
@@ -78,7 +78,7 @@ class TripleGRUSettings(GRUSettings):
 
 @jax.custom_vjp
 def reverse_gradient(x: Array, factor: Array) -> Array:
-    """Return `x` itself; its gradient comes back multiplied by -factor, a scalar."""
+    """Return `x` itself. Its gradient comes back multiplied by -factor, a scalar."""
     return x
 
 
@@ -147,7 +147,7 @@ class NoiseStack(nnx.Module):
         )
 
     def stream(self, x: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Run the layers without dropout from `states`, float32 [layers, B, H]; return the last
+        """Run the layers without dropout from `states`, float32 [layers, B, H]. Return the last
         layer's states [P, B, H] and all states after the last frame."""
         after = []
         for layer in range(self.model.noise_layers):
@@ -184,7 +184,7 @@ class NoiseModel(nnx.Module):
         return self._noise(self.gru(x, self.h0[...], dtype, dropout_key), dtype)
 
     def stream(self, x: Array, day: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Estimate the noise of whole patches of bins x; return it and the states after them."""
+        """Estimate the noise of whole patches of bins x. Return it and the states after them."""
         frames, after = self.gru.stream(self.day(x, day, dtype), states, dtype)
         return self._noise(frames, dtype), after
 
@@ -206,7 +206,7 @@ class NoisySpeechModel(nnx.Module):
 
 
 class TripleDecoder(nnx.Module):
-    """The three parts; `full` trains, the call and `stream` only decode."""
+    """The three parts. `full` trains, the call and `stream` only decode."""
 
     def __init__(self, model: TripleGRUSettings, features: int, days: int, key: Array):
         self.model = model
@@ -275,7 +275,7 @@ class TripleGRU(PatchedModel):
     def apply(
         self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
     ) -> Output:
-        """Decode with the noise model and the clean decoder; with a key, run the adversary too."""
+        """Decode with the noise model and the clean decoder. With a key, run the adversary too."""
         if key is not None:
             return self.full(params, x, bins, day, key)
         return Output(self.bound(params)(x, day), self.frames(bins))

@@ -59,7 +59,7 @@ def time_mask(bins: jax.Array, length: int) -> jax.Array:
 
 @functools.cache
 def augmentations(signal: SignalConfig) -> tuple[Augmentation | None, ...]:
-    """Return the listed augmentations with their settings; None for one that changes nothing.
+    """Return the listed augmentations with their settings. None for one that changes nothing.
 
     Raises:
       ConfigError: a name is unknown, cannot be imported, or its settings cannot be read.
@@ -104,7 +104,7 @@ def augment(
 ) -> Augmented:
     """Apply the configured augmentations: features [B, T, D], bins [B] -> the same shapes.
 
-    NEJM: noise is added to the padding too and leaks back through the smoothing; here padding stays
+    NEJM: noise is added to the padding too and leaks back through the smoothing. Here padding stays
       zero, so that how far a trial is padded never changes what is learned from it.
     """
     functions = augmentations(signal)

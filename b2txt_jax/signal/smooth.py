@@ -16,7 +16,7 @@ TAP_THRESHOLD = 0.01
 
 @functools.cache
 def gaussian_taps(std: float, size: int) -> tuple[float, ...]:
-    """Return the taps of the smoothing kernel, summing to 1; `std` and `size` in bins.
+    """Return the taps of the smoothing kernel, summing to 1. `std` and `size` in bins.
 
     The published code cuts a Gaussian at 4 std, normalises it, and keeps the taps above 0.01.
 

@@ -1,6 +1,6 @@
 """The English sentences of the package: pools for simulated sessions, text for a language model.
 
-Sources: WordNet 3.0 (example sentences and glosses) and the World English Bible; `corpus/NOTICE`
+Sources: WordNet 3.0 (example sentences and glosses) and the World English Bible. `corpus/NOTICE`
 has their licences and the changes. `scripts/make_corpus.py` writes the files. No
 normalised sentence is in two pools, and no sentence of a pool is a line of the language model's
 text.

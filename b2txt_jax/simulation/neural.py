@@ -144,7 +144,7 @@ def record(
       bursts: further drive of the electrodes, [all bins, 512].
 
     Returns:
-      Per trial float32 [T, 512], z-scored per feature over all bins of the block; a feature that
+      Per trial float32 [T, 512], z-scored per feature over all bins of the block. A feature that
       never changes is 0.
     """
     lengths = [len(trajectory) for trajectory in trajectories]

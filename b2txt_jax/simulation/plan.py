@@ -23,7 +23,7 @@ _DATES = """
 2024.07.19 2024.07.21 2024.07.28 2025.01.10 2025.01.12 2025.03.14 2025.03.16 2025.03.30 2025.04.13
 """
 SESSIONS: tuple[str, ...] = tuple(f"t15.{date}" for date in _DATES.split())
-"""Names of the published sessions, in order; N simulated sessions take the first N."""
+"""Names of the published sessions, in order. N simulated sessions take the first N."""
 
 # The published blocks have 5 to 50 sentences; small ones mix the corpora within a short session.
 _BLOCK_SENTENCES = 25

@@ -23,7 +23,7 @@ LATENTS: tuple[str, ...] = (
 and tenseness of vowels; whether speech is attempted; a pulse at the begin of each phoneme."""
 LATENT_COUNT = len(LATENTS)
 TUNED_COUNT = LATENT_COUNT - 2
-"""The first `TUNED_COUNT` dimensions are articulatory; activity and onset follow."""
+"""The first `TUNED_COUNT` dimensions are articulatory. Activity and onset follow."""
 
 PATCH_BINS, STRIDE_BINS = 14, 4
 """The published model's patches. Every trial is long enough for CTC with them."""
@@ -134,11 +134,11 @@ def attempt(
     Args:
       labels: class ids [L], a silence after each word.
       table: from `articulation()`.
-      speaking_rate: 1 is about 65 words per minute; durations are divided by it.
+      speaking_rate: 1 is about 65 words per minute. Durations are divided by it.
       rng: source of this trial's tempo, durations and amplitude.
 
     Returns:
-      Its trajectory [T, latents], with silence before and after; T is long enough for CTC with the
+      Its trajectory [T, latents], with silence before and after. T is long enough for CTC with the
       published patches.
     """
     tempo = speaking_rate * np.exp(_RATE_SPREAD * rng.standard_normal())

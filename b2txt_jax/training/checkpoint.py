@@ -28,7 +28,7 @@ class CheckpointError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class BestScore:
-    """The best validation so far; a lower PER wins, at equal PER the lower loss (NEJM reference,
+    """The best validation so far. A lower PER wins, at equal PER the lower loss (NEJM reference,
     section 4).
 
     Attributes:
@@ -86,7 +86,7 @@ class Checkpoints:
         return step
 
     def save_latest(self, step: int, state: TrainState, best: BestScore | None) -> None:
-        """Save the full state; return before it is on disk.
+        """Save the full state. Return before it is on disk.
 
         Raises:
           CheckpointError: this save, or the one before it, failed.
@@ -97,7 +97,7 @@ class Checkpoints:
                 self._latest.save(step, args=_arguments(state._asdict(), best_score))
 
     def save_best(self, step: int, params: Params, best: BestScore) -> None:
-        """Save the parameters of the best validation; return before they are on disk.
+        """Save the parameters of the best validation. Return before they are on disk.
 
         Raises:
           CheckpointError: this save, or the one before it, failed.
@@ -144,7 +144,7 @@ class Checkpoints:
         """Turn a failed save into an error that names the step, the folder and what is left.
 
         Saves end in the background, so the next call raises for a failure: the step that was in
-        flight is named too. `step` is the one that this call starts to save; None: it only waits.
+        flight is named too. `step` is the one that this call starts to save. None: it only waits.
         """
         before = self._started.get(manager)
         if step is not None:

@@ -1,4 +1,4 @@
-"""Checksums of arrays, computed where the arrays live; equal for any number of devices."""
+"""Checksums of arrays, computed where the arrays live. Equal for any number of devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-"""Unsigned type by the bytes of an element; 8 bytes become two elements."""
+"""Unsigned type by the bytes of an element. 8 bytes become two elements."""
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -62,7 +62,7 @@ def used_buckets(
 
 
 class CompiledSteps:
-    """One program per bucket for training and one for evaluation; nothing compiles later."""
+    """One program per bucket for training and one for evaluation. Nothing compiles later."""
 
     def __init__(self, config: Config, days: int, mesh: Mesh, dtype: Any = np.float32):
         """`dtype`: of the features that batches bring.
@@ -93,7 +93,7 @@ class CompiledSteps:
         evaluate: Sequence[tuple[int, int]],
         compiled: Callable[[], None] = lambda: None,
     ) -> None:
-        """Compile these buckets' programs, several at a time; call `compiled` after each."""
+        """Compile these buckets' programs, several at a time. Call `compiled` after each."""
         state, data = self._state, self._data
 
         def batch(rows: int, bucket: tuple[int, int]) -> Batch:
@@ -119,7 +119,7 @@ class CompiledSteps:
             list(pool.map(finish, lowered))
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Run one step on a placed batch; the state is donated."""
+        """Run one step on a placed batch. The state is donated."""
         result: tuple[TrainState, StepMetrics] = self._train[_bucket(batch)](state, batch)
         return result
 

@@ -1,7 +1,7 @@
 """Connectionist temporal classification: the loss by forward-backward, with its own gradient
 (Graves et al. 2006).
 
-Automatic differentiation of the forward recursion would run a second, larger loop; instead the
+Automatic differentiation of the forward recursion would run a second, larger loop. Instead the
 backward recursion runs as the forward recursion of the reversed problem, stacked beside the first.
 One loop of P steps computes both, and the gradient is a closed form: softmax minus the posterior of
 each class in each frame. Everything is float32: bfloat16 has too few digits for sums of
@@ -33,7 +33,7 @@ def ctc_loss(
 
     Args:
       logits: float32 [B, P, C], class 0 is the blank.
-      frames: valid frames per row, int [B]; later frames are ignored.
+      frames: valid frames per row, int [B]. Later frames are ignored.
       labels: class ids, int [B, L], padded with anything.
       label_length: int [B].
 
@@ -90,7 +90,7 @@ def _loss_and_posterior(
 
 
 def _extended(labels: jax.Array, label_length: jax.Array) -> jax.Array:
-    """Put a blank before, between and after labels: [B, L] -> [B, 2L + 1]; padding becomes
+    """Put a blank before, between and after labels: [B, L] -> [B, 2L + 1]. Padding becomes
     blanks."""
     batch, length = labels.shape
     inside = jnp.arange(length) < label_length[:, None]

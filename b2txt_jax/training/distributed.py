@@ -23,7 +23,7 @@ class DistributedError(UserError, RuntimeError):
 def join_hosts() -> None:
     """Join this process to the others of a TPU slice or cluster.
 
-    JAX finds the others by itself on Cloud TPU, SLURM and Kubernetes; elsewhere the environment
+    JAX finds the others by itself on Cloud TPU, SLURM and Kubernetes. Elsewhere the environment
     names them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
 
     Raises:

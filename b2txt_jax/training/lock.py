@@ -14,7 +14,7 @@ from pathlib import Path
 from b2txt_jax.errors import UserError
 
 LOCK_FILE = ".training.lock"
-"""Name in a run's folder; the file stays, and means nothing unless a process holds its lock."""
+"""Name in a run's folder. The file stays, and means nothing unless a process holds its lock."""
 
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
@@ -31,7 +31,7 @@ def locked(workdir: Path) -> Iterator[None]:
     folder in a bucket is protected at most against other trainings on the same machine.
 
     Raises:
-      WorkdirInUseError: another training holds it; the text names the process.
+      WorkdirInUseError: another training holds it. The text names the process.
     """
     path = workdir / LOCK_FILE
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

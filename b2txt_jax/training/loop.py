@@ -54,7 +54,7 @@ FINISHED_FILE = "finished.json"
 """Name in a run's folder of a complete run: all steps done, or stopped by train.patience."""
 
 _MUCH_PADDING = 0.6
-"""Share of padding in a batch beyond which the user is warned; buckets chosen from the data have
+"""Share of padding in a batch beyond which the user is warned. Buckets chosen from the data have
 about 0.3 to 0.45, since the longest of all rows decides."""
 
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
-    """Fill in the list of sessions, the buckets and the absolute root; with `resumed`, check that
+    """Fill in the list of sessions, the buckets and the absolute root. With `resumed`, check that
     it is the same run.
 
     Raises:
@@ -298,7 +298,7 @@ def _compile(
 def _write_finished(
     workdir: Path, step: int, best: BestScore | None, skipped: int | None = None
 ) -> None:
-    """Write the file of a complete run; `skipped`: steps of this call, None: not known."""
+    """Write the file of a complete run. `skipped`: steps of this call, None: not known."""
     values: dict[str, Any] = {"step": step, "skipped_steps": skipped}
     if best is not None:
         values["best"] = dataclasses.asdict(best)

@@ -47,7 +47,7 @@ class MetricsLog:
     """Writer of `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`."""
 
     def __init__(self, workdir: Path, first_step: int):
-        """Open the files; drop entries after `first_step`, which belong to work that was lost."""
+        """Open the files. Drop entries after `first_step`, which belong to work that was lost."""
         path = workdir / METRICS_FILE
         kept = [line for line in _whole_lines(path) if line["step"] <= first_step]
         with replacing(path) as unfinished:
@@ -59,7 +59,7 @@ class MetricsLog:
         )
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line `{kind, step, **values}`; numbers, also nested, go to TensorBoard too.
+        """Write one line `{kind, step, **values}`. Numbers, also nested, go to TensorBoard too.
 
         Raises:
           MetricsError: it cannot be written, for example on a full disk.

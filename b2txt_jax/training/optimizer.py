@@ -48,7 +48,7 @@ class AdamByDayState(NamedTuple):
 def scale_by_adam_by_day(
     beta1: float, beta2: float, epsilon: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Return Adam with decoupled weight decay for arrays [days, ...]; days without a gradient stay
+    """Return Adam with decoupled weight decay for arrays [days, ...]. Days without a gradient stay
     as they are.
 
     A day is without one when its gradient is zero in every array: no trial of the batch was of

@@ -1,6 +1,6 @@
 """Where arrays live: one mesh of devices with named axes, and the model's rules for parameters.
 
-`data` splits the rows of a batch; `model` splits large parameters. What is split changes no result
+`data` splits the rows of a batch. `model` splits large parameters. What is split changes no result
 but for the order of sums: random numbers are functions of (seed, step) and position.
 """
 
@@ -115,7 +115,7 @@ def place(batch: Batch, mesh: Mesh, rows: int) -> Batch:
 
 
 def abstract_state(config: Config, days: int, mesh: Mesh | None = None) -> TrainState:
-    """Return the shapes of the state, on a mesh with their placement; nothing is computed.
+    """Return the shapes of the state, on a mesh with their placement. Nothing is computed.
 
     Raises:
       ConfigError: a dimension cannot be split evenly.
@@ -154,7 +154,7 @@ def _on(mesh: Mesh, step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jit_train_step(config: Config, days: int, mesh: Mesh) -> Any:
-    """Return the jitted (state, batch) -> (state, metrics) that `train` runs; the state is
+    """Return the jitted (state, batch) -> (state, metrics) that `train` runs. The state is
     donated."""
     state = placement(abstract_state(config, days, mesh))
     return jax.jit(
@@ -166,7 +166,7 @@ def jit_train_step(config: Config, days: int, mesh: Mesh) -> Any:
 
 
 def jit_eval_step(config: Config, days: int, mesh: Mesh, validating: bool = False) -> Any:
-    """Return the jitted (params, batch) -> EvalOutput; every host gets all rows."""
+    """Return the jitted (params, batch) -> EvalOutput. Every host gets all rows."""
     params = placement(abstract_state(config, days, mesh).params)
     return jax.jit(
         _on(mesh, make_eval_step(config, days, validating)),

@@ -43,7 +43,7 @@ class StepMetrics(NamedTuple):
     infeasible: jax.Array
     """Rows left out since no alignment can spell their label."""
     finite: jax.Array
-    """False when loss or gradient was NaN or infinite; the step then changed nothing."""
+    """False when loss or gradient was NaN or infinite. The step then changed nothing."""
     parts: dict[str, jax.Array]
     """What the model's own loss reports, by name."""
 
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     all."""
 
     bins: jax.Array
-    """int32 [B]; 0 marks a row that only fills the batch."""
+    """int32 [B]. 0 marks a row that only fills the batch."""
     day: jax.Array
     """int32 [B]."""
     labels: jax.Array
@@ -88,7 +88,7 @@ def model_of(config: Config, days: int) -> Model:
 
 
 def init_state(config: Config, days: int) -> TrainState:
-    """Return fresh parameters and optimizer state; parameters are a function of the seed."""
+    """Return fresh parameters and optimizer state. Parameters are a function of the seed."""
     model = model_of(config, days)
 
     def init(key: jax.Array) -> TrainState:
@@ -103,7 +103,7 @@ def init_state(config: Config, days: int) -> TrainState:
 def make_train_step(
     config: Config, days: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Return the pure function (state, batch) -> (state, metrics); jit it with the state donated.
+    """Return the pure function (state, batch) -> (state, metrics). Jit it with the state donated.
 
     Raises:
       ConfigError: the model, the smoothing or an augmentation cannot be used.
@@ -157,7 +157,7 @@ def make_eval_step(
     config: Config, days: int, validating: bool = False
 ) -> Callable[[Params, Batch], EvalOutput]:
     """Return the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no
-    dropout; `validating`: with the further logits that the model has validated."""
+    dropout. `validating`: with the further logits that the model has validated."""
     model, signal = model_of(config, days), config.signal
     forward = model.validate if validating else model.apply
 

@@ -30,7 +30,7 @@ _STEPS_IN_FLIGHT = 2
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training that cannot go on; the text names the step and the trials."""
+    """Training that cannot go on. The text names the step and the trials."""
 
 
 class Tracker:
@@ -67,7 +67,7 @@ class Tracker:
         )
 
     def started(self, metrics: StepMetrics) -> None:
-        """Note a dispatched step; read the metrics of an older one, so that the device never waits
+        """Note a dispatched step. Read the metrics of an older one, so that the device never waits
         for us."""
         self.step += 1
         self._pending.append((self.step, metrics))
@@ -80,7 +80,7 @@ class Tracker:
             self._finish(*self._pending.popleft())
 
     def pause(self) -> None:
-        """Stop the clock of training; the next step's window starts it again."""
+        """Stop the clock of training. The next step's window starts it again."""
         self._window_seconds += time.monotonic() - self._window_start
         self._window_start = time.monotonic()
 
@@ -135,7 +135,7 @@ class Tracker:
         self._window, self._window_seconds, self._skipped_in_window = [], 0.0, 0
 
     def validated(self, result: Validation, seconds: float) -> bool:
-        """Log a validation that took `seconds`; return whether it is the best so far."""
+        """Log a validation that took `seconds`. Return whether it is the best so far."""
         rate = result.per.rate
         if rate is None:
             raise TrainingError(
@@ -174,7 +174,7 @@ class Tracker:
 
 
 def percent(score: BestScore | None) -> str:
-    """Format the PER; unknown when there is no score, or one of unknown value."""
+    """Format the PER. Unknown when there is no score, or one of unknown value."""
     return f"{100 * score.per:.2f} %" if score and math.isfinite(score.per) else "unknown"
 
 

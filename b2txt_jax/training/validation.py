@@ -23,10 +23,10 @@ class Validation:
     aux_per: dict[str, ErrorRate]
     """Of the further logits that the model has validated, by name."""
     loss: float
-    """Mean CTC loss (ln) of the trials whose label can be aligned; NEJM: mean of the batches'
+    """Mean CTC loss (ln) of the trials whose label can be aligned. NEJM: mean of the batches'
     means."""
     infeasible: int
-    """Number of trials without an alignment; they count in the PER, not in the loss."""
+    """Number of trials without an alignment. They count in the PER, not in the loss."""
 
 
 def validate(
@@ -41,7 +41,7 @@ def validate(
       eval_step: returns the outputs of all rows of a batch for this host's rows of it.
       params: of the model.
       data: the split.
-      rows: of each batch that this host reads; None: all. The result covers all trials, and is the
+      rows: of each batch that this host reads. None: all. The result covers all trials, and is the
         same on every host and for any number of hosts.
 
     Raises:

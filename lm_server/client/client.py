@@ -159,7 +159,7 @@ class Client:
         return answer.get(b"lm_response_partial", b"").decode()
 
     def finalize(self) -> Answer:
-        """End the sentence and return its answer; see `read_answer`.
+        """End the sentence and return its answer. See `read_answer`.
 
         Raises:
           LanguageModelUnavailableError: no answer in time.

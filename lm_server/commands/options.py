@@ -131,7 +131,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 
 def hot_words_from(args: argparse.Namespace) -> dict[str, HotWord]:
-    """Return the hot words of --hot-words, none without it; the search checks them.
+    """Return the hot words of --hot-words, none without it. The search checks them.
 
     Raises:
       HotWordError: the file cannot be read or parsed.

@@ -26,7 +26,7 @@ DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
 class Number(NamedTuple):
-    """An option that is a number; the type is that of the default."""
+    """An option that is a number. The type is that of the default."""
 
     name: str
     default: float

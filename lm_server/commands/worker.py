@@ -1,6 +1,6 @@
 """Decodes jobs from Redis (docs/protocol.md) in N processes until SIGTERM or Ctrl-C.
 
-Any number of these may run, on any machines; they share the jobs. A process that ends is started
+Any number of these may run, on any machines. They share the jobs. A process that ends is started
 again. Prints `lm-server ready redis=URL lm=DIR workers=N` on a line of standard output when jobs
 can come.
 """

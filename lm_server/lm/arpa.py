@@ -48,7 +48,7 @@ class NGrams:
 
 @dataclass(frozen=True)
 class Model:
-    """A back-off n-gram model: `words[0]` is `<unk>`; `orders[k]` holds the (k+1)-grams over
+    """A back-off n-gram model: `words[0]` is `<unk>`. `orders[k]` holds the (k+1)-grams over
     indices into `words`."""
 
     words: Sequence[str]

@@ -6,7 +6,7 @@ added, so that the first word counts with every model.
 
 Candidates of one sentence are near-copies of each other. Their tokens are laid out as a tree in
 one sequence, in which a token sees its own ancestors alone, so that what candidates begin with
-alike is computed once; what all of them begin with (the context above all) is computed first and
+alike is computed once. What all of them begin with (the context above all) is computed first and
 kept as keys and values. Models that cannot do that score batches of whole sentences.
 """
 
@@ -41,7 +41,7 @@ _PROBE = ("the cat sat on the mat", "the cat sat on a mat", "a dog")
 _PROBE_CONTEXT = "we talk of animals"
 _TOLERANCE = 0.02
 """Relative difference between both ways of scoring the probe, which rounding in half precision
-may cause; a model that cannot do trees is off by far more."""
+may cause. A model that cannot do trees is off by far more."""
 
 
 class CausalLM:
@@ -54,7 +54,7 @@ class CausalLM:
         text_form: str = "auto",
         dtype: str = "auto",
     ) -> None:
-        """Load the model; see `load.load_scorer`."""
+        """Load the model. See `load.load_scorer`."""
         path = find_model(folder)
         self.name = path.name
         self.device = _device(device)

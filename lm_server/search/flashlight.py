@@ -39,12 +39,12 @@ BACKEND = Backend(
 )
 _LOG10 = math.log(10.0)
 _FORBIDDEN = -1e4
-"""Log-probability of classes that the closing frame excludes, and of other searches' hot words; far
+"""Log-probability of classes that the closing frame excludes, and of other searches' hot words. Far
 below every other, whose floor is `lm_server.search.emissions.FLOOR`."""
 
 
 def load(folder: Path) -> LanguageModel:
-    """Read a model folder; see `lm_server.search.load.load_model`."""
+    """Read a model folder. See `lm_server.search.load.load_model`."""
     return LanguageModel(folder)
 
 
@@ -94,7 +94,7 @@ class LanguageModel:
     def search(
         self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
     ) -> BeamSearch:
-        """Return a new search; see `lm_server.search.interface.SearchModel`."""
+        """Return a new search. See `lm_server.search.interface.SearchModel`."""
         return BeamSearch(self, settings, hot_words)
 
     def hot_trie(self, hot_words: Mapping[str, HotWord]) -> HotTrie:
@@ -158,7 +158,7 @@ class BeamSearch:
         self.frames = 0
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
-        """Search the next frames; return the best words so far, each once its silence has begun."""
+        """Search the next frames. Return the best words so far, each once its silence has begun."""
         logits = next_frames(logits, self.frames)
         if len(logits):
             self._decode(self._emissions.of(logits))
@@ -166,7 +166,7 @@ class BeamSearch:
         return self._words(self._decoder.get_best_hypothesis(0).words) if self.frames else ()
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """End the sentence; return distinct hypotheses, best first, none if there were no frames.
+        """End the sentence. Return distinct hypotheses, best first, none if there were no frames.
 
         A closing frame, in which only silence is possible and costs nothing, completes a last word
         whose own silence was cut off. A hypothesis that already has its last silence stays in it.

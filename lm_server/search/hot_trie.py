@@ -56,7 +56,7 @@ class Numbers:
 
 
 def spell(trie: Trie, spelling: list[int], words: list[int], log10: float) -> None:
-    """Add homophones, likeliest first; `log10` is the 1-gram score of the likeliest.
+    """Add homophones, likeliest first. `log10` is the 1-gram score of the likeliest.
 
     The library's own insertion keeps six words a node, but its search accepts any number.
     """
@@ -85,7 +85,7 @@ class HotTrie:
         hot_words: Mapping[str, HotWord],
         indices: Mapping[str, int],
     ) -> None:
-        """Insert the words; `indices` has those that are in the vocabulary.
+        """Insert the words. `indices` has those that are in the vocabulary.
 
         Raises:
           HotWordError: all clients together have too many.

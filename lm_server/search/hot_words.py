@@ -29,7 +29,7 @@ class HotWord:
 
     Attributes:
       weight: added to a sentence's total for every occurrence (ln), above 0.
-      pronunciations: its pronunciations; if empty, those of the model's lexicon, else the guesses
+      pronunciations: its pronunciations. If empty, those of the model's lexicon, else the guesses
         of `lm_server.lexicon.g2p.pronounce`.
     """
 

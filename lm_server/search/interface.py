@@ -40,7 +40,7 @@ class Backend:
 
     Attributes:
       requires: modules that it imports when it reads a model.
-      install: the command that installs them; None: they belong to the extra `lm`.
+      install: the command that installs them. None: they belong to the extra `lm`.
       defaults: its own defaults, where they differ from those of `Settings`.
       lacks: settings without effect, with the reason.
     """
@@ -56,7 +56,7 @@ class Backend:
         return replace(DEFAULTS, **self.defaults)  # type: ignore[arg-type]
 
     def reason_without_effect(self, name: str) -> str | None:
-        """Return why a setting or published parameter has no effect; None if it has one."""
+        """Return why a setting or published parameter has no effect. None if it has one."""
         return {**NOT_NEEDED, **self.lacks}.get(name)
 
 
@@ -72,10 +72,10 @@ class Search(Protocol):
     frames: int
 
     def begin(self, settings: Settings | None = None) -> None:
-        """Start a sentence and drop the current one; new settings hold from here on."""
+        """Start a sentence and drop the current one. New settings hold from here on."""
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
-        """Search frames [frames, 41] in the language model's order; return the best words so far.
+        """Search frames [frames, 41] in the language model's order. Return the best words so far.
 
         Raises:
           ProtocolError: the shape is wrong, a value is not finite, or the sentence becomes too
@@ -83,7 +83,7 @@ class Search(Protocol):
         """
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """End the sentence; return distinct hypotheses, best first, none if there were no frames.
+        """End the sentence. Return distinct hypotheses, best first, none if there were no frames.
 
         Raises:
           NoSentenceError: no sentence was found for the frames. The search is ready for the next

@@ -10,11 +10,11 @@ from lm_server.search.interface import Backend, BackendError, SearchModel
 from lm_server.settings import Settings
 
 BACKENDS = ("flashlight", "pyctcdecode", "wfst")
-"""Names of the searches, the default first; each is a module of this folder."""
+"""Names of the searches, the default first. Each is a module of this folder."""
 
 
 def backend(name: str) -> Backend:
-    """Return what a search declares of itself; its packages need not be installed.
+    """Return what a search declares of itself. Its packages need not be installed.
 
     Raises:
       BackendError: there is no such search.
@@ -29,7 +29,7 @@ def default_settings(name: str) -> Settings:
 
 
 def without_effect(setting: str, name: str) -> str | None:
-    """Return why a setting or published parameter has no effect in a search; None if it has one."""
+    """Return why a setting or published parameter has no effect in a search. None if it has one."""
     reason = backend(name).reason_without_effect(setting)
     return None if reason is None else f"{setting} has no effect in the search {name}: {reason}"
 

@@ -39,12 +39,12 @@ BACKEND = Backend(
 )
 _WIDE_BEAM = 50.0
 _WIDE_ACTIVE = (100, 500)
-"""Least beam (ln) and numbers of hypotheses of further searches, which search all classes; the last
+"""Least beam (ln) and numbers of hypotheses of further searches, which search all classes. The last
 takes 0.1 s per frame."""
 
 
 def load(folder: Path) -> WordModel:
-    """Read a model folder; see `lm_server.search.load.load_model`."""
+    """Read a model folder. See `lm_server.search.load.load_model`."""
     from lm_server.search.pyctcdecode_stream import check_version
 
     check_version()
@@ -71,12 +71,12 @@ class WordModel:
     def search(
         self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
     ) -> WordSearch:
-        """Return a new search; see `lm_server.search.interface.SearchModel`."""
+        """Return a new search. See `lm_server.search.interface.SearchModel`."""
         return WordSearch(self, settings, hot_words)
 
 
 class WordSearch:
-    """The search for one sentence after another; see `lm_server.search.interface.Search`."""
+    """The search for one sentence after another. See `lm_server.search.interface.Search`."""
 
     def __init__(
         self, model: WordModel, settings: Settings, hot_words: Mapping[str, HotWord]
@@ -104,7 +104,7 @@ class WordSearch:
         self.frames = 0
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
-        """Search the next frames; return the best words so far."""
+        """Search the next frames. Return the best words so far."""
         logits = next_frames(logits, self.frames)
         if len(logits):
             self._searched.append(self._emissions.of(logits))
@@ -113,7 +113,7 @@ class WordSearch:
         return self._decoder.best_words()
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """End the sentence; return distinct hypotheses, best first, none if there were no frames.
+        """End the sentence. Return distinct hypotheses, best first, none if there were no frames.
 
         Raises:
           NoSentenceError: no hypothesis is left, not even by the wider searches.
@@ -148,7 +148,7 @@ class WordSearch:
         return not np.isin(likeliest, (BLANK_ID, SILENCE_ID)).all()
 
     def _found(self) -> tuple[Hypothesis, ...]:
-        """Return the hypotheses if the sentence ended here; none if no beam is left."""
+        """Return the hypotheses if the sentence ended here. None if no beam is left."""
         settings, skipped = self.settings, self._emissions.skipped
         acoustic: dict[tuple[str, ...], float] = {}
         histories = {}
@@ -171,7 +171,7 @@ class WordSearch:
 
 
 def _wider(settings: Settings) -> list[Settings]:
-    """Return the settings of further searches, each wider; none if the first was as wide."""
+    """Return the settings of further searches, each wider. None if the first was as wide."""
     steps = [
         replace(
             settings,

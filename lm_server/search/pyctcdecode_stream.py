@@ -61,7 +61,7 @@ class Lexicon:
     """Spellings, words and n-gram model of a folder, shared by any number of searches."""
 
     def __init__(self, folder: Path) -> None:
-        """Read `folder`; see `lm_server.search.pyctcdecode.WordModel`."""
+        """Read `folder`. See `lm_server.search.pyctcdecode.WordModel`."""
         spellings = read_spellings(folder, read_description(folder))
         self.words = spellings.words
         try:
@@ -190,7 +190,7 @@ class StreamingDecoder(BeamSearchDecoderCTC):
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Start the same sentence again; what the language model has scored is kept."""
+        """Start the same sentence again. What the language model has scored is kept."""
         self._beams: list[Any] = [EMPTY_START_BEAM]
 
     def advance(self, frame: np.ndarray, classes: int, beam: float, max_active: int) -> None:

@@ -39,7 +39,7 @@ _DEMAND_SILENCE = 1000.0
 
 
 def load(folder: Path) -> GraphModel:
-    """Read a published model folder; see `lm_server.search.load.load_model`."""
+    """Read a published model folder. See `lm_server.search.load.load_model`."""
     return GraphModel(folder)
 
 
@@ -78,7 +78,7 @@ class GraphModel:
     def search(
         self, settings: Settings, hot_words: Mapping[str, HotWord] = NO_HOT_WORDS
     ) -> GraphSearch:
-        """Return a new search; see `lm_server.search.interface.SearchModel`."""
+        """Return a new search. See `lm_server.search.interface.SearchModel`."""
         if hot_words:
             raise BackendError(
                 "the search wfst has no hot words, because its graph is fixed: import the model "
@@ -103,7 +103,7 @@ class GraphModel:
 
 
 class GraphSearch:
-    """The search for one sentence after another; see `lm_server.search.interface.Search`."""
+    """The search for one sentence after another. See `lm_server.search.interface.Search`."""
 
     def __init__(self, model: GraphModel, settings: Settings) -> None:
         self._model = model
@@ -128,7 +128,7 @@ class GraphSearch:
         self.frames = 0
 
     def step(self, logits: np.ndarray) -> tuple[str, ...]:
-        """Search the next frames; return the best words so far."""
+        """Search the next frames. Return the best words so far."""
         from kaldi_decoder import DecodableCtc
 
         logits = next_frames(logits, self.frames)
@@ -142,7 +142,7 @@ class GraphSearch:
         return best.words if best else ()
 
     def finish(self) -> tuple[Hypothesis, ...]:
-        """End the sentence; return the best one, or none if there were no frames."""
+        """End the sentence. Return the best one, or none if there were no frames."""
         best = self._best(final=True) if self.frames else None
         self.begin()
         return (best,) if best else ()

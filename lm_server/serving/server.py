@@ -46,11 +46,11 @@ class Server:
         limits: Limits | None = None,
         name: str | None = None,
     ) -> None:
-        """Adopt the sessions without a server; what clients send from now on is answered.
+        """Adopt the sessions without a server. What clients send from now on is answered.
 
         Args:
           client: connection to Redis.
-          make_session: returns a new session of an id; the default session's is empty.
+          make_session: returns a new session of an id. The default session's is empty.
           limits: how much the server accepts, and how long it waits.
           name: of this server, unique on this Redis.
         """
@@ -76,14 +76,14 @@ class Server:
             )
 
     def run(self, stop: threading.Event, check: Callable[[], None] = lambda: None) -> None:
-        """Answer entries until `stop` is set; wait for a Redis that goes away.
+        """Answer entries until `stop` is set. Wait for a Redis that goes away.
 
         Current sentences may end within `grace_seconds` of the stop. Clients of those that do not
         get an error message.
 
         Args:
           stop: looked at in every round, at least twice per second.
-          check: called in every round; may raise to end the loop.
+          check: called in every round. May raise to end the loop.
         """
         deadline: float | None = None
 
@@ -122,7 +122,7 @@ class Server:
     # Reading and answering
 
     def _read(self, stopping: bool) -> None:
-        """Read entries; wait for them where no session has anything to handle."""
+        """Read entries. Wait for them where no session has anything to handle."""
         positions: dict[Any, Any] = {self._wake: self._wake_position}
         if not stopping:
             positions[REGISTRY.requests] = self._requests.position
@@ -148,7 +148,7 @@ class Server:
             owned.take(batches)
 
     def _block_ms(self, stopping: bool) -> int | None:
-        """Return how long to wait for entries; None: not at all."""
+        """Return how long to wait for entries. None: not at all."""
         if any(owned.ready for owned in self.sessions):
             return None
         block = _STOPPING_BLOCK_MS if stopping else _BLOCK_MS
@@ -209,7 +209,7 @@ class Server:
         return ""
 
     def _wake_up(self) -> None:
-        """End the wait of `_read`; the rescoring thread calls this."""
+        """End the wait of `_read`. The rescoring thread calls this."""
         # Without Redis, the loop wakes by itself soon enough.
         with contextlib.suppress(*LOST):
             self._client.xadd(self._wake, {"done": 1}, maxlen=1, approximate=False)
@@ -250,7 +250,7 @@ class Server:
             self.sessions.adopt()
 
     def _renew(self) -> None:
-        """Renew what this server holds; the heartbeat's thread calls this."""
+        """Renew what this server holds. The heartbeat's thread calls this."""
         self.sessions.renew()
         self._client.expire(self._wake, self.limits.state_seconds)
 

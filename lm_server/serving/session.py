@@ -1,4 +1,4 @@
-"""One client's session as a state machine: entries come in, messages go out; no Redis, no clock.
+"""One client's session as a state machine: entries come in, messages go out. No Redis, no clock.
 
 The messages are those of the published server (reset, input, finalize, update_params and their
 answers) and hot words. A message that cannot be used is answered on the error stream and leaves the
@@ -119,8 +119,8 @@ class Session:
         Args:
           model: the model folder that is searched.
           settings: the settings until the client changes them.
-          name: the session's id; empty is the default session with the published streams.
-          answering: makes answers of hypotheses; None: at once, with the n-gram model's scores.
+          name: the session's id. Empty is the default session with the published streams.
+          answering: makes answers of hypotheses. None: at once, with the n-gram model's scores.
           hot_words: words that the search favours until the client changes them.
           max_frames: frames of one sentence, at most MAX_MESSAGE_FRAMES.
         """
@@ -147,14 +147,14 @@ class Session:
         return self._search.frames
 
     def handle(self, entry: Entry, context: str = "") -> Generator[None, None, Reply]:
-        """Handle one entry; yield after every slice of a long search and return the reply.
+        """Handle one entry. Yield after every slice of a long search and return the reply.
 
         No other entry may be handled before the generator has ended. One that is dropped leaves a
         part of its frames in the search: call `failed` then.
 
         Args:
           entry: the entry, on one of the session's input streams.
-          context: the context string at this moment; a final answer repeats it.
+          context: the context string at this moment. A final answer repeats it.
         """
         names = self.streams
         try:
@@ -227,11 +227,11 @@ class Session:
         self.apply(asked, None if words is None else parse_hot_words(json.dumps(words)))
 
     def apply(self, fields: Mapping[str, bytes], words: Mapping[str, HotWord] | None) -> None:
-        """Begin anew with other settings and hot words; None leaves the hot words unchanged.
+        """Begin anew with other settings and hot words. None leaves the hot words unchanged.
 
         Raises:
-          ProtocolError, SettingsError: a setting cannot be used here; nothing has changed.
-          HotWordError, BackendError: a hot word cannot be used here; nothing has changed.
+          ProtocolError, SettingsError: a setting cannot be used here. Nothing has changed.
+          HotWordError, BackendError: a hot word cannot be used here. Nothing has changed.
         """
         settings = changed_settings(self._settings, fields)
         wanted = self.hot_words if words is None else dict(words)
@@ -241,10 +241,10 @@ class Session:
         self._settings, self.hot_words, self._description = settings, wanted, None
 
     def search_frames(self, logits: np.ndarray) -> Generator[None, None, tuple[str, ...]]:
-        """Search frames [frames, 41]; yield between slices and return the best words so far.
+        """Search frames [frames, 41]. Yield between slices and return the best words so far.
 
         Raises:
-          ProtocolError: the sentence would be too long; it is unchanged.
+          ProtocolError: the sentence would be too long. It is unchanged.
         """
         if not self._search.frames:
             self._search.begin(self._settings)

@@ -46,7 +46,7 @@ def longest_finish(frames: int) -> float:
 
 
 class Meter:
-    """Counts of events and their durations; threads may share it."""
+    """Counts of events and their durations. Threads may share it."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -59,7 +59,7 @@ class Meter:
             self.counts[what] += number
 
     def took(self, what: str, seconds: float) -> None:
-        """Record one duration; the last 4000 of each kind are kept."""
+        """Record one duration. The last 4000 of each kind are kept."""
         with self._lock:
             self._times.setdefault(what, deque(maxlen=_KEPT)).append(seconds)
 
@@ -115,7 +115,7 @@ class Heartbeat:
         seconds: float = 1.0,
         stuck_seconds: float = STUCK_SECONDS,
     ) -> None:
-        """Prepare; the beat begins with the `with` block.
+        """Prepare. The beat begins with the `with` block.
 
         Args:
           client: connection to Redis.
@@ -123,7 +123,7 @@ class Heartbeat:
           kind: "server" or "worker".
           meter: counts and durations for the status.
           describe: returns further fields of the status.
-          renew: renews what the process holds; called before every status.
+          renew: renews what the process holds. Called before every status.
           seconds: time between two beats.
           stuck_seconds: time after a sign of life at which the beat ends.
         """
@@ -154,7 +154,7 @@ class Heartbeat:
             self._client.delete(process_key(self._name))
 
     def alive(self, within: float = 0.0) -> None:
-        """Show the main loop's sign of life; the next one may take up to `within` seconds."""
+        """Show the main loop's sign of life. The next one may take up to `within` seconds."""
         self._alive_until = time.monotonic() + max(self._stuck_seconds, within)
 
     def _run(self) -> None:

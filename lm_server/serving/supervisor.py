@@ -31,14 +31,14 @@ def supervise(
     check: Callable[[], None] = lambda: None,
     watch: Callable[[threading.Event], None] | None = None,
 ) -> None:
-    """Run `count` processes of `work` until `stop` is set; start another for each that ends.
+    """Run `count` processes of `work` until `stop` is set. Start another for each that ends.
 
     Args:
-      work: runs in each process until its event is set; a UserError in one ends all of them.
+      work: runs in each process until its event is set. A UserError in one ends all of them.
       count: number of processes.
       stop: ends them in order.
-      check: called several times per second; may raise to end them.
-      watch: called once with `stop`, after the first processes were forked; may start threads.
+      check: called several times per second. May raise to end them.
+      watch: called once with `stop`, after the first processes were forked. May start threads.
 
     Raises:
       WorkersError: a process could not start, or they end as soon as they start.

@@ -82,7 +82,7 @@ class _Job:
     warning: str = ""
 
     def of(self, field: str) -> str:
-        """Return a field as str; empty without it."""
+        """Return a field as str. Empty without it."""
         return text(self.fields.get(field, b""))
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ class Worker:
           client: connection to Redis.
           model: the model folder that is searched.
           settings: the settings of jobs that have none.
-          answering: makes answers of hypotheses; None: at once, with the n-gram model's scores.
+          answering: makes answers of hypotheses. None: at once, with the n-gram model's scores.
           terms: how long jobs are held.
           name: of this worker, unique on this Redis.
           hot_words: the hot words of jobs that have none.
@@ -133,11 +133,11 @@ class Worker:
         )
 
     def run(self, stop: threading.Event, check: Callable[[], None] = lambda: None) -> None:
-        """Decode jobs until `stop` is set, then finish those begun; wait for a lost Redis.
+        """Decode jobs until `stop` is set, then finish those begun. Wait for a lost Redis.
 
         Args:
           stop: looked at between jobs.
-          check: called as often; may raise to end the loop.
+          check: called as often. May raise to end the loop.
         """
 
         def ended(failing: bool) -> bool:
@@ -153,7 +153,7 @@ class Worker:
             run_rounds(lambda: self._round(stop.is_set()), ended, stop, self._set_jobs_aside)
 
     def _round(self, stopping: bool) -> None:
-        """Send what is ready; search one more sentence, or wait."""
+        """Send what is ready. Search one more sentence, or wait."""
         if not self._grouped:
             self._join()
         self._send_ready()
@@ -189,7 +189,7 @@ class Worker:
         self._grouped = True
 
     def _take(self, wait: bool) -> _Job | None:
-        """Return the next job; with `wait`, wait for half a lease."""
+        """Return the next job. With `wait`, wait for half a lease."""
         block = int(500 * min(self._terms.lease_seconds, 2.0)) if wait else None
         answer: Any = self._client.xreadgroup(
             REGISTRY.workers, self.name, {REGISTRY.jobs: ">"}, count=1, block=block
@@ -200,7 +200,7 @@ class Worker:
         return None
 
     def _claim_abandoned(self) -> _Job | None:
-        """Return a job whose worker shows no sign of life; look for one twice per lease."""
+        """Return a job whose worker shows no sign of life. Look for one twice per lease."""
         now = time.monotonic()
         if now - self._claimed < self._terms.lease_seconds / 2:
             return None
@@ -225,7 +225,7 @@ class Worker:
         return None
 
     def _renew(self) -> None:
-        """Renew the claims on our jobs; the heartbeat's thread calls this."""
+        """Renew the claims on our jobs. The heartbeat's thread calls this."""
         for entry in list(self._held):
             self._keep(keys=[REGISTRY.jobs], args=[REGISTRY.workers, self.name, entry])
 
@@ -277,7 +277,7 @@ class Worker:
         self._using = (settings, hot_words)
 
     def _settings_of(self, job: _Job) -> Settings:
-        """Return a job's settings; note in it which of them have no effect here and why."""
+        """Return a job's settings. Note in it which of them have no effect here and why."""
         if "settings" not in job.fields:
             return self._settings
         try:

@@ -35,7 +35,7 @@ class Cache:
         return self._file("nbest", {name: getattr(settings, name) for name in names_of("search")})
 
     def read_search(self, settings: Settings) -> list[tuple[Hypothesis, ...]] | None:
-        """Return the hypotheses of every trial under these settings; None if there are none."""
+        """Return the hypotheses of every trial under these settings. None if there are none."""
         try:
             lines = self._search_file(settings).read_text(encoding="utf-8").splitlines()
             return [

@@ -35,9 +35,9 @@ class Lists:
     Attributes:
       settings: the settings of the search.
       sentences: every trial's hypotheses, augmented.
-      acoustic, ngram, bonus, llm, words: scores (ln) and numbers of words; `llm` is 0 without a
+      acoustic, ngram, bonus, llm, words: scores (ln) and numbers of words. `llm` is 0 without a
         model.
-      errors: word errors; in padding, the number of words of the reference.
+      errors: word errors. In padding, the number of words of the reference.
       valid: False in padding.
       reference_words: number of words of every reference [trials].
       rescored: whether `llm` holds a model's scores.
@@ -95,7 +95,7 @@ class Lists:
         )
 
     def with_llm(self, scores: Mapping[str, float]) -> Lists:
-        """Return the lists with a model's scores; every sentence with words must have one."""
+        """Return the lists with a model's scores. Every sentence with words must have one."""
         llm = np.zeros_like(self.ngram)
         for row, sentences in zip(llm, self.sentences, strict=True):
             row[: len(sentences)] = [scores[one] if one else 0.0 for one in sentences]
@@ -178,7 +178,7 @@ def expected_errors(choices: Sequence[Lists], seed: int) -> float:
     """Return the expected word error rate of new sentences, by cross-validation on halves.
 
     Args:
-      choices: the same trials under several searches; each half chooses search and re-ranking anew.
+      choices: the same trials under several searches. Each half chooses search and re-ranking anew.
       seed: of the divisions into halves, several of which are averaged.
     """
     wrong = 0

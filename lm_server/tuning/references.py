@@ -30,7 +30,7 @@ def word_errors(reference: Sequence[str], sentence: str) -> int:
 
 
 def read_references(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read trial -> normalised words; the file's name and first line determine the format.
+    """Read trial -> normalised words. The file's name and first line determine the format.
 
     Raises:
       ReferencesError: the file is missing or in none of the formats, or has a trial twice.

@@ -122,9 +122,9 @@ class Tuner:
         """Tune.
 
         Args:
-          base: settings to begin with; those that are not tuned stay.
+          base: settings to begin with. Those that are not tuned stay.
           searches: number of real searches, the last one not counted.
-          load_scorer: returns the large language model and its identity; called after the searches.
+          load_scorer: returns the large language model and its identity. Called after the searches.
 
         Raises:
           RescoringError: the large language model fails.

@@ -1,4 +1,4 @@
-"""The NEJM baseline decoder: day layer, patches, GRU stack, head. Modules hold parameters; the
+"""The NEJM baseline decoder: day layer, patches, GRU stack, head. Modules hold parameters. The
 maths is elsewhere.
 
 Parameters have PyTorch's names and shapes within each part, so that weights cross without
@@ -44,7 +44,7 @@ xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
 
 @dataclasses.dataclass(frozen=True)
 class GRUSettings(ModelSettings):
-    """The GRU decoder, alone or as a part of the triple GRU; the defaults are the published."""
+    """The GRU decoder, alone or as a part of the triple GRU. The defaults are the published."""
 
     day_layer: bool = setting(True, help="one input layer per day, or else one that all days share")
     units: int = setting(768, least=1)
@@ -91,7 +91,7 @@ def uniform(key: Array, size: int, fan_in: int) -> Array:
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero values with probability `rate` and scale the others; the identity without a key.
+    """Zero values with probability `rate` and scale the others. The identity without a key.
 
     One random word of 32 bits serves two channels, half the width apart: random numbers are a
     tenth of a step. `rate` is rounded to 1/65536.
@@ -130,7 +130,7 @@ class DayLayer(nnx.Module):
 
 
 class GRUStack(nnx.Module):
-    """GRU layers over patches; the first projection and the patches are one strided convolution."""
+    """GRU layers over patches. The first projection and the patches are one strided convolution."""
 
     def __init__(self, model: GRUSettings, inputs: int, layers: int, key: Array):
         """`inputs`: width of a patch."""
@@ -172,7 +172,7 @@ class GRUStack(nnx.Module):
         return x
 
     def stream(self, projected: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-        """Run the layers without dropout from `states`, float32 [layers, B, H]; return the last
+        """Run the layers without dropout from `states`, float32 [layers, B, H]. Return the last
         layer's states [P, B, H] and all states after the last frame."""
         x, after, units = projected, [], self.model.units
         for layer in range(self.layers):
@@ -257,7 +257,7 @@ class StreamState(NamedTuple):
     """What decoding carries from chunk to chunk."""
 
     bins: Array
-    """[B, K, D], smoothed bins that later patches need, too; at first K is 0."""
+    """[B, K, D], smoothed bins that later patches need, too. At first K is 0."""
     states: Any
     """Each layer's state, float32 [layers, B, H], of several parts by name."""
 
@@ -318,8 +318,8 @@ class PatchedModel(Model):
         """Return functions that decode chunk by chunk.
 
         A jitted step compiles once for each length of chunk and number of kept bins: with chunks of
-        one length, a multiple of model.patch_stride and at least model.patch_size, twice in all;
-        with shorter ones, until a patch is full.
+        one length, a multiple of model.patch_stride and at least model.patch_size, twice in all.
+        With shorter ones, until a patch is full.
 
         Raises:
           ConfigError: patches leave bins out.
@@ -361,6 +361,6 @@ class GRU(PatchedModel):
     def apply(
         self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
     ) -> Output:
-        """Decode the patches; a state never depends on later bins, so that padding needs no
+        """Decode the patches. A state never depends on later bins, so that padding needs no
         mask."""
         return Output(self.bound(params)(x, day, key), self.frames(bins))

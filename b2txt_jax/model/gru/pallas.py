@@ -2,7 +2,7 @@
 
 A `lax.scan` reads the recurrent weight from HBM once per frame. Here it stays in VMEM: time is the
 sequential axis of the grid, the state (backward: its cotangent) is carried in VMEM scratch, and
-the frames' inputs and results stream past in blocks. The forward kernel saves the gates; the
+the frames' inputs and results stream past in blocks. The forward kernel saves the gates. The
 backward kernel runs in reverse and returns the cotangents of both projections. The weight's
 gradient is one matrix product over all frames, outside.
 
@@ -127,7 +127,7 @@ def _backward_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Choices made while tracing; hashable."""
+    """Choices made while tracing. Hashable."""
 
     dtype: jnp.dtype
     blocks: Blocks
@@ -352,7 +352,7 @@ _recurrence.defvjp(_forward, _backward)
 
 def devices_mesh(mesh: AbstractMesh | Mesh | None) -> AbstractMesh | Mesh | None:
     """Return the mesh that a call must be divided over: `mesh`, else that of the surrounding
-    `jax.sharding.use_abstract_mesh` or `jax.set_mesh`; None inside a shard_map, and without any."""
+    `jax.sharding.use_abstract_mesh` or `jax.set_mesh`. None inside a shard_map, and without any."""
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual in mesh.axis_types
@@ -411,12 +411,12 @@ def gru_recurrence_pallas(
       h0: first state, float32 [B, H].
       weight: recurrent weight, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
-      dtype: of the recurrent products' operands and of the result; gates and state stay float32.
+      dtype: of the recurrent products' operands and of the result. Gates and state stay float32.
         Float32 operands are multiplied at `jax_default_matmul_precision`, as in the scan.
       interpret: run the kernels as ordinary operations, slowly, on any platform.
-      mesh: whose axis "data" the rows B are divided over, weights being whole on every device;
-        without it the surrounding one (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`).
-      core: what the kernels are cut for; without it, that of the mesh's or this process's devices.
+      mesh: whose axis "data" the rows B are divided over, weights being whole on every device.
+        Without it the surrounding one (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`).
+      core: what the kernels are cut for. Without it, that of the mesh's or this process's devices.
 
     Returns:
       States after each frame, [P, B, H] of `dtype`.

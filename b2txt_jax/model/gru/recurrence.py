@@ -29,14 +29,14 @@ def recurrence(
     dtype: jnp.dtype,
     kind: str = "auto",
 ) -> jax.Array:
-    """Run the recurrence over time, time first; all kinds compute the same values and gradients.
+    """Run the recurrence over time, time first. All kinds compute the same values and gradients.
 
     Args:
       projected: input projections with the input bias, [P, B, 3H].
-      h0: first state, [B, H]; taken as float32, like weight and bias.
+      h0: first state, [B, H]. Taken as float32, like weight and bias.
       weight: recurrent weight, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
-      dtype: of the recurrent products' operands and of the result; gates and state stay float32.
+      dtype: of the recurrent products' operands and of the result. Gates and state stay float32.
       kind: 'scan'; 'pallas', which outside a TPU is Pallas's interpreter, slow and meant for tests;
         or 'auto': Pallas on a TPU when the weight fits VMEM and the devices share the rows evenly,
         else the scan.

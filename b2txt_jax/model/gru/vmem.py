@@ -25,7 +25,7 @@ class Core:
 
 
 SMALLEST = Core(16 << 20)
-"""Assumed for an unknown chip; fits every chip since v4."""
+"""Assumed for an unknown chip. Fits every chip since v4."""
 
 VMEM_BYTES = {
     "TPU v4": 16 << 20,
@@ -71,7 +71,7 @@ def vmem_needed(blocks: Blocks, hidden: int, dtype: jnp.dtype) -> int:
 def choose_blocks(
     batch: int, hidden: int, dtype: jnp.dtype, core: Core = SMALLEST
 ) -> Blocks | None:
-    """Return the largest blocks that fit; None when not even the smallest do.
+    """Return the largest blocks that fit. None when not even the smallest do.
 
     Fewest blocks of rows first, since each goes through all frames by itself. Cores that share a
     program take one each.
@@ -101,7 +101,7 @@ def fits_vmem(batch: int, hidden: int, dtype: jnp.dtype, vmem_bytes: int) -> boo
 
 
 def core_of(mesh: AbstractMesh | Mesh | None) -> Core:
-    """Return the core of the mesh's devices, else of this process's first device; SMALLEST where
+    """Return the core of the mesh's devices, else of this process's first device. SMALLEST where
     neither is a known TPU."""
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     device = abstract.abstract_device if abstract is not None else None

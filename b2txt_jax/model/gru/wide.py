@@ -25,7 +25,7 @@ Frame = tuple[jax.Array, ...]
 
 
 def spread(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrain `x` to these axes of the mesh; return it as it is where there is no such mesh."""
+    """Constrain `x` to these axes of the mesh. Return it as it is where there is no such mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not {DATA, MODEL} <= set(mesh.axis_names):
         return x
@@ -45,12 +45,12 @@ def wide_recurrence(
 
     Args:
       projected: input projections with the input bias, [P, B, 3, H].
-      h0: first state, [B, H]; taken as float32, like weight and bias.
+      h0: first state, [B, H]. Taken as float32, like weight and bias.
       weight: recurrent weight, float32 [3, H, H].
       bias: recurrent bias, float32 [3, H].
-      dtype: of the products' operands and of the states; gates and the state carried stay float32.
+      dtype: of the products' operands and of the states. Gates and the state carried stay float32.
       chunk: frames of 80 ms between the states that are kept for the backward pass, which runs
-        each chunk forward once more; 0 keeps every frame's state and gates (Chen et al. 2016).
+        each chunk forward once more. 0 keeps every frame's state and gates (Chen et al. 2016).
 
     Returns:
       States after each frame, [P, B, H] of `dtype`, and the last one, float32 [B, H].

@@ -1,7 +1,7 @@
 """Interpolated modified Kneser-Ney smoothing with pruning, in bounded memory.
 
 Sources: S. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling"
-(1998), equations 26 and on; K. Heafield et al., "Scalable Modified Kneser-Ney Language Model
+(1998), equations 26 and on. K. Heafield et al., "Scalable Modified Kneser-Ney Language Model
 Estimation" (2013). As there, the whole count of a pruned n-gram goes to the back-off mass, and
 unseen words share the mass that the unigrams leave. An n-gram with a word outside the vocabulary is
 treated as pruned, so that the result is a distribution over known words.

@@ -8,8 +8,8 @@ memory-map the file, so all processes that read it share its memory. The layout,
                <unk> is 0
     tables     bins of the quantised kinds (`quantise`)
     1-grams    by id: probability, back-off, first child (16 bytes each)
-    2..n-1     bit-packed: word, probability (31 bits, sign dropped), back-off (32), first child;
-               quantised: word, bin of the back-off, bin of the probability, first child
+    2..n-1     bit-packed: word, probability (31 bits, sign dropped), back-off (32), first child.
+               Quantised: word, bin of the back-off, bin of the probability, first child
     n          bit-packed: word, probability (31) or its bin
     strings    the words by id, each ended by a zero byte
 

@@ -65,8 +65,14 @@ class Checkpoints:
         folder = workdir.absolute() / "checkpoints"
 
         def manager(name: str, kept: int) -> ocp.CheckpointManager:
+            # Both save in the background at once: without a prefix, their barriers between
+            # processes share one name, and the second one to arrive fails.
+            apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=kept, create=not read_only, read_only=read_only
+                max_to_keep=kept,
+                create=not read_only,
+                read_only=read_only,
+                multiprocessing_options=apart,
             )
             return ocp.CheckpointManager(folder / name, options=options)
 

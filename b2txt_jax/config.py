@@ -174,6 +174,7 @@ class Config:
 MODELS = {
     "gru": "b2txt_jax.model.gru.baseline:GRU",
     "triple_gru": "b2txt_jax.model.triple_gru:TripleGRU",
+    "transformer": "b2txt_jax.model.transformer:Transformer",
 }
 """The models of this package by their short names."""
 _OLD_NAMES = {"baseline": "gru"}

@@ -25,6 +25,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import setting
+from b2txt_jax.model.dropout import dropout
 from b2txt_jax.model.gru.baseline import (
     DayLayer,
     Decoder,
@@ -33,7 +34,6 @@ from b2txt_jax.model.gru.baseline import (
     Head,
     PatchedModel,
     draw_layer,
-    dropout,
     first_state,
     stacked,
 )

@@ -163,7 +163,7 @@ assert "jax" not in sys.modules
 run = b2t.load_run(sys.argv[1])
 logits = run.logits(np.zeros((50, 512), np.float32), day=run.sessions[0])
 assert logits.shape == (10, 41)
-b2t.train(run.config, sys.argv[2], ["train.steps=1"], quiet=True)
+b2t.train(run.config, sys.argv[2], ["train.steps=1", "data.buckets=((320, 80),)"], quiet=True)
 from absl import logging
 assert logging.get_verbosity() == logging.WARNING
 import b2txt_jax.simulation.write

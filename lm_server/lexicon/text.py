@@ -6,6 +6,7 @@ or non-Latin letters are dropped and counted, because their spoken form is unkno
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import lzma
@@ -37,6 +38,9 @@ SUFFIXES = (".txt", ".gz", ".xz")
 """Suffixes of the files that `find_texts` collects from a folder."""
 _DAMAGED_ARCHIVE = (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error)
 """Raised while a damaged .gz or .xz file is read."""
+_LONGEST_LINE = 1 << 24
+_SUSPICIOUS_SIZE, _SUSPICIOUS_RATIO = 1 << 28, 200
+"""Signs from which on an archive is checked, and how many a byte of it may have."""
 
 
 class TextError(UserError, ValueError):
@@ -173,7 +177,7 @@ def find_texts(paths: Iterable[Path]) -> list[Path]:
             below = sorted(
                 one
                 for one in path.rglob("*")
-                if one.suffix in SUFFIXES and one.is_file() and not one.name.startswith(".")
+                if one.suffix.lower() in SUFFIXES and one.is_file() and not one.name.startswith(".")
             )
             if not below:
                 raise TextError(
@@ -197,8 +201,8 @@ def open_text(
     failure: type[Exception] = TextError,
     kind: str = "text",
     needed: str = ".txt, .gz or .xz",
-) -> Iterator[tuple[io.TextIOBase, Callable[[], int]]]:
-    """Open plain, gzip or xz text, chosen by the suffix.
+) -> Iterator[tuple[Iterator[str], Callable[[], int]]]:
+    """Open plain, gzip or xz text, chosen by the suffix or the first bytes.
 
     Args:
       path: the file.
@@ -211,17 +215,14 @@ def open_text(
     """
     if not path.is_file():
         raise failure(f"there is no {kind} file {path}; needed {needed}: check the path")
-    with path.open("rb") as raw:
-        opened: io.BufferedIOBase
-        if path.suffix == ".gz":
-            opened = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".xz":
-            opened = lzma.LZMAFile(raw)  # noqa: SIM115 (closed by the wrapper)
-        else:
-            opened = raw
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        raise failure(f"{path} cannot be read ({error}): check its rights") from error
+    # Text of some editors begins with a byte order mark, which is no part of a word.
+    with raw, io.TextIOWrapper(_unpacked(path, raw), encoding="utf-8-sig") as text:
         try:
-            with io.TextIOWrapper(opened, encoding="utf-8") as text:
-                yield text, raw.tell
+            yield _bounded(path, text, raw.tell, failure), raw.tell
         except UnicodeDecodeError as error:
             raise failure(
                 f"{path} is not UTF-8 text ({error}); needed {needed}: check the path, or convert "
@@ -231,3 +232,40 @@ def open_text(
             raise failure(
                 f"{path} is a damaged archive ({error}): fetch or pack it again"
             ) from error
+
+
+def beginning(path: Path, size: int = 1 << 16) -> bytes:
+    """Return the first bytes of a plain, gzip or xz file, fewer if the archive is damaged."""
+    with path.open("rb") as raw, contextlib.suppress(*_DAMAGED_ARCHIVE):
+        return _unpacked(path, raw).read(size)
+    return b""
+
+
+def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
+    first, suffix = raw.peek(8), path.suffix.lower()
+    if suffix == ".gz" or first.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".xz" or first.startswith(b"\xfd7zXZ"):
+        return lzma.LZMAFile(raw)
+    return raw
+
+
+def _bounded(
+    path: Path, text: io.TextIOWrapper, position: Callable[[], int], failure: type[Exception]
+) -> Iterator[str]:
+    """Yield lines, none of them so long, nor so many of so few bytes, that they fill the memory or
+    the disk."""
+    signs = 0
+    while line := text.readline(_LONGEST_LINE):
+        signs += len(line)
+        if len(line) == _LONGEST_LINE:
+            raise failure(
+                f"{path} has a line of more than {_LONGEST_LINE} signs; needed text with line "
+                "breaks: put one sentence on each line"
+            )
+        if signs > _SUSPICIOUS_SIZE and signs > _SUSPICIOUS_RATIO * position():
+            raise failure(
+                f"{path} unpacks to more than {_SUSPICIOUS_RATIO} times its size; needed text, "
+                "which packs to a tenth: if it is right all the same, unpack it first"
+            )
+        yield line

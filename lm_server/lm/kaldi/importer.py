@@ -19,8 +19,15 @@ from lm_server.lexicon.pronunciations import (
     is_word,
     read_lexicon,
 )
-from lm_server.lexicon.text import SUFFIXES, Counts, find_texts, open_text, read_words
-from lm_server.lm.arpa import NEVER, Model, ModelError, read_arpa, sort_model, without
+from lm_server.lexicon.text import (
+    SUFFIXES,
+    Counts,
+    beginning,
+    find_texts,
+    open_text,
+    read_words,
+)
+from lm_server.lm.arpa import DATA, NEVER, Model, ModelError, read_arpa, sort_model, without
 from lm_server.lm.folder import Stages, folder_in_place_of, report, write_description, write_model
 from lm_server.lm.kaldi.grammar import read_symbols, to_model
 from lm_server.lm.kaldi.openfst import MAGIC, read_fst
@@ -67,7 +74,7 @@ def import_kaldi(
 
     Args:
       source: a folder with words.txt and G.fst, a grammar file with words.txt beside it, an ARPA
-        file (.arpa, .lm, also .gz or .xz), or a folder with one.
+        file of any name (also .gz or .xz), or a folder with one.
       out: folder to write. A model folder there is replaced.
       lexicon: words and their phonemes, silences allowed. By default one that lies in the folder.
       guess: guess the pronunciations of words that neither the lexicon nor CMU has.
@@ -117,9 +124,9 @@ def _find_grammar(source: Path) -> tuple[Path, Path | None]:
     if source.is_file():
         if source.suffix != ".fst" and not _is_arpa(source) and not _is_fst(source):
             raise ModelError(
-                f"{source} is neither a grammar (OpenFst, such as {GRAMMAR}) nor an ARPA file by "
-                "its name (.arpa, .lm, also .gz or .xz): give one of these; of text a model is "
-                "made with `lm-server build`"
+                f"{source} is neither a grammar (OpenFst, such as {GRAMMAR}) nor an ARPA file "
+                f"(with a line {DATA}, also packed as .gz or .xz): give one of these; of text a "
+                "model is made with `lm-server build`"
             )
         grammar = source
     elif (source / GRAMMAR).is_file():
@@ -141,11 +148,14 @@ def _find_grammar(source: Path) -> tuple[Path, Path | None]:
 
 
 def _is_arpa(path: Path) -> bool:
-    """Return whether a file is an ARPA model by its name."""
-    bare = path.with_suffix("") if path.suffix in SUFFIXES and path.suffix != ".txt" else path
-    if not path.is_file() or path.suffix == ".fst":
+    """Return whether a file is an ARPA model by its name or by its beginning."""
+    if not path.is_file() or _is_fst(path):
         return False
-    return bare.suffix in (".arpa", ".lm", ".arpabo")
+    packed = path.suffix.lower() in SUFFIXES and path.suffix.lower() != ".txt"
+    bare = path.with_suffix("") if packed else path
+    if bare.suffix.lower() in (".arpa", ".lm", ".arpabo"):
+        return True
+    return any(line.strip() == DATA.encode() for line in beginning(path).splitlines())
 
 
 def _is_fst(path: Path) -> bool:

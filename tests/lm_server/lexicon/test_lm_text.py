@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm_server.lexicon import text
 from lm_server.lexicon.text import (
     Counts,
     TextError,
     find_texts,
     normalise,
+    open_text,
     read_words,
     split_sentences,
 )
@@ -82,10 +84,10 @@ def test_a_line_is_cut_into_its_sentences(line, sentences):
 
 
 def test_plain_gzip_and_xz_files_read_alike(tmp_path):
-    text = "One two. Three 4 five.\nsix\n\n"
-    (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "a.xz").write_bytes(lzma.compress(text.encode()))
+    content = "One two. Three 4 five.\nsix\n\n"
+    (tmp_path / "a.txt").write_text(content)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content.encode()))
+    (tmp_path / "a.xz").write_bytes(lzma.compress(content.encode()))
     for name in ("a.txt", "a.gz", "a.xz"):
         read = list(read_words([tmp_path / name]))
         assert [words for words, _ in read if words] == [("one", "two"), ("six",)]
@@ -136,3 +138,19 @@ def test_unreadable_files_are_named(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(TextError, match=name):
             list(read_words([tmp_path / name]))
+
+
+def test_text_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeff1".encode()[:3] + b"the cat\n")
+    with open_text(tmp_path / "a.txt") as (lines, _):
+        assert list(lines) == ["the cat\n"]
+
+
+def test_archives_that_unpack_to_more_than_text_does_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(text, "_SUSPICIOUS_SIZE", 1 << 20)
+    (tmp_path / "line.gz").write_bytes(gzip.compress(bytes(1 << 23)))
+    (tmp_path / "lines.gz").write_bytes(gzip.compress(b"a b\n" * (1 << 21)))
+    for name, reason in (("line", "a line of more than"), ("lines", "to more than 200 times its")):
+        with pytest.raises(TextError, match=rf"{name}\.gz .*{reason}"):
+            list(read_words([tmp_path / f"{name}.gz"]))

@@ -3,6 +3,7 @@ folder (`lm_server.lm.folder`)."""
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from lm_server.lexicon.pronunciations import (
     Lexicon,
     LexiconError,
     Pronunciation,
+    fields_of,
     is_word,
     read_lexicon,
 )
@@ -114,7 +116,7 @@ def import_kaldi(
             "held_out_dropped_with_other_letters": aside.dropped_letters,
         }
         write_description(folder, description)
-    for line in dropped.lines():
+    for line in itertools.chain(dropped.lines(), aside.left_out("the held-out text")):
         stages.print(line)
     report(stages, out, description)
 
@@ -213,10 +215,10 @@ def _read_own_lexicon(path: Path, dropped: Dropped) -> dict[str, tuple[Pronuncia
 def kaldi_entries(lines: Iterable[str], dropped: Dropped) -> Iterator[tuple[str, Pronunciation]]:
     """Yield words and phonemes of a Kaldi lexicon's lines `word [probability] PH PH ...`.
 
-    Silences, stress and marks of position (`AH0_B`) are removed.
+    Silences, stress, marks of position (`AH0_B`), disambiguation (`#1`) and comments are removed.
     """
     for line in lines:
-        fields = line.split()
+        fields = fields_of(line)
         if len(fields) < 2:
             continue
         word, *rest = fields
@@ -225,14 +227,14 @@ def kaldi_entries(lines: Iterable[str], dropped: Dropped) -> Iterator[tuple[str,
         phones = tuple(
             one.rpartition("_")[0].rstrip("012") if one[-2:-1] == "_" else one.rstrip("012")
             for one in rest
-            if one not in _SILENCES and not one.startswith("#")
+            if one not in _SILENCES
         )
         if not phones:
             continue  # a word that stands for silence
         if not set(phones) <= set(PHONEMES):
             dropped.add(UNKNOWN_PHONEMES, word)
             continue
-        yield word.lower(), phones
+        yield word, phones
 
 
 def _match(

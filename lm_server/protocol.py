@@ -46,6 +46,8 @@ MAX_REQUEST_ID = 200
 """Bytes of a request id."""
 WARNING = "warning"
 """`severity` of an error entry that accompanies an answer instead of replacing it."""
+_OTHER_TYPES = {"float64": "<f8", "float16": "<f2", "big-endian float32": ">f4"}
+_FEW = 3
 _SESSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -201,9 +203,16 @@ def decode_logits(payload: bytes) -> np.ndarray:
     """Return float32 [frames, 41] in the language model's order from the bytes of `logits`.
 
     Raises:
-      ProtocolError: the bytes are no whole number of frames, too many, or hold NaN or infinity.
+      ProtocolError: the bytes are no whole number of frames, too many, hold NaN or infinity, or
+        are numbers of another type.
     """
     frame_bytes = 4 * CLASS_COUNT
+    likely = _other_type(payload)
+    if likely is not None:
+        raise ProtocolError(
+            f"logits look like {likely}: as little-endian float32, which is needed, their values "
+            f"are extreme. Send float32 [frames, {CLASS_COUNT}] as raw bytes"
+        )
     if len(payload) % frame_bytes:
         raise ProtocolError(
             f"logits have {len(payload)} bytes; needed a multiple of {frame_bytes} "
@@ -216,6 +225,25 @@ def decode_logits(payload: bytes) -> np.ndarray:
             "send them in chunks"
         )
     return check_logits(np.frombuffer(payload, dtype="<f4").reshape(frames, CLASS_COUNT))
+
+
+def _other_type(payload: bytes) -> str | None:
+    """Return the type that the bytes of logits likely have, if it is not little-endian float32.
+
+    Those of another type, read as float32, have values far too large and far too small, and many
+    different ones. Logits may have a few, for classes that are ruled out.
+    """
+    values = np.abs(np.frombuffer(payload[: len(payload) // 4 * 4], "<f4"))
+    large, small = values[~(values <= 1e5)], values[(values > 0) & (values < 1e-10)]
+    both = len(large) and len(small)
+    if not both and len(np.unique(large)) + len(np.unique(small)) <= _FEW:
+        return None
+    for name, form in _OTHER_TYPES.items():
+        if len(payload) % np.dtype(form).itemsize == 0:
+            values = np.abs(np.frombuffer(payload, form))
+            if ((values <= 1e3) & ((values >= 1e-12) | (values == 0))).all():
+                return name
+    return None
 
 
 def encode_scoring(hypotheses: Sequence[Hypothesis]) -> str:

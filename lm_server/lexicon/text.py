@@ -122,6 +122,18 @@ def split_sentences(line: str) -> list[str]:
     return [*sentences, rest] if rest else sentences
 
 
+def fold(text: str) -> str:
+    """Return text in lower case, without accents, and with the apostrophes and hyphens of ASCII.
+
+    >>> fold("O\u2019Brien, Jos\u00e9")
+    "o'brien, jose"
+    """
+    text = text.translate(_APOSTROPHES).translate(_HYPHENS)
+    # NFKD separates letters from their accents. It also turns "½" and "²" into digits.
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).casefold()
+
+
 def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str, ...] | str:
     """Return the words of a sentence, or the `Counts` field under which it is dropped.
 
@@ -138,12 +150,7 @@ def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str,
         if _DIGIT.search(folded):
             return "dropped_digits"
     else:
-        folded = sentence.translate(_APOSTROPHES).translate(_HYPHENS)
-        # NFKD separates letters from their accents. It also turns "½" and "²" into digits.
-        folded = "".join(
-            c for c in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(c)
-        )
-        folded = folded.casefold()
+        folded = fold(sentence)
         if any(c.isnumeric() for c in folded):
             return "dropped_digits"
         if any(c.isalpha() and not "a" <= c <= "z" for c in folded):

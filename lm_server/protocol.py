@@ -46,8 +46,8 @@ MAX_REQUEST_ID = 200
 """Bytes of a request id."""
 WARNING = "warning"
 """`severity` of an error entry that accompanies an answer instead of replacing it."""
-_OTHER_TYPES = {"float64": "<f8", "float16": "<f2", "big-endian float32": ">f4"}
-_FEW = 3
+_OTHER_TYPES = {"float64": "<f8", "big-endian float32": ">f4", "float16": "<f2"}
+_MANY = 8
 _SESSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -210,8 +210,8 @@ def decode_logits(payload: bytes) -> np.ndarray:
     likely = _other_type(payload)
     if likely is not None:
         raise ProtocolError(
-            f"logits look like {likely}: as little-endian float32, which is needed, their values "
-            f"are extreme. Send float32 [frames, {CLASS_COUNT}] as raw bytes"
+            f"logits look like {likely}; needed little-endian float32 [frames, {CLASS_COUNT}] as "
+            "raw bytes: convert them"
         )
     if len(payload) % frame_bytes:
         raise ProtocolError(
@@ -230,13 +230,15 @@ def decode_logits(payload: bytes) -> np.ndarray:
 def _other_type(payload: bytes) -> str | None:
     """Return the type that the bytes of logits likely have, if it is not little-endian float32.
 
-    Those of another type, read as float32, have values far too large and far too small, and many
-    different ones. Logits may have a few, for classes that are ruled out.
+    Logits are 0 or of a moderate size, but for a value that rules a class out. Numbers of another
+    type, read as float32, are of all sizes, are denormal, or have zeros at every other place.
     """
     values = np.abs(np.frombuffer(payload[: len(payload) // 4 * 4], "<f4"))
-    large, small = values[~(values <= 1e5)], values[(values > 0) & (values < 1e-10)]
-    both = len(large) and len(small)
-    if not both and len(np.unique(large)) + len(np.unique(small)) <= _FEW:
+    strange = values[~(values <= 1e3) | ((values > 0) & (values < 1e-10))]
+    of_all_sizes = len(strange) > 0.01 * len(values) and len(np.unique(strange)) > 1
+    denormal = (strange < np.finfo(np.float32).tiny).any()
+    every_other = not values[::2].any() and np.count_nonzero(values) >= _MANY
+    if not (of_all_sizes or denormal or every_other):
         return None
     for name, form in _OTHER_TYPES.items():
         if len(payload) % np.dtype(form).itemsize == 0:

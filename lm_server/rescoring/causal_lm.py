@@ -308,7 +308,7 @@ def _text_form(path: Path) -> str:
         return "plain"
     try:
         form = json.loads(file.read_text(encoding="utf-8"))["text_form"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RescoringError(
             f"{file} cannot be read ({error}): delete it or use --llm-text"
         ) from error

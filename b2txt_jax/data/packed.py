@@ -367,7 +367,7 @@ def _read_json(path: Path, crc32: int | None) -> dict[str, Any]:
         raise DataError(f"{path} does not match its checksum in {MANIFEST}: {_AGAIN}")
     try:
         values = json.loads(octets)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} holds no table of values; {_AGAIN}")

@@ -208,7 +208,7 @@ def _check_out(out: Path, settings: PackSettings) -> None:
     for path in sorted(out.glob("*/data_*.json")):
         try:
             found = json.loads(path.read_bytes()).get("dtype")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue  # damaged: it is packed again
         if found != settings.dtype:
             raise DataError(

@@ -364,7 +364,7 @@ def check_language_model(folder: Path, available: int | None) -> Finding:
     try:
         description = json.loads((folder / "lm.json").read_text())
         words, order, version = (description[key] for key in ("words", "order", "format"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return problem(f"{folder}/lm.json cannot be used: {type(error).__name__} {error}")
     if version != _LM_FORMAT:
         return problem(f"{folder} has format {version}; needed {_LM_FORMAT}")

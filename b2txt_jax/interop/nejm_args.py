@@ -35,14 +35,15 @@ def load_args(path: Path) -> dict[str, Any]:
         )
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        flat = _flatten(loaded) if isinstance(loaded, dict) else {}
+    # Beside its own errors the library raises those of Python's numbers, dates and stack.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConversionError(
             f"{path} is not plain YAML ({' '.join(str(error).split())}); save it again with "
             f"OmegaConf.save(OmegaConf.create(OmegaConf.to_container(args, resolve=True)), FILE)"
         ) from error
-    if not isinstance(loaded, dict):
+    if not flat:
         raise ConversionError(f"{path} holds no settings; needed `model:`, `dataset:` and others")
-    flat = _flatten(loaded)
     for key, value in flat.items():
         if isinstance(value, str) and "${" in value:
             raise ConversionError(
@@ -61,6 +62,8 @@ def _flatten(values: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
         else:
             empty = isinstance(value, str) and value.strip().lower() in ("none", "null")
             flat[key] = None if empty else value
+    if len(flat) > _MOST_SETTINGS:
+        raise ValueError(f"it has more than {_MOST_SETTINGS} settings")
     return flat
 
 
@@ -129,6 +132,8 @@ _SAVE_EVERY = 1_000
 _REQUIRED = object()
 """Instead of a default, for settings that logits depend on."""
 
+_MOST_SETTINGS = 10_000
+"""More than a file of settings has. References within a file can stand for any number."""
 _SEED, _NO_SEED, _RECIPE_SEED = "seed", -1, 10
 """The published trainer is unseeded if its seed is -1."""
 _DT = "dataset.data_transforms."

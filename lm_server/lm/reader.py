@@ -48,7 +48,7 @@ def read_description(folder: Path) -> dict[str, object]:
             raise fault(f"{folder} is no model folder, {name} is missing in it")
     try:
         description = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise fault(f"{path} cannot be read ({error})") from error
     if not isinstance(description, dict):
         raise fault(f"{path} holds a {type(description).__name__}; needed an object")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lm_server.errors import UserError
 from lm_server.lexicon.pronunciations import LexiconError, Pronunciation
+from lm_server.lexicon.text import fold
 from lm_server.lm.reader import find_words
 from lm_server.protocol import PHONEMES, decode_hot_words
 
@@ -50,7 +51,8 @@ def parse_hot_words(text: str | bytes) -> dict[str, HotWord]:
 def check_hot_words(
     folder: Path, hot_words: Mapping[str, HotWord]
 ) -> tuple[dict[str, HotWord], dict[str, int]]:
-    """Return hot words in lower case with all their pronunciations, and the vocabulary's indices.
+    """Return hot words as the lexicon writes them, with all their pronunciations, and the
+    vocabulary's indices.
 
     Args:
       folder: the model folder, whose lexicon pronounces the words that it has.
@@ -68,10 +70,14 @@ def check_hot_words(
             f"there are {len(hot_words)} hot words; at most {MAX_HOT_WORDS} are possible: put "
             "lasting ones into the model with `lm-server build --lexicon`"
         )
-    known = find_words(folder, {word.lower() for word in hot_words})
-    checked = {}
+    known = find_words(folder, {fold(word) for word in hot_words})
+    checked: dict[str, HotWord] = {}
     for given, hot in hot_words.items():
-        word = given.lower()
+        word = fold(given)
+        if word in checked:
+            raise HotWordError(
+                f"the hot word {word!r} is given twice, as {given!r} too: leave one out"
+            )
         if not word or any(sign.isspace() or sign == ";" for sign in word):
             raise HotWordError(
                 f"the hot word {word!r} is no single word: needed one without spaces or semicolons"
@@ -82,6 +88,8 @@ def check_hot_words(
                 f"most {MAX_WEIGHT:g} (ln)"
             )
         said = hot.pronunciations or (known[word][1] if word in known else _guessed(word))
+        # Without stress, which lexicons mark (`EY1`).
+        said = tuple(dict.fromkeys(tuple(p.rstrip("012") for p in phones) for phones in said))
         for phones in said:
             if set(phones) - set(PHONEMES) or not 0 < len(phones) <= _MAX_PHONEMES:
                 raise HotWordError(

@@ -173,11 +173,21 @@ def test_settings_that_change_nothing_are_listed(tmp_path):
     assert "init_checkpoint_path" not in note  # the text None is nothing
 
 
+_DOUBLED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 40)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [", "not plain YAML"),
         ("a: !!python/object/apply:os.system ['exit 1']", "not plain YAML.*python/object"),
+        ("a: " + "[" * 5_000, "not plain YAML"),
+        ("a: " + "7" * 5_000, "not plain YAML"),
+        ("a: 2024-13-45", "not plain YAML"),
+        ("a: &a {b: *a}", "not plain YAML"),
+        (_DOUBLED, "not plain YAML .*more than 10000 settings"),
         ("", "holds no settings"),
         ("model: {n_units: '${size}'}", r"model\.n_units is '\$\{size\}', an OmegaConf reference"),
     ],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from lm_server.errors import UserError
+from lm_server.processes import version
 
 COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",
@@ -56,8 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with an error that repeats no URL or login among the arguments."""
+        super().error(re.sub(r"\S*(://|@)\S*", "***", message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lm-server", description=__doc__)
+    parser = _Parser(prog="lm-server", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lm-server {version()}")
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     for name, text in COMMANDS.items():

@@ -95,13 +95,18 @@ REGISTRY = Registry()
 DEFAULT_SESSION = ""
 
 
+def is_session(name: str) -> bool:
+    """Return whether a name may be a session's or a batch's id."""
+    return _SESSION.fullmatch(name) is not None
+
+
 def check_session(session: str) -> str:
     """Return a session id that a client has chosen.
 
     Raises:
       ProtocolError: it is empty, too long, or has other characters than A-Z a-z 0-9 . _ -.
     """
-    if not _SESSION.fullmatch(session):
+    if not is_session(session):
         raise ProtocolError(
             f"the session id is {session[:80]!r}; needed 1 to 64 of the characters A-Z a-z 0-9 . _ "
             "-: choose another"

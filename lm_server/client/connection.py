@@ -27,7 +27,8 @@ class RedisUnavailableError(LanguageModelUnavailableError):
 
 
 _URL = re.compile(
-    # A raw / ? # in a password would move parts of it into host, port, path or query. An @ does not.
+    # A raw / ? # in a password would move parts of it into host, port, path or query. An @ would
+    # not.
     r"(?P<start>rediss?://)(?P<login>[^/?#\s]*@)?"
     r"(?P<place>(([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?)?(/\d*)?)(?P<query>\?[^#\s]*)?"
     r"|(?P<unix>unix://)(?P<unix_login>[^/?#\s]*@)?(?P<path>/[^?#]*)(?P<unix_query>\?[^#\s]*)?"

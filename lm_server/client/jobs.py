@@ -65,6 +65,8 @@ class JobClient:
         self.batch = f"batch-{secrets.token_hex(8)}"
         self.duplicates = 0
         """Results that came a second time, which exactly-once delivery forbids."""
+        self.foreign = 0
+        """Entries among the results that belong to no job of this batch."""
         self._timeout, self._reconnect_seconds = timeout, reconnect_seconds
         self._redis: Any = redis_client(url)
         self._submit = self._redis.register_script(SUBMIT_JOB)
@@ -163,7 +165,10 @@ class JobClient:
             for _, entries in found:
                 for id_, fields in entries:
                     position = id_
-                    index = int(fields[b"job"].split(b" ", 1)[0])
+                    index = _index(fields)
+                    if index not in jobs:
+                        self.foreign += 1
+                        continue
                     if index in results:
                         self.duplicates += 1
                         continue
@@ -209,8 +214,17 @@ class JobClient:
             )
 
 
+def _index(fields: Mapping[bytes, bytes]) -> int | None:
+    """Return the number of the job that a result belongs to. None: no worker of ours wrote it."""
+    number = fields.get(b"job", b"").split(b" ", 1)[0]
+    return int(number) if number.isdigit() and len(number) < 20 else None
+
+
 def _result(name: str, fields: Mapping[bytes, bytes]) -> Result:
-    seconds = float(fields.get(b"seconds", b"0"))
+    try:
+        seconds = float(fields.get(b"seconds", b"0"))
+    except ValueError:
+        seconds = 0.0
     if b"error" in fields:
         return Result(name, None, error_text(fields), seconds)
     try:

@@ -22,7 +22,7 @@ import redis
 
 from lm_server.client.connection import LOST, parse_id, plain, text
 from lm_server.protocol import DEFAULT_SESSION, REGISTRY, context_key, owner_key
-from lm_server.serving.key_types import wrong_type
+from lm_server.serving.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
 from lm_server.serving.ownership import BATCH, Limits, OwnedSession, OwnedSessions, Unsent
 from lm_server.serving.requests import SessionRequests
@@ -103,7 +103,7 @@ class Server:
                 lambda: self._round(stopping=deadline is not None),
                 ended,
                 stop,
-                self.sessions.set_aside,
+                self._set_aside,
             )
             with contextlib.suppress(*LOST):
                 self._leave()
@@ -248,6 +248,12 @@ class Server:
             self.sessions.look_after()
             self._requests.housekeeping()
             self.sessions.adopt()
+
+    def _set_aside(self) -> bool:
+        found = self.sessions.set_aside()
+        with contextlib.suppress(*LOST):
+            found |= bool(set_aside(self._client, {self._wake: "stream"}))
+        return found
 
     def _renew(self) -> None:
         """Renew what this server holds. The heartbeat's thread calls this."""

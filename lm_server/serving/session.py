@@ -34,6 +34,7 @@ from lm_server.settings import Settings, SettingsError
 
 STEP_FRAMES = 100
 """Frames of one slice of a search."""
+_AGAIN = "send reset, then the sentence again"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ class Session:
           answering: makes answers of hypotheses. None: at once, with the n-gram model's scores.
           hot_words: words that the search favours until the client changes them.
           max_frames: frames of one sentence, at most MAX_MESSAGE_FRAMES.
+
+        The attribute `lost` is why the beginning of the current sentence is lost. Empty if it is
+        not.
         """
         self.max_frames = max_frames
         self.name = name
@@ -135,6 +139,7 @@ class Session:
         self._asked: set[str] = set()
         self._asked_words = False
         self._description: str | None = None
+        self.lost = ""
 
     @property
     def settings(self) -> Settings:
@@ -158,6 +163,7 @@ class Session:
         """
         names = self.streams
         try:
+            self._refuse_rest(entry)
             if entry.stream == names.reset:
                 self._search.begin(self._settings)
                 return Reply([self._done(names.done_resetting, entry)])
@@ -179,13 +185,30 @@ class Session:
     def failed(self, entry: Entry, error: Exception) -> Message:
         """Drop the current sentence and return the error message for an entry that failed by a
         fault of the server."""
+        reason = (
+            f"the server failed on this entry ({type(error).__name__}: {error}); its log says more"
+        )
+        ended = entry.stream in (self.streams.reset, self.streams.finalize)
+        begun = self.frames > 0 or entry.stream == self.streams.input
+        return self.lose(entry, reason, more=begun and not ended)
+
+    def lose(self, entry: Entry, reason: str, more: bool = True) -> Message:
+        """Drop the current sentence and return the error message for it.
+
+        With `more`, what still comes of it is refused until its finalize or the next reset.
+        """
         # Nobody knows in what state the old search is.
         self._search = self._model.search(self._settings, self.hot_words)
-        text = (
-            f"the server failed on this entry ({type(error).__name__}: {error}) and dropped the "
-            "sentence under way: send reset, then the sentence again; its log says more"
-        )
-        return self.refusal(text, entry)
+        self.lost = reason if more else ""
+        return self.refusal(f"{reason}: the sentence is dropped; {_AGAIN}", entry)
+
+    def _refuse_rest(self, entry: Entry) -> None:
+        """Raise ProtocolError for an entry of a sentence whose beginning is lost."""
+        lost, names = self.lost, self.streams
+        if entry.stream in (names.reset, names.finalize):
+            self.lost = ""
+        if lost and entry.stream in (names.input, names.finalize):
+            raise ProtocolError(f"the beginning of this sentence is lost ({lost}); {_AGAIN}")
 
     def args(self) -> Message:
         """Return the current settings under their published names, for `remote_lm_args`."""

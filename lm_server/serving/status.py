@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import resource
@@ -21,9 +22,11 @@ from lm_server.protocol import (
     DEFAULT_SESSION,
     PROTOCOL_VERSION,
     REGISTRY,
+    is_session,
     owner_key,
     process_key,
 )
+from lm_server.serving.key_types import set_aside, wrong_type
 
 STUCK_SECONDS = 60.0
 """A main loop without a sign of life for so long counts as stuck."""
@@ -172,8 +175,11 @@ class Heartbeat:
                 pipeline.hset(key, mapping=fields)
                 pipeline.expire(key, _STATUS_SECONDS)
                 pipeline.execute()
-        except LOST:
-            pass  # The main loop meets the same error and logs it.
+        except LOST as error:
+            # The main loop meets all others and logs them.
+            if wrong_type(error):
+                with contextlib.suppress(*LOST):
+                    set_aside(self._client, {process_key(self._name): "hash"})
 
 
 def gather(client: redis.Redis) -> dict[str, Any]:
@@ -182,16 +188,29 @@ def gather(client: redis.Redis) -> dict[str, Any]:
     Raises:
       RedisError: Redis cannot answer.
     """
+    unreadable: list[str] = []
+
+    def read(command: Callable[[str], Any], key: str) -> Any:
+        try:
+            return command(key)
+        except redis.exceptions.ResponseError as error:
+            if not wrong_type(error):
+                raise
+            unreadable.append(key)
+
     processes = []
     for key in sorted(text(one) for one in client.scan_iter(process_key("*"), count=500)):
-        found: Any = client.hgetall(key)
+        found = read(client.hgetall, key)
         fields = {name: text(value) for name, value in plain(found).items()}
-        if fields:
+        if _is_status(fields):
             processes.append({"name": key.removeprefix(process_key("")), **fields})
-    opened: Any = client.hkeys(REGISTRY.sessions)
+        elif fields:
+            unreadable.append(key)
+    opened = sorted(map(text, read(client.hkeys, REGISTRY.sessions) or []))
+    unreadable += [f"{REGISTRY.sessions}: {name[:80]!r}" for name in opened if not is_session(name)]
     owners = {
-        name or "(default)": client.get(owner_key(name))
-        for name in (DEFAULT_SESSION, *sorted(map(text, opened)))
+        name or "(default)": read(client.get, owner_key(name))
+        for name in (DEFAULT_SESSION, *filter(is_session, opened))
     }
     memory: Any = client.info("memory")
     server: Any = client.info("server")
@@ -199,11 +218,20 @@ def gather(client: redis.Redis) -> dict[str, Any]:
         "processes": processes,
         "sessions": {name: owner and text(owner) for name, owner in owners.items()},
         "jobs": _jobs(client),
+        "unreadable": unreadable,
         "redis": {
             "version": server.get("valkey_version") or server.get("redis_version"),
             "memory_mb": round(memory["used_memory"] / 1e6, 1),
         },
     }
+
+
+def _is_status(fields: Mapping[str, str]) -> bool:
+    try:
+        numbers = [float(fields[name]) for name in ("started", "memory_mb")]
+    except (KeyError, ValueError):
+        return False
+    return "kind" in fields and all(map(math.isfinite, numbers))
 
 
 def _jobs(client: redis.Redis) -> dict[str, int]:

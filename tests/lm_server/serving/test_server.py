@@ -190,7 +190,10 @@ def test_a_fault_of_ours_is_answered_and_logged_and_the_server_goes_on(model_fol
                 assert "ZeroDivisionError: a fault of ours" in error["error"]
                 assert error["entry_id"] == sent.decode()
                 assert f"failures so far: {{'ZeroDivisionError': {count}}}" in caplog.text
-                # The sentence that failed is gone, also without a reset.
+                # The rest of a sentence is no sentence.
+                connection.xadd("remote_lm_input", {"logits": encode_logits(say(["a"]))})
+                assert "the beginning of this sentence is lost" in client.wait("error")["error"]
+                client.reset()
                 assert client.send(say(["a", "cat"])) == "a cat"
                 assert client.finalize()["lm_response_final"] == "a cat"
         finally:

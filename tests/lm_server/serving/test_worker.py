@@ -281,6 +281,16 @@ def test_without_a_worker_the_client_says_so(url):
         client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
 
 
+def test_results_that_no_worker_wrote_are_counted_and_cost_no_trial(url, connection):
+    with JobClient(url, timeout=5) as client:
+        good = {"job": "0 alone", "error": "a worker's", "seconds": "soon"}
+        for fields in ({"x": 1}, {"job": "x"}, {"job": "7 y"}, {"job": "9" * 5000}, good):
+            connection.xadd(results_stream(client.batch), fields)
+        (result,) = client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
+    assert result.error == "a worker's"
+    assert client.foreign == 4
+
+
 def test_status_shows_workers_and_jobs(model_folder, url, connection):
     with worker(model_folder, url), JobClient(url) as client:
         client.decode_all(trials(4)[0], list("abcd"))

@@ -8,10 +8,11 @@ has no result yet is submitted again, which changes nothing where the job is the
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -42,6 +43,7 @@ from lm_server.protocol import (
 
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 _BLOCK_MS = 1000
+_log = logging.getLogger(__name__)
 _AHEAD = 256
 """Jobs submitted at a time: enough for many workers, some ten megabytes of Redis's memory."""
 
@@ -49,13 +51,20 @@ _AHEAD = 256
 class JobClient:
     """A batch of jobs on a Redis that workers share. A context manager, or call `close`."""
 
-    def __init__(self, url: str, timeout: float = 120.0, reconnect_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 120.0,
+        reconnect_seconds: float = 60.0,
+        notice: Callable[[str], None] = _log.warning,
+    ) -> None:
         """Connect to Redis.
 
         Args:
           url: Redis, for example `redis://:password@127.0.0.1:6379/0` or `unix:///run/redis.sock`.
           timeout: seconds without any result after which a worker must show a sign of life.
           reconnect_seconds: how long to wait for a Redis that went away.
+          notice: called with a text when no worker is there to begin with.
 
         Raises:
           LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
@@ -68,6 +77,7 @@ class JobClient:
         self.foreign = 0
         """Entries among the results that belong to no job of this batch."""
         self._timeout, self._reconnect_seconds = timeout, reconnect_seconds
+        self._notice = notice
         self._redis: Any = redis_client(url)
         self._submit = self._redis.register_script(SUBMIT_JOB)
         with redis_errors(self.url, "lm-server worker"):
@@ -108,6 +118,7 @@ class JobClient:
 
         Raises:
           LanguageModelUnavailableError: Redis stays away, or there is no worker.
+          LanguageModelError: Redis refuses a command.
           ValueError: there are more names than trials, or fewer.
         """
         if len(logits) != len(names):
@@ -125,7 +136,8 @@ class JobClient:
                 jobs[index] = job.fields()
             except ProtocolError as error:
                 results[index] = Result(name, None, str(error), 0.0)
-        self._run(jobs, names, results, len(names), progress)
+        with redis_errors(self.url, "lm-server worker"):
+            self._run(jobs, names, results, len(names), progress)
         return [results[index] for index in range(len(names))]
 
     def _run(
@@ -138,7 +150,7 @@ class JobClient:
     ) -> None:
         waiting = deque(jobs)
         out: dict[int, None] = {}
-        position, heard, away_since = "0-0", time.monotonic(), None
+        position, heard, away_since, looked = "0-0", time.monotonic(), None, False
         while waiting or out:
             try:
                 while waiting and len(out) < _AHEAD:
@@ -158,10 +170,6 @@ class JobClient:
                     ) from error
                 time.sleep(0.2)
                 continue
-            except redis.exceptions.ResponseError as error:
-                raise LanguageModelError(
-                    f"Redis at {self.url} refused a command: {error}"
-                ) from error
             for _, entries in found:
                 for id_, fields in entries:
                     position = id_
@@ -179,8 +187,20 @@ class JobClient:
                         progress(len(results), count)
             if not found:
                 position = self._look_for_losses(jobs, out, position)
+                if not looked and not self._has_workers():
+                    self._notice(
+                        f"no worker shows a sign of life on {self.url} (one that still loads its "
+                        f"model does not either): waiting {self._timeout:g} s for one; start "
+                        "`lm-server worker --lm DIR --redis URL`"
+                    )
+                looked = True
                 if time.monotonic() - heard > self._timeout:
-                    self._need_workers(len(results), count)
+                    if not self._has_workers():
+                        raise LanguageModelUnavailableError(
+                            f"no worker has answered for {self._timeout:g} s and none shows a sign "
+                            f"of life on {self.url}; {len(results)} of {count} trials have a "
+                            "result: start `lm-server worker --lm DIR --redis URL`"
+                        )
                     heard = time.monotonic()
 
     def _send(self, job: Mapping[str, bytes]) -> None:
@@ -201,17 +221,12 @@ class JobClient:
             return position  # The loop meets the same error and waits.
         return "0-0"
 
-    def _need_workers(self, done: int, count: int) -> None:
+    def _has_workers(self) -> bool:
+        """Return whether a worker shows a sign of life, or Redis is away and cannot say."""
         try:
-            found = any(True for _ in self._redis.scan_iter(process_key("worker-*"), count=500))
+            return any(True for _ in self._redis.scan_iter(process_key("worker-*"), count=500))
         except _AWAY:
-            return
-        if not found:
-            raise LanguageModelUnavailableError(
-                f"no worker has answered for {self._timeout:g} s and none shows a sign of life on "
-                f"{self.url}; {done} of {count} trials have a result: start `lm-server worker "
-                "--lm DIR --redis URL`"
-            )
+            return True
 
 
 def _index(fields: Mapping[bytes, bytes]) -> int | None:

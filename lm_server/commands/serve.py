@@ -138,11 +138,13 @@ def chosen_redis(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], N
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
-    from lm_server.client.connection import connect, mask_password
+    from lm_server.client.connection import connect, mask_password, redis_errors
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.ownership import Limits
+    from lm_server.serving.rights import check_rights, server_needs
     from lm_server.serving.server import Server
     from lm_server.serving.session import Session
+    from lm_server.serving.status import new_name
 
     need_packages(args.backend)
     logs.use(args.log_format)
@@ -156,6 +158,10 @@ def run(args: argparse.Namespace) -> int:
         words = options.hot_words_from(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
+        name = new_name("server")
+        masked = mask_password(url)
+        with redis_errors(masked, "lm-server serve"):
+            check_rights(client, url, server_needs(name, args.max_sessions > 0))
         model = load_model(args.lm, args.backend)
         answering = Answering(llm_from_options(args), args.rescore_seconds)
         stack.callback(answering.close)
@@ -169,7 +175,8 @@ def run(args: argparse.Namespace) -> int:
             grace_seconds=args.grace_seconds,
             lease_seconds=args.lease_seconds,
         )
-        server = Server(client, session, limits)
-        print(f"lm-server ready redis={mask_password(url)} lm={args.lm}", flush=True)
+        with redis_errors(masked, "lm-server serve"):
+            server = Server(client, session, limits, name)
+        print(f"lm-server ready redis={masked} lm={args.lm}", flush=True)
         server.run(stop, check)
     return 0

@@ -46,8 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Work until stopped."""
-    from lm_server.client.connection import connect, mask_password
+    from lm_server.client.connection import connect, mask_password, redis_errors
     from lm_server.rescoring.answering import Answering
+    from lm_server.serving.rights import check_rights, worker_needs
+    from lm_server.serving.status import new_name
     from lm_server.serving.supervisor import supervise
     from lm_server.serving.worker import Terms, Worker
 
@@ -61,7 +63,12 @@ def run(args: argparse.Namespace) -> int:
     stop = stopped_by_signals()
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
-        connect(url, args.wait_seconds, stop).close()
+        masked = mask_password(url)
+        with (
+            connect(url, args.wait_seconds, stop) as client,
+            redis_errors(masked, "lm-server worker"),
+        ):
+            check_rights(client, url, worker_needs(new_name("worker")))
         # Read before the processes are forked, so that they share its memory.
         model = load_model(args.lm, args.backend)
         # Words that cannot be used show here once, and not in every process again and again.
@@ -76,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
                 answering.close()
 
         print(
-            f"lm-server ready redis={mask_password(url)} lm={args.lm} workers={args.workers} "
-            f"pid={os.getpid()}",
+            f"lm-server ready redis={masked} lm={args.lm} workers={args.workers} pid={os.getpid()}",
             flush=True,
         )
         # Its thread starts only after the fork of the first processes.

@@ -24,6 +24,7 @@ from lm_server.protocol import (
 from lm_server.search.hot_words import parse_hot_words
 from lm_server.serving import scripts
 from lm_server.serving.ownership import OwnedSession, OwnedSessions, newest_ids
+from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry
 
 _FULL_SECONDS = 0.5
@@ -63,6 +64,12 @@ class SessionRequests:
                 self._close(name, entry)
         except (ProtocolError, UserError) as error:
             self._answer_once(entry, _refusal(entry, str(error)))
+        except redis.exceptions.ResponseError as error:
+            if not lasting(error):
+                raise
+            # The rights for this session's keys are missing, not those for all.
+            reason = f"Redis refuses the server a command ({error}): choose another id"
+            self._answer_once(entry, _refusal(entry, reason))
         self._client.xtrim(REGISTRY.requests, maxlen=_KEPT_REQUESTS, approximate=True)
         # Moved after the work: what failed with Redis is read again, and done once all the same.
         self.position = entry.name

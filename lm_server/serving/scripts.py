@@ -151,6 +151,13 @@ return 1
 """
 """Renews the claim on a job for another lease. 0: another worker has claimed it."""
 
+FORGET_WORKER = """
+-- KEYS: jobs;  ARGV: group, worker
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then return 0 end
+return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+"""
+"""Removes a worker from the group, unless it holds a job. One that lives joins again by reading."""
+
 FINISH_JOB = """
 -- KEYS: jobs, batch, results;  ARGV: group, entry id, job, seconds that results are kept, fields
 local wanted = redis.call('HGET', KEYS[2], ARGV[3]) == 'queued'

@@ -26,6 +26,7 @@ from lm_server.serving.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
 from lm_server.serving.ownership import BATCH, Limits, OwnedSession, OwnedSessions, Unsent
 from lm_server.serving.requests import SessionRequests
+from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry, Message, Reply, Session
 from lm_server.serving.status import Heartbeat, Meter, longest_finish, new_name
 
@@ -180,7 +181,14 @@ class Server:
         self._heartbeat.alive(within=longest_finish(session.frames))
         context = ""
         if entry.stream == session.streams.finalize:
-            context = self._context(owned, entry)
+            try:
+                context = self._context(owned, entry)
+            except redis.exceptions.ResponseError as error:
+                if not lasting(error):
+                    raise
+                reason = f"the context cannot be read ({error}): the server's operator can allow it"
+                owned.handled(entry, Reply([session.refusal(reason, entry)]), started)
+                return self._flush(owned)
         try:
             reply = yield from session.handle(entry, context)
         except Exception as error:

@@ -43,7 +43,7 @@ from lm_server.serving.saved_state import (
     read_description,
     read_state,
 )
-from lm_server.serving.session import Entry, Message, Reply, Session, logits_of
+from lm_server.serving.session import Entry, Message, Reply, Session, client_of, logits_of
 
 BATCH = 16
 """Entries read from one stream at a time."""
@@ -194,7 +194,7 @@ class OwnedSession:
         if entry.stream == names.input and self._first is None:
             self._first = entry.name
         done_with = []
-        if entry.stream in (names.reset, names.finalize) or not self.session.frames:
+        if not self.session.frames:
             done_with = [*self._of_sentence, (entry.stream, entry.name)]
             self._of_sentence, self._first = [], None
         elif entry.stream == names.input:
@@ -220,7 +220,8 @@ class OwnedSession:
         self._first = first
         for id_, fields in entries:
             try:
-                yield from self.session.search_frames(logits_of(plain(fields)))
+                if client_of(plain(fields)) == self.session.client:
+                    yield from self.session.search_frames(logits_of(plain(fields)))
             except ProtocolError:
                 continue  # The first server refused it, too.
             self._of_sentence.append((self.session.streams.input, text(id_)))

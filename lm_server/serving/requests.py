@@ -16,8 +16,8 @@ from lm_server.protocol import (
     REGISTRY,
     ProtocolError,
     check_session,
+    echoed,
     owner_key,
-    request_id,
     session_streams,
     state_key,
 )
@@ -30,7 +30,7 @@ from lm_server.serving.session import Entry
 _FULL_SECONDS = 0.5
 """A full server leaves a request to others for so long before it refuses."""
 _KEPT_REQUESTS = 1000
-_NOT_SETTINGS = ("action", "session", "request_id", "idle_seconds", "hot_words")
+_NOT_SETTINGS = ("action", "session", "request_id", "client", "idle_seconds", "hot_words")
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class SessionRequests:
         for answer in (done, _refusal(entry, reason)):
             arguments += [len(answer), *scripts.flat(answer)]
         if self._open_script(keys=keys, args=arguments) and name not in sessions:
-            asked = Entry(entry.stream, entry.id, {**given, **request_id(fields)})
+            asked = Entry(entry.stream, entry.id, {**given, **echoed(fields)})
             sessions.add(session, idle, session.warnings(before, asked))
             _log.info("opened session %r", name)
 
@@ -151,7 +151,7 @@ def _answer(entry: Entry) -> dict[str, bytes]:
     """Return the fields that every answer to a request has."""
     fields = entry.fields
     repeated = {name: fields[name][:100] for name in ("action", "session") if name in fields}
-    return repeated | request_id(fields)
+    return repeated | echoed(fields)
 
 
 def _refusal(entry: Entry, reason: str) -> dict[str, bytes]:

@@ -27,8 +27,8 @@ from lm_server.protocol import (
     REGISTRY,
     ProtocolError,
     batch_key,
+    echoed,
     process_key,
-    request_id,
     results_stream,
 )
 from lm_server.rescoring.answering import Answering, PendingAnswer
@@ -326,7 +326,7 @@ class Worker:
         result = {
             "job": name.encode(),
             **job.result,
-            **request_id(job.fields),
+            **echoed(job.fields),
             "seconds": f"{seconds:.6f}".encode(),
             "worker": self.name.encode(),
             "attempt": str(job.attempt).encode(),

@@ -169,7 +169,7 @@ def test_each_chunk_is_answered_with_the_text_so_far(url: str) -> None:
 
 
 def test_settings_arrive_under_their_names_whole_numbers_without_a_point(url: str) -> None:
-    with serving(url) as server, Client(url) as client:
+    with serving(url) as server, Client(url, name="") as client:
         client.update_params(acoustic_scale=0.8, nbest=10)
     assert server.entries == [(S.update_params, {b"acoustic_scale": b"0.8", b"nbest": b"10"})]
 

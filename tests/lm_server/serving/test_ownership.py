@@ -66,7 +66,7 @@ def handle(session, entry):
     raise AssertionError("a long search")
 
 
-def hear(owned, client, stream, **fields):
+def hear(owned, client, stream, /, **fields):
     """As the server does, up to the sending."""
     id_ = client.xadd(stream, fields)
     ms, number = map(int, id_.decode().split("-"))
@@ -75,7 +75,7 @@ def hear(owned, client, stream, **fields):
     return owned.unsent[-1]
 
 
-def answer(table, owned, client, stream, **fields):
+def answer(table, owned, client, stream, /, **fields):
     unsent = hear(owned, client, stream, **fields)
     table.send(owned, unsent.reply.messages(), unsent)
 
@@ -256,6 +256,21 @@ def test_a_default_session_that_cannot_be_made_ends_the_start(client):
     with pytest.raises(UserError, match="the hot words are wrong"):
         Server(client, make)
     assert not client.exists(owner_key(""))
+
+
+def test_another_server_searches_the_entries_of_the_sentences_own_client(model, client):
+    table, first = owning(client, "first", model)
+    logits = say(["the", "cat"])
+    for name in (b"ann", b"bob", b"ann"):
+        fields = {"logits": encode_logits(logits), "client": name}
+        answer(table, first, client, "remote_lm_input", **fields)
+    answer(table, first, client, "remote_lm_finalize", done=b"0", client=b"bob")
+    _, second = owning(client, "second", model)
+    assert second.session.frames == 2 * len(logits)
+    assert second.session.client == "ann"
+    # Its name is still taken.
+    entry = Entry("remote_lm_reset", (10**15, 0), {"client": b"bob"})
+    assert handle(second.session, entry).messages()[0].stream == "remote_lm_error"
 
 
 GONE = b"the beginning of this sentence is lost"

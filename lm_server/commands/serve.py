@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_server import settings
 from lm_server.commands import options
@@ -21,6 +22,12 @@ from lm_server.protocol import MAX_MESSAGE_FRAMES
 from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model, need_packages
 from lm_server.serving import logs
+from lm_server.serving.status import Report
+
+if TYPE_CHECKING:
+    from lm_server.serving.http import OperatorsPort
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -104,6 +111,11 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     add_numbers(parser, [WAIT])
     parser.add_argument(
+        "--http",
+        metavar="PORT",
+        help="answer /live, /ready and /metrics (Prometheus) on 127.0.0.1:PORT, or on HOST:PORT",
+    )
+    parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
     )
     logs.add_option(parser)
@@ -122,6 +134,21 @@ def stopped_by_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def operators_port(address: str | None, report: Callable[[], Report]) -> OperatorsPort | None:
+    """Return the bound port of --http. None without it.
+
+    Raises:
+      HttpError: it cannot be bound.
+    """
+    if address is None:
+        return None
+    from lm_server.serving.http import OperatorsPort
+
+    port = OperatorsPort(address, report)
+    _log.info("/live, /ready and /metrics are at %s", port.url)
+    return port
 
 
 @contextlib.contextmanager
@@ -152,6 +179,14 @@ def run(args: argparse.Namespace) -> int:
     stop = stopped_by_signals()
     if args.exit_with_parent:
         stop_with_parent(stop)
+    server: Server | None = None
+
+    def report() -> Report:
+        return Report(True, False, "starting") if server is None else server.report()
+
+    port = operators_port(args.http, report)
+    if port is not None:
+        port.start()
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
         chosen = options.settings_from(args)

@@ -68,10 +68,10 @@ def set_field_aside(client: redis.Redis, key: str, field: bytes) -> None:
     """Move a field of a hash that no server wrote to another hash, and log it."""
     place = f"{ASIDE}fields:{key}"
     set_aside(client, {place: "hash"})
-    value: Any = client.hget(key, field)  # type: ignore[arg-type]
+    value: Any = client.hget(key, field)
     if value is not None:
-        client.hset(place, field, value)  # type: ignore[arg-type]
-        client.hdel(key, field)  # type: ignore[arg-type]
+        client.hset(place, field, value)
+        client.hdel(key, field)
     _log.error(
         "the hash %s had the field %r, which no server wrote: it is moved to the hash %s; look for "
         "the program that wrote it",

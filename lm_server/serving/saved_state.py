@@ -66,10 +66,10 @@ def read_description(value: bytes) -> tuple[float, str]:
       SavedStateError: it is not as servers write it.
     """
     found = _json_object(value, "value")
-    idle, session = found.get("idle_seconds"), found.get("session")
-    if type(idle) not in (int, float) or not math.isfinite(idle) or idle <= 0:
+    idle: Any = found.get("idle_seconds")
+    if type(idle) not in (int, float) or not 0 < idle < math.inf:
         raise SavedStateError(f"idle_seconds is {_shown(idle)}; needed a number above 0")
-    return float(idle), json.dumps(session)
+    return float(idle), json.dumps(found.get("session"))
 
 
 def _json_object(value: Any, name: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lm_server.serving.ownership import BATCH, Limits, OwnedSession, OwnedSessio
 from lm_server.serving.requests import SessionRequests
 from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry, Message, Reply, Session
-from lm_server.serving.status import Heartbeat, Meter, longest_finish, new_name
+from lm_server.serving.status import Heartbeat, Meter, Report, longest_finish, new_name
 
 _BLOCK_MS = 500
 _STOPPING_BLOCK_MS = 50
@@ -108,6 +108,10 @@ class Server:
             )
             with contextlib.suppress(*LOST):
                 self._leave()
+
+    def report(self) -> Report:
+        """Return the server's state for operators. Other threads may call this."""
+        return self._heartbeat.report()
 
     def _round(self, stopping: bool) -> None:
         for owned in self.sessions:

@@ -7,7 +7,6 @@ reader reports and repairs. It never ends a server.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from lm_server.client.connection import EntryId, parse_id, text
 from lm_server.errors import UserError
 
+_LONGEST_IDLE = 1e9
 _ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 
@@ -67,7 +67,7 @@ def read_description(value: bytes) -> tuple[float, str]:
     """
     found = _json_object(value, "value")
     idle: Any = found.get("idle_seconds")
-    if type(idle) not in (int, float) or not 0 < idle < math.inf:
+    if type(idle) not in (int, float) or not 0 < idle <= _LONGEST_IDLE:
         raise SavedStateError(f"idle_seconds is {_shown(idle)}; needed a number above 0")
     return float(idle), json.dumps(found.get("session"))
 

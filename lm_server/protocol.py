@@ -42,8 +42,14 @@ PROTOCOL_VERSION = "2"
 CONTEXT_KEY = "contextual_decoding_current_context"
 REQUEST_ID = "request_id"
 """A field that any entry may have. Everything that answers the entry has it too."""
+CLIENT = "client"
+"""A field with the name of the client that sends an entry. Its answers have it too."""
+RELEASE = "release"
+"""A field of a reset with which a client that has named itself leaves the session to others."""
+HOLD_MS = 10_000
+"""A client holds a session for so long after its last entry."""
 MAX_REQUEST_ID = 200
-"""Bytes of a request id."""
+"""Bytes of a request id and of a client's name."""
 WARNING = "warning"
 """`severity` of an error entry that accompanies an answer instead of replacing it."""
 _OTHER_TYPES = {"float64": "<f8", "big-endian float32": ">f4", "float16": "<f2"}
@@ -97,13 +103,18 @@ REGISTRY = Registry()
 DEFAULT_SESSION = ""
 
 
+def is_session(name: str) -> bool:
+    """Return whether a name may be a session's or a batch's id."""
+    return _SESSION.fullmatch(name) is not None
+
+
 def check_session(session: str) -> str:
     """Return a session id that a client has chosen.
 
     Raises:
       ProtocolError: it is empty, too long, or has other characters than A-Z a-z 0-9 . _ -.
     """
-    if not _SESSION.fullmatch(session):
+    if not is_session(session):
         raise ProtocolError(
             f"the session id is {session[:80]!r}; needed 1 to 64 of the characters A-Z a-z 0-9 . _ "
             "-: choose another"
@@ -150,11 +161,12 @@ def results_stream(batch: str) -> str:
     return f"remote_lm_results:{check_session(batch)}"
 
 
-def request_id(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return an entry's request id as a field of its answers, cut to `MAX_REQUEST_ID` bytes. No
-    field if the client sent none."""
-    given = fields_.get(REQUEST_ID)
-    return {} if given is None else {REQUEST_ID: given[:MAX_REQUEST_ID]}
+def echoed(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return an entry's request id and its client's name as fields of its answers, each cut to
+    `MAX_REQUEST_ID` bytes. No field that the client did not send."""
+    return {
+        name: fields_[name][:MAX_REQUEST_ID] for name in (REQUEST_ID, CLIENT) if name in fields_
+    }
 
 
 def to_lm_order(logits: np.ndarray) -> np.ndarray:

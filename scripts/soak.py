@@ -7,7 +7,7 @@ Starts, on this machine only, a Redis with an append-only file, one `lm-server s
 streams, the others in sessions), half are jobs. Meanwhile faults happen, in turns:
 
     missing field, wrong shape, NaN, worker killed, oversized, Redis killed, slow client,
-    vanished client, clock, bad setting, server killed
+    vanished client, clock, bad setting, server killed, server away, foreign keys, second client
 
 Entries that cannot be used are sent in the middle of a sentence, which must not be harmed by them.
 "Killed" is SIGKILL: Redis is started again on its file, a worker by its supervisor, the server by
@@ -39,12 +39,19 @@ from rich.console import Console
 from rich.progress import Progress
 from soak_clients import VANISHED_IDLE, Speaker, Tally, do_jobs, vanish, wrong_clock
 from soak_machines import Machines, Sentence, make_model, make_sentences
+from soak_others import foreign_keys, second_client, server_away
 
 from lm_server.protocol import REGISTRY
 
+OTHERS = {
+    "server away": server_away,
+    "foreign keys": foreign_keys,
+    "second client": second_client,
+}
 KINDS = (
     *("missing field", "wrong shape", "worker killed", "NaN", "Redis killed", "oversized"),
     *("slow client", "vanished client", "server killed", "clock", "bad setting"),
+    *OTHERS,
 )
 BY_CLIENT = ("missing field", "wrong shape", "NaN", "oversized", "slow client", "bad setting")
 
@@ -144,6 +151,8 @@ def _inject(
         machines.kill_worker()
     elif kind == "server killed":
         machines.kill_server()
+    elif kind in OTHERS:
+        OTHERS[kind](machines, number, sentences[number], tally)
     elif kind == "vanished client":
         vanish(machines.url, number, sentences[number])
     else:

@@ -70,7 +70,7 @@ class Speaker:
     def open(self) -> None:
         """Open the session."""
         if self.session:
-            self._insist(lambda: _request(self._redis, "open", self.session))
+            self._insist(lambda: request(self._redis, "open", self.session))
 
     def say(self, sentence: Sentence) -> None:
         """Send a sentence until it is accepted, and check its answer."""
@@ -156,7 +156,7 @@ class Speaker:
         while self._insist(lambda: self._read(500)):
             pass
         if self.session:
-            self._insist(lambda: _request(self._redis, "close", self.session))
+            self._insist(lambda: request(self._redis, "close", self.session))
         self._redis.close()
 
     def _insist(self, action: Callable[[], Any]) -> Any:
@@ -170,7 +170,7 @@ class Speaker:
                 time.sleep(0.05)
 
 
-def _request(client: Any, action: str, session: str, **fields: Any) -> None:
+def request(client: Any, action: str, session: str, **fields: Any) -> None:
     """Open or close a session; one that is open or closed already is accepted."""
     mark = f"{action}-{session}-{time.monotonic_ns()}"
     given = {"action": action, "session": session, "request_id": mark, **fields}
@@ -191,7 +191,7 @@ def vanish(url: str, number: int, sentence: Sentence) -> None:
     """Open a session, send half a sentence and leave it there."""
     with redis.Redis.from_url(url, protocol=2) as client:
         session = f"vanished-{number}"
-        _request(client, "open", session, idle_seconds=VANISHED_IDLE)
+        request(client, "open", session, idle_seconds=VANISHED_IDLE)
         half = encode_logits(sentence.logits[: len(sentence.logits) // 2])
         client.xadd(session_streams(session).input, {"logits": half})
 
@@ -202,7 +202,7 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
     ms = 5 if number % 2 else int(1000 * (time.time() + 86_400))
     names = session_streams(session)
     with redis.Redis.from_url(url, protocol=2) as client:
-        _request(client, "open", session)
+        request(client, "open", session)
         client.xadd(names.reset, {"done": 0}, id=f"{ms}-1")
         client.xadd(names.input, {"logits": encode_logits(sentence.logits)}, id=f"{ms}-2")
         client.xadd(names.finalize, {"done": 0}, id=f"{ms}-3")
@@ -217,7 +217,7 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
         tally.count("real-time sentences")
         if fields[b"scoring"].decode() != sentence.scoring:
             tally.count("wrong", session)
-        _request(client, "close", session)
+        request(client, "close", session)
 
 
 def _job_client(url: str) -> JobClient:

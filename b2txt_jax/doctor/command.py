@@ -290,13 +290,11 @@ def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
     """Check that a Redis server answers at `url`. Findings do not contain the password."""
     import redis
 
-    from lm_server.client.connection import mask_password
+    from lm_server.client.connection import RedisUnavailableError, mask_password, redis_client
 
     shown = mask_password(url)
     try:
-        client = redis.Redis.from_url(
-            url, protocol=2, socket_connect_timeout=timeout, socket_timeout=timeout
-        )
+        client = redis_client(url, timeout)
         started = time.perf_counter()
         client.ping()
         milliseconds = 1000 * (time.perf_counter() - started)
@@ -304,14 +302,14 @@ def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
         ahead = time.time() - (seconds + microseconds / 1e6)
         version = client.info("server")["redis_version"]
         client.close()
-    except ValueError:
-        needed = "needed redis://[:password@]host:port/database, rediss://... or unix:///path"
-        return [Finding("Redis", "problem", f"{shown} is no Redis URL", needed)]
+    except RedisUnavailableError as error:
+        found, _, needed = str(error).partition("; ")
+        return [Finding("Redis", "problem", found, needed)]
     except redis.AuthenticationError:
         found = f"{shown} refuses the login"
         return [Finding("Redis", "problem", found, "give user and password in the URL")]
     except (redis.RedisError, OSError) as error:
-        reason = str(error).replace(url, shown).splitlines()[0]
+        reason = str(error).splitlines()[0]
         advice = "start one: redis-server, or lm-server serve --embedded-redis; check host and port"
         return [Finding("Redis", "problem", f"{shown} does not answer: {reason}", advice)]
     found = f"{shown} answers in {milliseconds:.1f} ms, version {version}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def run_workers(
     Raises:
       LanguageModelUnavailableError: Redis stays away, or there is no worker.
     """
-    with JobClient(url) as client:
+    with JobClient(url, notice=lambda text: print(text, file=sys.stderr)) as client:
         return client.decode_all(logits, names, progress=progress)
 
 

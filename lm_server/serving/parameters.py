@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lm_server.protocol import REQUEST_ID, ProtocolError
+from lm_server.protocol import CLIENT, REQUEST_ID, ProtocolError
 from lm_server.search.load import without_effect
 from lm_server.settings import NAMES, NOT_NEEDED, Settings, changed
 
 OURS = NAMES
 """Parameters that are settings here; `NOT_NEEDED` are accepted beside them."""
+_OTHERS = (REQUEST_ID, CLIENT)
 
 
 def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Settings:
@@ -20,7 +21,7 @@ def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Setting
       ProtocolError: a name is unknown or a value is no finite number.
       SettingsError: a value is outside its range.
     """
-    values = {name: _number(name, text) for name, text in fields.items() if name != REQUEST_ID}
+    values = {name: _number(name, text) for name, text in fields.items() if name not in _OTHERS}
     for name in values:
         if name not in OURS and name not in NOT_NEEDED:
             known = ", ".join([*OURS, *NOT_NEEDED])

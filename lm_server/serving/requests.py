@@ -16,20 +16,21 @@ from lm_server.protocol import (
     REGISTRY,
     ProtocolError,
     check_session,
+    echoed,
     owner_key,
-    request_id,
     session_streams,
     state_key,
 )
 from lm_server.search.hot_words import parse_hot_words
 from lm_server.serving import scripts
 from lm_server.serving.ownership import OwnedSession, OwnedSessions, newest_ids
+from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry
 
 _FULL_SECONDS = 0.5
 """A full server leaves a request to others for so long before it refuses."""
 _KEPT_REQUESTS = 1000
-_NOT_SETTINGS = ("action", "session", "request_id", "idle_seconds", "hot_words")
+_NOT_SETTINGS = ("action", "session", "request_id", "client", "idle_seconds", "hot_words")
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ class SessionRequests:
                 self._close(name, entry)
         except (ProtocolError, UserError) as error:
             self._answer_once(entry, _refusal(entry, str(error)))
+        except redis.exceptions.ResponseError as error:
+            if not lasting(error):
+                raise
+            # The rights for this session's keys are missing, not those for all.
+            reason = f"Redis refuses the server a command ({error}): choose another id"
+            self._answer_once(entry, _refusal(entry, reason))
         self._client.xtrim(REGISTRY.requests, maxlen=_KEPT_REQUESTS, approximate=True)
         # Moved after the work: what failed with Redis is read again, and done once all the same.
         self.position = entry.name
@@ -108,7 +115,7 @@ class SessionRequests:
         for answer in (done, _refusal(entry, reason)):
             arguments += [len(answer), *scripts.flat(answer)]
         if self._open_script(keys=keys, args=arguments) and name not in sessions:
-            asked = Entry(entry.stream, entry.id, {**given, **request_id(fields)})
+            asked = Entry(entry.stream, entry.id, {**given, **echoed(fields)})
             sessions.add(session, idle, session.warnings(before, asked))
             _log.info("opened session %r", name)
 
@@ -144,7 +151,7 @@ def _answer(entry: Entry) -> dict[str, bytes]:
     """Return the fields that every answer to a request has."""
     fields = entry.fields
     repeated = {name: fields[name][:100] for name in ("action", "session") if name in fields}
-    return repeated | request_id(fields)
+    return repeated | echoed(fields)
 
 
 def _refusal(entry: Entry, reason: str) -> dict[str, bytes]:

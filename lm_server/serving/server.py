@@ -22,12 +22,13 @@ import redis
 
 from lm_server.client.connection import LOST, parse_id, plain, text
 from lm_server.protocol import DEFAULT_SESSION, REGISTRY, context_key, owner_key
-from lm_server.serving.key_types import wrong_type
+from lm_server.serving.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
 from lm_server.serving.ownership import BATCH, Limits, OwnedSession, OwnedSessions, Unsent
 from lm_server.serving.requests import SessionRequests
+from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry, Message, Reply, Session
-from lm_server.serving.status import Heartbeat, Meter, longest_finish, new_name
+from lm_server.serving.status import Heartbeat, Meter, Report, longest_finish, new_name
 
 _BLOCK_MS = 500
 _STOPPING_BLOCK_MS = 50
@@ -103,10 +104,14 @@ class Server:
                 lambda: self._round(stopping=deadline is not None),
                 ended,
                 stop,
-                self.sessions.set_aside,
+                self._set_aside,
             )
             with contextlib.suppress(*LOST):
                 self._leave()
+
+    def report(self) -> Report:
+        """Return the server's state for operators. Other threads may call this."""
+        return self._heartbeat.report()
 
     def _round(self, stopping: bool) -> None:
         for owned in self.sessions:
@@ -180,7 +185,14 @@ class Server:
         self._heartbeat.alive(within=longest_finish(session.frames))
         context = ""
         if entry.stream == session.streams.finalize:
-            context = self._context(owned, entry)
+            try:
+                context = self._context(owned, entry)
+            except redis.exceptions.ResponseError as error:
+                if not lasting(error):
+                    raise
+                reason = f"the context cannot be read ({error}): the server's operator can allow it"
+                owned.handled(entry, Reply([session.refusal(reason, entry)]), started)
+                return self._flush(owned)
         try:
             reply = yield from session.handle(entry, context)
         except Exception as error:
@@ -248,6 +260,12 @@ class Server:
             self.sessions.look_after()
             self._requests.housekeeping()
             self.sessions.adopt()
+
+    def _set_aside(self) -> bool:
+        found = self.sessions.set_aside()
+        with contextlib.suppress(*LOST):
+            found |= bool(set_aside(self._client, {self._wake: "stream"}))
+        return found
 
     def _renew(self) -> None:
         """Renew what this server holds. The heartbeat's thread calls this."""

@@ -13,17 +13,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lm_server.client.connection import EntryId
+from lm_server.client.connection import EntryId, text
 from lm_server.hypothesis import Answer
 from lm_server.processes import version
 from lm_server.protocol import (
+    CLIENT,
+    HOLD_MS,
     MAX_MESSAGE_FRAMES,
+    MAX_REQUEST_ID,
     PROTOCOL_VERSION,
+    RELEASE,
     WARNING,
     ProtocolError,
     decode_logits,
+    echoed,
     encode_scoring,
-    request_id,
     session_streams,
 )
 from lm_server.rescoring.answering import Answering, PendingAnswer
@@ -34,6 +38,7 @@ from lm_server.settings import Settings, SettingsError
 
 STEP_FRAMES = 100
 """Frames of one slice of a search."""
+_AGAIN = "send reset, then the sentence again"
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,11 @@ def logits_of(fields: Mapping[str, bytes]) -> np.ndarray:
     return decode_logits(fields["logits"])
 
 
+def client_of(fields: Mapping[str, bytes]) -> str:
+    """Return the name of the client that sent an entry. Empty if it did not name itself."""
+    return text(fields.get(CLIENT, b"")[:MAX_REQUEST_ID])
+
+
 def slices(logits: np.ndarray) -> Iterator[np.ndarray]:
     """Yield logits [frames, 41] in slices of at most `STEP_FRAMES` frames, at least one slice."""
     for start in range(0, max(len(logits), 1), STEP_FRAMES):
@@ -123,6 +133,9 @@ class Session:
           answering: makes answers of hypotheses. None: at once, with the n-gram model's scores.
           hot_words: words that the search favours until the client changes them.
           max_frames: frames of one sentence, at most MAX_MESSAGE_FRAMES.
+
+        The attribute `lost` is why the beginning of the current sentence is lost, `client` the name
+        of the client that holds the session. Both are empty without.
         """
         self.max_frames = max_frames
         self.name = name
@@ -135,6 +148,8 @@ class Session:
         self._asked: set[str] = set()
         self._asked_words = False
         self._description: str | None = None
+        self.lost = self.client = ""
+        self._heard: int | None = None
 
     @property
     def settings(self) -> Settings:
@@ -157,9 +172,18 @@ class Session:
           context: the context string at this moment. A final answer repeats it.
         """
         names = self.streams
+        foreign = self._foreign(entry)
+        if foreign:
+            refusal = self.refusal(foreign, entry)
+            # The client that holds the session reads it too, and must know that it is not meant.
+            of = {CLIENT: client_of(entry.fields).encode()}
+            return Reply([Message(refusal.stream, {**refusal.fields, **of})])
         try:
+            self._refuse_rest(entry)
             if entry.stream == names.reset:
                 self._search.begin(self._settings)
+                if RELEASE in entry.fields:
+                    self._hold("", None)
                 return Reply([self._done(names.done_resetting, entry)])
             if entry.stream == names.input:
                 return Reply([(yield from self._step(entry))])
@@ -176,16 +200,57 @@ class Session:
         except (ProtocolError, SettingsError, HotWordError, BackendError) as error:
             return Reply([self.refusal(str(error), entry)])
 
+    def _foreign(self, entry: Entry) -> str:
+        """Return why an entry is refused since another client holds the session. Empty if not."""
+        name, now = client_of(entry.fields), entry.id[0]
+        if name != self.client:
+            if self._heard is None and self.client:
+                self._heard = now  # Another server heard it last.
+            recent = self._heard is not None and abs(now - self._heard) <= HOLD_MS
+            free = not self.frames or entry.stream == self.streams.reset
+            # Clients without a name hold a session only during a sentence.
+            if not free or (recent and (self.client or self.frames)):
+                holder = f"the client {self.client!r}" if self.client else "a client without a name"
+                own = f"the client {name!r}" if name else "one without a name"
+                return (
+                    f"this session is in use by {holder}, and this entry is from {own}: open a "
+                    f"session, or send a reset {HOLD_MS / 1000:g} s after the other's last entry"
+                )
+        self._hold(name, now)
+        return ""
+
+    def _hold(self, name: str, heard: int | None) -> None:
+        if name != self.client:
+            self.client, self._description = name, None
+        self._heard = heard
+
     def failed(self, entry: Entry, error: Exception) -> Message:
         """Drop the current sentence and return the error message for an entry that failed by a
         fault of the server."""
+        reason = (
+            f"the server failed on this entry ({type(error).__name__}: {error}); its log says more"
+        )
+        ended = entry.stream in (self.streams.reset, self.streams.finalize)
+        begun = self.frames > 0 or entry.stream == self.streams.input
+        return self.lose(entry, reason, more=begun and not ended)
+
+    def lose(self, entry: Entry, reason: str, more: bool = True) -> Message:
+        """Drop the current sentence and return the error message for it.
+
+        With `more`, what still comes of it is refused until its finalize or the next reset.
+        """
         # Nobody knows in what state the old search is.
         self._search = self._model.search(self._settings, self.hot_words)
-        text = (
-            f"the server failed on this entry ({type(error).__name__}: {error}) and dropped the "
-            "sentence under way: send reset, then the sentence again; its log says more"
-        )
-        return self.refusal(text, entry)
+        self.lost = reason if more else ""
+        return self.refusal(f"{reason}: the sentence is dropped; {_AGAIN}", entry)
+
+    def _refuse_rest(self, entry: Entry) -> None:
+        """Raise ProtocolError for an entry of a sentence whose beginning is lost."""
+        lost, names = self.lost, self.streams
+        if entry.stream in (names.reset, names.finalize):
+            self.lost = ""
+        if lost and entry.stream in (names.input, names.finalize):
+            raise ProtocolError(f"the beginning of this sentence is lost ({lost}); {_AGAIN}")
 
     def args(self) -> Message:
         """Return the current settings under their published names, for `remote_lm_args`."""
@@ -207,6 +272,8 @@ class Session:
             found: dict[str, object] = {
                 "settings": {name: getattr(self._settings, name) for name in sorted(self._asked)}
             }
+            if self.client:
+                found["client"] = self.client
             if self._asked_words:
                 found["hot_words"] = {
                     word: {"weight": one.weight, "pronunciations": one.pronunciations}
@@ -222,6 +289,8 @@ class Session:
           ValueError: it cannot be used here (made by another version).
         """
         given = json.loads(description)
+        # Before what may fail: the sentence under way is this client's.
+        self._hold(str(given.get("client", ""))[:MAX_REQUEST_ID], None)
         asked = {str(name): str(value).encode() for name, value in given["settings"].items()}
         words = given.get("hot_words")
         self.apply(asked, None if words is None else parse_hot_words(json.dumps(words)))
@@ -265,7 +334,7 @@ class Session:
         answer = {"error": reason, "stream": entry.stream, "entry_id": entry.name}
         answer["severity"] = severity
         sent = {name: value.encode() for name, value in answer.items()}
-        return Message(self.streams.error, sent | request_id(entry.fields))
+        return Message(self.streams.error, sent | echoed(entry.fields))
 
     def warnings(self, before: Settings, entry: Entry) -> list[Message]:
         """Return a warning for each setting that an entry changed without effect."""
@@ -274,7 +343,7 @@ class Session:
 
     def _step(self, entry: Entry) -> Generator[None, None, Message]:
         words = yield from self.search_frames(logits_of(entry.fields))
-        partial = {"lm_response_partial": " ".join(words).encode(), **request_id(entry.fields)}
+        partial = {"lm_response_partial": " ".join(words).encode(), **echoed(entry.fields)}
         return Message(self.streams.partial, partial)
 
     def _finish(self, entry: Entry, context: str) -> Reply:
@@ -282,7 +351,7 @@ class Session:
         hypotheses = self._search.finish()
 
         def compose(answer: Answer) -> list[Message]:
-            sent = {**final_fields(answer, context), **request_id(entry.fields)}
+            sent = {**final_fields(answer, context), **echoed(entry.fields)}
             messages = [
                 Message(self.streams.final, sent),
                 self._done(self.streams.done_finalizing, entry),
@@ -320,7 +389,7 @@ class Session:
 
     @staticmethod
     def _done(stream: str, entry: Entry) -> Message:
-        return Message(stream, {"done": b"1", **request_id(entry.fields)})
+        return Message(stream, {"done": b"1", **echoed(entry.fields)})
 
 
 def final_fields(answer: Answer, context: str) -> dict[str, bytes]:

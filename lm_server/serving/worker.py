@@ -27,7 +27,8 @@ from lm_server.protocol import (
     REGISTRY,
     ProtocolError,
     batch_key,
-    request_id,
+    echoed,
+    process_key,
     results_stream,
 )
 from lm_server.rescoring.answering import Answering, PendingAnswer
@@ -120,6 +121,7 @@ class Worker:
         self._terms = terms or Terms()
         self._keep = client.register_script(scripts.KEEP_JOB)
         self._finish = client.register_script(scripts.FINISH_JOB)
+        self._forget = client.register_script(scripts.FORGET_WORKER)
         self._hot_words = dict(hot_words)
         self._use(settings, self._hot_words)
         self._waiting: deque[_Job] = deque()
@@ -151,6 +153,8 @@ class Worker:
 
         with self._heartbeat:
             run_rounds(lambda: self._round(stop.is_set()), ended, stop, self._set_jobs_aside)
+            with contextlib.suppress(*LOST):
+                self._forget(keys=[REGISTRY.jobs], args=[REGISTRY.workers, self.name])
 
     def _round(self, stopping: bool) -> None:
         """Send what is ready. Search one more sentence, or wait."""
@@ -222,7 +226,17 @@ class Worker:
             return _Job(entry, plain(fields), attempt)
         # There may be more after one, so the clock starts only when none is left.
         self._claimed = now
+        self._forget_dead()
         return None
+
+    def _forget_dead(self) -> None:
+        """Remove workers that hold no job and show no sign of life from the group."""
+        consumers: Any = self._client.xinfo_consumers(REGISTRY.jobs, REGISTRY.workers)
+        for one in consumers:
+            name = text(one["name"])
+            if one["pending"] or name == self.name or self._client.exists(process_key(name)):
+                continue
+            self._forget(keys=[REGISTRY.jobs], args=[REGISTRY.workers, name])
 
     def _renew(self) -> None:
         """Renew the claims on our jobs. The heartbeat's thread calls this."""
@@ -312,7 +326,7 @@ class Worker:
         result = {
             "job": name.encode(),
             **job.result,
-            **request_id(job.fields),
+            **echoed(job.fields),
             "seconds": f"{seconds:.6f}".encode(),
             "worker": self.name.encode(),
             "attempt": str(job.attempt).encode(),

@@ -281,6 +281,46 @@ def test_without_a_worker_the_client_says_so(url):
         client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
 
 
+def test_a_missing_worker_is_named_within_seconds_and_waited_for(url):
+    said = []
+    started = time.monotonic()
+
+    def notice(text):
+        said.append((time.monotonic() - started, text))
+
+    with (
+        JobClient(url, timeout=3, notice=notice) as client,
+        pytest.raises(LanguageModelUnavailableError),
+    ):
+        client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
+    ((when, text),) = said
+    assert when < 3
+    assert "start `lm-server worker --lm DIR" in text
+
+
+def test_workers_that_end_or_died_leave_the_group(model_folder, url, connection):
+    def names():
+        return {one["name"] for one in connection.xinfo_consumers("remote_lm_jobs", "workers")}
+
+    with worker(model_folder, url):
+        assert wait_until(lambda: connection.exists("remote_lm_jobs") and len(names()) == 1)
+        for name in ("dead", "holds"):
+            connection.xgroup_createconsumer("remote_lm_jobs", "workers", name)
+        (living,) = names() - {b"dead", b"holds"}
+        assert wait_until(lambda: names() == {living})
+    assert names() == set()
+
+
+def test_results_that_no_worker_wrote_are_counted_and_cost_no_trial(url, connection):
+    with JobClient(url, timeout=5) as client:
+        good = {"job": "0 alone", "error": "a worker's", "seconds": "soon"}
+        for fields in ({"x": 1}, {"job": "x"}, {"job": "7 y"}, {"job": "9" * 5000}, good):
+            connection.xadd(results_stream(client.batch), fields)
+        (result,) = client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
+    assert result.error == "a worker's"
+    assert client.foreign == 4
+
+
 def test_status_shows_workers_and_jobs(model_folder, url, connection):
     with worker(model_folder, url), JobClient(url) as client:
         client.decode_all(trials(4)[0], list("abcd"))

@@ -34,6 +34,7 @@ _TERMS = (
     ),
     Number("--attempts", 3, 1, "a job that lost so many workers is answered by an error"),
     Number("--rescore-seconds", 60.0, 0.1, "a sentence not rescored by then is answered without"),
+    Number("--job-seconds", 600.0, 0.1, "computing time of one job; more is answered by an error"),
 )
 
 
@@ -42,13 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_process_options(parser)
     options.add_workers_option(parser)
     add_numbers(parser, _TERMS)
+    options.add_ceiling_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Work until stopped."""
     from lm_server.client.connection import connect, mask_password
     from lm_server.rescoring.answering import Answering
-    from lm_server.serving.supervisor import supervise
+    from lm_server.serving.supervisor import Busy, supervise
     from lm_server.serving.worker import Terms, Worker
 
     need_packages(args.backend)
@@ -56,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
     args.workers = options.workers_from(args)
     check_numbers(args, [WAIT, *_TERMS])
     chosen = options.settings_from(args)
+    ceilings = options.ceilings_from(args, chosen)
     words = options.hot_words_from(args)
-    terms = Terms(args.lease_seconds, args.attempts)
+    terms = Terms(args.lease_seconds, args.attempts, job_seconds=args.job_seconds)
     stop = stopped_by_signals()
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
@@ -67,12 +70,17 @@ def run(args: argparse.Namespace) -> int:
         # Words that cannot be used show here once, and not in every process again and again.
         model.search(chosen, words)
 
-        def work(ended: threading.Event) -> None:
+        def work(ended: threading.Event, busy: Busy) -> None:
             # It answered a moment ago: should it be away now, it is waited for.
             with connect(url, float("inf"), ended) as client:
                 # torch does not survive a fork, so each process loads its own.
                 answering = Answering(llm_from_options(args), args.rescore_seconds)
-                Worker(client, model, chosen, answering, terms, hot_words=words).run(ended)
+                Worker(
+                    *(client, model, chosen, answering, terms),
+                    hot_words=words,
+                    ceilings=ceilings,
+                    busy=busy,
+                ).run(ended)
                 answering.close()
 
         print(

@@ -389,7 +389,8 @@ def final_fields(answer: Answer, context: str) -> tuple[dict[str, bytes], str]:
 
 def _scoring(hypotheses: Sequence[Hypothesis]) -> tuple[str, int]:
     """Return the field `scoring` and how many of the hypotheses are in it."""
-    size, parts = 0, []
+    size = 0
+    parts: list[str] = []
     for one in hypotheses:
         part = encode_scoring([one])
         size += len(part.encode()) + 1

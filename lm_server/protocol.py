@@ -50,6 +50,14 @@ HOLD_MS = 10_000
 """A client holds a session for so long after its last entry."""
 MAX_REQUEST_ID = 200
 """Bytes of a request id and of a client's name."""
+MAX_JSON = 1_000_000
+"""Bytes of a field that is JSON: hot words, a job's settings."""
+MAX_CONTEXT = 100_000
+"""Bytes of a context string that are used, the last ones."""
+MAX_SCORING = 2_000_000
+"""Bytes of the field `scoring`. Further hypotheses are left out."""
+MAX_JOB_NAME = 1000
+"""Bytes of a job's name."""
 WARNING = "warning"
 """`severity` of an error entry that accompanies an answer instead of replacing it."""
 _OTHER_TYPES = {"float64": "<f8", "big-endian float32": ">f4", "float16": "<f2"}
@@ -90,6 +98,7 @@ class Registry:
       sessions: hash, open session -> JSON of its settings, hot words and idle time.
       jobs: stream of sentences to decode offline, read by a consumer group.
       workers: name of that group.
+      dead: stream of entries and jobs that were set aside, for an operator to read.
     """
 
     requests: str = "remote_lm_sessions"
@@ -97,6 +106,7 @@ class Registry:
     sessions: str = "remote_lm_open_sessions"
     jobs: str = "remote_lm_jobs"
     workers: str = "workers"
+    dead: str = "remote_lm_dead_letters"
 
 
 REGISTRY = Registry()
@@ -149,6 +159,19 @@ def state_key(session: str) -> str:
 def process_key(process: str) -> str:
     """Return the key of a server's or worker's status hash. It expires soon after the process."""
     return f"remote_lm_process:{process}"
+
+
+def check_job_name(name: bytes) -> bytes:
+    """Return a job's name that a client has chosen.
+
+    Raises:
+      ProtocolError: it is empty or too long.
+    """
+    if not 0 < len(name) <= MAX_JOB_NAME:
+        raise ProtocolError(
+            f"the job's name has {len(name)} bytes; needed 1 to {MAX_JOB_NAME}: choose another"
+        )
+    return name
 
 
 def batch_key(batch: str) -> str:
@@ -341,6 +364,11 @@ def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
     Raises:
       ProtocolError: it is not JSON of that form. The search checks words and weights.
     """
+    if len(text) > MAX_JSON:
+        raise ProtocolError(
+            f"words are {len(text)} bytes of JSON; at most {MAX_JSON} are possible: send fewer "
+            "pronunciations"
+        )
     form = '{"WORD": WEIGHT, ...} or {"WORD": {"weight": W, "pronunciations": [["K", "AE", "T"]]}}'
     try:
         given = json.loads(text)
@@ -410,8 +438,9 @@ class Job:
         """Return the fields of an entry of the jobs' stream.
 
         Raises:
-          ProtocolError: the logits cannot be sent.
+          ProtocolError: the logits cannot be sent, or the name is too long.
         """
+        check_job_name(self.name.encode(errors="backslashreplace"))
         fields_ = {
             "batch": check_session(self.batch).encode(),
             "job": self.name.encode(),

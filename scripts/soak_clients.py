@@ -19,10 +19,20 @@ from soak_machines import AWAY, Sentence
 
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
-from lm_server.protocol import REGISTRY, encode_logits, session_streams, to_rnn_order
+from lm_server.protocol import (
+    REGISTRY,
+    Job,
+    batch_key,
+    encode_logits,
+    results_stream,
+    session_streams,
+    to_rnn_order,
+)
 
 ANSWER_SECONDS = 60.0
 VANISHED_IDLE = 2
+POISON = r'{"\ud800": {"weight": 50, "pronunciations": [["K"]]}}'
+"""A hot word that no answer can carry."""
 _BATCH = 50
 
 
@@ -114,13 +124,18 @@ class Speaker:
         if kind == "slow client":
             time.sleep(1.5)
             return
-        stream = self.names.update_params if kind == "bad setting" else self.names.input
+        stream = {
+            "bad setting": self.names.update_params,
+            "poison word": self.names.hot_words,
+        }.get(kind, self.names.input)
         fields: dict[str, Any] = {
             "missing field": {"data": b"1234"},
             "wrong shape": {"logits": bytes(7 * 160 + 1)},
             "NaN": {"logits": np.full((5, 41), np.nan, np.float32).tobytes()},
             "oversized": {"logits": bytes(10_001 * 164)},
             "bad setting": {"beam": "wide", "nbest": "3"},
+            "poison word": {"words": POISON},
+            "huge name": {"n" * 5_000_000: "1"},
         }[kind]
         self._redis.xadd(stream, {**fields, "request_id": f"{mark}-bad"})
         if self._wait(self._errors, f"{mark}-bad") is None:
@@ -217,6 +232,41 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
         tally.count("real-time sentences")
         if fields[b"scoring"].decode() != sentence.scoring:
             tally.count("wrong", session)
+        request(client, "close", session)
+
+
+def poison_job(url: str, number: int, sentence: Sentence, tally: Tally) -> None:
+    """Submit a job that must be refused without harm to its worker."""
+    batch = f"poison-{number}"
+    with redis.Redis.from_url(url, protocol=2) as client:
+        client.hset(batch_key(batch), "0", "queued")
+        fields: dict[Any, Any] = {**Job(batch, "0", sentence.logits).fields(), "hot_words": POISON}
+        client.xadd(REGISTRY.jobs, fields)
+        found: Any = None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not found and time.monotonic() < deadline:
+            found = client.xread({results_stream(batch): "0-0"}, block=500)
+        if found and b"no single word" in found[0][1][0][1].get(b"error", b""):
+            tally.count("refusals")
+        else:
+            tally.count("refusals lost", f"poison job: {found}")
+
+
+def be_expensive(url: str, number: int, tally: Tally) -> None:
+    """Open a session whose search is a hundred times slower, and use it beside the others."""
+    session = f"expensive-{number}"
+    names = session_streams(session)
+    noise = np.random.default_rng(number).normal(0, 1, (200, 41)).astype(np.float32)
+    with redis.Redis.from_url(url, protocol=2) as client:
+        request(client, "open", session, max_active=5000, beam=1000, max_classes=41)
+        client.xadd(names.input, {"logits": encode_logits(noise)})
+        client.xadd(names.finalize, {"done": 0}, id=f"{int(1000 * time.time()) + 2}-0")
+        found: Any = None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not found and time.monotonic() < deadline:
+            found = client.xread({names.final: "0-0"}, block=500)
+        if not found:
+            tally.count("lost", session)
         request(client, "close", session)
 
 

@@ -59,6 +59,7 @@ _LIMITS = (
         "all servers of a Redis",
         30.0,  # The saved state must outlive the lease, or its heir finds none.
     ),
+    Number("--entry-seconds", 60.0, 0.1, "computing time of one entry; more ends its sentence"),
 )
 
 
@@ -125,7 +126,9 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_process_options(parser)
-    add_numbers(parser.add_argument_group("limits"), _LIMITS)
+    limits = parser.add_argument_group("limits")
+    add_numbers(limits, _LIMITS)
+    options.add_ceiling_option(limits)
 
 
 def stopped_by_signals() -> threading.Event:
@@ -190,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
         chosen = options.settings_from(args)
+        ceilings = options.ceilings_from(args, chosen)
         words = options.hot_words_from(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
@@ -202,13 +206,15 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(answering.close)
 
         def session(name: str) -> Session:
-            return Session(model, chosen, name, answering, words, args.max_sentence_frames)
+            frames = args.max_sentence_frames
+            return Session(model, chosen, name, answering, words, frames, ceilings)
 
         limits = Limits(
             sessions=args.max_sessions,
             idle_seconds=args.session_idle_seconds,
             grace_seconds=args.grace_seconds,
             lease_seconds=args.lease_seconds,
+            entry_seconds=args.entry_seconds,
         )
         with redis_errors(masked, "lm-server serve"):
             server = Server(client, session, limits, name)

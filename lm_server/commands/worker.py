@@ -36,6 +36,7 @@ _TERMS = (
     ),
     Number("--attempts", 3, 1, "a job that lost so many workers is answered by an error"),
     Number("--rescore-seconds", 60.0, 0.1, "a sentence not rescored by then is answered without"),
+    Number("--job-seconds", 600.0, 0.1, "computing time of one job; more is answered by an error"),
 )
 
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_process_options(parser)
     options.add_workers_option(parser)
     add_numbers(parser, _TERMS)
+    options.add_ceiling_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.rights import check_rights, worker_needs
     from lm_server.serving.status import STUCK_SECONDS, Report, new_name, report_of_children
-    from lm_server.serving.supervisor import supervise
+    from lm_server.serving.supervisor import Busy, supervise
     from lm_server.serving.worker import Terms, Worker
 
     need_packages(args.backend)
@@ -66,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
     args.workers = options.workers_from(args)
     check_numbers(args, [WAIT, *_TERMS])
     chosen = options.settings_from(args)
+    ceilings = options.ceilings_from(args, chosen)
     words = options.hot_words_from(args)
-    terms = Terms(args.lease_seconds, args.attempts)
+    terms = Terms(args.lease_seconds, args.attempts, job_seconds=args.job_seconds)
     stop = stopped_by_signals()
     ticked = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -94,12 +97,17 @@ def run(args: argparse.Namespace) -> int:
         # Words that cannot be used show here once, and not in every process again and again.
         model.search(chosen, words)
 
-        def work(ended: threading.Event) -> None:
+        def work(ended: threading.Event, busy: Busy) -> None:
             # It answered a moment ago: should it be away now, it is waited for.
             with connect(url, float("inf"), ended) as client:
                 # torch does not survive a fork, so each process loads its own.
                 answering = Answering(llm_from_options(args), args.rescore_seconds)
-                Worker(client, model, chosen, answering, terms, hot_words=words).run(ended)
+                Worker(
+                    *(client, model, chosen, answering, terms),
+                    hot_words=words,
+                    ceilings=ceilings,
+                    busy=busy,
+                ).run(ended)
                 answering.close()
 
         print(

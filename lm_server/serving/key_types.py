@@ -31,7 +31,8 @@ def wrong_type(error: BaseException) -> bool:
 
 def registry_keys() -> dict[str, str]:
     """Return the type of each key that all sessions share."""
-    return {REGISTRY.requests: "stream", REGISTRY.answers: "stream", REGISTRY.sessions: "hash"}
+    shared = (REGISTRY.requests, REGISTRY.answers, REGISTRY.dead)
+    return {**dict.fromkeys(shared, "stream"), REGISTRY.sessions: "hash"}
 
 
 def session_keys(session: str) -> dict[str, str]:

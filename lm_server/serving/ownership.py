@@ -49,6 +49,8 @@ BATCH = 16
 """Entries read from one stream at a time."""
 _OUTPUT_ENTRIES = 10_000
 """Entries that an output stream keeps, about."""
+_OUTPUT_BYTES = 16_000_000
+"""Bytes that an output stream keeps, about. At least half as many."""
 _MAX_UNSENT = 200
 _KEPT_OF_SENTENCE = 20_000
 _LONGEST_LEASE_MS = 30_000
@@ -71,6 +73,7 @@ class Limits:
       lease_seconds: a session is owned for so long after its server's last heartbeat.
       state_seconds: a session's state is kept for so long after its server's last heartbeat.
       refused_seconds: a session that could not be adopted is tried again after so long.
+      entry_seconds: computing time that one entry may take. More ends its sentence.
     """
 
     sessions: int = 64
@@ -80,6 +83,7 @@ class Limits:
     lease_seconds: float = 4.0
     state_seconds: int = 60
     refused_seconds: float = 30.0
+    entry_seconds: float = 60.0
 
     @property
     def beat_seconds(self) -> float:
@@ -128,6 +132,8 @@ class OwnedSession:
       work: the handling of one entry, a slice at every `next`. None between entries.
       unsent: replies in the order of their entries.
       active: when an entry was handled last (monotonic seconds).
+      used: where the session stands in the queue of those that want computing time (seconds).
+      spent: computing time that `work` took so far (seconds).
       lost: whether another process owns the session now.
     """
 
@@ -147,6 +153,8 @@ class OwnedSession:
         self.unsent: deque[Unsent] = deque()
         self.active = time.monotonic()
         self.lost = False
+        self.used = 0.0
+        self.spent = 0.0
         self._of_sentence: list[tuple[str, str]] = []
         self._first: str | None = None
 
@@ -266,6 +274,7 @@ class OwnedSessions:
         self._absent: dict[str, float] = {}
         self._looked = 0.0
         self._turn_of = 0
+        self._sent: dict[str, tuple[int, int]] = {}
 
     def __iter__(self) -> Iterator[OwnedSession]:
         """Iterate over those owned now, whatever happens to the table meanwhile."""
@@ -309,6 +318,20 @@ class OwnedSessions:
             arguments += entry
         if not self._answer(keys=owned.keys, args=arguments):
             owned.lost = True
+        for message in messages:
+            self._bound(message)
+
+    def _bound(self, message: Message) -> None:
+        """Trim an output stream each time that half of `_OUTPUT_BYTES` were sent to it.
+
+        What was sent before these is deleted. So the bytes need not be known of each entry.
+        """
+        entries, size = self._sent.pop(message.stream, (0, 0))
+        entries, size = entries + 1, size + sum(map(len, message.fields.values()))
+        if size <= _OUTPUT_BYTES // 2:
+            self._sent[message.stream] = entries, size
+        else:
+            self._client.xtrim(message.stream, maxlen=entries, approximate=False)
 
     def warn(self, owned: OwnedSession, entry: Entry, reason: str) -> None:
         """Send a warning about an entry."""
@@ -330,6 +353,8 @@ class OwnedSessions:
             pipeline.execute()
         self._release(keys=[owner_key(name)], args=[self.me])
         self._owned.pop(name, None)
+        for stream in vars(session_streams(name)).values():
+            self._sent.pop(stream, None)
         _log.info("closed session %r%s", name, f": {reason}" if reason else "")
         if reason:
             answer: dict[Any, Any] = {"action": "close", "session": name, "done": 1}

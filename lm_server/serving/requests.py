@@ -10,7 +10,7 @@ from typing import Any
 import redis
 
 from lm_server.client.connection import text
-from lm_server.errors import UserError
+from lm_server.errors import UserError, shortened
 from lm_server.protocol import (
     PROTOCOL_VERSION,
     REGISTRY,
@@ -21,11 +21,12 @@ from lm_server.protocol import (
     session_streams,
     state_key,
 )
-from lm_server.search.hot_words import parse_hot_words
+from lm_server.search.hot_words import guess_ahead, parse_hot_words
 from lm_server.serving import scripts
 from lm_server.serving.ownership import OwnedSession, OwnedSessions, newest_ids
 from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry
+from lm_server.sliced import Sliced
 
 _FULL_SECONDS = 0.5
 """A full server leaves a request to others for so long before it refuses."""
@@ -51,15 +52,15 @@ class SessionRequests:
         self.position = f"{ms}-{number}"
         self._later: list[tuple[float, Entry]] = []
 
-    def take(self, entry: Entry) -> None:
-        """Answer a request, or leave it to another server."""
+    def take(self, entry: Entry) -> Sliced[None]:
+        """Answer a request, or leave it to another server. Yield between slices of the work."""
         action = text(entry.fields.get("action", b""))
         try:
             if action not in ("open", "close"):
                 raise ProtocolError(f"the action is {action!r}; needed open or close")
             name = check_session(text(entry.fields.get("session", b"")))
             if action == "open":
-                self._open(name, entry)
+                yield from self._open(name, entry)
             else:
                 self._close(name, entry)
         except (ProtocolError, UserError) as error:
@@ -72,6 +73,11 @@ class SessionRequests:
             self._answer_once(entry, _refusal(entry, reason))
         self._client.xtrim(REGISTRY.requests, maxlen=_KEPT_REQUESTS, approximate=True)
         # Moved after the work: what failed with Redis is read again, and done once all the same.
+        self.position = entry.name
+
+    def refuse(self, entry: Entry, reason: str) -> None:
+        """Answer a request that failed here, and move behind it."""
+        self._answer_once(entry, _refusal(entry, reason))
         self.position = entry.name
 
     def housekeeping(self) -> None:
@@ -90,7 +96,7 @@ class SessionRequests:
         if (0, 0) < newest < (int(last), int(count)):
             self.position = "0-0"
 
-    def _open(self, name: str, entry: Entry) -> None:
+    def _open(self, name: str, entry: Entry) -> Sliced[None]:
         sessions, fields = self._sessions, entry.fields
         if sessions.full:
             self._later.append((time.monotonic() + _FULL_SECONDS, entry))
@@ -98,9 +104,9 @@ class SessionRequests:
         session = sessions.make_session(name)
         before, idle = session.settings, self._idle_seconds(fields)
         given = {key: value for key, value in fields.items() if key not in _NOT_SETTINGS}
-        session.apply(
-            given, parse_hot_words(fields["hot_words"]) if "hot_words" in fields else None
-        )
+        words = parse_hot_words(fields["hot_words"]) if "hot_words" in fields else None
+        yield from guess_ahead(words or {})
+        session.apply(given, words)
         done = _answer(entry) | {
             "done": b"1",
             "idle_seconds": str(idle).encode(),
@@ -136,7 +142,7 @@ class SessionRequests:
             asked = float(fields["idle_seconds"])
         except ValueError as error:
             raise ProtocolError(
-                f"idle_seconds is {text(fields['idle_seconds'])!r}; needed a number"
+                f"idle_seconds is {text(fields['idle_seconds'])[:40]!r}; needed a number"
             ) from error
         if not 0 < asked <= most:
             raise ProtocolError(f"idle_seconds is {asked:g}; needed above 0 and at most {most:g}")
@@ -155,7 +161,7 @@ def _answer(entry: Entry) -> dict[str, bytes]:
 
 
 def _refusal(entry: Entry, reason: str) -> dict[str, bytes]:
-    return _answer(entry) | {"error": reason.encode(), "entry_id": entry.name.encode()}
+    return _answer(entry) | {"error": shortened(reason).encode(), "entry_id": entry.name.encode()}
 
 
 def _mark(entry: Entry) -> str:

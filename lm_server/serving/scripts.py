@@ -158,22 +158,35 @@ return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
 """
 """Removes a worker from the group, unless it holds a job. One that lives joins again by reading."""
 
-FINISH_JOB = """
--- KEYS: jobs, batch, results;  ARGV: group, entry id, job, seconds that results are kept, fields
+FINISH_JOB = (
+    _NEEDS
+    + """
+-- KEYS: jobs, batch, results, dead letters
+-- ARGV: group, entry id, job, seconds that results are kept, dead letters that are kept, number of
+--       fields of a dead letter, these, the result's fields
+local problem = wrong(KEYS[3], 'stream') or wrong(KEYS[4], 'stream')
+if problem then return problem end
+local after = 7 + 2 * tonumber(ARGV[6])
 local wanted = redis.call('HGET', KEYS[2], ARGV[3]) == 'queued'
 if wanted then
   -- First what can fail: an error ends the script, and the job must be pending then.
-  redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
+  redis.call('XADD', KEYS[3], '*', unpack(ARGV, after))
   redis.call('EXPIRE', KEYS[3], ARGV[4])
   redis.call('HSET', KEYS[2], ARGV[3], 'done')
   redis.call('EXPIRE', KEYS[2], ARGV[4])
+end
+if after > 7 and #redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2]) > 0 then
+  redis.call('XADD', KEYS[4], 'MAXLEN', ARGV[5], '*', unpack(ARGV, 7, after - 1))
 end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
 return wanted and 1 or 0
 """
-"""Writes a job's result and deletes the job. 0: it had a result, or the client left and deleted its
-batch."""
+)
+"""Writes a job's result, and a dead letter if it has one, and deletes the job.
+
+0: it had a result, or the client left and deleted its batch.
+"""
 
 SET_ASIDE = (
     _NEEDS

@@ -402,6 +402,10 @@ def test_a_setting_outside_its_range_is_an_error(model_folder):
         ("--lease-seconds", "0.1", "--lease-seconds is 0.1; needed at least 0.5"),
         ("--max-sentence-frames", "10001", "needed at least 1 and at most 10000"),
         ("--session-idle-seconds", "0", "needed at least 0.001"),
+        ("--ceiling", "max_active", "needed SETTING=VALUE with one of"),
+        ("--ceiling", "max_actives=3", "needed SETTING=VALUE with one of"),
+        ("--ceiling", "max-active=99", "needed a number from 100"),
+        ("--ceiling", "beam=1001", "to 1000"),
     ],
 )
 def test_a_limit_outside_its_range_is_an_error(tmp_path, capsys, option, value, reason):

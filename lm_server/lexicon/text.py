@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 from lm_server.errors import UserError
 from lm_server.lexicon.numbers import read_numbers
@@ -33,8 +34,9 @@ _SENTENCE_MARK = re.compile(r"</?s>", re.IGNORECASE)
 _ANNOTATION = re.compile(
     r"<(?!unk>)/?[A-Za-z!][^<>]{0,200}>|\[[^][]{0,60}\]|\{[^{}]{0,60}\}|-[LR][RCS]B-"
 )
+_BRACKET = re.compile(r"[<\[{]|-[LR]")
 _CLITIC = re.compile(
-    r"(?<=[A-Za-z]) (['\u2019](?:s|m|re|ve|ll|d)|n['\u2019]t)(?![\w'])", re.IGNORECASE
+    r" (?<=[A-Za-z] )(['\u2019](?:s|m|re|ve|ll|d)|n['\u2019]t)(?![\w'])", re.IGNORECASE
 )
 """Parts of words that tokenisers put apart: `it 's`, `do n't`."""
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00b4": "'", "`": "'"})
@@ -85,7 +87,9 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         mine, theirs = vars(self), vars(other)
         total = {name: mine[name] + theirs[name] for name in mine}
-        return Counts(**total | {"examples": tuple(dict.fromkeys(total["examples"]))[:_SHOWN]})
+        if other.examples:
+            total["examples"] = tuple(dict.fromkeys(total["examples"]))[:_SHOWN]
+        return Counts(**total)
 
     def left_out(self, what: str) -> Iterator[str]:
         """Yield what was left out of the text, called `what`, and why: none or several lines."""
@@ -212,7 +216,8 @@ def read_words(
                     words = normalise(sentence, known)
                     if isinstance(words, str):
                         why = () if words == "empty" else _reason(sentence, words)
-                        yield None, Counts(**{words: 1, "examples": why})
+                        dropped: dict[str, Any] = {words: 1, "examples": why}
+                        yield None, Counts(**dropped)
                     else:
                         yield words, Counts(sentences=1, words=len(words))
                 if number % 1024 == 0:
@@ -230,8 +235,9 @@ def without_marks(line: str) -> tuple[list[str], int]:
     if "&" in line:
         # Twice, because some tools escape what is escaped already.
         line = _AND.sub("and", html.unescape(html.unescape(line)))
-    line = _CLITIC.sub(r"\1", line)
-    if not any(sign in line for sign in "<[{-"):
+    if "'" in line or "\u2019" in line:
+        line = _CLITIC.sub(r"\1", line)
+    if not _BRACKET.search(line):
         return [line], 0
     parts, removed = [], 0
     for part in _SENTENCE_MARK.split(_UNKNOWNS.sub(UNKNOWN, line)):
@@ -324,7 +330,9 @@ def beginning(path: Path, size: int = 1 << 16) -> bytes:
     return b""
 
 
-def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
+def _unpacked(
+    path: Path, raw: io.BufferedReader
+) -> io.BufferedReader | gzip.GzipFile | lzma.LZMAFile:
     first, suffix = raw.peek(8), path.suffix.lower()
     if suffix == ".gz" or first.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=raw)
@@ -334,7 +342,7 @@ def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
 
 
 def _bounded(
-    path: Path, text: io.TextIOWrapper, position: Callable[[], int], failure: type[Exception]
+    path: Path, text: TextIO, position: Callable[[], int], failure: type[Exception]
 ) -> Iterator[str]:
     """Yield lines, none of them so long, nor so many of so few bytes, that they fill the memory or
     the disk."""

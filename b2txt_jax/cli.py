@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from b2txt_jax import __version__
 from b2txt_jax.errors import UserError
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
     args.overrides = overrides
     try:
-        with other_libraries_quiet():
+        with other_libraries_quiet(), _warnings_in_one_line():
             status: int = args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -72,6 +75,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print our own warnings as one line each, without a place in the code. Each appears once."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if category.__module__.startswith("b2txt_jax."):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *place)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _cache_folder() -> Path:

@@ -36,7 +36,7 @@ from b2txt_jax.data.packed import (
     index_path,
     load_split,
 )
-from b2txt_jax.data.trial import SPLITS, Reader, TrialRef
+from b2txt_jax.data.trial import SPLITS, Reader, TrialRef, warn_of_missing
 
 _LOCK = ".prepare.lock"
 
@@ -118,6 +118,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with reader, _locked(out), _progress(console) as progress:
         kept, todo = _sort_out(reader, out, sessions, settings, progress)
+        _warn_of_missing(sessions, kept, todo)
         _check_space(out, todo, settings)
         if todo:
             (out / MANIFEST).unlink(missing_ok=True)
@@ -164,6 +165,19 @@ def _sort_out(
                     todo[session, split] = refs
             progress.advance(task)
     return kept, todo
+
+
+def _warn_of_missing(
+    sessions: Sequence[str],
+    kept: Mapping[tuple[str, str], PackedSplit],
+    todo: Mapping[tuple[str, str], Sequence[TrialRef]],
+) -> None:
+    found = {place: [one.ref for one in split.trials.values()] for place, split in kept.items()}
+    for wanted in SPLITS:
+        places = {**found, **todo}.items()
+        refs = [ref for (_, split), some in places if split == wanted for ref in some]
+        if refs:
+            warn_of_missing(refs, sessions, wanted)
 
 
 def _kept(

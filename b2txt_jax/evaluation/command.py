@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from b2txt_jax.data.description import read_description, session_date
+from b2txt_jax.data.description import corpora_of
+from b2txt_jax.data.trial import listed
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
@@ -34,7 +36,7 @@ from b2txt_jax.evaluation.evaluate import (
     submission_texts,
     write_evaluation,
 )
-from b2txt_jax.evaluation.submission import write_submission
+from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
 from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
@@ -228,22 +230,31 @@ def evaluate_run(
     labels = [trial.labels for trial in trials if trial.labels is not None]
     sentences = [trial.sentence for trial in trials if trial.sentence is not None]
     known = split != "test"
-    corpora = read_description(model.config.data.root)
     return evaluate(
         split=split,
         results=results,
         logits=logits,
         labels=labels if known else None,
         sentences=sentences if known else None,
-        corpora=[corpora.get((session_date(t.ref.session), t.ref.block)) for t in trials],
+        corpora=corpora_of(
+            model.config.data.root, [(trial.ref.session, trial.ref.block) for trial in trials]
+        ),
         settings={"step": model.step, "eval_padding": model.config.signal.eval_padding, **settings},
     )
 
 
 def write_results(out: Path, result: Evaluation) -> None:
-    """Write evaluation.json and submission.csv."""
+    """Write evaluation.json and submission.csv. Warn of empty rows, which benchmarks refuse."""
     write_evaluation(out / "evaluation.json", result)
     write_submission(out / "submission.csv", submission_texts(result))
+    empty = [row.trial for row in result.sentences if not row.decoded]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {result.trials} rows of {out / 'submission.csv'} have no text, and "
+            f"Kaggle refuses such a file (Submission contains null values): {listed(empty)}",
+            SubmissionWarning,
+            stacklevel=2,
+        )
 
 
 def print_results(result: Evaluation, console: Console) -> None:

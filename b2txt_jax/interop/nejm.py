@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from b2txt_jax.config import Config, with_overrides
+from b2txt_jax.data.trial import TRAIN_ONLY
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.interop.nejm_args import args_from_config, check_changed, load_args, read_args
 from b2txt_jax.interop.nejm_optimizer import (
@@ -45,11 +46,6 @@ CHECKPOINT_FILE = "best_checkpoint"
 ARGS_FILE = "args.yaml"
 COMPILED_PREFIX = "_orig_mod."
 """Prefix of parameter names under torch.compile, which the published trainer uses."""
-
-# Published sessions without val and test files (NEJM reference, section 1).
-_TRAIN_ONLY = frozenset(
-    f"t15.{date}" for date in ("2023.08.11", "2024.03.03", "2024.04.25", "2024.04.28")
-)
 
 
 @dataclass(frozen=True)
@@ -201,6 +197,6 @@ def _validated_sessions(config: Config) -> list[str]:
     def validated(session: str) -> bool:
         if (root / session).is_dir():
             return (root / session / "data_val.hdf5").is_file()
-        return session not in _TRAIN_ONLY
+        return session not in TRAIN_ONLY
 
     return [session for session in config.data.sessions if validated(session)]

@@ -35,6 +35,7 @@ from b2txt_jax.data.trial import (
     TrialRef,
     check_split,
     listed,
+    sampled,
 )
 from b2txt_jax.phonemes import SILENCE_ID
 
@@ -123,6 +124,13 @@ class Hdf5Reader(Reader):
             with _readable(ref.path):
                 return self._read(ref, file)
 
+    def sample(self, ref: TrialRef) -> Trial:
+        """As in `Reader`, without reading the other bins."""
+        with self._lock:
+            file = self._file(ref.path)
+            with _readable(ref.path):
+                return self._read(ref, file, sampled(ref))
+
     def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
         """As in `Reader`; raises what `read` raises."""
         trial = self.read(ref)
@@ -141,7 +149,7 @@ class Hdf5Reader(Reader):
             while self._files:
                 self._files.popitem()[1].close()
 
-    def _read(self, ref: TrialRef, file: h5py.File) -> Trial:
+    def _read(self, ref: TrialRef, file: h5py.File, bins: list[int] | None = None) -> Trial:
         if ref.key not in file:
             raise DataError(f"{ref.path} has no {ref.key}: the file changed since it was listed")
         group = file[ref.key]
@@ -149,7 +157,7 @@ class Hdf5Reader(Reader):
         # it had then must still be there.
         needed = ref.label_length > 0 or ref.path.stem == "data_train"
         ref = _reference(group, ref.session, ref.path, self.feature_count, needed)
-        stored = _read(group["input_features"], ref, slice(0, ref.bins))
+        stored = _read(group["input_features"], ref, bins or slice(0, ref.bins))
         features = stored.astype(np.float32, copy=False)
         _check_finite(features, ref)
         labels = None
@@ -349,7 +357,7 @@ def _integer(group: h5py.Group, name: str, where: str) -> int:
     return int(number[0])
 
 
-def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice) -> np.ndarray:
+def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice | list[int]) -> np.ndarray:
     try:
         return np.asarray(dataset[rows])
     except (OSError, RuntimeError) as error:

@@ -6,6 +6,7 @@ chooses one when a folder is opened.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import re
@@ -189,6 +190,15 @@ class Reader(ABC):
         """
         return self.read_into(ref, np.empty((ref.bins, self.feature_count), np.float32))
 
+    def sample(self, ref: TrialRef) -> Trial:
+        """Read one trial with the features of the bins `sampled(ref)` alone, float32.
+
+        Raises:
+          DataError: as `read_into`.
+        """
+        trial = self.read(ref)
+        return dataclasses.replace(trial, features=trial.features[sampled(ref)])
+
     def will_need(self, refs: Sequence[TrialRef]) -> None:  # noqa: B027  a hint, free to ignore
         """Start to fetch trials from the disk in the background, where the format can."""
 
@@ -214,6 +224,11 @@ class Reader(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def sampled(ref: TrialRef) -> list[int]:
+    """Return the first, middle and last bin of a trial."""
+    return sorted({0, ref.bins // 2, ref.bins - 1})
 
 
 def frames_needed(labels: np.ndarray) -> int:

@@ -148,7 +148,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
 ):
     command = [*COMMAND, "evaluate", "--workdir", str(run_folder), "--lm", str(language_model)]
     done = subprocess.run([*command, "--split", "val"], capture_output=True, text=True, check=False)
-    result = json.loads((run_folder / "val" / "evaluation.json").read_text())
+    result = json.loads((run_folder / "val/lm/evaluation.json").read_text())
     # An untrained model's logits may have no sentence; then the trial is named and the status is 1.
     assert done.returncode == (1 if result["failed"] else 0), done.stderr
     assert result["trials"] == 12
@@ -160,7 +160,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
             sum(group["errors"] for group in result[kind]["per_corpus"].values())
             == (result[kind]["all"]["errors"])
         )
-    with (run_folder / "val" / "submission.csv").open() as file:
+    with (run_folder / "val/lm/submission.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]
     assert [row["text"] for row in rows] == [s["decoded"] or "" for s in result["sentences"]]
@@ -168,7 +168,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
     done = subprocess.run(
         [*command, "--split", "test"], capture_output=True, text=True, check=False
     )
-    result = json.loads((run_folder / "test" / "evaluation.json").read_text())
+    result = json.loads((run_folder / "test/lm/evaluation.json").read_text())
     assert (result["per"], result["wer"], result["trials"]) == (None, None, 9)
     assert "Traceback" not in done.stderr
 

@@ -31,12 +31,13 @@ from b2txt_jax.data.pack import whole_file, write_manifest, write_split
 from b2txt_jax.data.packed import (
     DTYPES,
     MANIFEST,
+    SUFFIX,
     PackedSplit,
     check_size,
     index_path,
     load_split,
 )
-from b2txt_jax.data.trial import SPLITS, Reader, TrialRef, warn_of_missing
+from b2txt_jax.data.trial import SPLITS, Reader, TrialRef, listed, warn_of_missing
 
 _LOCK = ".prepare.lock"
 
@@ -218,6 +219,13 @@ def _check_out(out: Path, settings: PackSettings) -> None:
         raise DataError(
             f"{out} holds HDF5 sessions; packed ones need a folder of their own: choose another "
             "--out"
+        )
+    own = (out / MANIFEST, out / _LOCK, *out.glob(f"*/data_*{SUFFIX}*"))
+    others = sorted(path.name for path in out.glob("[!.]*"))
+    if others and not any(path.exists() for path in own):
+        raise DataError(
+            f"{out} holds what `b2txt prepare` did not write: {listed(others)}; needed a new or "
+            "empty folder, or one that it was writing: choose another --out"
         )
     for path in sorted(out.glob("*/data_*.json")):
         try:

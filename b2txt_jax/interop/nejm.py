@@ -18,7 +18,7 @@ import yaml
 
 from b2txt_jax.config import Config, with_overrides
 from b2txt_jax.data.trial import TRAIN_ONLY
-from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.interop.errors import ConversionError, shortened
 from b2txt_jax.interop.nejm_args import args_from_config, check_changed, load_args, read_args
 from b2txt_jax.interop.nejm_optimizer import (
     has_amsgrad,
@@ -105,8 +105,8 @@ def read_nejm(
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint)
         raise ConversionError(
-            f"{path} has no model_state_dict, it holds {found}; needed a checkpoint of the "
-            f"published trainer"
+            f"{path} has no model_state_dict, it holds {shortened(found)}; needed a checkpoint "
+            f"of the published trainer"
         )
     named = strip_prefixes(checkpoint["model_state_dict"])
     params = checked_params(named, config, str(path))

@@ -74,7 +74,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, AssertionError):
+        unusable = _unusable_platform()
+        if unusable is None:
+            raise
+        print(f"error: {unusable}", file=sys.stderr)
+        return 2
     return status
+
+
+def _unusable_platform() -> str | None:
+    """Return why JAX does not start on the platform that JAX_PLATFORMS asks for, None if it does.
+
+    Asked after a failure: JAX may not be started before the hosts of a training have joined.
+    """
+    wanted = os.environ.get("JAX_PLATFORMS")
+    if not wanted:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["its plug-in is not installed"])[0]
+        extra = "tpu" if "tpu" in wanted else "cuda"
+        return (
+            f"JAX_PLATFORMS is {wanted!r}, where JAX cannot start ({reason}); needed the plug-in "
+            f"of that platform: pip install -e '.[{extra}]', or unset JAX_PLATFORMS to use what "
+            "there is. `b2txt doctor` checks more"
+        )
+    return None
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         max_words=8,
         speaking_rate=1.4,
     )
+    jax.devices()  # Without any, fail before the work.
     console.rule("1 of 5: simulated sessions")
     simulate(out / "data", settings)
     console.rule("2 of 5: language models")

@@ -1,7 +1,9 @@
 """The `b2txt` command as a user types it: help, errors with exit status 2, the pipeline."""
 
 import csv
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,6 +225,24 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(
     error = capsys.readouterr().err
     assert str(file) in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("platform", "extra"), [("cuda", "cuda"), ("rocm", "cuda")])
+def test_a_platform_without_its_plug_in_is_an_error_in_one_line(platform, extra, tmp_path):
+    if importlib.util.find_spec(f"jax_{platform}12_plugin"):
+        pytest.skip("the plug-in is installed")
+    done = subprocess.run(
+        [*COMMAND, "demo", "--out", str(tmp_path / "demo")],
+        env={**os.environ, "JAX_PLATFORMS": platform},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error", "Trace"))]
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert lines[0].startswith(f"error: JAX_PLATFORMS is '{platform}'")
+    assert f"pip install -e '.[{extra}]', or unset JAX_PLATFORMS" in lines[0]
+    assert not (tmp_path / "demo").exists()
 
 
 def test_a_key_without_a_value_is_told_how_to_give_one(capsys):

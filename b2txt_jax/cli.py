@@ -118,7 +118,7 @@ def _warnings_in_one_line() -> Iterator[None]:
             shown(message, category, *place)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield
 
 

@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     for order, folder in models.items():
         with language_model(None, folder) as (url, name):
             given = {"language_model": name, "order": order}
-            settings = all_settings(trained, given, url, folder, jobs=False)
-            evaluations[order] = evaluate_run(trained, trials, "val", url, settings, console)
+            made_with = all_settings(trained, given, url, folder, jobs=False)
+            evaluations[order] = evaluate_run(trained, trials, "val", url, made_with, console)
         write_results(out / f"val_{order}gram", evaluations[order])
     console.rule("5 of 5: report")
     last = evaluations[max(evaluations)]

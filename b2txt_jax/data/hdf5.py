@@ -78,7 +78,8 @@ class Hdf5Reader(Reader):
     @property
     def sessions(self) -> tuple[str, ...]:
         """Names of the folders that hold a file of trials, sorted. Hidden ones are no sessions."""
-        names, others = [], []
+        names: list[str] = []
+        others: list[str] = []
         for folder in sorted(self.root.glob("[!.]*")):
             if not folder.exists():
                 raise _dangling(folder)

@@ -147,6 +147,7 @@ def _check_opcodes(path: Path, pickled: bytes) -> None:
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
         if opcode.name == "GLOBAL" and tuple(argument.split(" ", 1)) not in _NAMES:
             key = next((one for one in reversed(stack) if isinstance(one, str)), None)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from b2txt_jax import __version__
 from b2txt_jax.errors import UserError
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
     args.overrides = overrides
     try:
-        with other_libraries_quiet():
+        with other_libraries_quiet(), _warnings_in_one_line():
             status: int = args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -71,7 +74,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, AssertionError):
+        unusable = _unusable_platform()
+        if unusable is None:
+            raise
+        print(f"error: {unusable}", file=sys.stderr)
+        return 2
     return status
+
+
+def _unusable_platform() -> str | None:
+    """Return why JAX does not start on the platform that JAX_PLATFORMS asks for, None if it does.
+
+    Asked after a failure: JAX may not be started before the hosts of a training have joined.
+    """
+    wanted = os.environ.get("JAX_PLATFORMS")
+    if not wanted:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["its plug-in is not installed"])[0]
+        extra = "tpu" if "tpu" in wanted else "cuda"
+        return (
+            f"JAX_PLATFORMS is {wanted!r}, where JAX cannot start ({reason}); needed the plug-in "
+            f"of that platform: pip install -e '.[{extra}]', or unset JAX_PLATFORMS to use what "
+            "there is. `b2txt doctor` checks more"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print our own warnings as one line each, without a place in the code. Each appears once."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if category.__module__.startswith("b2txt_jax."):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *place)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _cache_folder() -> Path:

@@ -21,7 +21,12 @@ from rich.table import Table
 from b2txt_jax import __version__
 from b2txt_jax.config import find_config_file, load_config
 from b2txt_jax.errors import UserError
-from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
+from b2txt_jax.evaluation.command import (
+    all_settings,
+    evaluate_run,
+    language_model,
+    write_results,
+)
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
 from b2txt_jax.inference.run import Run, TrialLogits, load_run
@@ -77,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         max_words=8,
         speaking_rate=1.4,
     )
+    jax.devices()  # Without any, fail before the work.
     console.rule("1 of 5: simulated sessions")
     simulate(out / "data", settings)
     console.rule("2 of 5: language models")
@@ -91,9 +97,9 @@ def run(args: argparse.Namespace) -> int:
     evaluations = {}
     for order, folder in models.items():
         with language_model(None, folder) as (url, name):
-            evaluations[order] = evaluate_run(
-                trained, trials, "val", url, {"language_model": name, "order": order}, console
-            )
+            given = {"language_model": name, "order": order}
+            made_with = all_settings(trained, given, url, folder, jobs=False)
+            evaluations[order] = evaluate_run(trained, trials, "val", url, made_with, console)
         write_results(out / f"val_{order}gram", evaluations[order])
     console.rule("5 of 5: report")
     last = evaluations[max(evaluations)]

@@ -1,7 +1,9 @@
 """The `b2txt` command as a user types it: help, errors with exit status 2, the pipeline."""
 
 import csv
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -148,7 +150,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
 ):
     command = [*COMMAND, "evaluate", "--workdir", str(run_folder), "--lm", str(language_model)]
     done = subprocess.run([*command, "--split", "val"], capture_output=True, text=True, check=False)
-    result = json.loads((run_folder / "val" / "evaluation.json").read_text())
+    result = json.loads((run_folder / "val/lm/evaluation.json").read_text())
     # An untrained model's logits may have no sentence; then the trial is named and the status is 1.
     assert done.returncode == (1 if result["failed"] else 0), done.stderr
     assert result["trials"] == 12
@@ -160,7 +162,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
             sum(group["errors"] for group in result[kind]["per_corpus"].values())
             == (result[kind]["all"]["errors"])
         )
-    with (run_folder / "val" / "submission.csv").open() as file:
+    with (run_folder / "val/lm/submission.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]
     assert [row["text"] for row in rows] == [s["decoded"] or "" for s in result["sentences"]]
@@ -168,7 +170,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
     done = subprocess.run(
         [*command, "--split", "test"], capture_output=True, text=True, check=False
     )
-    result = json.loads((run_folder / "test" / "evaluation.json").read_text())
+    result = json.loads((run_folder / "test/lm/evaluation.json").read_text())
     assert (result["per"], result["wer"], result["trials"]) == (None, None, 9)
     assert "Traceback" not in done.stderr
 
@@ -223,6 +225,24 @@ def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(
     error = capsys.readouterr().err
     assert str(file) in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("platform", "extra"), [("cuda", "cuda"), ("rocm", "cuda")])
+def test_a_platform_without_its_plug_in_is_an_error_in_one_line(platform, extra, tmp_path):
+    if importlib.util.find_spec(f"jax_{platform}12_plugin"):
+        pytest.skip("the plug-in is installed")
+    done = subprocess.run(
+        [*COMMAND, "demo", "--out", str(tmp_path / "demo")],
+        env={**os.environ, "JAX_PLATFORMS": platform},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error", "Trace"))]
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert lines[0].startswith(f"error: JAX_PLATFORMS is '{platform}'")
+    assert f"pip install -e '.[{extra}]', or unset JAX_PLATFORMS" in lines[0]
+    assert not (tmp_path / "demo").exists()
 
 
 def test_a_key_without_a_value_is_told_how_to_give_one(capsys):

@@ -13,8 +13,10 @@ Refused is what would train or score wrongly in silence: see `Hdf5Reader.read`.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +26,21 @@ from typing import Any
 import h5py
 import numpy as np
 
-from b2txt_jax.data.description import DataError
-from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split
+from b2txt_jax.data.description import DataError, DataWarning
+from b2txt_jax.data.trial import (
+    DEFAULT_FEATURES,
+    TRIAL_KEY,
+    Reader,
+    Trial,
+    TrialRef,
+    check_split,
+    listed,
+    sampled,
+)
 from b2txt_jax.phonemes import SILENCE_ID
 
-_TRIAL_KEY = re.compile(r"trial_(\d+)")
+_ENDINGS = re.compile(r"data_(train|val|test)\.(hdf5?|h5|he5|partial)(\..+)?", re.IGNORECASE)
+"""Files of trials and what they are renamed to, `.partial` while they are written."""
 _OPEN_FILES = 16
 
 
@@ -65,19 +77,34 @@ class Hdf5Reader(Reader):
 
     @property
     def sessions(self) -> tuple[str, ...]:
-        """Names of the folders that hold a `data_*.hdf5`, sorted."""
-        names = tuple(sorted({path.parent.name for path in self.root.glob("*/data_*.hdf5")}))
+        """Names of the folders that hold a file of trials, sorted. Hidden ones are no sessions."""
+        names: list[str] = []
+        others: list[str] = []
+        for folder in sorted(self.root.glob("[!.]*")):
+            if not folder.exists():
+                raise _dangling(folder)
+            if folder.is_dir():
+                held = any(_ENDINGS.fullmatch(path.name) for path in folder.iterdir())
+                (names if held else others).append(folder.name)
         if not names:
             raise DataError(
                 f"{self.root} holds no session; needed folders such as t15.2023.08.13 with "
                 "data_train.hdf5: point data.root at hdf5_data_final, or write sessions with "
                 "`b2txt simulate`"
             )
-        return names
+        if others:
+            warnings.warn(
+                f"no sessions, since they hold no data_train.hdf5, data_val.hdf5 or "
+                f"data_test.hdf5: {listed(others)} ({len(others)} folders of {self.root})",
+                DataWarning,
+                stacklevel=2,
+            )
+        return tuple(names)
 
     def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
         path = session_file(self.root, session, split)
         if not path.is_file():
+            _check_nothing_instead(path, split)
             return None
         with _open(path) as file, _readable(path):
             return [
@@ -98,6 +125,13 @@ class Hdf5Reader(Reader):
             with _readable(ref.path):
                 return self._read(ref, file)
 
+    def sample(self, ref: TrialRef) -> Trial:
+        """As in `Reader`, without reading the other bins."""
+        with self._lock:
+            file = self._file(ref.path)
+            with _readable(ref.path):
+                return self._read(ref, file, sampled(ref))
+
     def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
         """As in `Reader`; raises what `read` raises."""
         trial = self.read(ref)
@@ -116,7 +150,7 @@ class Hdf5Reader(Reader):
             while self._files:
                 self._files.popitem()[1].close()
 
-    def _read(self, ref: TrialRef, file: h5py.File) -> Trial:
+    def _read(self, ref: TrialRef, file: h5py.File, bins: list[int] | None = None) -> Trial:
         if ref.key not in file:
             raise DataError(f"{ref.path} has no {ref.key}: the file changed since it was listed")
         group = file[ref.key]
@@ -124,7 +158,7 @@ class Hdf5Reader(Reader):
         # it had then must still be there.
         needed = ref.label_length > 0 or ref.path.stem == "data_train"
         ref = _reference(group, ref.session, ref.path, self.feature_count, needed)
-        stored = _read(group["input_features"], ref, slice(0, ref.bins))
+        stored = _read(group["input_features"], ref, bins or slice(0, ref.bins))
         features = stored.astype(np.float32, copy=False)
         _check_finite(features, ref)
         labels = None
@@ -141,6 +175,29 @@ class Hdf5Reader(Reader):
             if len(self._files) > self._open_files:
                 self._files.popitem(last=False)[1].close()
         return self._files[path]
+
+
+def _dangling(path: Path) -> DataError:
+    return DataError(
+        f"{path} is a link to {os.readlink(path)}, which is not there; needed what it leads to: "
+        "copy it again, or remove the link to do without"
+    )
+
+
+def _check_nothing_instead(path: Path, split: str) -> None:
+    """Raise DataError where something stands in for a file that is not there."""
+    if path.exists():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise DataError(f"{path} is {kind}; needed an HDF5 file of recorded trials")
+    if path.is_symlink():
+        raise _dangling(path)
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = _ENDINGS.fullmatch(other.name)
+        if match and match.group(1).lower() == split:
+            raise DataError(
+                f"{other} is there, and no {path.name}; needed that name: if it is whole, rename "
+                "it (unpack it first if it is compressed), otherwise move it elsewhere"
+            )
 
 
 def _open(path: Path) -> h5py.File:
@@ -170,7 +227,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _trial_keys(file: h5py.File) -> list[str]:
-    matches = (_TRIAL_KEY.fullmatch(key) for key in file)
+    matches = (TRIAL_KEY.fullmatch(key) for key in file)
     return [m.group() for m in sorted((m for m in matches if m), key=lambda m: int(m.group(1)))]
 
 
@@ -179,6 +236,7 @@ def _reference(
 ) -> TrialRef:
     """Return a trial's reference, its shapes and attributes checked."""
     where = _where(path, group.name)
+    _check_own(group, path, where)
     features = _dataset(group, "input_features", where)
     if features.ndim != 2 or features.shape[1] != feature_count:
         raise DataError(
@@ -268,7 +326,24 @@ def _dataset(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
             f"{where} has no dataset `{name}`, only {held}; needed for this split: take a file "
             "that has it"
         )
+    _check_own(found, Path(group.file.filename), f"{where}: `{name}`")
     return found
+
+
+def _check_own(found: h5py.Group | h5py.Dataset, path: Path, where: str) -> None:
+    """Raise DataError where HDF5 would read another file than the one that was opened.
+
+    Links, virtual datasets and external storage may name any file of this machine.
+    """
+    elsewhere = found.file.filename if Path(found.file.filename) != path else None
+    if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+        sources = found.virtual_sources() if found.is_virtual else []
+        elsewhere = found.external[0][0] if found.external else sources and sources[0].file_name
+    if elsewhere:
+        raise DataError(
+            f"{where} is not in this file, but in {elsewhere}; needed one file with all of its "
+            "data: copy what it refers to into it (h5py: file.copy(..., expand_external=True))"
+        )
 
 
 def _integer(group: h5py.Group, name: str, where: str) -> int:
@@ -283,7 +358,7 @@ def _integer(group: h5py.Group, name: str, where: str) -> int:
     return int(number[0])
 
 
-def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice) -> np.ndarray:
+def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice | list[int]) -> np.ndarray:
     try:
         return np.asarray(dataset[rows])
     except (OSError, RuntimeError) as error:

@@ -137,6 +137,11 @@ def _run_to(args: argparse.Namespace, console: Console) -> int:
         console.print(note)
     if args.to_nejm:
         write_nejm(args.to_nejm, run, COMPILED_PREFIX if args.compiled_names else "")
+        if run.config.model.dtype == "float32":
+            console.print(
+                "use_amp: true is written, without which the published evaluate_model.py fails: it "
+                "computes in bfloat16, and this run computed in float32"
+            )
     else:
         write_safetensors(args.to_safetensors, run)
     print(f"{targets[0]}: {_description(run)}")

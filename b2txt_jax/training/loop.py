@@ -27,6 +27,7 @@ from b2txt_jax.config import (
     write_config,
 )
 from b2txt_jax.data.buckets import training_padding
+from b2txt_jax.data.fingerprint import check_same_data, fingerprint, short, write_fingerprint
 from b2txt_jax.data.loader import (
     EvaluationData,
     TrainingData,
@@ -34,6 +35,7 @@ from b2txt_jax.data.loader import (
     resolve_buckets,
 )
 from b2txt_jax.model.interface import compute_dtype, parameter_count
+from b2txt_jax.provenance import provenance
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import (
@@ -52,6 +54,9 @@ from lm_server.atomic_file import replacing
 
 FINISHED_FILE = "finished.json"
 """Name in a run's folder of a complete run: all steps done, or stopped by train.patience."""
+
+CALLS_FILE = "calls.jsonl"
+"""Name in a run's folder of the record of each call that trained: what, when, from which code."""
 
 _MUCH_PADDING = 0.6
 """Share of padding in a batch beyond which the user is warned. Buckets chosen from the data have
@@ -152,6 +157,10 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     mesh = make_mesh(config.parallel.model_axis)
     steps = CompiledSteps(config, days, mesh, training.features_dtype)
 
+    trained_on = [ref for refs in training.refs_of_day for ref in refs]
+    data = fingerprint(training.reader, [*trained_on, *validation.refs])
+    if resumed:
+        check_same_data(workdir, data)
     without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]
     if without:
         names = ", ".join(without)
@@ -165,7 +174,15 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
                 f"another training has just saved in {workdir}: start the same command again to go "
                 "on from there, or give another --workdir"
             )
+        if is_first():
+            write_fingerprint(workdir, data)
+            _record_call(workdir, short(data))
         return _train_in(config, workdir, console, mesh, steps, training, validation, resumed)
+
+
+def _record_call(workdir: Path, data: str) -> None:
+    with (workdir / CALLS_FILE).open("a") as file:
+        file.write(json.dumps({**provenance(), "data": data}) + "\n")
 
 
 def _train_in(

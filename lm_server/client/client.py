@@ -128,6 +128,22 @@ class Client:
                 self._ask("close", self.hello_timeout)
         self._redis.close()
 
+    def settings(self) -> dict[str, str]:
+        """Return the settings that the server published last, {} if there are none in time.
+
+        A server publishes them a moment after its start, and again after a FLUSHALL.
+
+        Raises:
+          LanguageModelUnavailableError: Redis does not answer.
+        """
+        deadline, found = time.monotonic() + self.hello_timeout, None
+        with self._redis_errors():
+            while not found and time.monotonic() < deadline:
+                found = self._redis.xrevrange(self._streams.args, count=1)
+                time.sleep(0.0 if found else 0.05)
+        entry = found[0][1] if found else {}
+        return {key.decode(): value.decode("utf-8", "replace") for key, value in entry.items()}
+
     def check(self) -> None:
         """Make sure that a server answers, by a reset with the short time-out.
 

@@ -192,7 +192,7 @@ class Server:
             self._request = None
             raise
         except Exception as error:
-            self._set_aside(entry, error)
+            self._keep_dead(entry, error)
             self._requests.refuse(entry, f"the server failed on this request ({error!r})")
         self._request = None
         self._asked.popleft()
@@ -256,14 +256,14 @@ class Server:
             reply = Reply([session.dropped(entry, str(error))])
         except Exception as error:
             # A fault of ours must cost its client one answer, and not everybody the server.
-            self._set_aside(entry, error)
+            self._keep_dead(entry, error)
             reply = Reply([session.failed(entry, error)])
         if reply.pending is not None and not reply.done():
             reply.pending.on_done(self._wake_up)
         owned.handled(entry, reply, started)
         self._flush(owned)
 
-    def _set_aside(self, entry: Entry, error: Exception) -> None:
+    def _keep_dead(self, entry: Entry, error: Exception) -> None:
         """Log a fault of ours, and keep the entry for an operator to read."""
         self.meter.count(f"failed_{type(error).__name__}")
         _log.error(
@@ -307,7 +307,7 @@ class Server:
             try:
                 messages = first.reply.messages()
             except Exception as error:
-                self._set_aside(first.entry, error)
+                self._keep_dead(first.entry, error)
                 reason = f"the answer cannot be sent ({type(error).__name__}): see the server's log"
                 messages = [owned.session.refusal(reason, first.entry)]
                 first.reply = Reply(messages)

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from b2txt_jax import __version__
-from b2txt_jax.errors import UserError
 from b2txt_jax.huge_pages import restart_with_huge_pages
-from b2txt_jax.quiet import other_libraries_quiet
+from lm_server.ending import ended_by_interrupt, exit_status
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is allowed)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
@@ -53,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Keeps compiled programs, so that a resumed run starts at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
+    with ended_by_interrupt():
+        parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
     for before, after in itertools.pairwise([*arguments, ""]):
         if before.startswith("--config.") and "=" not in before:
@@ -62,15 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not COMMANDS[args.command][2]:
         parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
     args.overrides = overrides
-    try:
-        with other_libraries_quiet():
-            status: int = args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from b2txt_jax.quiet import other_libraries_quiet
+
+    with other_libraries_quiet():
+        status: int = args.run(args)
     return status
 
 

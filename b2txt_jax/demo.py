@@ -20,6 +20,7 @@ from rich.table import Table
 
 from b2txt_jax import __version__
 from b2txt_jax.config import find_config_file, load_config
+from b2txt_jax.data.plan import plan
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
 from b2txt_jax.evaluation.evaluate import Evaluation
@@ -29,10 +30,11 @@ from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
 from b2txt_jax.training.loop import train
-from b2txt_jax.training.metrics_log import METRICS_FILE
-from lm_server.atomic_file import replacing
+from b2txt_jax.training.metrics_log import METRICS_FILE, read_metrics
+from lm_server.atomic_file import replacing, require_writable
 
 _CONFIG = "demo"
+_SUMMARY, _REPORT = "summary.json", "report.html"
 _ORDERS = (1, 3)
 _SENTENCES_SHOWN = 10
 _TEST_SENTENCES = 10
@@ -77,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
         max_words=8,
         speaking_rate=1.4,
     )
+    plan(0, 0, [args.train] * args.sessions, config.data.days_per_batch, 1)
+    for name in (_SUMMARY, _REPORT):
+        require_writable(out / name)
     console.rule("1 of 5: simulated sessions")
     simulate(out / "data", settings)
     console.rule("2 of 5: language models")
@@ -99,11 +104,11 @@ def run(args: argparse.Namespace) -> int:
     last = evaluations[max(evaluations)]
     rows = _word_error_rates(evaluations)
     summary = _summary(out, last, dict(rows), config.train.steps)
-    with replacing(out / "summary.json") as unfinished:
+    with replacing(out / _SUMMARY) as unfinished:
         unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-    write_report(out / "report.html", _report_inputs(out, trained, summary, rows, trials, last))
+    write_report(out / _REPORT, _report_inputs(out, trained, summary, rows, trials, last))
     _print(console, summary, rows, last)
-    console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {out / _REPORT}", soft_wrap=True)
     failures = [failure for evaluation in evaluations.values() for failure in evaluation.failed]
     for failure in failures:
         console.print(f"failed: {failure.trial}: {failure.reason}", soft_wrap=True)
@@ -142,13 +147,13 @@ def _summary(
 ) -> dict[str, Any]:
     assert last.per is not None
     # Steps and validations, over all calls of the training.
-    lines = (out / "run" / METRICS_FILE).read_text().splitlines()
+    entries = read_metrics(out / "run" / METRICS_FILE)
     return {
         "val_per": last.per.all.rate,
         "wer_greedy": rates["without LM"].rate,
         "wer_1gram": rates["1-gram"].rate,
         "wer_3gram": rates["3-gram"].rate,
-        "train_seconds": sum(float(json.loads(line)["seconds"]) for line in lines),
+        "train_seconds": sum(float(entry.get("seconds", 0)) for entry in entries),
         "decode_seconds_per_sentence": last.seconds_per_sentence,
         "steps": steps,
     }

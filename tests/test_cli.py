@@ -138,9 +138,11 @@ def test_bad_configuration_ends_training_with_a_clear_error(
 ):
     arguments = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]
     assert main(["train", *arguments, *tiny_overrides, override]) == 2
-    error = capsys.readouterr().err
+    output, error = capsys.readouterr()
     assert error.startswith("error: ")
     assert message in error
+    assert "compiling" not in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
@@ -209,20 +211,31 @@ def test_infer_then_decode_gives_one_line_per_trial(run_folder, language_model, 
         ["simulate", "--out", "{file}/x"],
         ["train", "--config", "configs/demo.py", "--workdir", "{file}/x"],
         ["evaluate", "--workdir", "{run}", "--lm", "{file}", "--out", "{file}/x"],
+        ["prepare", "--root", "{data}", "--out", "{file}/x"],
+        ["demo", "--out", "{file}/x"],
+        ["infer", "--workdir", "/no/run", "--out", "{file}/x"],
+        ["infer", "--workdir", "/no/run", "--out", "/proc/x"],
+        ["infer", "--workdir", "/no/run", "--out", "{run}"],
+        ["convert", "--to-nejm", "{file}/x", "--workdir", "/no/run"],
+        ["convert", "--to-safetensors", "/proc/x.safetensors", "--workdir", "/no/run"],
+        ["convert", "--from-nejm", "/no/run", "--workdir", "/proc/x"],
     ],
-    ids=["simulate", "train", "evaluate"],
+    ids=lambda words: f"{words[0]} {words[-1]}",
 )
-def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(
-    arguments, run_folder, tiny_overrides, tmp_path, capsys
+def test_a_place_that_cannot_be_written_is_an_error_in_one_line_before_all_else(
+    arguments, run_folder, simulated, tiny_overrides, tmp_path, capsys
 ):
     file = tmp_path / "file"
     file.write_text("")
-    words = [word.format(file=file, run=run_folder) for word in arguments]
+    places = {"file": file, "run": run_folder, "data": simulated / "hdf5_data_final"}
+    words = [word.format(**places) for word in arguments]
     words += tiny_overrides if words[0] == "train" else []
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert str(file) in error
-    assert "Traceback" not in error
+    assert error.startswith("error: ")
+    assert any(place in error for place in (str(file), "/proc", str(run_folder)))
+    assert "/no/run" not in error
+    assert error.count("\n") == 1
 
 
 def test_a_key_without_a_value_is_told_how_to_give_one(capsys):

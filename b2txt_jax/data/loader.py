@@ -185,6 +185,7 @@ class TrainingData(_Loader):
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
+          PlanError: the sessions cannot fill a batch.
         """
         super().__init__(data, sessions)
         self._data = data
@@ -194,6 +195,7 @@ class TrainingData(_Loader):
             bucket_of([ref], self.buckets)
             self._check_alignable(ref, ref.label_length)
         self.refs_of_day = [[ref for ref in refs if ref.session == name] for name in sessions]
+        self.rows(0, 0)  # Data that cannot fill a batch are an error here.
 
     def _check_alignable(self, ref: TrialRef, needed: int) -> None:
         frames = self._frames_of_bins(ref.bins)

@@ -36,11 +36,13 @@ from b2txt_jax.evaluation.evaluate import (
 )
 from b2txt_jax.evaluation.submission import write_submission
 from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
+from lm_server.atomic_file import require_writable
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
 
+_EVALUATION, _SUBMISSION = "evaluation.json", "submission.csv"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     options = child_options(args)
     model = load_run(args.workdir, args.overrides)
     out = args.out or args.workdir / args.split
-    out.mkdir(parents=True, exist_ok=True)  # A wrong --out is an error before the work.
+    check_results(out)
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
         trials = model.logits(args.split, console=console)
         settings = {
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         result = evaluate_run(model, trials, args.split, url, settings, console, jobs)
     write_results(out, result)
     print_results(result, console)
-    console.print(f"written: {out / 'evaluation.json'}, {out / 'submission.csv'}", soft_wrap=True)
+    console.print(f"written: {out / _EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
     return 1 if result.failed else 0
 
 
@@ -240,10 +242,20 @@ def evaluate_run(
     )
 
 
+def check_results(out: Path) -> None:
+    """Raise before the work what `write_results` would raise after it.
+
+    Raises:
+      UnwritableError: `out` is no folder that can be written to.
+    """
+    for name in (_EVALUATION, _SUBMISSION):
+        require_writable(out / name)
+
+
 def write_results(out: Path, result: Evaluation) -> None:
     """Write evaluation.json and submission.csv."""
-    write_evaluation(out / "evaluation.json", result)
-    write_submission(out / "submission.csv", submission_texts(result))
+    write_evaluation(out / _EVALUATION, result)
+    write_submission(out / _SUBMISSION, submission_texts(result))
 
 
 def print_results(result: Evaluation, console: Console) -> None:

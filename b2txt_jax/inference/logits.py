@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from b2txt_jax.inference.run import TrialLogits, load_run
-from lm_server.atomic_file import replacing
+from lm_server.atomic_file import replacing, require_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `b2txt infer`."""
+    require_writable(args.out, devices=True)
     trained = load_run(args.workdir, args.overrides)
     trials = trained.logits(args.split, console=Console(stderr=True))
     write_logits(args.out, trials)

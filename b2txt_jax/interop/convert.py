@@ -28,6 +28,7 @@ from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.step import init_state
+from lm_server.atomic_file import require_writable
 
 CHECKPOINTS = "checkpoints"
 
@@ -161,6 +162,7 @@ def _require_folder(path: Path) -> None:
 def _require_free(workdir: Path, force: bool) -> None:
     _require_folder(workdir)
     if not workdir.exists():
+        require_writable(workdir.absolute(), "--workdir")
         return
     if any(workdir.iterdir()) and not force:
         raise ConversionError(
@@ -179,6 +181,8 @@ def _require_new(paths: list[Path], force: bool) -> None:
         raise ConversionError(
             f"{', '.join(there)} exists; give another place, or --force to replace it"
         )
+    for path in paths:
+        require_writable(path, "the file")
 
 
 def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:

@@ -137,11 +137,7 @@ class Tracker:
     def validated(self, result: Validation, seconds: float) -> bool:
         """Log a validation that took `seconds`. Return whether it is the best so far."""
         rate = result.per.rate
-        if rate is None:
-            raise TrainingError(
-                f"step {self.step}: the validation split has no phoneme in any label; needed "
-                "labels to score against: check data.root"
-            )
+        assert rate is not None  # the split has labels, as was checked before the first step
         score = BestScore(rate, result.loss, self.step)
         values: dict[str, Any] = {
             "loss": result.loss,

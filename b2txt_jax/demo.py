@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,13 +49,21 @@ class DemoError(UserError, RuntimeError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt demo`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder to write to (default runs/demo)"
+    )
     parser.add_argument("--config", default=_CONFIG, help="training recipe (default: demo)")
-    parser.add_argument("--sessions", type=int, default=6, help="simulated sessions")
-    parser.add_argument("--train", type=int, default=120, help="training sentences per session")
-    parser.add_argument("--val", type=int, default=30, help="validation sentences per session")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation")
-    parser.add_argument("--difficulty", type=float, default=0.5, help="of the simulation, 0 to 1")
+    parser.add_argument("--sessions", type=int, default=6, help="simulated sessions (default 6)")
+    parser.add_argument(
+        "--train", type=int, default=120, help="training sentences per session (default 120)"
+    )
+    parser.add_argument(
+        "--val", type=int, default=30, help="validation sentences per session (default 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default 0)")
+    parser.add_argument(
+        "--difficulty", type=float, default=0.5, help="of the simulation, 0 to 1 (default 0.5)"
+    )
     parser.epilog = "Any key of the configuration: --config.section.key=value."
 
 
@@ -137,7 +146,7 @@ def _language_model(out: Path, order: int, console: Console) -> Path:
     status = subprocess.run(command, check=False).returncode
     if status:
         raise DemoError(
-            f"`{' '.join(command)}` ended with exit status {status}; see its message above"
+            f"`{shlex.join(command)}` ended with exit status {status}; see its message above"
         )
     return folder
 

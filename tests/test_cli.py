@@ -1,5 +1,6 @@
 """The `b2txt` command as a user types it: help, errors with exit status 2, the pipeline."""
 
+import argparse
 import csv
 import json
 import shutil
@@ -10,9 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
-from b2txt_jax.cli import COMMANDS, main
+from b2txt_jax.cli import COMMANDS, main, make_parser
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.training.loop import train
+from lm_server.__main__ import _parser as lm_server_parser
 from lm_server.__main__ import main as lm_server
 
 COMMAND = [sys.executable, "-m", "b2txt_jax.cli"]
@@ -242,3 +244,33 @@ def test_a_key_without_a_value_is_told_how_to_give_one(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", "c", "--workdir", "w", "--config.model.units", "256"])
     assert "needed --config.model.units=VALUE" in capsys.readouterr().err
+
+
+def options():
+    """Every option of every command of both packages, with the command's name."""
+    commands = {f"b2txt {name}": subcommands(make_parser(name))[name] for name in COMMANDS}
+    servers = subcommands(lm_server_parser())
+    commands |= {f"lm-server {name}": parser for name, parser in servers.items()}
+    for name, parser in commands.items():
+        for action in parser._actions:
+            yield pytest.param(action, id=f"{name} {(*action.option_strings, action.dest)[0]}")
+
+
+def subcommands(parser):
+    (found,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_option_has_help_that_states_its_default(option):
+    assert option.help
+    if option.default not in (None, False, (), [], argparse.SUPPRESS):
+        assert "default" in option.help
+        assert option.dest in ("redis", "lm_options") or _shown(option) in option.help
+
+
+def _shown(option):
+    """A default as help texts have it. `auto` is told by its effect, memory by its unit."""
+    special = {"auto": "default", 2 * 10**9: "2G"}
+    value = option.default
+    return special.get(value, f"{value:g}" if isinstance(value, float) else str(value))

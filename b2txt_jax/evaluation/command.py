@@ -49,24 +49,39 @@ DEFAULT_URL = "redis://127.0.0.1:6379/0"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt evaluate`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
-    parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="val", help="of the data (default val)"
+    )
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        help="Redis where an lm-server listens (default: $B2TXT_REDIS_URL, else this machine's)",
+    )
     parser.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="decode with N worker processes at once"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="decode with N worker processes at once (default: one server)",
     )
     parser.add_argument(
-        "--llm", metavar="DIR", help="with --lm: rescore with the causal language model there"
+        "--llm",
+        metavar="DIR",
+        help="with --lm: rescore with the causal language model there (default: no rescoring)",
     )
     parser.add_argument(
-        "--settings", type=Path, metavar="FILE", help="with --lm: settings of `lm-server tune`"
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="with --lm: settings of `lm-server tune` (default: the search's)",
     )
     parser.add_argument(
         "--lm-options",
         default="",
         metavar="TEXT",
         help="with --lm: further options of `lm-server serve` (with --workers: of `lm-server "
-        "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst'",
+        "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst' (default: "
+        "none)",
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT)")
     keys = ", ".join(f"--config.{key}" for key in sorted(CHANGEABLE))

@@ -16,7 +16,9 @@ from lm_server.atomic_file import replacing, require_writable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt infer`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
-    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="val", help="of the data (default val)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="the .npz file to write")
     parser.epilog = (
         "Writes `logits` float32 [all frames, 41] (RNN class order), `frames` int32 [N], `trial` "

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     published = "published checkpoint folder (checkpoint/best_checkpoint, checkpoint/args.yaml)"
     what("--from-nejm", type=Path, metavar="DIR", help=published)
     what("--to-nejm", type=Path, metavar="OUT", help="write such a folder from --workdir")
-    what("--from-safetensors", type=Path, metavar="FILE")
-    what("--to-safetensors", type=Path, metavar="FILE")
+    what("--from-safetensors", type=Path, metavar="FILE", help="weights, with a .json beside them")
+    what("--to-safetensors", type=Path, metavar="FILE", help="write such a file from --workdir")
     option = parser.add_argument
     workdir = "the run's folder: --from writes it, --to reads it"
     option("--workdir", required=True, type=Path, help=workdir)

@@ -27,9 +27,9 @@ from b2txt_jax.config import (
     with_overrides,
     write_config,
 )
-from b2txt_jax.data.buckets import training_padding
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.loader import (
+    MUCH_PADDING,
     EvaluationData,
     TrainingData,
     configured_sessions,
@@ -55,10 +55,6 @@ from lm_server.ending import finishing, leave
 
 FINISHED_FILE = "finished.json"
 """Name in a run's folder of a complete run: all steps done, or stopped by train.patience."""
-
-_MUCH_PADDING = 0.6
-"""Share of padding in a batch beyond which the user is warned. Buckets chosen from the data have
-about 0.3 to 0.45, since the longest of all rows decides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,13 +305,11 @@ def _compile(
     shown = ", ".join(f"{bins} x {labels}" for bins, labels in train)
     started = time.monotonic()
     console.print(f"compiling {programs} programs, for batches of (bins x labels) {shown} ...")
-    data = config.data
-    bins_of_day = [[ref.bins for ref in refs] for refs in training.refs_of_day]
-    padding = training_padding(data.buckets, bins_of_day, data.days_per_batch, data.trials_per_day)
-    if padding > _MUCH_PADDING:
+    if training.padding > MUCH_PADDING:
         console.print(
-            f"warning: {padding:.0%} of a batch's bins are padding, since data.buckets do not suit "
-            "these trials: leave it empty (data.buckets = ()) and they are chosen from the lengths",
+            f"warning: {training.padding:.0%} of a batch's bins are padding, since data.buckets do "
+            "not suit these trials: leave it empty (data.buckets = ()) and they are chosen from "
+            "the lengths",
             style="yellow",
         )
     done = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
 from lm_server.atomic_file import require_writable
 from lm_server.commands import options
@@ -95,5 +96,5 @@ def run(args: argparse.Namespace) -> int:
         write_settings(args.out, result.settings, {**facts, **about(result)})
         write_picture(result, picture)
     print(as_text(result))
-    print(f"written: {args.out}, {picture}; use them with --settings {args.out}")
+    print(f"written: {args.out}, {picture}; use them with --settings {quote(str(args.out))}")
     return 0

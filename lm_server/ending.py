@@ -121,7 +121,8 @@ def _interrupts_acknowledged() -> Iterator[None]:
 
 def _watch(reading: int, raised: threading.Event, ours: Callable[..., None]) -> None:
     """Answer interrupts: the first by a line, the second, or one without effect, by an end."""
-    last = deadline = None
+    last: float | None = None
+    deadline: float | None = None
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not select.select([reading], [], [], left)[0]:

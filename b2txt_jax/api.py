@@ -15,6 +15,7 @@ from b2txt_jax.evaluation.command import (
     all_settings,
     check_decoders,
     check_replaceable,
+    check_results,
     evaluate_run,
     language_model,
     write_results,
@@ -112,8 +113,8 @@ def evaluate(
             f"found options {list(options)} without `lm`: they are for a server that is started "
             "here. A running server has its own"
         )
-    if out is not None:  # A wrong folder is an error before the work.
-        Path(out).mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        check_results(Path(out))
     trained = run if isinstance(run, Run) else load_run(run)
     with language_model(redis, folder, workers, options) as (url, name):
         jobs = workers is not None

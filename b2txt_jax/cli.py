@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from b2txt_jax import __version__
-from b2txt_jax.errors import UserError
 from b2txt_jax.huge_pages import restart_with_huge_pages
-from b2txt_jax.quiet import other_libraries_quiet
+from lm_server.ending import ended_by_interrupt, exit_status
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is allowed)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
@@ -56,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Keeps compiled programs, so that a resumed run starts at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
+    with ended_by_interrupt():
+        parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
     for before, after in itertools.pairwise([*arguments, ""]):
         if before.startswith("--config.") and "=" not in before:
@@ -65,21 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not COMMANDS[args.command][2]:
         parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
     args.overrides = overrides
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from b2txt_jax.errors import UserError
+    from b2txt_jax.quiet import other_libraries_quiet
+
     try:
         with other_libraries_quiet(), _warnings_in_one_line():
             status: int = args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, AssertionError):
+    except UserError:
+        raise
+    except (RuntimeError, AssertionError) as error:
         unusable = _unusable_platform()
         if unusable is None:
             raise
-        print(f"error: {unusable}", file=sys.stderr)
-        return 2
+        raise UserError(unusable) from error
     return status
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+from lm_server.ending import ended_by_interrupt, exit_status
 from lm_server.errors import UserError
 from lm_server.processes import version
 
@@ -33,30 +34,27 @@ _OWN_PACKAGES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return 0 if it is done, 1 if some trials failed, 2 if it could not work."""
-    args = _parser().parse_args(argv)
+    with ended_by_interrupt():
+        parser = _parser()
+    args = parser.parse_args(argv)
     logging.basicConfig(
         format="%(asctime)s lm-server %(levelname)s: %(message)s", level=logging.INFO
     )
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
-        code: int = args.run(args)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        status: int = args.run(args)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _OWN_PACKAGES:
             raise
-        print(
-            f"error: {package} is not installed; lm-server {args.command} needs the server's "
-            f"packages: from the checkout: pip install '.[{_OWN_PACKAGES[package]}]' "
-            "-c constraints.txt",
-            file=sys.stderr,
-        )
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return code
+        raise UserError(
+            f"{package} is not installed; lm-server {args.command} needs the server's packages: "
+            f"from the checkout: pip install '.[{_OWN_PACKAGES[package]}]' -c constraints.txt"
+        ) from error
+    return status
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import warnings
 from collections import OrderedDict
@@ -163,8 +164,9 @@ class Hdf5Reader(Reader):
         _check_finite(features, ref)
         labels = None
         if "seq_class_ids" in group and "seq_len" in group.attrs:
-            labels = _read(group["seq_class_ids"], ref, slice(0, ref.label_length)).astype(np.int32)
-            _check_labels(labels, ref)
+            found = _read(group["seq_class_ids"], ref, slice(0, ref.label_length))
+            _check_labels(found, _where(ref.path, ref.key))
+            labels = found.astype(np.int32)
         return Trial(ref, features, labels, _sentence(group, ref))
 
     def _file(self, path: Path) -> h5py.File:
@@ -279,6 +281,8 @@ def _label_length(group: h5py.Group, where: str, needed: bool) -> int:
             f"{where}: `seq_len` is {length}; needed 0 to {ids.shape[0]}, the length of "
             "`seq_class_ids`: the label was cut off; leave the trial out or write its label again"
         )
+    # Here too, so that a wrong label is found before anything is compiled.
+    _check_labels(ids[:length], where)
     return length
 
 
@@ -295,11 +299,11 @@ def _check_finite(features: np.ndarray, ref: TrialRef) -> None:
     )
 
 
-def _check_labels(labels: np.ndarray, ref: TrialRef) -> None:
+def _check_labels(labels: np.ndarray, where: str) -> None:
     wrong = np.flatnonzero((labels < 1) | (labels > SILENCE_ID))
     if wrong.size:
         raise DataError(
-            f"{_where(ref.path, ref.key)}: `seq_class_ids` has the id {int(labels[wrong[0]])} at "
+            f"{where}: `seq_class_ids` has the id {int(labels[wrong[0]])} at "
             f"position {int(wrong[0])} of {len(labels)}; needed 1 to {SILENCE_ID} (1-39 phonemes, "
             f"{SILENCE_ID} silence; 0 is the blank and pads after seq_len): write the label again"
         )
@@ -308,14 +312,26 @@ def _check_labels(labels: np.ndarray, ref: TrialRef) -> None:
 def _sentence(group: h5py.Group, ref: TrialRef) -> str | None:
     """Return the sentence by `sentence_label`, else by the character codes, else None."""
     text = group.attrs.get("sentence_label")
+    where = _where(ref.path, ref.key)
     if text is not None:
+        if np.size(text) != 1:
+            raise DataError(f"{where}: the attribute `sentence_label` is {text!r}; needed one text")
         text = np.asarray(text).reshape(-1)[0] if np.ndim(text) else text
         return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
     if "transcription" not in group:
         return None
-    codes = _read(_dataset(group, "transcription", _where(ref.path, ref.key)), ref, slice(None))
+    codes = _read(_dataset(group, "transcription", where), ref, slice(None))
+    if codes.ndim != 1 or codes.dtype.kind not in "iuf" or not _all_characters(codes):
+        raise DataError(
+            f"{where}: `transcription` is {codes.dtype} {list(codes.shape)}, not all character "
+            "codes; needed integers [characters], padded with 0: write it again"
+        )
     ends = np.flatnonzero(codes == 0)
     return "".join(chr(int(code)) for code in codes[: ends[0] if ends.size else None])
+
+
+def _all_characters(codes: np.ndarray) -> bool:
+    return bool(((codes >= 0) & (codes <= sys.maxunicode)).all())
 
 
 def _dataset(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
@@ -353,7 +369,8 @@ def _integer(group: h5py.Group, name: str, where: str) -> int:
         )
     value: Any = group.attrs[name]
     number = np.asarray(value).reshape(-1)
-    if number.size != 1 or number.dtype.kind not in "iuf" or number[0] != np.floor(number[0]):
+    fits = number.size == 1 and number.dtype.kind in "iuf" and bool(np.isfinite(number[0]))
+    if not fits or number[0] != np.floor(number[0]):
         raise DataError(f"{where}: the attribute `{name}` is {value!r}; needed one whole number")
     return int(number[0])
 

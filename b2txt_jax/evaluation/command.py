@@ -45,35 +45,52 @@ from b2txt_jax.evaluation.evaluate import (
 from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
 from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
 from b2txt_jax.provenance import provenance
+from lm_server.atomic_file import require_writable
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
 
+_EVALUATION, _SUBMISSION = "evaluation.json", "submission.csv"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt evaluate`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
-    parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="val", help="of the data (default val)"
+    )
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        help="Redis where an lm-server listens (default: $B2TXT_REDIS_URL, else this machine's)",
+    )
     parser.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="decode with N worker processes at once"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="decode with N worker processes at once (default: one server)",
     )
     parser.add_argument(
-        "--llm", metavar="DIR", help="with --lm: rescore with the causal language model there"
+        "--llm",
+        metavar="DIR",
+        help="with --lm: rescore with the causal language model there (default: no rescoring)",
     )
     parser.add_argument(
-        "--settings", type=Path, metavar="FILE", help="with --lm: settings of `lm-server tune`"
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="with --lm: settings of `lm-server tune` (default: the search's)",
     )
     parser.add_argument(
         "--lm-options",
         default="",
         metavar="TEXT",
         help="with --lm: further options of `lm-server serve` (with --workers: of `lm-server "
-        "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst'",
+        "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst' (default: "
+        "none)",
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT/NAME)")
     parser.add_argument(
@@ -89,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     options = child_options(args)
     model = load_run(args.workdir, args.overrides)
     out = args.out or args.workdir / args.split / result_name(args)
-    out.mkdir(parents=True, exist_ok=True)  # A wrong --out is an error before the work.
+    check_results(out)
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
         jobs = args.workers is not None
         given = {
@@ -104,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         result = evaluate_run(model, trials, args.split, url, settings, console, jobs)
     write_results(out, result)
     print_results(result, console)
-    console.print(f"written: {out / 'evaluation.json'}, {out / 'submission.csv'}", soft_wrap=True)
+    console.print(f"written: {out / _EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
     return 1 if result.failed else 0
 
 
@@ -327,14 +344,24 @@ def evaluate_run(
     )
 
 
+def check_results(out: Path) -> None:
+    """Raise before the work what `write_results` would raise after it.
+
+    Raises:
+      UnwritableError: `out` is no folder that can be written to.
+    """
+    for name in (_EVALUATION, _SUBMISSION):
+        require_writable(out / name)
+
+
 def write_results(out: Path, result: Evaluation) -> None:
     """Write evaluation.json and submission.csv. Warn of empty rows, which benchmarks refuse."""
-    write_evaluation(out / "evaluation.json", result)
-    write_submission(out / "submission.csv", submission_texts(result))
+    write_evaluation(out / _EVALUATION, result)
+    write_submission(out / _SUBMISSION, submission_texts(result))
     empty = [row.trial for row in result.sentences if not row.decoded]
     if empty:
         warnings.warn(
-            f"{len(empty)} of {result.trials} rows of {out / 'submission.csv'} have no text, and "
+            f"{len(empty)} of {result.trials} rows of {out / _SUBMISSION} have no text, and "
             f"Kaggle refuses such a file (Submission contains null values): {listed(empty)}",
             SubmissionWarning,
             stacklevel=2,

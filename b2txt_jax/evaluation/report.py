@@ -16,11 +16,11 @@ from b2txt_jax.evaluation.figures import (
     learning_curve,
     per_by_day,
     phoneme_picture,
-    read_metrics,
     wer_bars,
 )
 from b2txt_jax.metrics import Difference, ErrorRate, differences
 from b2txt_jax.provenance import versions
+from b2txt_jax.training.metrics_log import read_metrics
 from lm_server.atomic_file import replacing
 from lm_server.text_rules import scored_words
 
@@ -61,8 +61,8 @@ def write_report(path: Path, inputs: ReportInputs) -> None:
     """Write the page, whole or not at all.
 
     Raises:
-      FileNotFoundError: there is no metrics file.
-      ValueError: the metrics file cannot be read, or the logits are not [P, 41].
+      MetricsError: the metrics file cannot be read.
+      ValueError: the logits are not [P, 41].
     """
     page = report_html(inputs, datetime.datetime.now().astimezone())
     path.parent.mkdir(parents=True, exist_ok=True)

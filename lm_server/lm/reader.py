@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lm_server.errors import UserError
 from lm_server.lexicon.pronunciations import Pronunciation
@@ -33,7 +34,8 @@ def read_description(folder: Path) -> dict[str, object]:
     """
 
     def fault(
-        text: str, remedy: str = f"make one with `lm-server build --text FILE --out {folder}`"
+        text: str,
+        remedy: str = f"make one with `lm-server build --text FILE --out {quote(str(folder))}`",
     ) -> ModelFolderError:
         return ModelFolderError(f"{text}: {remedy}")
 

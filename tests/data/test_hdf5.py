@@ -253,6 +253,8 @@ def test_damage_inside_a_file_is_named_whatever_it_hits(tmp_path: Path) -> None:
         ({"bins": 0}, "`n_time_steps` is 0; needed 1 to 61"),
         ({"bins": -5}, "`n_time_steps` is -5"),
         ({"bins": 30.5}, "`n_time_steps` is .*30.5.*; needed one whole number"),
+        ({"bins": np.inf}, "`n_time_steps` is .*inf.*; needed one whole number"),
+        ({"bins": -np.inf}, "`n_time_steps` is .*inf.*; needed one whole number"),
         ({"bins": "many"}, "`n_time_steps` is 'many'; needed one whole number"),
         ({"seq_len": 501}, "`seq_len` is 501; needed 0 to 500"),
         ({"seq_len": -1}, "`seq_len` is -1"),
@@ -491,3 +493,23 @@ def test_no_other_file_is_read_through_a_file_of_trials(
         put(file["trial_0001"], tmp_path / "secret")
     with pytest.raises(DataError, match=r"is not in this file, but in .*secret; needed one file"):
         read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "codes", [[-3, 5], [2**22, 5], [1e9, 5.0], [np.nan, 5.0], [b"abc"], [[67, 68]]]
+)
+def test_codes_that_are_no_characters_are_named(tmp_path: Path, codes: list) -> None:
+    path = write_session(tmp_path, drop=("sentence_label", "transcription"))
+    with h5py.File(path, "r+") as file:
+        file["trial_0001"]["transcription"] = np.array(codes)
+    with pytest.raises(DataError, match=r"trial_0001: `transcription` is .* needed integers"):
+        read_all(tmp_path)
+
+
+def test_a_wrong_label_is_found_when_trials_are_listed_before_any_is_read(tmp_path: Path) -> None:
+    path = write_session(tmp_path, ids=[5, 3], drop=("seq_class_ids",))
+    with h5py.File(path, "r+") as file:
+        file["trial_0001"]["seq_class_ids"] = np.array([2**32 + 5, 3])  # 5 in 32 bits
+    reader = Hdf5Reader(tmp_path)
+    with pytest.raises(DataError, match="id 4294967301 at position 0 of 2"):
+        reader.trials(reader.sessions, "train")

@@ -71,9 +71,9 @@ def check_rights(client: redis.Redis, url: str, needed: list[Command]) -> None:
         more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise RightsError(
             f"Redis at {mask_password(url)} refuses what lm-server needs: "
-            f"{', '.join(refused[:_SHOWN])}{more}; needed a writable Redis 6.2 or newer, no "
-            f"cluster, and a user with the rights of docs/protocol.md (keys ~remote_lm_* and "
-            f"~{CONTEXT_KEY}*): ask who looks after it for them"
+            f"{', '.join(refused[:_SHOWN])}{more}; needed a writable Redis, 6.2 or newer for "
+            "workers, no cluster, and a user with the rights of docs/protocol.md (keys "
+            f"~remote_lm_* and ~{CONTEXT_KEY}*): ask who looks after it for them"
         )
 
 

@@ -12,7 +12,10 @@ from rich.console import Console
 from b2txt_jax.config import Config, load_config, with_overrides
 from b2txt_jax.evaluation.command import (
     OptionsError,
+    all_settings,
     check_decoders,
+    check_replaceable,
+    check_results,
     evaluate_run,
     language_model,
     write_results,
@@ -81,6 +84,7 @@ def evaluate(
     workers: int | None = None,
     options: Sequence[str] = (),
     out: Path | str | None = None,
+    force: bool = False,
     quiet: bool = False,
 ) -> Evaluation:
     """Decode a split of a run's data and score it, as `b2txt evaluate` does.
@@ -94,11 +98,12 @@ def evaluate(
       options: of `lm-server serve` (with `workers`: of `lm-server worker`), such as
         `["--llm", "runs/smollm2"]`.
       out: folder for evaluation.json and submission.csv. None: nothing is written.
+      force: replaces a result that other settings gave.
       quiet: prints nothing.
 
     Raises:
-      UserError: the arguments do not go together, no language model server answers or starts, or
-        the run or its data cannot be used.
+      UserError: the arguments do not go together, `out` holds the result of other settings, no
+        language model server answers or starts, or the run or its data cannot be used.
     """
     console = Console(quiet=quiet)
     folder = None if lm is None else Path(lm)
@@ -108,15 +113,16 @@ def evaluate(
             f"found options {list(options)} without `lm`: they are for a server that is started "
             "here. A running server has its own"
         )
-    if out is not None:  # A wrong folder is an error before the work.
-        Path(out).mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        check_results(Path(out))
     trained = run if isinstance(run, Run) else load_run(run)
     with language_model(redis, folder, workers, options) as (url, name):
-        trials = trained.logits(split, console=console)
-        settings = {"language_model": name}
-        if options:
-            settings["lm_options"] = shlex.join(options)
         jobs = workers is not None
+        given = {"language_model": name, "lm_options": shlex.join(options) or None}
+        settings = all_settings(trained, given, url, folder, jobs)
+        if out is not None:
+            check_replaceable(Path(out), settings, force)
+        trials = trained.logits(split, console=console)
         result = evaluate_run(trained, trials, split, url, settings, console, jobs)
     if out is not None:
         write_results(Path(out), result)

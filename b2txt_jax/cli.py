@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from b2txt_jax import __version__
-from b2txt_jax.errors import UserError
 from b2txt_jax.huge_pages import restart_with_huge_pages
-from b2txt_jax.quiet import other_libraries_quiet
+from lm_server.ending import ended_by_interrupt, exit_status
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is allowed)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Keeps compiled programs, so that a resumed run starts at once. JAX reads this on import.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder() / "xla"))
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
+    with ended_by_interrupt():
+        parser = make_parser(next((word for word in arguments if word in COMMANDS), None))
     overrides = [argument for argument in arguments if argument.startswith("--config.")]
     for before, after in itertools.pairwise([*arguments, ""]):
         if before.startswith("--config.") and "=" not in before:
@@ -62,16 +65,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and not COMMANDS[args.command][2]:
         parser.error(f"b2txt {args.command} takes no configuration keys, found {overrides[0]}")
     args.overrides = overrides
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from b2txt_jax.errors import UserError
+    from b2txt_jax.quiet import other_libraries_quiet
+
     try:
-        with other_libraries_quiet():
+        with other_libraries_quiet(), _warnings_in_one_line():
             status: int = args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        unusable = _unusable_platform()
+        if unusable is None:
+            raise
+        raise UserError(unusable) from error
     return status
+
+
+def _unusable_platform() -> str | None:
+    """Return why JAX does not start on the platform that JAX_PLATFORMS asks for, None if it does.
+
+    Asked after a failure: JAX may not be started before the hosts of a training have joined.
+    """
+    wanted = os.environ.get("JAX_PLATFORMS")
+    if not wanted:
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["its plug-in is not installed"])[0]
+        extra = "tpu" if "tpu" in wanted else "cuda"
+        return (
+            f"JAX_PLATFORMS is {wanted!r}, where JAX cannot start ({reason}); needed the plug-in "
+            f"of that platform: pip install -e '.[{extra}]', or unset JAX_PLATFORMS to use what "
+            "there is. `b2txt doctor` checks more"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print our own warnings as one line each, without a place in the code. Each appears once."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if category.__module__.startswith("b2txt_jax."):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *place)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _cache_folder() -> Path:

@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import math
+import traceback
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -210,8 +211,8 @@ def model_class(name: str) -> Any:
     Raises:
       ConfigError: no such model, or the class lacks something that a model needs.
     """
-    name = _OLD_NAMES.get(name, name)
-    if name not in MODELS and not all(name.partition(":")):
+    name = _OLD_NAMES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or (name not in MODELS and not all(name.partition(":"))):
         raise ConfigError(
             f"configuration key model.name is {name!r}; needed one of {', '.join(MODELS)}, or "
             "my_package.my_module:MyModel"
@@ -268,13 +269,26 @@ def read_config_file(path: str | Path) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except ConfigError:
+        raise
     except SyntaxError as error:
         raise ConfigError(f"configuration file {path} is not valid Python: {error}") from error
-    if not hasattr(module, "get_config"):
+    # The file is a program of the user's, and fails in any way.
+    except Exception as error:
+        lines = [
+            at.lineno
+            for at in traceback.extract_tb(error.__traceback__)
+            if at.filename == str(path)
+        ]
+        raise ConfigError(
+            f"configuration file {path}{f' line {lines[-1]}' if lines else ''} fails with "
+            f"{type(error).__name__}: {error}; correct it, or start from configs/nejm_baseline.py"
+        ) from error
+    if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"configuration file {path} has no get_config() that returns a ConfigDict"
         )
-    config: ConfigDict = module.get_config()
     if "adversary" not in config and not config.is_locked:
         # Files of older versions that start from one of ours read and set keys of this section.
         config.adversary = ConfigDict(_OLD_ADVERSARY)
@@ -387,9 +401,9 @@ def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Every older file has all settings of the triple GRU, also for the baseline, which has none.
     """
-    values = dict(values)
-    section = values.pop("adversary", {})
-    unknown = sorted(set(section) - set(_OLD_ADVERSARY))
+    values = dict(_section(values, "top level"))
+    section = _section(values.pop("adversary", {}), "adversary")
+    unknown = [key for key in section if key not in _OLD_ADVERSARY]
     if unknown:
         raise ConfigError(
             f"configuration section 'adversary': unknown keys {unknown}; needed some of "
@@ -402,7 +416,7 @@ def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     model = dict(model)
     older = bool(adversary) or "kind" in model
     name = model.pop("kind", model.get("name", "gru"))
-    model["name"] = name = _OLD_NAMES.get(name, name)
+    model["name"] = name = _OLD_NAMES.get(name, name) if isinstance(name, str) else name
     if not older:
         return values | {"model": model}
     if name == "gru":
@@ -414,12 +428,17 @@ def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"model": model}
 
 
+def _section(values: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"configuration section {where!r} is {values!r}; needed keys and values")
+    return values
+
+
 _NONE = dataclasses.MISSING
 
 
 def _freeze(kind: type, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"configuration section {where!r} is {values!r}; needed keys and values")
+    _section(values, where)
     hints = typing.get_type_hints(kind)
     declared = {field.name: field for field in dataclasses.fields(kind)}
     missing = sorted(n for n, f in declared.items() if f.default is _NONE and n not in values)
@@ -487,7 +506,7 @@ def _check(config: Config) -> None:
     """Check what no single field's limits can."""
     listed = {"data.sessions": config.data.sessions, "signal.augment": config.signal.augment}
     for key, names in listed.items():
-        if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+        if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
             raise ConfigError(
                 f"configuration key {key} is {names}; needed different names, each at its place in "
                 "the order"
@@ -524,11 +543,15 @@ def read_written_config(path: Path) -> Config:
             f"{path} does not exist: {path.parent} is not a run's folder; train first"
         )
     try:
-        return freeze(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not valid JSON ({error}); restore it or train anew"
         ) from error
+    try:
+        return freeze(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

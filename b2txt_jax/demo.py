@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,14 @@ from rich.table import Table
 
 from b2txt_jax import __version__
 from b2txt_jax.config import find_config_file, load_config
+from b2txt_jax.data.plan import plan
 from b2txt_jax.errors import UserError
-from b2txt_jax.evaluation.command import evaluate_run, language_model, write_results
+from b2txt_jax.evaluation.command import (
+    all_settings,
+    evaluate_run,
+    language_model,
+    write_results,
+)
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report import ReportInputs, write_report
 from b2txt_jax.inference.run import Run, TrialLogits, load_run
@@ -29,10 +36,11 @@ from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
 from b2txt_jax.training.loop import train
-from b2txt_jax.training.metrics_log import METRICS_FILE
-from lm_server.atomic_file import replacing
+from b2txt_jax.training.metrics_log import METRICS_FILE, read_metrics
+from lm_server.atomic_file import replacing, require_writable
 
 _CONFIG = "demo"
+_SUMMARY, _REPORT = "summary.json", "report.html"
 _ORDERS = (1, 3)
 _SENTENCES_SHOWN = 10
 _TEST_SENTENCES = 10
@@ -46,13 +54,21 @@ class DemoError(UserError, RuntimeError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt demo`."""
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder to write to (default runs/demo)"
+    )
     parser.add_argument("--config", default=_CONFIG, help="training recipe (default: demo)")
-    parser.add_argument("--sessions", type=int, default=6, help="simulated sessions")
-    parser.add_argument("--train", type=int, default=120, help="training sentences per session")
-    parser.add_argument("--val", type=int, default=30, help="validation sentences per session")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulation")
-    parser.add_argument("--difficulty", type=float, default=0.5, help="of the simulation, 0 to 1")
+    parser.add_argument("--sessions", type=int, default=6, help="simulated sessions (default 6)")
+    parser.add_argument(
+        "--train", type=int, default=120, help="training sentences per session (default 120)"
+    )
+    parser.add_argument(
+        "--val", type=int, default=30, help="validation sentences per session (default 30)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation (default 0)")
+    parser.add_argument(
+        "--difficulty", type=float, default=0.5, help="of the simulation, 0 to 1 (default 0.5)"
+    )
     parser.epilog = "Any key of the configuration: --config.section.key=value."
 
 
@@ -77,6 +93,10 @@ def run(args: argparse.Namespace) -> int:
         max_words=8,
         speaking_rate=1.4,
     )
+    jax.devices()  # Without any, fail before the work.
+    plan(0, 0, [args.train] * args.sessions, config.data.days_per_batch, 1)
+    for name in (_SUMMARY, _REPORT):
+        require_writable(out / name)
     console.rule("1 of 5: simulated sessions")
     simulate(out / "data", settings)
     console.rule("2 of 5: language models")
@@ -91,19 +111,19 @@ def run(args: argparse.Namespace) -> int:
     evaluations = {}
     for order, folder in models.items():
         with language_model(None, folder) as (url, name):
-            evaluations[order] = evaluate_run(
-                trained, trials, "val", url, {"language_model": name, "order": order}, console
-            )
+            given = {"language_model": name, "order": order}
+            made_with = all_settings(trained, given, url, folder, jobs=False)
+            evaluations[order] = evaluate_run(trained, trials, "val", url, made_with, console)
         write_results(out / f"val_{order}gram", evaluations[order])
     console.rule("5 of 5: report")
     last = evaluations[max(evaluations)]
     rows = _word_error_rates(evaluations)
     summary = _summary(out, last, dict(rows), config.train.steps)
-    with replacing(out / "summary.json") as unfinished:
+    with replacing(out / _SUMMARY) as unfinished:
         unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-    write_report(out / "report.html", _report_inputs(out, trained, summary, rows, trials, last))
+    write_report(out / _REPORT, _report_inputs(out, trained, summary, rows, trials, last))
     _print(console, summary, rows, last)
-    console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    console.print(f"report: {out / _REPORT}", soft_wrap=True)
     failures = [failure for evaluation in evaluations.values() for failure in evaluation.failed]
     for failure in failures:
         console.print(f"failed: {failure.trial}: {failure.reason}", soft_wrap=True)
@@ -132,7 +152,7 @@ def _language_model(out: Path, order: int, console: Console) -> Path:
     status = subprocess.run(command, check=False).returncode
     if status:
         raise DemoError(
-            f"`{' '.join(command)}` ended with exit status {status}; see its message above"
+            f"`{shlex.join(command)}` ended with exit status {status}; see its message above"
         )
     return folder
 
@@ -142,13 +162,13 @@ def _summary(
 ) -> dict[str, Any]:
     assert last.per is not None
     # Steps and validations, over all calls of the training.
-    lines = (out / "run" / METRICS_FILE).read_text().splitlines()
+    entries = read_metrics(out / "run" / METRICS_FILE)
     return {
         "val_per": last.per.all.rate,
         "wer_greedy": rates["without LM"].rate,
         "wer_1gram": rates["1-gram"].rate,
         "wer_3gram": rates["3-gram"].rate,
-        "train_seconds": sum(float(json.loads(line)["seconds"]) for line in lines),
+        "train_seconds": sum(float(entry.get("seconds", 0)) for entry in entries),
         "decode_seconds_per_sentence": last.seconds_per_sentence,
         "steps": steps,
     }

@@ -1,7 +1,8 @@
-"""Silences other libraries' log lines that repeat what our own errors say."""
+"""Silences other libraries' lines that repeat what our own errors say."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,13 +11,22 @@ from absl import logging
 
 @contextmanager
 def other_libraries_quiet() -> Iterator[None]:
-    """Keep absl's log, which Orbax writes to, silent inside the block.
+    """Keep absl's log and TensorStore's late reads and writes silent inside the block.
 
     Orbax logs a failed save in hundreds of lines, and its exception reaches the caller as well.
+    TensorStore's other operations then come back to an event loop that Orbax has closed, each with
+    a traceback.
     """
-    before = logging.get_verbosity()
+    before, hook = logging.get_verbosity(), sys.unraisablehook
+
+    def quiet(fault: sys.UnraisableHookArgs) -> None:
+        if str(fault.exc_value) != "Event loop is closed":
+            hook(fault)
+
     logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = quiet
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        sys.unraisablehook = hook

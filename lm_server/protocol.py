@@ -42,10 +42,26 @@ PROTOCOL_VERSION = "2"
 CONTEXT_KEY = "contextual_decoding_current_context"
 REQUEST_ID = "request_id"
 """A field that any entry may have. Everything that answers the entry has it too."""
+CLIENT = "client"
+"""A field with the name of the client that sends an entry. Its answers have it too."""
+RELEASE = "release"
+"""A field of a reset with which a client that has named itself leaves the session to others."""
+HOLD_MS = 10_000
+"""A client holds a session for so long after its last entry."""
 MAX_REQUEST_ID = 200
-"""Bytes of a request id."""
+"""Bytes of a request id and of a client's name."""
+MAX_JSON = 1_000_000
+"""Bytes of a field that is JSON: hot words, a job's settings."""
+MAX_CONTEXT = 100_000
+"""Bytes of a context string that are used, the last ones."""
+MAX_SCORING = 2_000_000
+"""Bytes of the field `scoring`. Further hypotheses are left out."""
+MAX_JOB_NAME = 1000
+"""Bytes of a job's name."""
 WARNING = "warning"
 """`severity` of an error entry that accompanies an answer instead of replacing it."""
+_OTHER_TYPES = {"float64": "<f8", "big-endian float32": ">f4", "float16": "<f2"}
+_MANY = 8
 _SESSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -82,6 +98,7 @@ class Registry:
       sessions: hash, open session -> JSON of its settings, hot words and idle time.
       jobs: stream of sentences to decode offline, read by a consumer group.
       workers: name of that group.
+      dead: stream of entries and jobs that were set aside, for an operator to read.
     """
 
     requests: str = "remote_lm_sessions"
@@ -89,10 +106,16 @@ class Registry:
     sessions: str = "remote_lm_open_sessions"
     jobs: str = "remote_lm_jobs"
     workers: str = "workers"
+    dead: str = "remote_lm_dead_letters"
 
 
 REGISTRY = Registry()
 DEFAULT_SESSION = ""
+
+
+def is_session(name: str) -> bool:
+    """Return whether a name may be a session's or a batch's id."""
+    return _SESSION.fullmatch(name) is not None
 
 
 def check_session(session: str) -> str:
@@ -101,7 +124,7 @@ def check_session(session: str) -> str:
     Raises:
       ProtocolError: it is empty, too long, or has other characters than A-Z a-z 0-9 . _ -.
     """
-    if not _SESSION.fullmatch(session):
+    if not is_session(session):
         raise ProtocolError(
             f"the session id is {session[:80]!r}; needed 1 to 64 of the characters A-Z a-z 0-9 . _ "
             "-: choose another"
@@ -138,6 +161,19 @@ def process_key(process: str) -> str:
     return f"remote_lm_process:{process}"
 
 
+def check_job_name(name: bytes) -> bytes:
+    """Return a job's name that a client has chosen.
+
+    Raises:
+      ProtocolError: it is empty or too long.
+    """
+    if not 0 < len(name) <= MAX_JOB_NAME:
+        raise ProtocolError(
+            f"the job's name has {len(name)} bytes; needed 1 to {MAX_JOB_NAME}: choose another"
+        )
+    return name
+
+
 def batch_key(batch: str) -> str:
     """Return the key of a batch's hash, job -> queued or done."""
     return f"remote_lm_batch:{check_session(batch)}"
@@ -148,11 +184,12 @@ def results_stream(batch: str) -> str:
     return f"remote_lm_results:{check_session(batch)}"
 
 
-def request_id(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Return an entry's request id as a field of its answers, cut to `MAX_REQUEST_ID` bytes. No
-    field if the client sent none."""
-    given = fields_.get(REQUEST_ID)
-    return {} if given is None else {REQUEST_ID: given[:MAX_REQUEST_ID]}
+def echoed(fields_: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return an entry's request id and its client's name as fields of its answers, each cut to
+    `MAX_REQUEST_ID` bytes. No field that the client did not send."""
+    return {
+        name: fields_[name][:MAX_REQUEST_ID] for name in (REQUEST_ID, CLIENT) if name in fields_
+    }
 
 
 def to_lm_order(logits: np.ndarray) -> np.ndarray:
@@ -201,9 +238,16 @@ def decode_logits(payload: bytes) -> np.ndarray:
     """Return float32 [frames, 41] in the language model's order from the bytes of `logits`.
 
     Raises:
-      ProtocolError: the bytes are no whole number of frames, too many, or hold NaN or infinity.
+      ProtocolError: the bytes are no whole number of frames, too many, hold NaN or infinity, or
+        are numbers of another type.
     """
     frame_bytes = 4 * CLASS_COUNT
+    likely = _other_type(payload)
+    if likely is not None:
+        raise ProtocolError(
+            f"logits look like {likely}; needed little-endian float32 [frames, {CLASS_COUNT}] as "
+            "raw bytes: convert them"
+        )
     if len(payload) % frame_bytes:
         raise ProtocolError(
             f"logits have {len(payload)} bytes; needed a multiple of {frame_bytes} "
@@ -216,6 +260,27 @@ def decode_logits(payload: bytes) -> np.ndarray:
             "send them in chunks"
         )
     return check_logits(np.frombuffer(payload, dtype="<f4").reshape(frames, CLASS_COUNT))
+
+
+def _other_type(payload: bytes) -> str | None:
+    """Return the type that the bytes of logits likely have, if it is not little-endian float32.
+
+    Logits are 0 or of a moderate size, but for a value that rules a class out. Numbers of another
+    type, read as float32, are of all sizes, are denormal, or have zeros at every other place.
+    """
+    values = np.abs(np.frombuffer(payload[: len(payload) // 4 * 4], "<f4"))
+    strange = values[~(values <= 1e3) | ((values > 0) & (values < 1e-10))]
+    of_all_sizes = len(strange) > 0.01 * len(values) and len(np.unique(strange)) > 1
+    denormal = (strange < np.finfo(np.float32).tiny).any()
+    every_other = not values[::2].any() and np.count_nonzero(values) >= _MANY
+    if not (of_all_sizes or denormal or every_other):
+        return None
+    for name, form in _OTHER_TYPES.items():
+        if len(payload) % np.dtype(form).itemsize == 0:
+            values = np.abs(np.frombuffer(payload, form))
+            if ((values <= 1e3) & ((values >= 1e-12) | (values == 0))).all():
+                return name
+    return None
 
 
 def encode_scoring(hypotheses: Sequence[Hypothesis]) -> str:
@@ -299,6 +364,11 @@ def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
     Raises:
       ProtocolError: it is not JSON of that form. The search checks words and weights.
     """
+    if len(text) > MAX_JSON:
+        raise ProtocolError(
+            f"words are {len(text)} bytes of JSON; at most {MAX_JSON} are possible: send fewer "
+            "pronunciations"
+        )
     form = '{"WORD": WEIGHT, ...} or {"WORD": {"weight": W, "pronunciations": [["K", "AE", "T"]]}}'
     try:
         given = json.loads(text)
@@ -368,8 +438,9 @@ class Job:
         """Return the fields of an entry of the jobs' stream.
 
         Raises:
-          ProtocolError: the logits cannot be sent.
+          ProtocolError: the logits cannot be sent, or the name is too long.
         """
+        check_job_name(self.name.encode(errors="backslashreplace"))
         fields_ = {
             "batch": check_session(self.batch).encode(),
             "job": self.name.encode(),

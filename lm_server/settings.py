@@ -184,7 +184,7 @@ def read_settings(
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(
             f"the settings file {path} cannot be read ({error}): make one with `lm-server tune`"
         ) from error

@@ -7,7 +7,8 @@ Starts, on this machine only, a Redis with an append-only file, one `lm-server s
 streams, the others in sessions), half are jobs. Meanwhile faults happen, in turns:
 
     missing field, wrong shape, NaN, worker killed, oversized, Redis killed, slow client,
-    vanished client, clock, bad setting, server killed
+    vanished client, clock, bad setting, server killed, server away, foreign keys, second client,
+    poison word, huge name, poison job, expensive session
 
 Entries that cannot be used are sent in the middle of a sentence, which must not be harmed by them.
 "Killed" is SIGKILL: Redis is started again on its file, a worker by its supervisor, the server by
@@ -37,16 +38,34 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from soak_clients import VANISHED_IDLE, Speaker, Tally, do_jobs, vanish, wrong_clock
+from soak_clients import (
+    VANISHED_IDLE,
+    Speaker,
+    Tally,
+    be_expensive,
+    do_jobs,
+    poison_job,
+    vanish,
+    wrong_clock,
+)
 from soak_machines import Machines, Sentence, make_model, make_sentences
+from soak_others import foreign_keys, second_client, server_away
 
 from lm_server.protocol import REGISTRY
 
+OTHERS = {
+    "server away": server_away,
+    "foreign keys": foreign_keys,
+    "second client": second_client,
+}
 KINDS = (
     *("missing field", "wrong shape", "worker killed", "NaN", "Redis killed", "oversized"),
     *("slow client", "vanished client", "server killed", "clock", "bad setting"),
+    *OTHERS,
+    *("poison word", "huge name", "poison job", "expensive session"),
 )
 BY_CLIENT = ("missing field", "wrong shape", "NaN", "oversized", "slow client", "bad setting")
+BY_CLIENT += ("poison word", "huge name")
 
 
 def schedule(count: int, rng: random.Random) -> list[str]:
@@ -144,8 +163,14 @@ def _inject(
         machines.kill_worker()
     elif kind == "server killed":
         machines.kill_server()
+    elif kind in OTHERS:
+        OTHERS[kind](machines, number, sentences[number], tally)
     elif kind == "vanished client":
         vanish(machines.url, number, sentences[number])
+    elif kind == "poison job":
+        poison_job(machines.url, number, sentences[number], tally)
+    elif kind == "expensive session":
+        be_expensive(machines.url, number, tally)
     else:
         wrong_clock(machines.url, number, sentences[number], tally)
     tally.fault(kind)

@@ -19,10 +19,20 @@ from soak_machines import AWAY, Sentence
 
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
-from lm_server.protocol import REGISTRY, encode_logits, session_streams, to_rnn_order
+from lm_server.protocol import (
+    REGISTRY,
+    Job,
+    batch_key,
+    encode_logits,
+    results_stream,
+    session_streams,
+    to_rnn_order,
+)
 
 ANSWER_SECONDS = 60.0
 VANISHED_IDLE = 2
+POISON = r'{"\ud800": {"weight": 50, "pronunciations": [["K"]]}}'
+"""A hot word that no answer can carry."""
 _BATCH = 50
 
 
@@ -70,7 +80,7 @@ class Speaker:
     def open(self) -> None:
         """Open the session."""
         if self.session:
-            self._insist(lambda: _request(self._redis, "open", self.session))
+            self._insist(lambda: request(self._redis, "open", self.session))
 
     def say(self, sentence: Sentence) -> None:
         """Send a sentence until it is accepted, and check its answer."""
@@ -114,13 +124,18 @@ class Speaker:
         if kind == "slow client":
             time.sleep(1.5)
             return
-        stream = self.names.update_params if kind == "bad setting" else self.names.input
+        stream = {
+            "bad setting": self.names.update_params,
+            "poison word": self.names.hot_words,
+        }.get(kind, self.names.input)
         fields: dict[str, Any] = {
             "missing field": {"data": b"1234"},
             "wrong shape": {"logits": bytes(7 * 160 + 1)},
             "NaN": {"logits": np.full((5, 41), np.nan, np.float32).tobytes()},
             "oversized": {"logits": bytes(10_001 * 164)},
             "bad setting": {"beam": "wide", "nbest": "3"},
+            "poison word": {"words": POISON},
+            "huge name": {"n" * 5_000_000: "1"},
         }[kind]
         self._redis.xadd(stream, {**fields, "request_id": f"{mark}-bad"})
         if self._wait(self._errors, f"{mark}-bad") is None:
@@ -156,7 +171,7 @@ class Speaker:
         while self._insist(lambda: self._read(500)):
             pass
         if self.session:
-            self._insist(lambda: _request(self._redis, "close", self.session))
+            self._insist(lambda: request(self._redis, "close", self.session))
         self._redis.close()
 
     def _insist(self, action: Callable[[], Any]) -> Any:
@@ -170,7 +185,7 @@ class Speaker:
                 time.sleep(0.05)
 
 
-def _request(client: Any, action: str, session: str, **fields: Any) -> None:
+def request(client: Any, action: str, session: str, **fields: Any) -> None:
     """Open or close a session; one that is open or closed already is accepted."""
     mark = f"{action}-{session}-{time.monotonic_ns()}"
     given = {"action": action, "session": session, "request_id": mark, **fields}
@@ -191,7 +206,7 @@ def vanish(url: str, number: int, sentence: Sentence) -> None:
     """Open a session, send half a sentence and leave it there."""
     with redis.Redis.from_url(url, protocol=2) as client:
         session = f"vanished-{number}"
-        _request(client, "open", session, idle_seconds=VANISHED_IDLE)
+        request(client, "open", session, idle_seconds=VANISHED_IDLE)
         half = encode_logits(sentence.logits[: len(sentence.logits) // 2])
         client.xadd(session_streams(session).input, {"logits": half})
 
@@ -202,7 +217,7 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
     ms = 5 if number % 2 else int(1000 * (time.time() + 86_400))
     names = session_streams(session)
     with redis.Redis.from_url(url, protocol=2) as client:
-        _request(client, "open", session)
+        request(client, "open", session)
         client.xadd(names.reset, {"done": 0}, id=f"{ms}-1")
         client.xadd(names.input, {"logits": encode_logits(sentence.logits)}, id=f"{ms}-2")
         client.xadd(names.finalize, {"done": 0}, id=f"{ms}-3")
@@ -217,7 +232,42 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
         tally.count("real-time sentences")
         if fields[b"scoring"].decode() != sentence.scoring:
             tally.count("wrong", session)
-        _request(client, "close", session)
+        request(client, "close", session)
+
+
+def poison_job(url: str, number: int, sentence: Sentence, tally: Tally) -> None:
+    """Submit a job that must be refused without harm to its worker."""
+    batch = f"poison-{number}"
+    with redis.Redis.from_url(url, protocol=2) as client:
+        client.hset(batch_key(batch), "0", "queued")
+        fields: dict[Any, Any] = {**Job(batch, "0", sentence.logits).fields(), "hot_words": POISON}
+        client.xadd(REGISTRY.jobs, fields)
+        found: Any = None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not found and time.monotonic() < deadline:
+            found = client.xread({results_stream(batch): "0-0"}, block=500)
+        if found and b"no single word" in found[0][1][0][1].get(b"error", b""):
+            tally.count("refusals")
+        else:
+            tally.count("refusals lost", f"poison job: {found}")
+
+
+def be_expensive(url: str, number: int, tally: Tally) -> None:
+    """Open a session whose search is a hundred times slower, and use it beside the others."""
+    session = f"expensive-{number}"
+    names = session_streams(session)
+    noise = np.random.default_rng(number).normal(0, 1, (200, 41)).astype(np.float32)
+    with redis.Redis.from_url(url, protocol=2) as client:
+        request(client, "open", session, max_active=5000, beam=1000, max_classes=41)
+        client.xadd(names.input, {"logits": encode_logits(noise)})
+        client.xadd(names.finalize, {"done": 0}, id=f"{int(1000 * time.time()) + 2}-0")
+        found: Any = None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not found and time.monotonic() < deadline:
+            found = client.xread({names.final: "0-0"}, block=500)
+        if not found:
+            tally.count("lost", session)
+        request(client, "close", session)
 
 
 def _job_client(url: str) -> JobClient:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,11 @@ class Machines:
         time.sleep(0.3)
         self.redis = self._start_redis()
 
-    def kill_server(self) -> None:
-        """Kill the server and start another."""
+    def kill_server(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Kill the server, do something without one, and start another."""
         self.server.kill()
         self.server.wait()
+        meanwhile()
         self.server = self._start("serve", "--grace-seconds", "1")
         self._ready(self.server)
 

@@ -1,7 +1,10 @@
 """The `b2txt` command as a user types it: help, errors with exit status 2, the pipeline."""
 
+import argparse
 import csv
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,9 +13,10 @@ import h5py
 import numpy as np
 import pytest
 
-from b2txt_jax.cli import COMMANDS, main
+from b2txt_jax.cli import COMMANDS, main, make_parser
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.training.loop import train
+from lm_server.__main__ import _parser as lm_server_parser
 from lm_server.__main__ import main as lm_server
 
 COMMAND = [sys.executable, "-m", "b2txt_jax.cli"]
@@ -138,9 +142,11 @@ def test_bad_configuration_ends_training_with_a_clear_error(
 ):
     arguments = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]
     assert main(["train", *arguments, *tiny_overrides, override]) == 2
-    error = capsys.readouterr().err
+    output, error = capsys.readouterr()
     assert error.startswith("error: ")
     assert message in error
+    assert "compiling" not in output
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
@@ -148,7 +154,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
 ):
     command = [*COMMAND, "evaluate", "--workdir", str(run_folder), "--lm", str(language_model)]
     done = subprocess.run([*command, "--split", "val"], capture_output=True, text=True, check=False)
-    result = json.loads((run_folder / "val" / "evaluation.json").read_text())
+    result = json.loads((run_folder / "val/lm/evaluation.json").read_text())
     # An untrained model's logits may have no sentence; then the trial is named and the status is 1.
     assert done.returncode == (1 if result["failed"] else 0), done.stderr
     assert result["trials"] == 12
@@ -160,7 +166,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
             sum(group["errors"] for group in result[kind]["per_corpus"].values())
             == (result[kind]["all"]["errors"])
         )
-    with (run_folder / "val" / "submission.csv").open() as file:
+    with (run_folder / "val/lm/submission.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]
     assert [row["text"] for row in rows] == [s["decoded"] or "" for s in result["sentences"]]
@@ -168,7 +174,7 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
     done = subprocess.run(
         [*command, "--split", "test"], capture_output=True, text=True, check=False
     )
-    result = json.loads((run_folder / "test" / "evaluation.json").read_text())
+    result = json.loads((run_folder / "test/lm/evaluation.json").read_text())
     assert (result["per"], result["wer"], result["trials"]) == (None, None, 9)
     assert "Traceback" not in done.stderr
 
@@ -209,23 +215,82 @@ def test_infer_then_decode_gives_one_line_per_trial(run_folder, language_model, 
         ["simulate", "--out", "{file}/x"],
         ["train", "--config", "configs/demo.py", "--workdir", "{file}/x"],
         ["evaluate", "--workdir", "{run}", "--lm", "{file}", "--out", "{file}/x"],
+        ["prepare", "--root", "{data}", "--out", "{file}/x"],
+        ["demo", "--out", "{file}/x"],
+        ["infer", "--workdir", "/no/run", "--out", "{file}/x"],
+        ["infer", "--workdir", "/no/run", "--out", "/proc/x"],
+        ["infer", "--workdir", "/no/run", "--out", "{run}"],
+        ["convert", "--to-nejm", "{file}/x", "--workdir", "/no/run"],
+        ["convert", "--to-safetensors", "/proc/x.safetensors", "--workdir", "/no/run"],
+        ["convert", "--from-nejm", "/no/run", "--workdir", "/proc/x"],
     ],
-    ids=["simulate", "train", "evaluate"],
+    ids=lambda words: f"{words[0]} {words[-1]}",
 )
-def test_a_folder_that_cannot_be_made_is_an_error_in_one_line(
-    arguments, run_folder, tiny_overrides, tmp_path, capsys
+def test_a_place_that_cannot_be_written_is_an_error_in_one_line_before_all_else(
+    arguments, run_folder, simulated, tiny_overrides, tmp_path, capsys
 ):
     file = tmp_path / "file"
     file.write_text("")
-    words = [word.format(file=file, run=run_folder) for word in arguments]
+    places = {"file": file, "run": run_folder, "data": simulated / "hdf5_data_final"}
+    words = [word.format(**places) for word in arguments]
     words += tiny_overrides if words[0] == "train" else []
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert str(file) in error
-    assert "Traceback" not in error
+    assert error.startswith("error: ")
+    assert any(place in error for place in (str(file), "/proc", str(run_folder)))
+    assert "/no/run" not in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("platform", "extra"), [("cuda", "cuda"), ("rocm", "cuda")])
+def test_a_platform_without_its_plug_in_is_an_error_in_one_line(platform, extra, tmp_path):
+    if importlib.util.find_spec(f"jax_{platform}12_plugin"):
+        pytest.skip("the plug-in is installed")
+    done = subprocess.run(
+        [*COMMAND, "demo", "--out", str(tmp_path / "demo")],
+        env={**os.environ, "JAX_PLATFORMS": platform},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("error", "Trace"))]
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    assert lines[0].startswith(f"error: JAX_PLATFORMS is '{platform}'")
+    assert f"pip install -e '.[{extra}]', or unset JAX_PLATFORMS" in lines[0]
+    assert not (tmp_path / "demo").exists()
 
 
 def test_a_key_without_a_value_is_told_how_to_give_one(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", "c", "--workdir", "w", "--config.model.units", "256"])
     assert "needed --config.model.units=VALUE" in capsys.readouterr().err
+
+
+def options():
+    """Every option of every command of both packages, with the command's name."""
+    commands = {f"b2txt {name}": subcommands(make_parser(name))[name] for name in COMMANDS}
+    servers = subcommands(lm_server_parser())
+    commands |= {f"lm-server {name}": parser for name, parser in servers.items()}
+    for name, parser in commands.items():
+        for action in parser._actions:
+            yield pytest.param(action, id=f"{name} {(*action.option_strings, action.dest)[0]}")
+
+
+def subcommands(parser):
+    (found,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_option_has_help_that_states_its_default(option):
+    assert option.help
+    if option.default not in (None, False, (), [], argparse.SUPPRESS):
+        assert "default" in option.help
+        assert option.dest in ("redis", "lm_options") or _shown(option) in option.help
+
+
+def _shown(option):
+    """A default as help texts have it. `auto` is told by its effect, memory by its unit."""
+    special = {"auto": "default", 2 * 10**9: "2G"}
+    value = option.default
+    return special.get(value, f"{value:g}" if isinstance(value, float) else str(value))

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -141,9 +142,10 @@ def test_a_damaged_written_configuration_is_an_error_that_names_it(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(ConfigError, match="not a run's folder"):
         read_written_config(path)
-    path.write_text(json.dumps({"data": {}})[:-2])
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        read_written_config(path)
+    for text in (json.dumps({"data": {}})[:-2], "[" * 100_000, "7" * 5_000):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            read_written_config(path)
 
 
 def test_every_number_of_a_written_configuration_must_be_finite(tmp_path):
@@ -264,3 +266,43 @@ def test_differences_of_two_models_name_the_keys_that_one_has_not():
     assert found["model.name"] == ("gru", "triple_gru")
     assert found["model.noise_layers"] == (None, 2)
     assert "model.units" not in found
+
+
+JUNK = [None, 5, -1, "x", "", [], {}, [[1]], [{}], [None], [1, "a"], True, 10**400, float("nan")]
+
+
+def test_a_value_of_any_wrong_type_anywhere_is_an_error_of_the_configuration():
+    base = dataclasses.asdict(load_config(BASELINE))
+    changed = [
+        *JUNK,
+        *({**base, section: junk} for section in [*base, "adversary"] for junk in JUNK),
+    ]
+    for section, values in base.items():
+        for key in [*values, "kind"]:
+            changed += [{**base, section: {**values, key: junk}} for junk in JUNK]
+    assert len(changed) > 500
+    for values in changed:
+        with contextlib.suppress(ConfigError):  # and nothing else
+            freeze(values)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.model.units = 'many'", "line 4 fails with TypeError: .*correct it"),
+        ("import no_such_module", "line 4 fails with ModuleNotFoundError"),
+        ("config.data.rot", "line 4 fails with AttributeError"),
+        ("return 5", r"no get_config\(\) that returns a ConfigDict"),
+        ("return return", "not valid Python"),
+    ],
+)
+def test_a_file_that_fails_is_named_with_its_line(tmp_path, line, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write_derived(tmp_path / "a.py", [line]))
+
+
+@pytest.mark.parametrize("text", [b"[]", b"5", b"\xff", b"{", b"[" * 100_000])
+def test_a_written_configuration_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_written_config(tmp_path / "config.json")

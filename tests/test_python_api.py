@@ -13,6 +13,7 @@ from b2txt_jax.config import load_config
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.errors import UserError
+from b2txt_jax.evaluation.command import check_replaceable
 from lm_server.__main__ import main as lm_server
 
 
@@ -150,6 +151,12 @@ def test_evaluate_finds_the_rates_of_the_command(root, workdir, run, tmp_path):
     )
     assert mine.pop("seconds_per_sentence") is not None
     theirs.pop("seconds_per_sentence")
+    origins = mine.pop("made"), theirs.pop("made")
+    assert origins[0]["data"] == origins[1]["data"]
+    assert origins[0]["parameters"] == origins[1]["parameters"] == run.fingerprint
+    assert mine["settings"]["search"]["lm_path"] == lm
+    with pytest.raises(UserError, match=r"mine holds the result of other settings: language_model"):
+        check_replaceable(tmp_path / "mine", {**mine["settings"], "language_model": "another"})
     assert mine == theirs
     assert result.per is not None
     assert result.per.all.rate == theirs["per"]["all"]["rate"]
@@ -163,7 +170,7 @@ assert "jax" not in sys.modules
 run = b2t.load_run(sys.argv[1])
 logits = run.logits(np.zeros((50, 512), np.float32), day=run.sessions[0])
 assert logits.shape == (10, 41)
-b2t.train(run.config, sys.argv[2], ["train.steps=1"], quiet=True)
+b2t.train(run.config, sys.argv[2], ["train.steps=1", "data.buckets=((320, 80),)"], quiet=True)
 from absl import logging
 assert logging.get_verbosity() == logging.WARNING
 import b2txt_jax.simulation.write

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
 import io
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,10 @@ COLUMNS = ("Date", "Post-implant day", "Block number", "Number of sentences", "C
 
 class DataError(UserError, ValueError):
     """Recorded data that cannot be used. The message names file, trial and field."""
+
+
+class DataWarning(UserWarning):
+    """Recorded data that can be used, but seem to be less than there should be."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,43 @@ def read_description(root: Path | str) -> dict[tuple[str, int], str]:
         corpora = {}
         for row in rows:
             try:
-                corpora[row["Date"], int(row["Block number"])] = row["Corpus"]
+                corpora[_iso(row["Date"]), int(row["Block number"])] = row["Corpus"]
             except (TypeError, ValueError) as error:
                 raise DataError(
                     f"{path} line {rows.line_num}: block number {row['Block number']!r} is not "
                     "a whole number"
                 ) from error
     return corpora
+
+
+def corpora_of(root: Path | str, blocks: Sequence[tuple[str, int]]) -> list[str | None]:
+    """Return the corpus of each (session, block number) by the table, None where it has none.
+
+    Warn where there is a table and none of the blocks is in it.
+
+    Raises:
+      DataError: as `read_description`.
+    """
+    table = read_description(root)
+    corpora = [table.get((session_date(session), number)) for session, number in blocks]
+    if table and not any(corpora):
+        (date, number), (session, block) = next(iter(table)), blocks[0]
+        warnings.warn(
+            f"no block of {FILE_NAME} is of these trials, so that there are no rates per corpus: "
+            f"its first has the date {date!r} and the number {number}, the first trial is of "
+            f"{session}, block {block}; needed dates such as 2023-08-13",
+            DataWarning,
+            stacklevel=2,
+        )
+    return corpora
+
+
+def _iso(date: str) -> str:
+    """Return 2023-08-11 for `2023-08-11 00:00:00`, as pandas writes it, and others unchanged."""
+    try:
+        return datetime.datetime.fromisoformat(date.strip()).date().isoformat()
+    except ValueError:  # 8/11/2023 is of August or of November
+        return date
 
 
 def write_description(path: Path, blocks: Iterable[Block]) -> None:

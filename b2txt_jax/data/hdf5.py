@@ -13,8 +13,11 @@ Refused is what would train or score wrongly in silence: see `Hdf5Reader.read`.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +27,21 @@ from typing import Any
 import h5py
 import numpy as np
 
-from b2txt_jax.data.description import DataError
-from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split
+from b2txt_jax.data.description import DataError, DataWarning
+from b2txt_jax.data.trial import (
+    DEFAULT_FEATURES,
+    TRIAL_KEY,
+    Reader,
+    Trial,
+    TrialRef,
+    check_split,
+    listed,
+    sampled,
+)
 from b2txt_jax.phonemes import SILENCE_ID
 
-_TRIAL_KEY = re.compile(r"trial_(\d+)")
+_ENDINGS = re.compile(r"data_(train|val|test)\.(hdf5?|h5|he5|partial)(\..+)?", re.IGNORECASE)
+"""Files of trials and what they are renamed to, `.partial` while they are written."""
 _OPEN_FILES = 16
 
 
@@ -65,19 +78,34 @@ class Hdf5Reader(Reader):
 
     @property
     def sessions(self) -> tuple[str, ...]:
-        """Names of the folders that hold a `data_*.hdf5`, sorted."""
-        names = tuple(sorted({path.parent.name for path in self.root.glob("*/data_*.hdf5")}))
+        """Names of the folders that hold a file of trials, sorted. Hidden ones are no sessions."""
+        names: list[str] = []
+        others: list[str] = []
+        for folder in sorted(self.root.glob("[!.]*")):
+            if not folder.exists():
+                raise _dangling(folder)
+            if folder.is_dir():
+                held = any(_ENDINGS.fullmatch(path.name) for path in folder.iterdir())
+                (names if held else others).append(folder.name)
         if not names:
             raise DataError(
                 f"{self.root} holds no session; needed folders such as t15.2023.08.13 with "
                 "data_train.hdf5: point data.root at hdf5_data_final, or write sessions with "
                 "`b2txt simulate`"
             )
-        return names
+        if others:
+            warnings.warn(
+                f"no sessions, since they hold no data_train.hdf5, data_val.hdf5 or "
+                f"data_test.hdf5: {listed(others)} ({len(others)} folders of {self.root})",
+                DataWarning,
+                stacklevel=2,
+            )
+        return tuple(names)
 
     def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
         path = session_file(self.root, session, split)
         if not path.is_file():
+            _check_nothing_instead(path, split)
             return None
         with _open(path) as file, _readable(path):
             return [
@@ -98,6 +126,13 @@ class Hdf5Reader(Reader):
             with _readable(ref.path):
                 return self._read(ref, file)
 
+    def sample(self, ref: TrialRef) -> Trial:
+        """As in `Reader`, without reading the other bins."""
+        with self._lock:
+            file = self._file(ref.path)
+            with _readable(ref.path):
+                return self._read(ref, file, sampled(ref))
+
     def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
         """As in `Reader`; raises what `read` raises."""
         trial = self.read(ref)
@@ -116,7 +151,7 @@ class Hdf5Reader(Reader):
             while self._files:
                 self._files.popitem()[1].close()
 
-    def _read(self, ref: TrialRef, file: h5py.File) -> Trial:
+    def _read(self, ref: TrialRef, file: h5py.File, bins: list[int] | None = None) -> Trial:
         if ref.key not in file:
             raise DataError(f"{ref.path} has no {ref.key}: the file changed since it was listed")
         group = file[ref.key]
@@ -124,13 +159,14 @@ class Hdf5Reader(Reader):
         # it had then must still be there.
         needed = ref.label_length > 0 or ref.path.stem == "data_train"
         ref = _reference(group, ref.session, ref.path, self.feature_count, needed)
-        stored = _read(group["input_features"], ref, slice(0, ref.bins))
+        stored = _read(group["input_features"], ref, bins or slice(0, ref.bins))
         features = stored.astype(np.float32, copy=False)
         _check_finite(features, ref)
         labels = None
         if "seq_class_ids" in group and "seq_len" in group.attrs:
-            labels = _read(group["seq_class_ids"], ref, slice(0, ref.label_length)).astype(np.int32)
-            _check_labels(labels, ref)
+            found = _read(group["seq_class_ids"], ref, slice(0, ref.label_length))
+            _check_labels(found, _where(ref.path, ref.key))
+            labels = found.astype(np.int32)
         return Trial(ref, features, labels, _sentence(group, ref))
 
     def _file(self, path: Path) -> h5py.File:
@@ -141,6 +177,29 @@ class Hdf5Reader(Reader):
             if len(self._files) > self._open_files:
                 self._files.popitem(last=False)[1].close()
         return self._files[path]
+
+
+def _dangling(path: Path) -> DataError:
+    return DataError(
+        f"{path} is a link to {os.readlink(path)}, which is not there; needed what it leads to: "
+        "copy it again, or remove the link to do without"
+    )
+
+
+def _check_nothing_instead(path: Path, split: str) -> None:
+    """Raise DataError where something stands in for a file that is not there."""
+    if path.exists():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise DataError(f"{path} is {kind}; needed an HDF5 file of recorded trials")
+    if path.is_symlink():
+        raise _dangling(path)
+    for other in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = _ENDINGS.fullmatch(other.name)
+        if match and match.group(1).lower() == split:
+            raise DataError(
+                f"{other} is there, and no {path.name}; needed that name: if it is whole, rename "
+                "it (unpack it first if it is compressed), otherwise move it elsewhere"
+            )
 
 
 def _open(path: Path) -> h5py.File:
@@ -170,7 +229,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _trial_keys(file: h5py.File) -> list[str]:
-    matches = (_TRIAL_KEY.fullmatch(key) for key in file)
+    matches = (TRIAL_KEY.fullmatch(key) for key in file)
     return [m.group() for m in sorted((m for m in matches if m), key=lambda m: int(m.group(1)))]
 
 
@@ -179,6 +238,7 @@ def _reference(
 ) -> TrialRef:
     """Return a trial's reference, its shapes and attributes checked."""
     where = _where(path, group.name)
+    _check_own(group, path, where)
     features = _dataset(group, "input_features", where)
     if features.ndim != 2 or features.shape[1] != feature_count:
         raise DataError(
@@ -221,6 +281,8 @@ def _label_length(group: h5py.Group, where: str, needed: bool) -> int:
             f"{where}: `seq_len` is {length}; needed 0 to {ids.shape[0]}, the length of "
             "`seq_class_ids`: the label was cut off; leave the trial out or write its label again"
         )
+    # Here too, so that a wrong label is found before anything is compiled.
+    _check_labels(ids[:length], where)
     return length
 
 
@@ -237,11 +299,11 @@ def _check_finite(features: np.ndarray, ref: TrialRef) -> None:
     )
 
 
-def _check_labels(labels: np.ndarray, ref: TrialRef) -> None:
+def _check_labels(labels: np.ndarray, where: str) -> None:
     wrong = np.flatnonzero((labels < 1) | (labels > SILENCE_ID))
     if wrong.size:
         raise DataError(
-            f"{_where(ref.path, ref.key)}: `seq_class_ids` has the id {int(labels[wrong[0]])} at "
+            f"{where}: `seq_class_ids` has the id {int(labels[wrong[0]])} at "
             f"position {int(wrong[0])} of {len(labels)}; needed 1 to {SILENCE_ID} (1-39 phonemes, "
             f"{SILENCE_ID} silence; 0 is the blank and pads after seq_len): write the label again"
         )
@@ -250,14 +312,26 @@ def _check_labels(labels: np.ndarray, ref: TrialRef) -> None:
 def _sentence(group: h5py.Group, ref: TrialRef) -> str | None:
     """Return the sentence by `sentence_label`, else by the character codes, else None."""
     text = group.attrs.get("sentence_label")
+    where = _where(ref.path, ref.key)
     if text is not None:
+        if np.size(text) != 1:
+            raise DataError(f"{where}: the attribute `sentence_label` is {text!r}; needed one text")
         text = np.asarray(text).reshape(-1)[0] if np.ndim(text) else text
         return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
     if "transcription" not in group:
         return None
-    codes = _read(_dataset(group, "transcription", _where(ref.path, ref.key)), ref, slice(None))
+    codes = _read(_dataset(group, "transcription", where), ref, slice(None))
+    if codes.ndim != 1 or codes.dtype.kind not in "iuf" or not _all_characters(codes):
+        raise DataError(
+            f"{where}: `transcription` is {codes.dtype} {list(codes.shape)}, not all character "
+            "codes; needed integers [characters], padded with 0: write it again"
+        )
     ends = np.flatnonzero(codes == 0)
     return "".join(chr(int(code)) for code in codes[: ends[0] if ends.size else None])
+
+
+def _all_characters(codes: np.ndarray) -> bool:
+    return bool(((codes >= 0) & (codes <= sys.maxunicode)).all())
 
 
 def _dataset(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
@@ -268,7 +342,24 @@ def _dataset(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
             f"{where} has no dataset `{name}`, only {held}; needed for this split: take a file "
             "that has it"
         )
+    _check_own(found, Path(group.file.filename), f"{where}: `{name}`")
     return found
+
+
+def _check_own(found: h5py.Group | h5py.Dataset, path: Path, where: str) -> None:
+    """Raise DataError where HDF5 would read another file than the one that was opened.
+
+    Links, virtual datasets and external storage may name any file of this machine.
+    """
+    elsewhere = found.file.filename if Path(found.file.filename) != path else None
+    if isinstance(found, h5py.Dataset) and (found.external or found.is_virtual):
+        sources = found.virtual_sources() if found.is_virtual else []
+        elsewhere = found.external[0][0] if found.external else sources and sources[0].file_name
+    if elsewhere:
+        raise DataError(
+            f"{where} is not in this file, but in {elsewhere}; needed one file with all of its "
+            "data: copy what it refers to into it (h5py: file.copy(..., expand_external=True))"
+        )
 
 
 def _integer(group: h5py.Group, name: str, where: str) -> int:
@@ -278,12 +369,13 @@ def _integer(group: h5py.Group, name: str, where: str) -> int:
         )
     value: Any = group.attrs[name]
     number = np.asarray(value).reshape(-1)
-    if number.size != 1 or number.dtype.kind not in "iuf" or number[0] != np.floor(number[0]):
+    fits = number.size == 1 and number.dtype.kind in "iuf" and bool(np.isfinite(number[0]))
+    if not fits or number[0] != np.floor(number[0]):
         raise DataError(f"{where}: the attribute `{name}` is {value!r}; needed one whole number")
     return int(number[0])
 
 
-def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice) -> np.ndarray:
+def _read(dataset: h5py.Dataset, ref: TrialRef, rows: slice | list[int]) -> np.ndarray:
     try:
         return np.asarray(dataset[rows])
     except (OSError, RuntimeError) as error:

@@ -12,12 +12,15 @@ import jax
 import numpy as np
 
 from b2txt_jax.config import DataConfig
-from b2txt_jax.data.buckets import buckets_of_data
+from b2txt_jax.data.buckets import buckets_of_data, training_padding
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.plan import plan
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import SPLITS, Reader, Trial, TrialRef, frames_needed
 
+MUCH_PADDING = 0.6
+"""Share of padding in a batch beyond which the user is warned. Buckets chosen from the data have
+about 0.3 to 0.45, since the longest of all rows decides."""
 _BATCHES_AHEAD = 6
 """Batches in memory, at most, besides the one in use."""
 _THREADS = max(2, min(4, os.cpu_count() or 1))
@@ -185,6 +188,7 @@ class TrainingData(_Loader):
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
+          PlanError: the sessions cannot fill a batch.
         """
         super().__init__(data, sessions)
         self._data = data
@@ -194,6 +198,13 @@ class TrainingData(_Loader):
             bucket_of([ref], self.buckets)
             self._check_alignable(ref, ref.label_length)
         self.refs_of_day = [[ref for ref in refs if ref.session == name] for name in sessions]
+        self.rows(0, 0)  # Data that cannot fill a batch are an error here.
+
+    @property
+    def padding(self) -> float:
+        """Expected share of padding among the bins of a batch, 0 to 1."""
+        data, bins = self._data, [[ref.bins for ref in refs] for refs in self.refs_of_day]
+        return training_padding(self.buckets, bins, data.days_per_batch, data.trials_per_day)
 
     def _check_alignable(self, ref: TrialRef, needed: int) -> None:
         frames = self._frames_of_bins(ref.bins)

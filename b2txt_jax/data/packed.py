@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split
+from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, Trial, TrialRef, check_split, sampled
 
 MANIFEST = "packed.json"
 SUFFIX = ".features"
@@ -265,6 +265,18 @@ class PackedReader(Reader):
             rows[...] = stored
         return Trial(trial.ref, rows, trial.labels, trial.sentence)
 
+    def sample(self, ref: TrialRef) -> Trial:
+        """As in `Reader`, without reading the other bins, and so without the trial's checksum."""
+        file = self._file(ref.path)
+        trial = _packed_trial(file.split, ref)
+        bins = sampled(trial.ref)
+        rows = np.empty((len(bins), file.split.feature_count), file.split.dtype)
+        for row, at in zip(rows, bins, strict=True):
+            offset = trial.offset + at * row.nbytes
+            octets = row.view(np.uint8).data.cast("B")
+            _read_exactly(file.descriptor, octets, offset, f"{ref.path} {ref.key}")
+        return Trial(trial.ref, rows.astype(np.float32, copy=False), trial.labels, trial.sentence)
+
     def close(self) -> None:
         """Close the files. Reading opens them again."""
         with self._lock:
@@ -367,7 +379,7 @@ def _read_json(path: Path, crc32: int | None) -> dict[str, Any]:
         raise DataError(f"{path} does not match its checksum in {MANIFEST}: {_AGAIN}")
     try:
         values = json.loads(octets)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} holds no table of values; {_AGAIN}")

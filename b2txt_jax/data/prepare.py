@@ -31,12 +31,13 @@ from b2txt_jax.data.pack import whole_file, write_manifest, write_split
 from b2txt_jax.data.packed import (
     DTYPES,
     MANIFEST,
+    SUFFIX,
     PackedSplit,
     check_size,
     index_path,
     load_split,
 )
-from b2txt_jax.data.trial import SPLITS, Reader, TrialRef
+from b2txt_jax.data.trial import SPLITS, Reader, TrialRef, listed, warn_of_missing
 
 _LOCK = ".prepare.lock"
 
@@ -118,6 +119,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with reader, _locked(out), _progress(console) as progress:
         kept, todo = _sort_out(reader, out, sessions, settings, progress)
+        _warn_of_missing(sessions, kept, todo)
         _check_space(out, todo, settings)
         if todo:
             (out / MANIFEST).unlink(missing_ok=True)
@@ -166,6 +168,19 @@ def _sort_out(
     return kept, todo
 
 
+def _warn_of_missing(
+    sessions: Sequence[str],
+    kept: Mapping[tuple[str, str], PackedSplit],
+    todo: Mapping[tuple[str, str], Sequence[TrialRef]],
+) -> None:
+    found = {place: [one.ref for one in split.trials.values()] for place, split in kept.items()}
+    for wanted in SPLITS:
+        places = {**found, **todo}.items()
+        refs = [ref for (_, split), some in places if split == wanted for ref in some]
+        if refs:
+            warn_of_missing(refs, sessions, wanted)
+
+
 def _kept(
     out: Path, session: str, split: str, source: Path, settings: PackSettings, progress: Progress
 ) -> PackedSplit | None:
@@ -205,10 +220,17 @@ def _check_out(out: Path, settings: PackSettings) -> None:
             f"{out} holds HDF5 sessions; packed ones need a folder of their own: choose another "
             "--out"
         )
+    own = (out / MANIFEST, out / _LOCK, *out.glob(f"*/data_*{SUFFIX}*"))
+    others = sorted(path.name for path in out.glob("[!.]*"))
+    if others and not any(path.exists() for path in own):
+        raise DataError(
+            f"{out} holds what `b2txt prepare` did not write: {listed(others)}; needed a new or "
+            "empty folder, or one that it was writing: choose another --out"
+        )
     for path in sorted(out.glob("*/data_*.json")):
         try:
             found = json.loads(path.read_bytes()).get("dtype")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue  # damaged: it is packed again
         if found != settings.dtype:
             raise DataError(

@@ -6,7 +6,11 @@ chooses one when a folder is opened.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import itertools
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +20,17 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from b2txt_jax.data.description import DataError
+from b2txt_jax.data.description import DataError, DataWarning
 
 SPLITS = ("train", "val", "test")
 DEFAULT_FEATURES = 512
 """Features per 20 ms bin of the published recordings."""
+TRAIN_ONLY = frozenset(
+    f"t15.{date}" for date in ("2023.08.11", "2024.03.03", "2024.04.25", "2024.04.28")
+)
+"""Published sessions without val and test files (NEJM reference, section 1)."""
+TRIAL_KEY = re.compile(r"trial_(\d+)")
+"""Names of trials, by which gaps are found."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ class Reader(ABC):
         min_bins: int = 1,
         labels_needed: bool | None = None,
     ) -> list[TrialRef]:
-        """Return what `find_trials` returns, at least one trial.
+        """Return what `find_trials` returns, at least one trial. Warn of what seems to be missing.
 
         Raises:
           DataError: as `find_trials`; or there is no trial at all.
@@ -158,6 +168,7 @@ class Reader(ABC):
                 f"needed at least one session with a data_{split}{self.suffix} that is not empty: "
                 "check data.sessions and the split"
             )
+        warn_of_missing(refs, sessions, split)
         return refs
 
     def lengths(self, sessions: Sequence[str], split: str) -> list[list[tuple[int, int]]]:
@@ -178,6 +189,15 @@ class Reader(ABC):
           DataError: as `read_into`.
         """
         return self.read_into(ref, np.empty((ref.bins, self.feature_count), np.float32))
+
+    def sample(self, ref: TrialRef) -> Trial:
+        """Read one trial with the features of the bins `sampled(ref)` alone, float32.
+
+        Raises:
+          DataError: as `read_into`.
+        """
+        trial = self.read(ref)
+        return dataclasses.replace(trial, features=trial.features[sampled(ref)])
 
     def will_need(self, refs: Sequence[TrialRef]) -> None:  # noqa: B027  a hint, free to ignore
         """Start to fetch trials from the disk in the background, where the format can."""
@@ -206,6 +226,11 @@ class Reader(ABC):
         self.close()
 
 
+def sampled(ref: TrialRef) -> list[int]:
+    """Return the first, middle and last bin of a trial."""
+    return sorted({0, ref.bins // 2, ref.bins - 1})
+
+
 def frames_needed(labels: np.ndarray) -> int:
     """Return the frames that CTC needs for `labels` [L], unpadded.
 
@@ -214,6 +239,54 @@ def frames_needed(labels: np.ndarray) -> int:
     """
     labels = np.asarray(labels)
     return int(len(labels) + np.count_nonzero(labels[1:] == labels[:-1]))
+
+
+def warn_of_missing(refs: Sequence[TrialRef], sessions: Sequence[str], split: str) -> None:
+    """Issue a DataWarning for trials that a split seems to lack.
+
+    Args:
+      refs: the trials that were found, each session's by number.
+      sessions: where they were looked for.
+      split: train, val or test.
+    """
+    numbers: dict[str, list[int]] = {name: [] for name in sessions}
+    for ref in refs:
+        if match := TRIAL_KEY.fullmatch(ref.key):
+            numbers[ref.session].append(int(match.group(1)))
+    filled = {ref.session for ref in refs}
+    # Training itself names the sessions that it has no trial of.
+    empty = [name for name in sessions if name not in filled | TRAIN_ONLY and split != "train"]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {len(sessions)} sessions have no {split} trial: {listed(empty)}; "
+            f"their data_{split} was not copied, or is empty",
+            DataWarning,
+            stacklevel=3,
+        )
+    holes = [
+        (name, before + 1, after - 1)
+        for name, found in numbers.items()
+        for before, after in itertools.pairwise([-1, *found])
+        if after - before > 1
+    ]
+    if holes:
+        shown = [
+            f"{name}/trial_{first:04d}" + (f" to trial_{last:04d}" if last > first else "")
+            for name, first, last in holes
+        ]
+        ids = "; ids of a submission after a missing trial are off" if split == "test" else ""
+        warnings.warn(
+            f"{sum(last - first + 1 for _, first, last in holes)} {split} trials are missing "
+            f"between others: {listed(shown)}{ids}",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def check_split(split: str) -> None:

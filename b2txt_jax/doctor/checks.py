@@ -7,12 +7,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -348,11 +349,30 @@ _LM_BYTES_PER_WORD = 2000
 """In addition to the n-grams. Measured: 279 MB for 125,938 words and 25 MB of n-grams."""
 
 
+def check_packages(
+    purpose: str, extra: str, packages: Sequence[str], available: Callable[[str], object]
+) -> list[Finding]:
+    """Check that the packages of an extra are installed. Return no finding if they are.
+
+    Args:
+      purpose: what needs them.
+      extra: of this package, which brings them.
+      packages: their import names.
+      available: returns whether a package can be imported, such as `importlib.util.find_spec`.
+    """
+    missing = [name for name in packages if not available(name)]
+    if not missing:
+        return []
+    found = f"{purpose} needs {' and '.join(missing)}, not installed here"
+    return [Finding("packages", "problem", found, _INSTALL.replace(" . ", f" '.[{extra}]' "))]
+
+
 def check_language_model(folder: Path, available: int | None) -> Finding:
     """Check that a model folder is complete, has the right format and fits into memory."""
 
     def problem(found: str) -> Finding:
-        advice = f"lm-server build --text FILE --order 3 --lexicon cmudict --out {folder}"
+        out = shlex.quote(str(folder))
+        advice = f"lm-server build --text FILE --order 3 --lexicon cmudict --out {out}"
         return Finding("language model", "problem", found, advice)
 
     if not folder.is_dir():
@@ -364,7 +384,7 @@ def check_language_model(folder: Path, available: int | None) -> Finding:
     try:
         description = json.loads((folder / "lm.json").read_text())
         words, order, version = (description[key] for key in ("words", "order", "format"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return problem(f"{folder}/lm.json cannot be used: {type(error).__name__} {error}")
     if version != _LM_FORMAT:
         return problem(f"{folder} has format {version}; needed {_LM_FORMAT}")

@@ -15,6 +15,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from b2txt_jax.errors import UserError
 Buckets = tuple[tuple[int, int], ...]
 
 _MARKS = {"ok": ("green", "ok"), "warning": ("yellow", "warning"), "problem": ("red", "problem")}
+_LM_PACKAGES, _LLM_PACKAGES = ("kenlm", "flashlight"), ("torch", "transformers")
 _CACHE_BYTES = 1e9
 _RUNTIME_BYTES = 1.5e9
 """Memory of Python, JAX and compiled programs."""
@@ -37,7 +39,7 @@ _RUNTIME_BYTES = 1.5e9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt doctor`."""
     option = parser.add_argument
-    option("--config", help="configuration: its data and memory are checked too")
+    option("--config", help="configuration: its data and memory are checked too (default: none)")
     option("--workdir", type=Path, help="folder of a run, existing or planned")
     option("--data", help="folder of sessions, overrides data.root")
     url, own = "redis://:PASSWORD@host:6379/0", os.environ.get("B2TXT_REDIS_URL")
@@ -45,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--redis", metavar="URL", default=own, help=help_)
     option("--lm", type=Path, help="folder written by `lm-server build`")
     option("--opt", choices=tuple(checks.OPT_PARAMETERS), help="model to rescore with")
-    option("--opt-dtype", choices=tuple(checks.BYTES_PER_PARAMETER), default="float16")
+    option(
+        "--opt-dtype",
+        choices=tuple(checks.BYTES_PER_PARAMETER),
+        default="float16",
+        help="of its numbers (default float16)",
+    )
     option("--json", action="store_true", help="print JSON instead of lines")
     rows = [
         f"  {size:>5}  {checks.opt_memory(size, 'float16') / 1e9:6.1f} GB float16 "
@@ -112,9 +119,21 @@ def _checks(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[F
     if args.redis:
         yield "Redis", lambda: check_redis(args.redis)
     if args.lm:
-        yield "language model", lambda: [checks.check_language_model(args.lm, available)]
+        yield (
+            "language model",
+            lambda: [
+                checks.check_language_model(args.lm, available),
+                *checks.check_packages("decoding here", "lm", _LM_PACKAGES, find_spec),
+            ],
+        )
     if args.opt:
-        yield "rescoring", lambda: [checks.check_opt(args.opt, args.opt_dtype, available)]
+        yield (
+            "rescoring",
+            lambda: [
+                checks.check_opt(args.opt, args.opt_dtype, available),
+                *checks.check_packages("rescoring here", "llm", _LLM_PACKAGES, find_spec),
+            ],
+        )
 
 
 def _metadata(read: Callable[[str], Any], package: str) -> Any:
@@ -223,6 +242,7 @@ def _sessions(root: str | None) -> Finding:
 
 def _data(config: Config) -> tuple[Finding, Buckets, int]:
     from b2txt_jax.data.loader import (
+        MUCH_PADDING,
         EvaluationData,
         TrainingData,
         configured_sessions,
@@ -243,8 +263,12 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
     shapes = ", ".join(f"{bins}x{labels}" for bins, labels in buckets)
     found = (
         f"{len(sessions)} sessions, {trials} training and {len(validation.refs)} validation trials "
-        f"in {config.data.root}, one read of each session; buckets {shapes}"
+        f"in {config.data.root}, one read of each session; buckets {shapes}, "
+        f"{training.padding:.0%} of a training batch is padding"
     )
+    if training.padding > MUCH_PADDING:
+        advice = "--config.data.buckets='()' chooses buckets from the trials' lengths"
+        return Finding("data", "warning", found, advice), buckets, len(sessions)
     without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]
     if without:
         advice = f"no training trials in {', '.join(without)}: their day layers stay untrained"
@@ -290,13 +314,11 @@ def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
     """Check that a Redis server answers at `url`. Findings do not contain the password."""
     import redis
 
-    from lm_server.client.connection import mask_password
+    from lm_server.client.connection import RedisUnavailableError, mask_password, redis_client
 
     shown = mask_password(url)
     try:
-        client = redis.Redis.from_url(
-            url, protocol=2, socket_connect_timeout=timeout, socket_timeout=timeout
-        )
+        client = redis_client(url, timeout)
         started = time.perf_counter()
         client.ping()
         milliseconds = 1000 * (time.perf_counter() - started)
@@ -304,15 +326,18 @@ def check_redis(url: str, timeout: float = 5.0) -> list[Finding]:
         ahead = time.time() - (seconds + microseconds / 1e6)
         version = client.info("server")["redis_version"]
         client.close()
-    except ValueError:
-        needed = "needed redis://[:password@]host:port/database, rediss://... or unix:///path"
-        return [Finding("Redis", "problem", f"{shown} is no Redis URL", needed)]
+    except RedisUnavailableError as error:
+        found, _, needed = str(error).partition("; ")
+        return [Finding("Redis", "problem", found, needed)]
     except redis.AuthenticationError:
         found = f"{shown} refuses the login"
         return [Finding("Redis", "problem", found, "give user and password in the URL")]
     except (redis.RedisError, OSError) as error:
         reason = str(error).replace(url, shown).splitlines()[0]
-        advice = "start one: redis-server, or lm-server serve --embedded-redis; check host and port"
+        advice = (
+            "check host and port, or start one: redis-server --port PORT; a server with a Redis of "
+            "its own: lm-server serve --lm DIR --embedded-redis"
+        )
         return [Finding("Redis", "problem", f"{shown} does not answer: {reason}", advice)]
     found = f"{shown} answers in {milliseconds:.1f} ms, version {version}"
     return [Finding("Redis", "ok", found), checks.check_clock_difference(ahead)]

@@ -1,6 +1,8 @@
 """Score a trained run: PER, and WER through the language-model server.
 
-Writes evaluation.json and submission.csv (id,text; sessions in order, then trials) into --out.
+Writes evaluation.json and submission.csv (id,text; sessions in order, then trials) into --out, by
+default WORKDIR/SPLIT/NAME, where NAME is that of the language model. A result that other settings
+gave is not replaced.
 With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is
 started for this call and stopped after it. With neither, a server at $B2TXT_REDIS_URL or on this
 machine's port 6379 is used if one answers.
@@ -13,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from b2txt_jax.data.description import read_description, session_date
+from b2txt_jax.data.description import corpora_of
+from b2txt_jax.data.fingerprint import fingerprint, short
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.trial import listed
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
@@ -34,39 +42,60 @@ from b2txt_jax.evaluation.evaluate import (
     submission_texts,
     write_evaluation,
 )
-from b2txt_jax.evaluation.submission import write_submission
+from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
 from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
+from b2txt_jax.provenance import provenance
+from lm_server.atomic_file import require_writable
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
 
+_EVALUATION, _SUBMISSION = "evaluation.json", "submission.csv"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt evaluate`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
-    parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
+    parser.add_argument(
+        "--split", choices=("val", "test"), default="val", help="of the data (default val)"
+    )
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        help="Redis where an lm-server listens (default: $B2TXT_REDIS_URL, else this machine's)",
+    )
     parser.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="decode with N worker processes at once"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="decode with N worker processes at once (default: one server)",
     )
     parser.add_argument(
-        "--llm", metavar="DIR", help="with --lm: rescore with the causal language model there"
+        "--llm",
+        metavar="DIR",
+        help="with --lm: rescore with the causal language model there (default: no rescoring)",
     )
     parser.add_argument(
-        "--settings", type=Path, metavar="FILE", help="with --lm: settings of `lm-server tune`"
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="with --lm: settings of `lm-server tune` (default: the search's)",
     )
     parser.add_argument(
         "--lm-options",
         default="",
         metavar="TEXT",
         help="with --lm: further options of `lm-server serve` (with --workers: of `lm-server "
-        "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst'",
+        "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst' (default: "
+        "none)",
     )
-    parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT)")
+    parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT/NAME)")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a result that other settings gave"
+    )
     keys = ", ".join(f"--config.{key}" for key in sorted(CHANGEABLE))
     parser.epilog = f"Keys of the run's configuration that can be changed: {keys} (=value)."
 
@@ -76,23 +105,91 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     options = child_options(args)
     model = load_run(args.workdir, args.overrides)
-    out = args.out or args.workdir / args.split
-    out.mkdir(parents=True, exist_ok=True)  # A wrong --out is an error before the work.
+    out = args.out or args.workdir / args.split / result_name(args)
+    check_results(out)
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
-        trials = model.logits(args.split, console=console)
-        settings = {
+        jobs = args.workers is not None
+        given = {
             "language_model": name,
             "llm": args.llm,
             "lm_settings": args.settings and str(args.settings),
             "lm_options": args.lm_options or None,
         }
-        settings = {key: value for key, value in settings.items() if value is not None}
-        jobs = args.workers is not None
+        settings = all_settings(model, given, url, args.lm, jobs)
+        check_replaceable(out, settings, args.force)
+        trials = model.logits(args.split, console=console)
         result = evaluate_run(model, trials, args.split, url, settings, console, jobs)
     write_results(out, result)
     print_results(result, console)
-    console.print(f"written: {out / 'evaluation.json'}, {out / 'submission.csv'}", soft_wrap=True)
+    console.print(f"written: {out / _EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
     return 1 if result.failed else 0
+
+
+def result_name(args: argparse.Namespace) -> str:
+    """Return the name of a result: the language model, settings and rescoring that were given."""
+    server = "workers" if args.workers is not None else "server"
+    names = [args.lm.absolute().name if args.lm else server]
+    names += [Path(given).absolute().stem for given in (args.settings, args.llm) if given]
+    return "-".join(names)
+
+
+def all_settings(
+    model: Run, given: dict[str, Any], url: str, lm: Path | None, jobs: bool
+) -> dict[str, Any]:
+    """Return what explains a result: the run, the options given, and the server's own settings.
+
+    Raises:
+      LanguageModelUnavailableError: the server is gone.
+    """
+    settings: dict[str, Any] = {
+        "step": model.step,
+        "eval_padding": model.config.signal.eval_padding,
+    }
+    settings |= {key: value for key, value in given.items() if value is not None}
+    if lm is not None and (lm / "lm.json").is_file():
+        settings["language_model_crc32"] = zlib.crc32((lm / "lm.json").read_bytes())
+    if not jobs:
+        with Client(url) as client:
+            settings["search"] = client.settings()
+    return settings
+
+
+_MAY_CHANGE = ("step", "not_rescored", "search.protocol_version", "search.server_version")
+"""Settings with which a later result replaces an earlier one."""
+
+
+def check_replaceable(out: Path, settings: Mapping[str, Any], force: bool = False) -> None:
+    """Check that `out` holds no result, or one of the same settings, of the same run as it was.
+
+    Raises:
+      OptionsError: it holds a result of other settings. Names them.
+    """
+    path = out / "evaluation.json"
+    if force or not path.is_file():
+        return
+    try:
+        before, now = _flat(json.loads(path.read_bytes())["settings"]), _flat(settings)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OptionsError(
+            f"{path} is not a result of `b2txt evaluate` ({error!r}); needed another --out, or "
+            "--force to replace it"
+        ) from error
+    keys = sorted({*before, *now} - {*_MAY_CHANGE})
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise OptionsError(
+            f"{out} holds the result of other settings: {listed(changed)}. Needed another --out, "
+            "or --force to replace it"
+        )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    search = settings.get("search", {})
+    return {**settings, "search": None, **{f"search.{key}": search[key] for key in search}}
 
 
 class OptionsError(UserError, ValueError):
@@ -228,22 +325,47 @@ def evaluate_run(
     labels = [trial.labels for trial in trials if trial.labels is not None]
     sentences = [trial.sentence for trial in trials if trial.sentence is not None]
     known = split != "test"
-    corpora = read_description(model.config.data.root)
+    reader = open_folder(model.config.data.root, model.config.data.feature_count)
     return evaluate(
         split=split,
         results=results,
         logits=logits,
         labels=labels if known else None,
         sentences=sentences if known else None,
-        corpora=[corpora.get((session_date(t.ref.session), t.ref.block)) for t in trials],
-        settings={"step": model.step, "eval_padding": model.config.signal.eval_padding, **settings},
+        corpora=corpora_of(
+            model.config.data.root, [(trial.ref.session, trial.ref.block) for trial in trials]
+        ),
+        settings=settings,
+        made={
+            **provenance(),
+            "data": short(fingerprint(reader, [trial.ref for trial in trials])),
+            "parameters": model.fingerprint,
+        },
     )
 
 
+def check_results(out: Path) -> None:
+    """Raise before the work what `write_results` would raise after it.
+
+    Raises:
+      UnwritableError: `out` is no folder that can be written to.
+    """
+    for name in (_EVALUATION, _SUBMISSION):
+        require_writable(out / name)
+
+
 def write_results(out: Path, result: Evaluation) -> None:
-    """Write evaluation.json and submission.csv."""
-    write_evaluation(out / "evaluation.json", result)
-    write_submission(out / "submission.csv", submission_texts(result))
+    """Write evaluation.json and submission.csv. Warn of empty rows, which benchmarks refuse."""
+    write_evaluation(out / _EVALUATION, result)
+    write_submission(out / _SUBMISSION, submission_texts(result))
+    empty = [row.trial for row in result.sentences if not row.decoded]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} of {result.trials} rows of {out / _SUBMISSION} have no text, and "
+            f"Kaggle refuses such a file (Submission contains null values): {listed(empty)}",
+            SubmissionWarning,
+            stacklevel=2,
+        )
 
 
 def print_results(result: Evaluation, console: Console) -> None:

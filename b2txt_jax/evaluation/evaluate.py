@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ class Evaluation:
     wer_without_lm: Rates | None
     seconds_per_sentence: float | None
     settings: Mapping[str, Any]
+    made: Mapping[str, Any]
+    """Date, command, commit and versions, and fingerprints of the data and of the parameters."""
     sentences: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ class Evaluation:
             "wer_without_lm": self.wer_without_lm and self.wer_without_lm.to_json(),
             "seconds_per_sentence": self.seconds_per_sentence,
             "settings": dict(self.settings),
+            "made": dict(self.made),
             "sentences": [row.to_json() for row in self.sentences],
         }
 
@@ -159,7 +163,7 @@ def run_workers(
     Raises:
       LanguageModelUnavailableError: Redis stays away, or there is no worker.
     """
-    with JobClient(url) as client:
+    with JobClient(url, notice=lambda text: print(text, file=sys.stderr)) as client:
         return client.decode_all(logits, names, progress=progress)
 
 
@@ -172,6 +176,7 @@ def evaluate(
     sentences: Sequence[str] | None = None,
     corpora: Sequence[str | None] | None = None,
     settings: Mapping[str, Any] | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Score decoded trials against what was said, where that is known.
 
@@ -184,6 +189,7 @@ def evaluate(
       sentences: per trial the true sentence. None: the test split.
       corpora: per trial its corpus, None where it is unknown. None: no corpus is known.
       settings: whatever explains the figures (checkpoint, language model, scales).
+      made: the origin of the result.
 
     Raises:
       ValueError: the lists differ in length.
@@ -231,6 +237,7 @@ def evaluate(
         wer_without_lm=without_lm,
         seconds_per_sentence=sum(times) / len(times) if times else None,
         settings=dict(settings or {}),
+        made=dict(made or {}),
         sentences=rows,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,34 +47,6 @@ class Mark:
     phoneme: int
     time: float
     wrong: bool
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`: `step`, `kind` (train or val) and that kind's values.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: a line is no JSON object with `step` and `kind`. A last line that is not finished
-        yet (the run is still writing) is left out.
-    """
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path} line {number} is no JSON ({error}); restore the file"
-            ) from error
-        if not isinstance(entry, dict) or not {"step", "kind"} <= entry.keys():
-            raise ValueError(f"{path} line {number} has no `step` and `kind`: {line[:80]!r}")
-        entries.append(entry)
-    return entries
 
 
 def greedy_segments(logits: np.ndarray) -> list[Segment]:

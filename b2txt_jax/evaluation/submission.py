@@ -9,6 +9,10 @@ from pathlib import Path
 from lm_server.atomic_file import replacing
 
 
+class SubmissionWarning(UserWarning):
+    """A submission that can be written, but will not be accepted as it is."""
+
+
 def write_submission(path: Path, sentences: Sequence[str]) -> None:
     """Write `id,text` with ids 0..N-1, whole or not at all.
 

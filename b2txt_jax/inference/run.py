@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, too_short
 from b2txt_jax.model.interface import Params
 from b2txt_jax.quiet import other_libraries_quiet
 from b2txt_jax.training.checkpoint import Checkpoints
+from b2txt_jax.training.checksum import checksums, text_checksum
 from b2txt_jax.training.sharding import (
     DATA,
     abstract_state,
@@ -71,6 +73,11 @@ class Run:
     def sessions(self) -> tuple[str, ...]:
         """Names of the recording days that the run has an input layer for, in their order."""
         return self.config.data.sessions
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits that are the same for equal parameters."""
+        return f"{text_checksum(json.dumps(checksums(self.params), sort_keys=True)):08x}"
 
     @overload  # A str is an ArrayLike too, and the first signature that fits counts.
     def logits(

@@ -28,6 +28,7 @@ from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.step import init_state
+from lm_server.atomic_file import require_writable
 
 CHECKPOINTS = "checkpoints"
 
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     published = "published checkpoint folder (checkpoint/best_checkpoint, checkpoint/args.yaml)"
     what("--from-nejm", type=Path, metavar="DIR", help=published)
     what("--to-nejm", type=Path, metavar="OUT", help="write such a folder from --workdir")
-    what("--from-safetensors", type=Path, metavar="FILE")
-    what("--to-safetensors", type=Path, metavar="FILE")
+    what("--from-safetensors", type=Path, metavar="FILE", help="weights, with a .json beside them")
+    what("--to-safetensors", type=Path, metavar="FILE", help="write such a file from --workdir")
     option = parser.add_argument
     workdir = "the run's folder: --from writes it, --to reads it"
     option("--workdir", required=True, type=Path, help=workdir)
@@ -137,6 +138,11 @@ def _run_to(args: argparse.Namespace, console: Console) -> int:
         console.print(note)
     if args.to_nejm:
         write_nejm(args.to_nejm, run, COMPILED_PREFIX if args.compiled_names else "")
+        if run.config.model.dtype == "float32":
+            console.print(
+                "use_amp: true is written, without which the published evaluate_model.py fails: it "
+                "computes in bfloat16, and this run computed in float32"
+            )
     else:
         write_safetensors(args.to_safetensors, run)
     print(f"{targets[0]}: {_description(run)}")
@@ -161,6 +167,7 @@ def _require_folder(path: Path) -> None:
 def _require_free(workdir: Path, force: bool) -> None:
     _require_folder(workdir)
     if not workdir.exists():
+        require_writable(workdir.absolute(), "--workdir")
         return
     if any(workdir.iterdir()) and not force:
         raise ConversionError(
@@ -179,6 +186,8 @@ def _require_new(paths: list[Path], force: bool) -> None:
         raise ConversionError(
             f"{', '.join(there)} exists; give another place, or --force to replace it"
         )
+    for path in paths:
+        require_writable(path, "the file")
 
 
 def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:

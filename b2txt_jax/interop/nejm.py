@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 
 from b2txt_jax.config import Config, with_overrides
-from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.data.trial import TRAIN_ONLY
+from b2txt_jax.interop.errors import ConversionError, shortened
 from b2txt_jax.interop.nejm_args import args_from_config, check_changed, load_args, read_args
 from b2txt_jax.interop.nejm_optimizer import (
     has_amsgrad,
@@ -45,11 +46,6 @@ CHECKPOINT_FILE = "best_checkpoint"
 ARGS_FILE = "args.yaml"
 COMPILED_PREFIX = "_orig_mod."
 """Prefix of parameter names under torch.compile, which the published trainer uses."""
-
-# Published sessions without val and test files (NEJM reference, section 1).
-_TRAIN_ONLY = frozenset(
-    f"t15.{date}" for date in ("2023.08.11", "2024.03.03", "2024.04.25", "2024.04.28")
-)
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,8 @@ def read_nejm(
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint)
         raise ConversionError(
-            f"{path} has no model_state_dict, it holds {found}; needed a checkpoint of the "
-            f"published trainer"
+            f"{path} has no model_state_dict, it holds {shortened(found)}; needed a checkpoint "
+            f"of the published trainer"
         )
     named = strip_prefixes(checkpoint["model_state_dict"])
     params = checked_params(named, config, str(path))
@@ -201,6 +197,6 @@ def _validated_sessions(config: Config) -> list[str]:
     def validated(session: str) -> bool:
         if (root / session).is_dir():
             return (root / session / "data_val.hdf5").is_file()
-        return session not in _TRAIN_ONLY
+        return session not in TRAIN_ONLY
 
     return [session for session in config.data.sessions if validated(session)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from b2txt_jax.config import Config, freeze
-from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.interop.errors import ConversionError, shortened
 from b2txt_jax.model.gru.baseline import GRUSettings
 from b2txt_jax.signal.smooth import gaussian_taps
 
@@ -35,14 +36,15 @@ def load_args(path: Path) -> dict[str, Any]:
         )
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        flat = _flatten(loaded) if isinstance(loaded, dict) else {}
+    # Beside its own errors the library raises those of Python's numbers, dates and stack.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConversionError(
             f"{path} is not plain YAML ({' '.join(str(error).split())}); save it again with "
             f"OmegaConf.save(OmegaConf.create(OmegaConf.to_container(args, resolve=True)), FILE)"
         ) from error
-    if not isinstance(loaded, dict):
+    if not flat:
         raise ConversionError(f"{path} holds no settings; needed `model:`, `dataset:` and others")
-    flat = _flatten(loaded)
     for key, value in flat.items():
         if isinstance(value, str) and "${" in value:
             raise ConversionError(
@@ -61,7 +63,12 @@ def _flatten(values: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
         else:
             empty = isinstance(value, str) and value.strip().lower() in ("none", "null")
             flat[key] = None if empty else value
+        if len(flat) > _MOST_SETTINGS:  # as aliases of aliases make of a few lines
+            raise ValueError(f"more than {_MOST_SETTINGS} settings")
     return flat
+
+
+_MOST_SETTINGS = 10_000
 
 
 # Readers of one setting. They raise ValueError with the needed form.
@@ -107,7 +114,7 @@ def _names(value: Any) -> tuple[str, ...]:
         raise ValueError("needed a list of session names")
     for name in value:
         if not isinstance(name, str) or "/" in name or name in ("", ".", ".."):
-            raise ValueError(f"session {name!r} is not the name of a folder")
+            raise ValueError(f"session {shortened(name)} is not the name of a folder")
     if len(set(value)) < len(value):
         twice = sorted({name for name in value if value.count(name) > 1})
         raise ValueError(f"sessions are listed twice: {', '.join(twice)}")
@@ -129,6 +136,8 @@ _SAVE_EVERY = 1_000
 _REQUIRED = object()
 """Instead of a default, for settings that logits depend on."""
 
+_MOST_SETTINGS = 10_000
+"""More than a file of settings has. References within a file can stand for any number."""
 _SEED, _NO_SEED, _RECIPE_SEED = "seed", -1, 10
 """The published trainer is unseeded if its seed is -1."""
 _DT = "dataset.data_transforms."
@@ -213,6 +222,9 @@ _WITHOUT_EFFECT: dict[str, Any] = {
     "model.input_network.input_layer_sizes": None,  # not read by published code
 }
 
+_LOGGING = re.compile(r"(.*[._])?(wandb|tensorboard|mlflow|comet|neptune)(_.*)?")
+"""Settings that forks add for their logging."""
+
 _FIXED: dict[str, tuple[Any, str]] = {
     "model.rnn_trainable": (True, "the GRU is always trained here"),
     "model.input_network.input_trainable": (True, "the day layers are always trained here"),
@@ -274,24 +286,31 @@ def read_args(flat: Mapping[str, Any], source: str, ignore: Collection[str] = ()
             f"seed {_NO_SEED} means unseeded in the published trainer; training is always seeded "
             f"here, with the published recipe's {_RECIPE_SEED}"
         )
-    left_out = [key for key in _WITHOUT_EFFECT if flat.get(key) is not None]
+    unused = [key for key in flat if key in _WITHOUT_EFFECT or _LOGGING.fullmatch(key)]
+    left_out = [key for key in unused if flat[key] is not None]
     if left_out:
         notes.append(f"left out, without effect here: {', '.join(sorted(left_out))}")
     refused = _without_equivalent(flat, values, source)
     needless = sorted({*ignore} - {key for key, _, _ in refused})
     if needless:
         notes.append(f"--ignore {', '.join(needless)}: had no effect, there was nothing to ignore")
-    for key, value, reason in refused:
-        text = f"{key} is {_short(value)}, which has no equivalent: {reason}"
-        if key in _NOT_IGNORABLE:
-            raise ConversionError(
-                f"{source}: {text}. Logits depend on it, so this model cannot be converted"
-            )
-        if key not in ignore:
-            raise ConversionError(
-                f"{source}: {text}. Training would differ; `--ignore {key}` converts nevertheless"
-            )
-        notes.append(f"ignored: {text}")
+    texts = {
+        key: f"{key} is {shortened(value)}, which has no equivalent: {reason}"
+        for key, value, reason in refused
+    }
+    never = [text for key, text in texts.items() if key in _NOT_IGNORABLE]
+    if never:
+        raise ConversionError(
+            f"{source}: {never[0]}. Logits depend on it, so this model cannot be converted"
+        )
+    left = [key for key in texts if key not in ignore]
+    if left:
+        options = " ".join(f"--ignore {key}" for key in left)
+        raise ConversionError(
+            f"{source}: {'; '.join(texts[key] for key in left)}. Training may differ; `{options}` "
+            "converts nevertheless"
+        )
+    notes += [f"ignored: {text}" for text in texts.values()]
     try:
         config = freeze(_as_config(values))
         _check_taps(config)
@@ -341,12 +360,7 @@ def _read(value: Any, read: Callable[[Any], Any], path: str, source: str) -> Any
     try:
         return read(value)
     except ValueError as error:
-        raise ConversionError(f"{source}: {path} is {_short(value)}; {error}") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise ConversionError(f"{source}: {path} is {shortened(value)}; {error}") from error
 
 
 def _without_equivalent(
@@ -374,7 +388,7 @@ def _without_equivalent(
     found += [
         (key, value, unknown)
         for key, value in flat.items()
-        if key not in known and value is not None
+        if key not in known and value is not None and not _LOGGING.fullmatch(key)
     ]
     return found
 
@@ -432,7 +446,8 @@ def args_from_config(config: Config, validated: Collection[str]) -> dict[str, An
         "dataset.neural_dim": features,
         "model.input_network.input_layer_sizes": [features],
         _BATCH: config.data.days_per_batch * config.data.trials_per_day,
-        _AMP: config.model.dtype != "float32",
+        # The published evaluation script feeds bfloat16, and works with autocast alone.
+        _AMP: True,
         _SMOOTH: config.signal.smooth_std > 0,
         # The published evaluation script always smooths, which fails with 0.
         _DT + "smooth_kernel_std": config.signal.smooth_std or 2.0,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from b2txt_jax.config import Config
-from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.interop.errors import ConversionError, shortened
 from b2txt_jax.interop.weights import Moments, moments_of, optimizer_groups
 from b2txt_jax.training.optimizer import warmup_cosine
 from b2txt_jax.training.step import TrainState
@@ -33,8 +33,8 @@ def scheduler_step(checkpoint: Mapping[str, Any], source: str) -> int:
     step = scheduler.get("last_epoch", 0) if isinstance(scheduler, dict) else None
     if type(step) is not int or not 0 <= step <= MOST_STEPS:
         raise ConversionError(
-            f"{source}: scheduler_state_dict has last_epoch {step!r}; needed the number of steps "
-            f"done. {RESTART}"
+            f"{source}: scheduler_state_dict has last_epoch {shortened(step)}; needed the number "
+            f"of steps done. {RESTART}"
         )
     return step
 

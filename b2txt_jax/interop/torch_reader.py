@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from b2txt_jax.interop.errors import ConversionError
+from b2txt_jax.interop.errors import ConversionError, shortened
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype(np.float32),
@@ -120,7 +120,7 @@ class _Records:
         if f"{self._folder}byteorder" in archive.namelist():
             order = self.read("byteorder")
             if order != b"little":
-                raise ConversionError(f"{path} has byte order {order!r}; needed b'little'")
+                raise ConversionError(f"{path} has byte order {shortened(order)}; needed b'little'")
 
     def read(self, name: str) -> bytes:
         """Read one file and check its CRC."""
@@ -139,8 +139,19 @@ class _Records:
 
 
 def _check_opcodes(path: Path, pickled: bytes) -> None:
-    """Refuse instructions that no plain checkpoint needs, before the pickle is loaded."""
+    """Refuse what no plain checkpoint needs, before the pickle is loaded.
+
+    Instructions are followed on a stack of texts and numbers, with None for other values. So the
+    key that a refused object is under can be named. Other keys than texts and numbers are refused
+    before they are hashed, which of tuples in tuples may take forever.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
+        if opcode.name == "GLOBAL" and tuple(argument.split(" ", 1)) not in _NAMES:
+            key = next((one for one in reversed(stack) if isinstance(one, str)), None)
+            raise _unknown_name(argument.replace(" ", "."), key)
         if opcode.name not in _OPCODES:
             raise ConversionError(
                 f"{path}: pickle instruction {opcode.name} is not one that a checkpoint of plain "
@@ -148,10 +159,58 @@ def _check_opcodes(path: Path, pickled: bytes) -> None:
                 f"pickle protocol 2"
             )
         # The memo grows to the largest index, which could use up all memory.
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument is not None and argument > count:
-            raise ConversionError(
-                f"{path}: pickle memo index {argument} is too large; damaged file"
-            )
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            if argument > count:
+                raise ConversionError(
+                    f"{path}: pickle memo index {argument} is too large; damaged file"
+                )
+            memo[argument] = stack[-1]
+            continue
+        taken: list[Any] = []
+        before = opcode.stack_before
+        if pickletools.markobject in before:
+            while stack[-1] is not _MARK:
+                taken.append(stack.pop())
+            stack.pop()
+            before = before[: before.index(pickletools.markobject)]
+        taken += [stack.pop() for _ in before]
+        # The last pair comes first: value, key, value, key, ...
+        if opcode.name in ("SETITEM", "SETITEMS", "DICT") and any(
+            key is None for key in taken[1 : 2 if opcode.name == "SETITEM" else None : 2]
+        ):
+            raise pickle.UnpicklingError("found a key that is neither text nor a number")
+        stack.append(_pushed(opcode.name, argument, memo))
+        if not opcode.stack_after:
+            stack.pop()
+
+
+_MARK = object()
+
+
+def _pushed(opcode: str, argument: Any, memo: dict[int, Any]) -> Any:
+    """Return what an instruction leaves on the stack of `_check_opcodes`."""
+    if opcode in ("BINGET", "LONG_BINGET"):
+        return memo[argument]
+    if opcode == "MARK":
+        return _MARK
+    if opcode in ("NEWTRUE", "NEWFALSE"):
+        return opcode == "NEWTRUE"
+    # The index of a GLOBAL or a memo is no value.
+    return (
+        argument
+        if opcode.startswith(("BINUNI", "BINSTR", "SHORT_", "BININT", "LONG", "BINF"))
+        else None
+    )
+
+
+def _unknown_name(name: str, key: str | None) -> pickle.UnpicklingError:
+    place = f"under the key {shortened(key)} " if key is not None else ""
+    return pickle.UnpicklingError(
+        f"the pickle {place}asks for {name}, which is not part of a checkpoint of plain tensors; "
+        f"it was not looked up and nothing was run. If you know what it is, load the file with "
+        f"torch.load(FILE, weights_only=True), that name allowed by torch.serialization."
+        f"safe_globals, and save the state_dicts alone, without {shortened(key) if key else 'it'}"
+    )
 
 
 class _Closed:
@@ -210,14 +269,16 @@ class _ScalarType:
 
     def __init__(self, name: str, *_: object):
         if name not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-            raise pickle.UnpicklingError(f"numpy type {name!r} is not a plain number; refused")
+            raise pickle.UnpicklingError(
+                f"numpy type {shortened(name)} is not a plain number; refused"
+            )
         self.name = name
         self.order = "="
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
         order = state[1]
         if order not in ("<", ">", "=", "|"):
-            raise pickle.UnpicklingError(f"numpy byte order {order!r} is unknown; refused")
+            raise pickle.UnpicklingError(f"numpy byte order {shortened(order)} is unknown; refused")
         self.order = str(order)
 
 
@@ -240,8 +301,8 @@ def _rebuild_tensor(
         type(number) is int and number >= 0 for number in numbers
     ):
         raise pickle.UnpicklingError(
-            f"a tensor has offset {offset!r}, shape {shape!r}, strides {strides!r}; needed numbers "
-            f"from 0, as many strides as axes"
+            f"a tensor has offset {shortened(offset)}, shape {shortened(shape)}, strides "
+            f"{shortened(strides)}; needed numbers from 0, as many strides as axes"
         )
     assert isinstance(offset, int)
     return _Tensor(storage, offset, _tuple(shape), _tuple(strides))
@@ -249,7 +310,7 @@ def _rebuild_tensor(
 
 def _tuple(value: object) -> tuple[Any, ...]:
     if not isinstance(value, tuple):
-        raise pickle.UnpicklingError(f"found {value!r} where a tuple of sizes is needed")
+        raise pickle.UnpicklingError(f"found {shortened(value)} where a tuple of sizes is needed")
     return value
 
 
@@ -266,7 +327,7 @@ def _scalar(kind: object, data: object) -> int | float | bool:
 
 def _encode(text: object, encoding: object) -> bytes:
     if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError(f"text in encoding {encoding!r}; needed 'latin1'")
+        raise pickle.UnpicklingError(f"text in encoding {shortened(encoding)}; needed 'latin1'")
     return text.encode("latin1")
 
 
@@ -291,21 +352,20 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _NAMES[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(
-                f"the pickle asks for {module}.{name}, which is not part of a checkpoint of plain "
-                f"tensors; it was not looked up and nothing was run. If you know what it is, load "
-                f"the file with torch.load(FILE, weights_only=True), that name allowed by "
-                f"torch.serialization.safe_globals, and save the state_dicts alone"
-            ) from None
+            raise _unknown_name(f"{module}.{name}", None) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"found {pid!r} where a tensor's storage is needed")
+            raise pickle.UnpicklingError(
+                f"found {shortened(pid)} where a tensor's storage is needed"
+            )
         _, kind, key, _, size = pid
         if not isinstance(kind, _StorageType):
-            raise pickle.UnpicklingError(f"storage {key!r} is of an unknown type; refused")
+            raise pickle.UnpicklingError(f"storage {shortened(key)} is of an unknown type; refused")
         if not isinstance(key, str) or not key.isalnum() or type(size) is not int or size < 0:
-            raise pickle.UnpicklingError(f"storage {key!r} has the invalid size {size!r}")
+            raise pickle.UnpicklingError(
+                f"storage {shortened(key)} has the invalid size {shortened(size)}"
+            )
         return _Storage(key, kind.dtype, size)
 
 
@@ -314,6 +374,9 @@ class _Resolver:
 
     def __init__(self, records: _Records):
         self._records = records
+        self._storages: dict[str, np.ndarray] = {}
+        self._room = 4 * records.path.stat().st_size + 2**20
+        """Bytes that copies may still take: any number of tensors may be parts of one storage."""
         # Keyed by identity, so that shared objects stay shared.
         self._done: dict[int, Any] = {}
 
@@ -327,7 +390,7 @@ class _Resolver:
 
     def _make(self, value: Any) -> Any:
         if isinstance(value, _Tensor):
-            return _array(value, self._records)
+            return self._array(value)
         if isinstance(value, dict):
             return {_plain_key(key): self.resolve(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -336,33 +399,45 @@ class _Resolver:
             f"found a {type(value).__name__}; needed tensors and plain data"
         )
 
+    def _array(self, tensor: _Tensor) -> np.ndarray:
+        storage, path = tensor.storage, self._records.path
+        if storage.key not in self._storages:
+            # Writable without another copy.
+            data = np.frombuffer(bytearray(self._records.read(f"data/{storage.key}")), np.uint8)
+            self._storages[storage.key] = data
+        data = self._storages[storage.key]
+        if len(data) != storage.size * storage.dtype.itemsize:
+            raise ConversionError(
+                f"{path}: storage {storage.key} has {len(data)} bytes; needed "
+                f"{storage.size} x {storage.dtype.itemsize}: damaged file, copy it again"
+            )
+        count = math.prod(tensor.shape)
+        if count == 0:
+            return np.zeros(tensor.shape, storage.dtype)
+        last = tensor.offset + sum(
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
+        )
+        if last >= storage.size or count > storage.size:
+            raise ConversionError(
+                f"{path}: a tensor of shape {shortened(tensor.shape)} and strides "
+                f"{shortened(tensor.strides)} from {tensor.offset} on does not lie in its storage "
+                f"of {storage.size} values"
+            )
+        flat = data.view(storage.dtype)
+        strides = [stride * storage.dtype.itemsize for stride in tensor.strides]
+        view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides)
+        if count == storage.size and view.flags.c_contiguous:
+            return view
+        self._room -= view.nbytes
+        if self._room < 0:
+            raise ConversionError(
+                f"{path}: its tensors are several times larger than the file, since they are parts "
+                f"of the same storages; needed a checkpoint whose tensors have their own"
+            )
+        return np.array(view)  # contiguous
+
 
 def _plain_key(key: Any) -> Any:
     if isinstance(key, str | int | float | bool):
         return key
     raise pickle.UnpicklingError(f"found a key of type {type(key).__name__}; needed text or number")
-
-
-def _array(tensor: _Tensor, records: _Records) -> np.ndarray:
-    storage = tensor.storage
-    data = records.read(f"data/{storage.key}")
-    if len(data) != storage.size * storage.dtype.itemsize:
-        raise ConversionError(
-            f"{records.path}: storage {storage.key} has {len(data)} bytes; needed "
-            f"{storage.size} x {storage.dtype.itemsize}: damaged file, copy it again"
-        )
-    count = math.prod(tensor.shape)
-    if count == 0:
-        return np.zeros(tensor.shape, storage.dtype)
-    last = tensor.offset + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True)
-    )
-    if last >= storage.size or count > storage.size:
-        raise ConversionError(
-            f"{records.path}: a tensor of shape {tensor.shape} and strides {tensor.strides} from "
-            f"{tensor.offset} on does not lie in its storage of {storage.size} values"
-        )
-    flat = np.frombuffer(data, storage.dtype)
-    strides = [stride * storage.dtype.itemsize for stride in tensor.strides]
-    view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides)
-    return np.array(view)  # a copy: contiguous, writable, independent of the file's bytes

@@ -264,7 +264,7 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
     if path.is_file():
         try:
             found = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path} is not valid JSON ({error}), so what {out} holds is unknown: choose "
                 "another --out"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from b2txt_jax.tpu.topologies import Topology, known_topologies, parse_topology,
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
 from b2txt_jax.training.step import model_of
-from lm_server.atomic_file import replacing
+from lm_server.atomic_file import replacing, require_writable
 
 TYPICAL_BUCKET = (1000, 100)
 """(bins, labels), used if the configuration derives the buckets from the data."""
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         )
     days = args.days or session_count(config)
     if args.json:
-        _check_writable(args.json)  # not after minutes of compiling
+        require_writable(args.json, "--json", devices=True)  # not after minutes of compiling
     settings = [config.model]
     if args.compare:
         settings = list(model_of(config, days).variants().values())
@@ -285,18 +284,3 @@ def _at_work(console: Console | None, label: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(label, total=None)
         yield
-
-
-def _check_writable(path: Path) -> None:
-    """Make the file's folder, and raise CompileError if no file can be written there."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise CompileError(
-            f"--json {path} cannot be written ({error}); needed the name of a file in a folder "
-            "that can be written to"
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from b2txt_jax.training.sharding import (
 from b2txt_jax.training.step import EvalOutput, StepMetrics, TrainState
 
 _PLACED_AHEAD = 2
+_STOPPED_SECONDS = 0.1
 
 
 def abstract_batch(
@@ -92,31 +93,53 @@ class CompiledSteps:
         train: Sequence[tuple[int, int]],
         evaluate: Sequence[tuple[int, int]],
         compiled: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Compile these buckets' programs, several at a time. Call `compiled` after each."""
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Compile these buckets' programs, several at a time.
+
+        Args:
+          train: buckets of training batches.
+          evaluate: buckets of evaluation batches.
+          compiled: called after each program.
+          stopped: asked several times a second whether to give up.
+
+        Returns:
+          Whether all are compiled. If not, threads go on with some until the process ends.
+        """
         state, data = self._state, self._data
 
         def batch(rows: int, bucket: tuple[int, int]) -> Batch:
             return abstract_batch(rows, bucket, data.feature_count, self._dtype, self.mesh)
 
         # Tracing is Python and one at a time; the compiler uses all the cores.
-        lowered = [
-            (self._train, bucket, self._train_step.lower(state, batch(self.train_rows, bucket)))
-            for bucket in train
-        ]
+        lowered = []
+        for bucket in train:
+            if stopped():
+                return False
+            program = self._train_step.lower(state, batch(self.train_rows, bucket))
+            lowered.append((self._train, bucket, program))
         for bucket in evaluate:
+            if stopped():
+                return False
             program = self._eval_step.lower(state.params, batch(data.eval_batch_size, bucket))
             lowered.append((self._eval, bucket, program))
 
-        def finish(item: tuple[dict[tuple[int, int], Any], tuple[int, int], Any]) -> None:
-            programs, bucket, program = item
-            programs[bucket] = program.compile()
+        def finish(programs: dict[tuple[int, int], Any], bucket: tuple[int, int], it: Any) -> None:
+            programs[bucket] = it.compile()
             compiled()
 
         # With several processes every one must compile in the same order.
         workers = 1 if jax.process_count() > 1 else 4
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(finish, lowered))
+        pool = ThreadPoolExecutor(workers)
+        try:
+            under_way = {pool.submit(finish, *item) for item in lowered}
+            while under_way and not stopped():
+                done, under_way = wait(under_way, _STOPPED_SECONDS, FIRST_EXCEPTION)
+                for one in done:
+                    one.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return not under_way
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Run one step on a placed batch. The state is donated."""

@@ -61,18 +61,21 @@ def wait_for_all(what: str) -> None:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[int], int | None]]:
+def stop_on_signals() -> Iterator[Callable[[int | None], int | None]]:
     """Yield `stopping(step)`, which returns the signal that asks for a stop after this step, or
-    None.
+    None. Before the first step, `step` is None.
 
     After SIGTERM (preemption) or SIGINT the step ends and the state is saved. A SIGINT after that
-    interrupts. With several hosts, all stop after the same step, whichever received the signal.
+    interrupts. With several hosts, all stop after the same step, whichever received the signal,
+    and none before the first.
     """
     if jax.process_count() > 1:
         # JAX's own handler of SIGTERM agrees on a step with the other hosts.
         yield (
             lambda step: (
-                signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+                signal.SIGTERM
+                if step is not None and multihost_utils.reached_preemption_sync_point(step)
+                else None
             )
         )
         return

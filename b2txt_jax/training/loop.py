@@ -8,6 +8,7 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from b2txt_jax.config import (
     with_overrides,
     write_config,
 )
-from b2txt_jax.data.buckets import training_padding
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.fingerprint import check_same_data, fingerprint, short, write_fingerprint
 from b2txt_jax.data.loader import (
+    MUCH_PADDING,
     EvaluationData,
     TrainingData,
     configured_sessions,
     resolve_buckets,
 )
 from b2txt_jax.model.interface import compute_dtype, parameter_count
+from b2txt_jax.provenance import provenance
 from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import (
@@ -49,13 +53,13 @@ from b2txt_jax.training.step import model_of
 from b2txt_jax.training.tracker import Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
 from lm_server.atomic_file import replacing
+from lm_server.ending import finishing, leave
 
 FINISHED_FILE = "finished.json"
 """Name in a run's folder of a complete run: all steps done, or stopped by train.patience."""
 
-_MUCH_PADDING = 0.6
-"""Share of padding in a batch beyond which the user is warned. Buckets chosen from the data have
-about 0.3 to 0.45, since the longest of all rows decides."""
+CALLS_FILE = "calls.jsonl"
+"""Name in a run's folder of the record of each call that trained: what, when, from which code."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,8 @@ class TrainResult:
     """False when a signal stopped it early."""
     stopped_by: int | None = None
     """The signal that stopped it."""
+    compiled: bool = True
+    """False when it was stopped before the first step. Threads may then go on compiling."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +105,10 @@ def run(args: argparse.Namespace) -> int:
         config = with_overrides(read_written_config(args.workdir / CONFIG_FILE), args.overrides)
     result = train(config, args.workdir)
     # Preemption is no failure: everything is saved. An interrupt by the user is one.
-    return 130 if result.stopped_by == signal.SIGINT and not result.finished else 0
+    status = 130 if result.stopped_by == signal.SIGINT and not result.finished else 0
+    if not result.compiled:
+        leave(status)  # The threads that compile cannot be stopped.
+    return status
 
 
 def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
@@ -144,14 +153,30 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     """
     console = console or Console(quiet=not is_first())
     resumed = has_checkpoint(workdir)
-    config = resolve(config, workdir, resumed)
+    asked, config = config, resolve(config, workdir, resumed)
+    fixed = [key for key in differences(asked, config) if key not in resumable_keys(config)]
+    if resumed and fixed:
+        console.print(
+            f"{' and '.join(fixed)} stay as {workdir / CONFIG_FILE} has them: () chooses them at "
+            "the start of a run only. For others give a new --workdir",
+            soft_wrap=True,
+        )
     sessions, days = config.data.sessions, len(config.data.sessions)
     least, frames = config.model.least_bins, model_of(config, days).frames
     training = TrainingData(config.data, sessions, least, frames)
     validation = EvaluationData(config.data, sessions, "val", least, labels=True)
+    if not any(ref.label_length for ref in validation.refs):
+        raise DataError(
+            f"the {len(validation.refs)} validation trials in {config.data.root} have no phoneme "
+            "in any label; needed labels to score against: check data.root"
+        )
     mesh = make_mesh(config.parallel.model_axis)
     steps = CompiledSteps(config, days, mesh, training.features_dtype)
 
+    trained_on = [ref for refs in training.refs_of_day for ref in refs]
+    data = fingerprint(training.reader, [*trained_on, *validation.refs])
+    if resumed:
+        check_same_data(workdir, data)
     without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]
     if without:
         names = ", ".join(without)
@@ -165,7 +190,15 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
                 f"another training has just saved in {workdir}: start the same command again to go "
                 "on from there, or give another --workdir"
             )
+        if is_first():
+            write_fingerprint(workdir, data)
+            _record_call(workdir, short(data))
         return _train_in(config, workdir, console, mesh, steps, training, validation, resumed)
+
+
+def _record_call(workdir: Path, data: str) -> None:
+    with (workdir / CALLS_FILE).open("a") as file:
+        file.write(json.dumps({**provenance(), "data": data}) + "\n")
 
 
 def _train_in(
@@ -183,7 +216,11 @@ def _train_in(
     if is_first():
         write_config(config, workdir / CONFIG_FILE)
 
-    with Checkpoints(workdir) as checkpoints, stop_on_signals() as stopping:
+    with (
+        Checkpoints(workdir) as checkpoints,
+        stop_on_signals() as stopping,
+        contextlib.ExitStack() as stack,
+    ):
         state = sharded_state(config, days, mesh)
         best: BestScore | None = None
         if resumed:
@@ -208,12 +245,17 @@ def _train_in(
             console.print(f"going on from step {first} of {config.train.steps} in {workdir}")
         if is_first():
             (workdir / FINISHED_FILE).unlink(missing_ok=True)
+        log = stack.enter_context(MetricsLog(workdir, first)) if is_first() else None
         checkpoints.prepare(state)
-        _compile(steps, config, training, validation, console)
+        if not _compile(steps, config, training, validation, console, stopping):
+            console.print(f"stopped before step {first + 1}: the same command starts again there")
+            return TrainResult(first, best, False, stopping(None), compiled=False)
         wait_for_all("compiled")
-        log = MetricsLog(workdir, first) if is_first() else None
         stopped_by = None
-        with log or contextlib.nullcontext(), progress_bar(console) as progress:
+        with (
+            finishing("the step under way, a validation that is due, and the saving of the state"),
+            progress_bar(console) as progress,
+        ):
             tracker = Tracker(config, training, log, progress, first, best)
             rows, steps_wanted = steps.local_train_rows, config.train.steps
             batches = training.batches(config.train.seed, first, steps_wanted, rows)
@@ -222,7 +264,6 @@ def _train_in(
                 tracker.started(metrics)
                 step = tracker.step
                 done = step == config.train.steps
-                stopped_by = stopping(step)
                 if done or step % config.train.validate_every == 0:
                     tracker.drain()
                     tracker.pause()
@@ -234,6 +275,7 @@ def _train_in(
                         assert tracker.best is not None
                         checkpoints.save_best(step, state.params, tracker.best)
                     done = done or out_of_patience(config, tracker.best)
+                stopped_by = stopping(step)
                 if done or stopped_by or step % config.train.save_every == 0:
                     tracker.drain()
                     checkpoints.save_latest(step, state, tracker.best)
@@ -267,8 +309,12 @@ def _compile(
     training: TrainingData,
     validation: EvaluationData,
     console: Console,
-) -> None:
-    """Compile every bucket that batches can fall into, before the first step."""
+    stopping: Callable[[int | None], int | None],
+) -> bool:
+    """Compile every bucket that batches can fall into, before the first step.
+
+    Return whether all are compiled. A signal ends it earlier.
+    """
     trials = [ref for refs in training.refs_of_day for ref in refs]
     train = used_buckets(trials, config.data.buckets)
     evaluate = used_buckets(validation.refs, config.data.buckets)
@@ -276,13 +322,11 @@ def _compile(
     shown = ", ".join(f"{bins} x {labels}" for bins, labels in train)
     started = time.monotonic()
     console.print(f"compiling {programs} programs, for batches of (bins x labels) {shown} ...")
-    data = config.data
-    bins_of_day = [[ref.bins for ref in refs] for refs in training.refs_of_day]
-    padding = training_padding(data.buckets, bins_of_day, data.days_per_batch, data.trials_per_day)
-    if padding > _MUCH_PADDING:
+    if training.padding > MUCH_PADDING:
         console.print(
-            f"warning: {padding:.0%} of a batch's bins are padding, since data.buckets do not suit "
-            "these trials: leave it empty (data.buckets = ()) and they are chosen from the lengths",
+            f"warning: {training.padding:.0%} of a batch's bins are padding, since data.buckets do "
+            "not suit these trials: leave it empty (data.buckets = ()) and they are chosen from "
+            "the lengths",
             style="yellow",
         )
     done = 0
@@ -292,7 +336,7 @@ def _compile(
         done += 1
         console.print(f"  {done} of {programs} after {time.monotonic() - started:.0f} s")
 
-    steps.compile(train, evaluate, compiled)
+    return steps.compile(train, evaluate, compiled, lambda: stopping(None) is not None)
 
 
 def _write_finished(

@@ -37,19 +37,28 @@ with _hidden("torch"):
     from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+_NEEDED = (
+    "needed lines of JSON with `step` and `kind`: restore the file, remove the line, or move the "
+    "file away (the run goes on without its past metrics)"
+)
 
 
 class MetricsError(UserError, RuntimeError):
-    """Metrics that cannot be written."""
+    """Metrics that cannot be written or read."""
 
 
 class MetricsLog:
     """Writer of `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`."""
 
     def __init__(self, workdir: Path, first_step: int):
-        """Open the files. Drop entries after `first_step`, which belong to work that was lost."""
+        """Open the files. Drop entries after `first_step`, which belong to work that was lost.
+
+        Raises:
+          MetricsError: the file of an earlier part of the run holds something else.
+        """
         path = workdir / METRICS_FILE
-        kept = [line for line in _whole_lines(path) if line["step"] <= first_step]
+        earlier = read_metrics(path) if path.exists() else []
+        kept = [line for line in earlier if line["step"] <= first_step]
         with replacing(path) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
@@ -100,16 +109,30 @@ class MetricsLog:
             self._board.close()
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the file's entries, without a last line that a killed process left half-written."""
-    if not path.is_file():
-        return []
-    lines = path.read_text().splitlines()
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read `metrics.jsonl`: entries with `step`, `kind` (train, val or skipped) and their values.
+
+    A last line that is not finished yet is left out: the run is still writing, or was killed.
+
+    Raises:
+      MetricsError: the file cannot be read, or a line is no JSON object with `step` and `kind`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MetricsError(f"{path} cannot be read ({error}); {_NEEDED}") from error
     entries = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines) - 1:
-                raise
+            entry = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise MetricsError(f"{path} line {number} is no JSON ({error}); {_NEEDED}") from error
+        known = isinstance(entry, dict) and isinstance(entry.get("kind"), str)
+        if not known or type(entry.get("step")) is not int:
+            raise MetricsError(f"{path} line {number} is {line[:80]!r}; {_NEEDED}")
+        entries.append(entry)
     return entries

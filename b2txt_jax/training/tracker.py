@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import time
 from collections import deque
@@ -15,7 +16,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeRemainingColumn,
 )
 
 from b2txt_jax.config import Config
@@ -27,6 +27,7 @@ from b2txt_jax.training.step import StepMetrics
 from b2txt_jax.training.validation import Validation
 
 _STEPS_IN_FLIGHT = 2
+_STEPS_BEFORE_ESTIMATE = 4
 
 
 class TrainingError(UserError, RuntimeError):
@@ -57,13 +58,16 @@ class Tracker:
         self._window: list[tuple[float, float, int, dict[str, float]]] = []
         self._window_seconds = 0.0
         self._window_start = time.monotonic()
+        self._finished, self._seconds = 0, 0.0
+        self._validations, self._validation_seconds = 0, 0.0
         self._task = progress.add_task(
             "train",
             total=config.train.steps,
             completed=first,
             loss="-",
-            per=percent(best),
+            per=percent(best) if best else f"after step {self._next_validation(first)}",
             rate="-",
+            left="-",
         )
 
     def started(self, metrics: StepMetrics) -> None:
@@ -81,8 +85,32 @@ class Tracker:
 
     def pause(self) -> None:
         """Stop the clock of training. The next step's window starts it again."""
-        self._window_seconds += time.monotonic() - self._window_start
-        self._window_start = time.monotonic()
+        now = time.monotonic()
+        self._window_seconds += now - self._window_start
+        self._seconds += now - self._window_start
+        self._window_start = now
+
+    def _next_validation(self, step: int) -> int:
+        every, steps = self._config.train.validate_every, self._config.train.steps
+        return min(step + every - step % every, steps)
+
+    def _left(self, step: int) -> str:
+        """Return the time that the steps and validations left will take, by those of this call."""
+        # Steps after the first: that one waits for the first batches.
+        self._finished += 1
+        running = time.monotonic() - self._window_start
+        if self._finished == 1:
+            self._seconds = -running
+        if self._finished < _STEPS_BEFORE_ESTIMATE:
+            return "-"
+        train = self._config.train
+        per_step = (self._seconds + running) / (self._finished - 1)
+        validations = math.ceil(train.steps / train.validate_every) - step // train.validate_every
+        return time_left(
+            (train.steps - step) * per_step,
+            validations,
+            self._validation_seconds / self._validations if self._validations else None,
+        )
 
     def _finish(self, step: int, metrics: StepMetrics) -> None:
         loss, norm, infeasible, finite = (np.asarray(value).item() for value in metrics[:4])
@@ -91,7 +119,7 @@ class Tracker:
             self._window.append((loss, norm, infeasible, parts))
         else:
             self._not_finite(step, loss, norm)
-        self._progress.update(self._task, completed=step, loss=f"{loss:.2f}")
+        self._progress.update(self._task, completed=step, loss=f"{loss:.2f}", left=self._left(step))
         if step % self._config.train.log_every == 0:
             self._log_window(step)
 
@@ -136,12 +164,10 @@ class Tracker:
 
     def validated(self, result: Validation, seconds: float) -> bool:
         """Log a validation that took `seconds`. Return whether it is the best so far."""
+        self._validations += 1
+        self._validation_seconds += seconds
         rate = result.per.rate
-        if rate is None:
-            raise TrainingError(
-                f"step {self.step}: the validation split has no phoneme in any label; needed "
-                "labels to score against: check data.root"
-            )
+        assert rate is not None  # the split has labels, as was checked before the first step
         score = BestScore(rate, result.loss, self.step)
         values: dict[str, Any] = {
             "loss": result.loss,
@@ -173,6 +199,16 @@ class Tracker:
         return improved
 
 
+def time_left(training: float, validations: int, seconds: float | None) -> str:
+    """Format seconds of training and of `validations` that take `seconds` each.
+
+    `>` marks a time that lacks them, where `seconds` is None.
+    """
+    total = round(training + validations * (seconds or 0.0))
+    at_least = ">" if validations and seconds is None else ""
+    return f"{at_least}{datetime.timedelta(seconds=total)}"
+
+
 def percent(score: BestScore | None) -> str:
     """Format the PER. Unknown when there is no score, or one of unknown value."""
     return f"{100 * score.per:.2f} %" if score and math.isfinite(score.per) else "unknown"
@@ -181,11 +217,9 @@ def percent(score: BestScore | None) -> str:
 def progress_bar(console: Console) -> Progress:
     """Return a bar of steps done and left, loss, PER and speed."""
     return Progress(
-        TextColumn("{task.description}"),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}  PER {task.fields[per]}  {task.fields[rate]} steps/s"),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("left {task.fields[left]}"),
         console=console,
     )

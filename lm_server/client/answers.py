@@ -62,7 +62,7 @@ def read_answer(fields: Mapping[bytes, bytes]) -> Answer:
     try:
         words = tuple(map(float, json.loads(fields.get(b"word_confidences", b"[]"))))
         confidence = float(fields[b"confidence"]) if b"confidence" in fields else None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise LanguageModelError(f"the confidences of {best!r} cannot be read: {error}") from error
     return Answer(
         hypotheses,

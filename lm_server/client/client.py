@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import redis
 
 from lm_server.client.answers import (
     LanguageModelError,
@@ -27,8 +28,10 @@ from lm_server.client.answers import (
 from lm_server.client.connection import mask_password, redis_client, redis_errors
 from lm_server.hypothesis import Answer
 from lm_server.protocol import (
+    CLIENT,
     DEFAULT_SESSION,
     REGISTRY,
+    RELEASE,
     WARNING,
     ProtocolError,
     Streams,
@@ -59,6 +62,7 @@ class Client:
         hello_timeout: float = 10.0,
         streams: Streams | None = None,
         session: str = DEFAULT_SESSION,
+        name: str | None = None,
     ) -> None:
         """Connect to Redis. Call `check` to find out whether a server listens there.
 
@@ -70,12 +74,16 @@ class Client:
           streams: other stream names than the published ones.
           session: id of a session that is opened here and closed by `close`. Empty: the default
             session, which all clients without one share.
+          name: of this client. `lm-server` refuses other clients in a session while one that named
+            itself uses it. None: a random name. Empty: no name.
 
         Raises:
           LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
           LanguageModelError: the URL is no Redis URL, or the server opens no such session.
         """
         self.session = session
+        self.name = f"client-{secrets.token_hex(4)}" if name is None else name
+        self._named = False
         self.url = mask_password(url)
         self.timeout = timeout
         self.hello_timeout = hello_timeout
@@ -110,11 +118,31 @@ class Client:
 
     def close(self) -> None:
         """Close the connection, and the session if it is our own."""
+        if self._named and self.session == DEFAULT_SESSION:
+            # Should this fail, the session is free some seconds later.
+            with contextlib.suppress(redis.exceptions.RedisError, OSError):
+                self._add(self._streams.reset, {"done": 0, RELEASE: 1})
         if self.session != DEFAULT_SESSION:
             # Should this fail, the server closes it when it has been idle for a while.
             with contextlib.suppress(LanguageModelError):
                 self._ask("close", self.hello_timeout)
         self._redis.close()
+
+    def settings(self) -> dict[str, str]:
+        """Return the settings that the server published last, {} if there are none in time.
+
+        A server publishes them a moment after its start, and again after a FLUSHALL.
+
+        Raises:
+          LanguageModelUnavailableError: Redis does not answer.
+        """
+        deadline, found = time.monotonic() + self.hello_timeout, None
+        with self._redis_errors():
+            while not found and time.monotonic() < deadline:
+                found = self._redis.xrevrange(self._streams.args, count=1)
+                time.sleep(0.0 if found else 0.05)
+        entry = found[0][1] if found else {}
+        return {key.decode(): value.decode("utf-8", "replace") for key, value in entry.items()}
 
     def check(self) -> None:
         """Make sure that a server answers, by a reset with the short time-out.
@@ -279,7 +307,8 @@ class Client:
         )
 
     def _add(self, stream: str, fields: Mapping[str, bytes | float]) -> None:
-        self._redis.xadd(stream, fields, maxlen=_KEPT_ENTRIES, approximate=True)
+        named = {CLIENT: self.name.encode()} if self.name else {}
+        self._redis.xadd(stream, {**fields, **named}, maxlen=_KEPT_ENTRIES, approximate=True)
 
     def _skip_old_answers(self) -> None:
         """Move behind the newest entry of each answer stream.
@@ -308,6 +337,10 @@ class Client:
                     if fields.get(b"severity") == WARNING.encode():
                         # It stands beside an answer with the same text as `problem`.
                         continue
+                    if fields.get(CLIENT.encode(), self.name.encode()) != self.name.encode():
+                        continue  # It answers another client.
+                    # The published server does not repeat names.
+                    self._named = CLIENT.encode() in fields
                     if name == self._streams.error:
                         raise LanguageModelError(
                             f"the server answered with an error: {error_text(fields)}"

@@ -26,37 +26,81 @@ class RedisUnavailableError(LanguageModelUnavailableError):
     """Redis cannot be reached or used. Names the place and what it answered."""
 
 
+_URL = re.compile(
+    # A raw / ? # in a password would move parts of it into host, port, path or query. An @ would
+    # not.
+    r"(?P<start>rediss?://)(?P<login>[^/?#\s]*@)?"
+    r"(?P<place>(([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?)?(/\d*)?)(?P<query>\?[^#\s]*)?"
+    r"|(?P<unix>unix://)(?P<unix_login>[^/?#\s]*@)?(?P<path>/[^?#]*)(?P<unix_query>\?[^#\s]*)?"
+)
+_OPTIONS = re.compile(r"\?[a-z_]+=[^&?@]*(&[a-z_]+=[^&?@]*)*")
+_SHOWN_OPTIONS = ("db", "ssl_ca_certs")
+
+
 def mask_password(url: str) -> str:
-    """Return a Redis URL fit for messages: `redis://user:***@host:6379/0`."""
-    # Up to the last @ of all, so that a password with a forgotten %2F is not shown by half.
-    login_masked = re.sub(r"(://[^:@/?]*):.*@", r"\1:***@", url)
-    return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", login_masked)
+    """Return a Redis URL fit for messages: `redis://***@host:6379/0`.
+
+    A password may stand anywhere in a URL that breaks the rules, so nothing of such a one is shown.
+    """
+    found = _parts(url)
+    if found is None:
+        return "***"
+    start, login, place, query = found
+    shown = [
+        f"{name}={value if name in _SHOWN_OPTIONS else '***'}"
+        for name, _, value in (one.partition("=") for one in query[1:].split("&") if one)
+    ]
+    return start + ("***@" if login else "") + place + ("?" if shown else "") + "&".join(shown)
 
 
-def redis_client(url: str) -> redis.Redis:
+def _parts(url: str) -> tuple[str, str, str, str] | None:
+    """Return the start, login, place and query of a Redis URL. None: it breaks the rules."""
+    found = _URL.fullmatch(url)
+    if found is None:
+        return None
+    names = ("unix", "unix_login", "path", "unix_query")
+    if found["start"]:
+        names = ("start", "login", "place", "query")
+    start, login, place, query = (found[name] or "" for name in names)
+    # An @ in a socket's path may be the end of a login.
+    misplaced = "@" in place or (query and not _OPTIONS.fullmatch(query))
+    return None if misplaced else (start, login, place, query)
+
+
+def redis_client(url: str, timeout: float = 30.0) -> redis.Redis:
     """Return a client of the Redis at `url`. Nothing is sent yet. Threads may share it.
 
     Args:
       url: redis://, rediss:// or unix://, with user and password where needed.
+      timeout: seconds for the answer to a command.
 
     Raises:
       RedisUnavailableError: it is no Redis URL.
     """
     try:
+        if _parts(url) is None:
+            raise ValueError
         # RESP2 is what every Redis since 2.0 speaks. redis-py would choose RESP3, whose XREAD has
         # another shape. No silent retries: a message sent twice would be decoded twice.
-        return redis.Redis.from_url(
+        client = redis.Redis.from_url(
             url,
             protocol=2,
-            socket_timeout=30.0,
+            socket_timeout=timeout,
             socket_connect_timeout=5.0,
             retry=Retry(NoBackoff(), 0),
         )
-    except (ValueError, TypeError) as error:
+        # An unknown option shows only when a connection is made.
+        client.connection_pool.make_connection()
+        return client
+    except (ValueError, TypeError):
+        # The cause repeats parts of the URL.
         raise RedisUnavailableError(
-            f"{mask_password(url)!r} is no Redis URL ({error}); needed "
-            "redis://[:password@]host:port/database, rediss://... or unix:///path"
-        ) from error
+            "this is no Redis URL (it is not shown, because a password may be in any part of it); "
+            "needed redis://[[user]:password@]host[:port][/database], rediss://... or "
+            "unix:///path, with known options, and in a password %23 for #, %2F for /, %3F for ? "
+            "and %40 for @: percent-encode it with "
+            "python -c 'import urllib.parse; print(urllib.parse.quote(input(), safe=\"\"))'"
+        ) from None
 
 
 @contextlib.contextmanager

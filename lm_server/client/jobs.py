@@ -8,10 +8,11 @@ has no result yet is submitted again, which changes nothing where the job is the
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -42,6 +43,7 @@ from lm_server.protocol import (
 
 _AWAY = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 _BLOCK_MS = 1000
+_log = logging.getLogger(__name__)
 _AHEAD = 256
 """Jobs submitted at a time: enough for many workers, some ten megabytes of Redis's memory."""
 
@@ -49,13 +51,20 @@ _AHEAD = 256
 class JobClient:
     """A batch of jobs on a Redis that workers share. A context manager, or call `close`."""
 
-    def __init__(self, url: str, timeout: float = 120.0, reconnect_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float = 120.0,
+        reconnect_seconds: float = 60.0,
+        notice: Callable[[str], None] = _log.warning,
+    ) -> None:
         """Connect to Redis.
 
         Args:
           url: Redis, for example `redis://:password@127.0.0.1:6379/0` or `unix:///run/redis.sock`.
           timeout: seconds without any result after which a worker must show a sign of life.
           reconnect_seconds: how long to wait for a Redis that went away.
+          notice: called with a text when no worker is there to begin with.
 
         Raises:
           LanguageModelUnavailableError: no Redis answers at `url`, or it refuses the login.
@@ -65,7 +74,10 @@ class JobClient:
         self.batch = f"batch-{secrets.token_hex(8)}"
         self.duplicates = 0
         """Results that came a second time, which exactly-once delivery forbids."""
+        self.foreign = 0
+        """Entries among the results that belong to no job of this batch."""
         self._timeout, self._reconnect_seconds = timeout, reconnect_seconds
+        self._notice = notice
         self._redis: Any = redis_client(url)
         self._submit = self._redis.register_script(SUBMIT_JOB)
         with redis_errors(self.url, "lm-server worker"):
@@ -106,6 +118,7 @@ class JobClient:
 
         Raises:
           LanguageModelUnavailableError: Redis stays away, or there is no worker.
+          LanguageModelError: Redis refuses a command.
           ValueError: there are more names than trials, or fewer.
         """
         if len(logits) != len(names):
@@ -123,7 +136,8 @@ class JobClient:
                 jobs[index] = job.fields()
             except ProtocolError as error:
                 results[index] = Result(name, None, str(error), 0.0)
-        self._run(jobs, names, results, len(names), progress)
+        with redis_errors(self.url, "lm-server worker"):
+            self._run(jobs, names, results, len(names), progress)
         return [results[index] for index in range(len(names))]
 
     def _run(
@@ -136,7 +150,7 @@ class JobClient:
     ) -> None:
         waiting = deque(jobs)
         out: dict[int, None] = {}
-        position, heard, away_since = "0-0", time.monotonic(), None
+        position, heard, away_since, looked = "0-0", time.monotonic(), None, False
         while waiting or out:
             try:
                 while waiting and len(out) < _AHEAD:
@@ -156,14 +170,13 @@ class JobClient:
                     ) from error
                 time.sleep(0.2)
                 continue
-            except redis.exceptions.ResponseError as error:
-                raise LanguageModelError(
-                    f"Redis at {self.url} refused a command: {error}"
-                ) from error
             for _, entries in found:
                 for id_, fields in entries:
                     position = id_
-                    index = int(fields[b"job"].split(b" ", 1)[0])
+                    index = _index(fields)
+                    if index is None or index not in jobs:
+                        self.foreign += 1
+                        continue
                     if index in results:
                         self.duplicates += 1
                         continue
@@ -174,8 +187,20 @@ class JobClient:
                         progress(len(results), count)
             if not found:
                 position = self._look_for_losses(jobs, out, position)
+                if not looked and not self._has_workers():
+                    self._notice(
+                        f"no worker shows a sign of life on {self.url} (one that still loads its "
+                        f"model does not either): waiting {self._timeout:g} s for one; start "
+                        "`lm-server worker --lm DIR --redis URL`"
+                    )
+                looked = True
                 if time.monotonic() - heard > self._timeout:
-                    self._need_workers(len(results), count)
+                    if not self._has_workers():
+                        raise LanguageModelUnavailableError(
+                            f"no worker has answered for {self._timeout:g} s and none shows a sign "
+                            f"of life on {self.url}; {len(results)} of {count} trials have a "
+                            "result: start `lm-server worker --lm DIR --redis URL`"
+                        )
                     heard = time.monotonic()
 
     def _send(self, job: Mapping[str, bytes]) -> None:
@@ -196,21 +221,25 @@ class JobClient:
             return position  # The loop meets the same error and waits.
         return "0-0"
 
-    def _need_workers(self, done: int, count: int) -> None:
+    def _has_workers(self) -> bool:
+        """Return whether a worker shows a sign of life, or Redis is away and cannot say."""
         try:
-            found = any(True for _ in self._redis.scan_iter(process_key("worker-*"), count=500))
+            return any(True for _ in self._redis.scan_iter(process_key("worker-*"), count=500))
         except _AWAY:
-            return
-        if not found:
-            raise LanguageModelUnavailableError(
-                f"no worker has answered for {self._timeout:g} s and none shows a sign of life on "
-                f"{self.url}; {done} of {count} trials have a result: start `lm-server worker "
-                "--lm DIR --redis URL`"
-            )
+            return True
+
+
+def _index(fields: Mapping[bytes, bytes]) -> int | None:
+    """Return the number of the job that a result belongs to. None: no worker of ours wrote it."""
+    number = fields.get(b"job", b"").split(b" ", 1)[0]
+    return int(number) if number.isdigit() and len(number) < 20 else None
 
 
 def _result(name: str, fields: Mapping[bytes, bytes]) -> Result:
-    seconds = float(fields.get(b"seconds", b"0"))
+    try:
+        seconds = float(fields.get(b"seconds", b"0"))
+    except ValueError:
+        seconds = 0.0
     if b"error" in fields:
         return Result(name, None, error_text(fields), seconds)
     try:

@@ -91,9 +91,10 @@ def serve_child(
             for listener in listeners:
                 listener.join(timeout=2.0)
             text = "".join(written).strip() or "(nothing)"
+            shown = [mask_password(one) if one == redis else one for one in full]
             raise LanguageModelUnavailableError(
                 f"the language-model server {found} (exit code {code}); "
-                f"`{' '.join(map(mask_password, full))}` wrote:\n{text}"
+                f"`{' '.join(shown)}` wrote:\n{text}"
             )
         # The line shows a URL without its password.
         yield redis or url

@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--order", type=int, default=3, help="longest n-grams, 1-5 words (default 3)"
     )
     parser.add_argument(
-        "--lexicon", default="cmudict", metavar="cmudict|FILE", help="words and pronunciations"
+        "--lexicon",
+        default="cmudict",
+        metavar="cmudict|FILE",
+        help="words and pronunciations (default cmudict)",
     )
     parser.add_argument(
         "--vocabulary",

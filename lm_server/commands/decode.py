@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lm_server.atomic_file import require_writable
 from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
 from lm_server.rescoring.load import llm_from_options
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     workers = options.workers_from(args)
     settings = options.settings_from(args)
     words = options.hot_words_from(args)
-    # The file first: a wrong one is reported at once, not after the model is read.
+    # The files first: a wrong one is reported at once, not after the model is read.
+    require_writable(args.out)
     logits = read_logits(args.logits)
     with cleaning_up_when_terminated():
         model = load_model(args.lm, args.backend)

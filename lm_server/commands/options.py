@@ -130,6 +130,45 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return chosen
 
 
+def add_ceiling_option(parser: argparse._ActionsContainer) -> None:
+    """Add --ceiling."""
+    parser.add_argument(
+        "--ceiling",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="the greatest value of a setting that clients may choose, such as max_active=1000; "
+        "may be given for several settings (default: the setting's range)",
+    )
+
+
+def ceilings_from(args: argparse.Namespace, chosen: Settings) -> dict[str, float]:
+    """Return the ceilings of --ceiling.
+
+    Raises:
+      SettingsError: one cannot be read, is outside the setting's range, or below what is chosen.
+    """
+    found = {}
+    for given in args.ceiling:
+        name, _, value = given.partition("=")
+        name = name.replace("-", "_")
+        try:
+            least, greatest = settings.LIMITS[name]
+            found[name] = float(value)
+        except (KeyError, ValueError) as error:
+            raise SettingsError(
+                f"--ceiling is {given!r}; needed SETTING=VALUE with one of "
+                f"{', '.join(settings.NAMES)} and a number"
+            ) from error
+        least = max(least, getattr(chosen, name))
+        if not least <= found[name] <= greatest:
+            raise SettingsError(
+                f"--ceiling is {given!r}; needed a number from {least:g} (which is in use without "
+                f"a client's choice) to {greatest:g}"
+            )
+    return found
+
+
 def hot_words_from(args: argparse.Namespace) -> dict[str, HotWord]:
     """Return the hot words of --hot-words, none without it. The search checks them.
 

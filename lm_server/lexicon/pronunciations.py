@@ -1,14 +1,15 @@
 """Pronouncing dictionaries: the CMU dictionary, or a file of lines `word PH PH ...`.
 
 A word may have several lines, one per pronunciation. Phonemes are ARPAbet. Stress digits are
-removed. Empty lines and lines that begin with `;;;` are skipped. CMU's numbers of variants,
-`word(2)`, are removed too.
+removed, and so are CMU's numbers of variants, `word(2)`. Lines that begin with `;;;`, `##` or `# `,
+and what follows ` #`, are comments.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.resources
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,21 @@ def is_word(word: str) -> bool:
     return _WORD.fullmatch(word) is not None
 
 
+def fields_of(line: str) -> list[str]:
+    """Return the word, without its number and in lower case, and what follows it on a line.
+
+    Comments are removed. Nothing is left of a line that has nothing else.
+
+    >>> fields_of("AALBORG(2) AA1 L B AO0 R G # place, danish")
+    ['aalborg', 'AA1', 'L', 'B', 'AO0', 'R', 'G']
+    """
+    word, *rest = line.split() or [""]
+    if word in ("", "#") or word.startswith((";;;", "##")):
+        return []
+    said = itertools.takewhile(lambda field: not field.startswith("#"), rest)
+    return [_VARIANT.sub("", word).lower(), *said]
+
+
 def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
     """Parse lines in the CMU format. Errors call the source `name`.
 
@@ -63,8 +79,8 @@ def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
     entries: dict[str, list[Pronunciation]] = {}
     skipped: set[str] = set()
     for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields or line.startswith(";;;"):
+        fields = fields_of(line)
+        if not fields:
             continue
         word, *said = fields
         phones = tuple(phone.rstrip("012") for phone in said)
@@ -79,7 +95,6 @@ def parse_lexicon(lines: Iterable[str], name: str) -> Lexicon:
                 f"{name}, line {number}: the word {word!r} has the unknown phoneme {unknown[0]!r}; "
                 f"needed ARPAbet: {' '.join(PHONEMES)}"
             )
-        word = _VARIANT.sub("", word).lower()
         if not is_word(word):
             skipped.add(word)
             continue

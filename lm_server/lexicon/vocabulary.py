@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lm_server.lexicon.g2p import guess_pronunciations
 from lm_server.lexicon.pronunciations import Lexicon, LexiconError, Pronunciation, is_word
-from lm_server.lexicon.text import open_text
+from lm_server.lexicon.text import UNKNOWN, open_text
 
 SEEN_LEAST = 5
 """Least frequency in the text of a word outside the lexicon, if the vocabulary has no limit. Rarer
@@ -79,14 +79,14 @@ def choose_vocabulary(
         if wanted < 1:
             raise LexiconError(f"the vocabulary is {wanted} words; needed at least 1")
         # Ties are broken by spelling, so that a build can be repeated.
-        candidates = sorted(seen, key=lambda word: (-seen[word], word))
+        candidates = sorted(seen.keys() - {UNKNOWN}, key=lambda word: (-seen[word], word))
         limit = wanted
     elif wanted is not None:
         candidates, limit = list(wanted), len(wanted)
     else:
         entries = dict(lexicon.entries)
         often = [word for word, count in seen.items() if count >= SEEN_LEAST] if guess else []
-        candidates = sorted(word for word in often if word not in lexicon)
+        candidates = sorted(word for word in often if word not in lexicon and word != UNKNOWN)
         limit = len(entries) + len(candidates)
     missing, guessed = [], 0
     for number, word in enumerate(candidates, 1):

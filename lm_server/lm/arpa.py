@@ -6,6 +6,7 @@ All probabilities are base-10 logarithms, as in ARPA and KenLM files.
 from __future__ import annotations
 
 import array
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,14 @@ from lm_server.lm.sorted_ngrams import (
 
 NEVER = -99.0
 """Stands for a probability of zero."""
+DATA = "\\data\\"
+"""The line with which an ARPA model begins."""
+_COUNT = re.compile(r"ngram\s+(\d{1,2})\s*=\s*(\d{1,12})")
+_LARGEST = 1000.0
+"""Largest magnitude of a base-10 logarithm. float32 and KenLM hold far more, but no model means
+it."""
+_SHOWN = 80
+"""Signs of a line that an error repeats."""
 
 
 class ModelError(UserError, ValueError):
@@ -82,19 +91,16 @@ def read_arpa(path: Path, progress: Callable[[int], None] = lambda size: None) -
 
 
 def _parse_arpa(path: Path, lines: Iterator[str], show: Callable[[], None]) -> Model:
-    counts: list[int] = []
+    counts = _announced(path, lines)
     orders: list[NGrams] = []
     words: list[str] = [UNKNOWN]
     ids: dict[str, int] = {UNKNOWN: 0}
     # All loops share one iterator: each continues where the one before it stopped.
-    for line in lines:
-        if line.startswith("ngram "):
-            counts.append(int(line.split("=")[1]))
-        elif line.startswith("\\1-grams:"):
-            break
     for order in range(1, len(counts) + 1):
         grams = array.array("i")
         log10, backoff = array.array("f"), array.array("f")
+        last = order == len(counts)
+        following = "\\end\\" if last else f"\\{order + 1}-grams:"
         for number, line in enumerate(lines):
             if number % 65536 == 65535:
                 show()
@@ -102,11 +108,14 @@ def _parse_arpa(path: Path, lines: Iterator[str], show: Callable[[], None]) -> M
             if not fields:
                 continue
             if line.startswith("\\") and len(fields) == 1:
+                if fields[0] != following:
+                    raise ModelError(
+                        f"{path} has {fields[0]} after its {order}-grams; needed {following}: "
+                        "it is damaged, or its \\data\\ announces other orders"
+                    )
                 break
             if len(fields) not in (order + 1, order + 2):
-                raise ModelError(
-                    f"{path} has the line {line.strip()!r} among its {order}-grams: not ARPA"
-                )
+                raise _fault(path, line, order, "not ARPA")
             if order == 1 and fields[1] not in ids:
                 ids[fields[1]] = len(words)
                 words.append(fields[1])
@@ -115,20 +124,55 @@ def _parse_arpa(path: Path, lines: Iterator[str], show: Callable[[], None]) -> M
                 backoff.append(float(fields[order + 1]) if len(fields) == order + 2 else 0.0)
                 grams.extend([ids[word] for word in fields[1 : order + 1]])
             except (ValueError, KeyError) as error:
-                raise ModelError(
-                    f"{path} has the line {line.strip()!r} among its {order}-grams ({error}): "
-                    "needed numbers, and words that are 1-grams too"
-                ) from error
+                needed = "needed numbers, and words that are 1-grams too"
+                raise _fault(path, line, order, f"{error}, {needed}") from error
+            # Written so that NaN is refused too.
+            if not -_LARGEST <= log10[-1] <= 0.0:
+                needed = f"needed a log10 probability from -{_LARGEST:g} to 0, -99 for never"
+                raise _fault(path, line, order, needed)
+            if not abs(backoff[-1]) <= (0.0 if last else _LARGEST):
+                needed = "none or 0, the order is the highest" if last else f"within {_LARGEST:g}"
+                raise _fault(path, line, order, f"needed a log10 back-off weight, {needed}")
         rows = np.array(grams, np.int32).reshape(-1, order)
         if len(rows) != counts[order - 1]:
             raise ModelError(
                 f"{path} has {len(rows)} {order}-grams but announces "
                 f"{counts[order - 1]}: it is cut short"
             )
+        if order == 1 and len(np.unique(rows)) != len(rows):
+            twice = words[int(np.argmax(np.bincount(rows[:, 0])))]
+            raise ModelError(f"{path} has the 1-gram {twice!r} twice; needed each once")
         orders.append(NGrams(rows, np.array(log10, np.float32), np.array(backoff, np.float32)))
-    if not orders:
-        raise ModelError(f"{path} has no n-grams: not ARPA")
     return Model(words, [_every_word(orders[0], len(words)), *orders[1:]])
+
+
+def _announced(path: Path, lines: Iterator[str]) -> list[int]:
+    """Read up to the first n-gram. Return the number of n-grams per order.
+
+    What stands before the line `\\data\\`, such as a toolkit's explanations, is not read.
+    """
+    counts: list[int] = []
+    if any(line.strip() == DATA for line in lines):
+        for line in lines:
+            if line.strip() == "\\1-grams:":
+                break
+            announced = _COUNT.fullmatch(line.strip())
+            if announced and int(announced[1]) == len(counts) + 1:
+                counts.append(int(announced[2]))
+            elif line.strip():
+                raise ModelError(
+                    f"{path} has the line {line.strip()[:_SHOWN]!r} after {DATA}; needed "
+                    f"`ngram {len(counts) + 1}=COUNT`: it is damaged, fetch it again"
+                )
+    if not counts:
+        raise ModelError(f"{path} has no n-grams: not ARPA")
+    return counts
+
+
+def _fault(path: Path, line: str, order: int, reason: str) -> ModelError:
+    return ModelError(
+        f"{path} has the line {line.strip()[:_SHOWN]!r} among its {order}-grams: {reason}"
+    )
 
 
 def _every_word(unigrams: NGrams, words: int) -> NGrams:

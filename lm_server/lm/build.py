@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes
 MAX_ORDER = 5
 """Flashlight's and the `kenlm` module's readers are compiled for orders up to 6."""
 _LEAST_MEMORY = 16 << 20
+_MUCH_OUTSIDE = 0.1
+"""Fraction of a text's words outside the vocabulary from which on a warning is printed."""
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def build(
             "running_words": corpus.counts.words,
             "dropped_with_digits": corpus.counts.dropped_digits,
             "dropped_with_other_letters": corpus.counts.dropped_letters,
+            "annotations_removed": corpus.counts.annotations,
             "held_out_dropped_with_digits": corpus.aside.dropped_digits,
             "held_out_dropped_with_other_letters": corpus.aside.dropped_letters,
             "times_rare_words_were_forgotten": corpus.forgotten,
@@ -134,6 +140,17 @@ def build(
         stages.print(
             "the text has more different words than --memory holds: some rare ones were left out "
             "of the counts; give more memory if they matter"
+        )
+    text_of = (corpus.counts.left_out("the text"), corpus.aside.left_out("the held-out text"))
+    for line in itertools.chain(*text_of):
+        stages.print(line)
+    outside = Counter({word: n for word, n in corpus.seen.items() if word not in words})
+    if outside.total() > _MUCH_OUTSIDE * corpus.seen.total():
+        often = ", ".join(word for word, _ in outside.most_common(_SHOWN))
+        remedy = "a lexicon that has them" if options.guess else "--g2p, or a lexicon that has them"
+        stages.print(
+            f"warning: {description['outside_lexicon_rate']:.0%} of the text's words are outside "
+            f"the vocabulary, most often {often}: they cannot be decoded, use {remedy}"
         )
     report(stages, out, description)
     return model

@@ -208,13 +208,6 @@ def write_description(folder: Path, description: Mapping[str, Any]) -> None:
 
 def report(stages: Stages, out: Path, description: Mapping[str, Any]) -> None:
     """Print the main figures of `lm.json`."""
-    digits = description["held_out_dropped_with_digits"]
-    letters = description["held_out_dropped_with_other_letters"]
-    if digits or letters:
-        stages.print(
-            f"of the held-out text {digits} sentences are left out for digits, {letters} for "
-            "letters other than a-z: write them as they are spoken"
-        )
     perplexity, outside = description["perplexity"], description["oov_rate"]
     measured = "perplexity not measured, for lack of held-out text"
     if perplexity is not None and math.isfinite(perplexity):

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from lm_server.errors import UserError
 from lm_server.lexicon.pronunciations import Pronunciation
@@ -33,7 +34,8 @@ def read_description(folder: Path) -> dict[str, object]:
     """
 
     def fault(
-        text: str, remedy: str = f"make one with `lm-server build --text FILE --out {folder}`"
+        text: str,
+        remedy: str = f"make one with `lm-server build --text FILE --out {quote(str(folder))}`",
     ) -> ModelFolderError:
         return ModelFolderError(f"{text}: {remedy}")
 
@@ -48,7 +50,7 @@ def read_description(folder: Path) -> dict[str, object]:
             raise fault(f"{folder} is no model folder, {name} is missing in it")
     try:
         description = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise fault(f"{path} cannot be read ({error})") from error
     if not isinstance(description, dict):
         raise fault(f"{path} holds a {type(description).__name__}; needed an object")

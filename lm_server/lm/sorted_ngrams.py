@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+from lm_server.lexicon.text import UNKNOWN
+
+BEGIN, END = "<s>", "</s>"
 
 
 @dataclass(frozen=True)

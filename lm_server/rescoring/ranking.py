@@ -11,13 +11,23 @@ from rapidfuzz.distance import Levenshtein
 from lm_server.hypothesis import Answer, Hypothesis, in_order, rank
 from lm_server.rescoring.augment import augment
 from lm_server.settings import Settings
+from lm_server.sliced import Sliced, finished
 
+_SLICE_CELLS = 4_000_000
+"""Cells of alignments, which grow with the square of the length, between two yields: some 3 ms."""
 _NEGLIGIBLE = 1e-9
 """Probability below which a candidate's words are not compared."""
 
 
 def augmented(hypotheses: Sequence[Hypothesis], settings: Settings) -> tuple[Hypothesis, ...]:
     """Return the candidates and those made from them, distinct, best first by search scores."""
+    return finished(augmenting(hypotheses, settings))
+
+
+def augmenting(
+    hypotheses: Sequence[Hypothesis], settings: Settings
+) -> Sliced[tuple[Hypothesis, ...]]:
+    """Do as `augmented` does, in slices."""
     return augment(
         hypotheses,
         settings.acoustic_scale,
@@ -48,6 +58,16 @@ def ranked_answer(
     A candidate without words has no such score and is left out. Without scores, the total is
     acoustic_scale * acoustic + ngram + bonus.
     """
+    return finished(ranking(candidates, settings, scores, problem))
+
+
+def ranking(
+    candidates: Sequence[Hypothesis],
+    settings: Settings,
+    scores: Mapping[str, float] | None = None,
+    problem: str | None = None,
+) -> Sliced[Answer]:
+    """Do as `ranked_answer` does, in slices."""
     scale, alpha = settings.acoustic_scale, settings.alpha
     ranked: Sequence[Hypothesis]
     if scores is None:
@@ -63,10 +83,11 @@ def ranked_answer(
         ranked = in_order(mixed)
     totals = [one.total for one in ranked if one.total is not None]
     shares = posterior(totals, settings.confidence_temperature)
+    confidences = yield from word_confidences([one.words for one in ranked], shares)
     return Answer(
         tuple(ranked),
         float(shares[0]) if ranked else None,
-        word_confidences([one.words for one in ranked], shares),
+        confidences,
         scores is not None,
         problem,
     )
@@ -86,7 +107,9 @@ def posterior(totals: Sequence[float], temperature: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-def word_confidences(candidates: Sequence[Sequence[str]], shares: np.ndarray) -> tuple[float, ...]:
+def word_confidences(
+    candidates: Sequence[Sequence[str]], shares: np.ndarray
+) -> Sliced[tuple[float, ...]]:
     """Return, for each word of the first candidate, the summed shares of those that have it there.
 
     Each candidate is aligned to the first with the fewest word edits. It agrees on the words that
@@ -95,11 +118,15 @@ def word_confidences(candidates: Sequence[Sequence[str]], shares: np.ndarray) ->
     if not len(candidates):
         return ()
     best = list(candidates[0])
-    mass = np.zeros(len(best))
+    mass, compared = np.zeros(len(best)), 0
     for words, share in zip(candidates, shares, strict=True):
         if share > _NEGLIGIBLE:
             for step in Levenshtein.opcodes(best, list(words)):
                 if step.tag == "equal":
                     mass[step.src_start : step.src_end] += share
+            compared += len(best) * len(words)
+            if compared > _SLICE_CELLS:
+                compared = 0
+                yield
     # The sum of many shares may pass 1 by rounding.
     return tuple(np.minimum(mass, 1.0).tolist())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +11,19 @@ from pathlib import Path
 
 from lm_server.errors import UserError
 from lm_server.lexicon.pronunciations import LexiconError, Pronunciation
+from lm_server.lexicon.text import fold
 from lm_server.lm.reader import find_words
 from lm_server.protocol import PHONEMES, decode_hot_words
+from lm_server.sliced import Sliced
 
 MAX_HOT_WORDS = 500
 """Hot words of one search."""
 MAX_WEIGHT = 50.0
 """Greatest weight of a hot word (ln)."""
 _MAX_PHONEMES = 60
+_MAX_LETTERS = 100
+_MAX_PRONUNCIATIONS = 2000
+"""Pronunciations of all hot words of one search together."""
 
 
 class HotWordError(UserError, ValueError):
@@ -50,7 +57,8 @@ def parse_hot_words(text: str | bytes) -> dict[str, HotWord]:
 def check_hot_words(
     folder: Path, hot_words: Mapping[str, HotWord]
 ) -> tuple[dict[str, HotWord], dict[str, int]]:
-    """Return hot words in lower case with all their pronunciations, and the vocabulary's indices.
+    """Return hot words as the lexicon writes them, with all their pronunciations, and the
+    vocabulary's indices.
 
     Args:
       folder: the model folder, whose lexicon pronounces the words that it has.
@@ -68,13 +76,27 @@ def check_hot_words(
             f"there are {len(hot_words)} hot words; at most {MAX_HOT_WORDS} are possible: put "
             "lasting ones into the model with `lm-server build --lexicon`"
         )
-    known = find_words(folder, {word.lower() for word in hot_words})
-    checked = {}
+    total = sum(len(one.pronunciations) for one in hot_words.values())
+    if total > _MAX_PRONUNCIATIONS:
+        raise HotWordError(
+            f"the hot words have {total} pronunciations; at most {_MAX_PRONUNCIATIONS} are "
+            "possible: send fewer"
+        )
+    known = find_words(folder, {fold(word) for word in hot_words})
+    checked: dict[str, HotWord] = {}
     for given, hot in hot_words.items():
-        word = given.lower()
-        if not word or any(sign.isspace() or sign == ";" for sign in word):
+        word = fold(given)
+        if word in checked:
             raise HotWordError(
-                f"the hot word {word!r} is no single word: needed one without spaces or semicolons"
+                f"the hot word {word!r} is given twice, as {given!r} too: leave one out"
+            )
+        # What is not printable (half a surrogate pair, a control character) cannot be sent or shown
+        # in an answer.
+        signs = word.isprintable() and " " not in word and ";" not in word
+        if not signs or not 0 < len(word) <= _MAX_LETTERS:
+            raise HotWordError(
+                f"the hot word {word[:_MAX_LETTERS]!r} is no single word: needed 1 to "
+                f"{_MAX_LETTERS} printable characters without spaces or semicolons"
             )
         if not 0 < hot.weight <= MAX_WEIGHT or not math.isfinite(hot.weight):
             raise HotWordError(
@@ -82,6 +104,8 @@ def check_hot_words(
                 f"most {MAX_WEIGHT:g} (ln)"
             )
         said = hot.pronunciations or (known[word][1] if word in known else _guessed(word))
+        # Without stress, which lexicons mark (`EY1`).
+        said = tuple(dict.fromkeys(tuple(p.rstrip("012") for p in phones) for phones in said))
         for phones in said:
             if set(phones) - set(PHONEMES) or not 0 < len(phones) <= _MAX_PHONEMES:
                 raise HotWordError(
@@ -92,6 +116,17 @@ def check_hot_words(
     return checked, {word: index for word, (index, _) in known.items()}
 
 
+def guess_ahead(hot_words: Mapping[str, HotWord]) -> Sliced[None]:
+    """Guess what `check_hot_words` may need. Yield between words, of which each takes 20 ms."""
+    wanted = [fold(word) for word, hot in hot_words.items() if not hot.pronunciations]
+    for number, word in enumerate(wanted[:MAX_HOT_WORDS]):
+        if number:
+            yield
+        with contextlib.suppress(HotWordError):  # The lexicon may have it.
+            _guessed(word)
+
+
+@functools.lru_cache(maxsize=4 * MAX_HOT_WORDS)
 def _guessed(word: str) -> tuple[Pronunciation, ...]:
     # Imported late: it needs KenLM, which `--help` must not.
     from lm_server.lexicon.g2p import pronounce

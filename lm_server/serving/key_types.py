@@ -23,13 +23,16 @@ _log = logging.getLogger(__name__)
 
 
 def wrong_type(error: BaseException) -> bool:
-    """Return whether Redis refused a command because a key has another type."""
-    return isinstance(error, redis.exceptions.ResponseError) and "WRONGTYPE" in str(error)
+    """Return whether Redis refused a command because of what a key holds."""
+    return isinstance(error, redis.exceptions.ResponseError) and any(
+        words in str(error) for words in ("WRONGTYPE", "exhausted the last possible ID")
+    )
 
 
 def registry_keys() -> dict[str, str]:
     """Return the type of each key that all sessions share."""
-    return {REGISTRY.requests: "stream", REGISTRY.answers: "stream", REGISTRY.sessions: "hash"}
+    shared = (REGISTRY.requests, REGISTRY.answers, REGISTRY.dead)
+    return {**dict.fromkeys(shared, "stream"), REGISTRY.sessions: "hash"}
 
 
 def session_keys(session: str) -> dict[str, str]:
@@ -60,3 +63,18 @@ def set_aside(client: redis.Redis, needed: Mapping[str, str]) -> dict[str, str]:
             )
             _log.error("%s", renamed[key])
     return renamed
+
+
+def set_field_aside(client: redis.Redis, key: str, field: bytes) -> None:
+    """Move a field of a hash that no server wrote to another hash, and log it."""
+    place = f"{ASIDE}fields:{key}"
+    set_aside(client, {place: "hash"})
+    value: Any = client.hget(key, field)
+    if value is not None:
+        client.hset(place, field, value)
+        client.hdel(key, field)
+    _log.error(
+        "the hash %s had the field %r, which no server wrote: it is moved to the hash %s; look for "
+        "the program that wrote it",
+        *(key, field[:80], place),
+    )

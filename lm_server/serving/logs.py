@@ -6,7 +6,11 @@ import argparse
 import json
 import logging
 
+from lm_server.errors import shortened
+
 FORMATS = ("text", "json")
+_LINE = 4000
+"""Bytes of a message, and of a traceback."""
 _KNOWN = frozenset(vars(logging.makeLogRecord({})))
 
 
@@ -23,7 +27,7 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage(),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = record.exc_text or self.formatException(record.exc_info)
         extra = {key: value for key, value in vars(record).items() if key not in _KNOWN}
         return json.dumps(line | extra, default=str)
 
@@ -39,7 +43,15 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def use(form: str) -> None:
-    """Write logs in that format from now on."""
-    if form == "json":
-        for handler in logging.getLogger().handlers:
+    """Write logs in that format from now on, and cut what repeats its input."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_cut)
+        if form == "json":
             handler.setFormatter(JsonLines())
+
+
+def _cut(record: logging.LogRecord) -> bool:
+    record.msg, record.args = shortened(record.getMessage(), _LINE), None
+    if record.exc_info and not record.exc_text:
+        record.exc_text = shortened(logging.Formatter().formatException(record.exc_info), _LINE)
+    return True

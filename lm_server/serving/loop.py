@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from lm_server.client.connection import LOST, Backoff
 from lm_server.serving.key_types import wrong_type
+from lm_server.serving.rights import RightsError, lasting
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ def run_rounds(
       ended: returns before each round whether to end. Its argument is whether the last one failed.
       stop: ends a pause.
       set_aside: renames keys of a wrong type and returns whether there were any.
+
+    Raises:
+      RightsError: Redis refuses a command, and will refuse it again.
     """
     backoff = Backoff(stop)
     while not ended(backoff.failing):
@@ -33,6 +37,11 @@ def run_rounds(
         except LOST as error:
             if wrong_type(error) and set_aside():
                 continue
+            if lasting(error):
+                raise RightsError(
+                    f"Redis refuses a command that this process needs ({error}): give its user the "
+                    "rights of docs/protocol.md and start it again"
+                ) from error
             if not backoff.failing:
                 _log.error("Redis: %s; trying again until it works", error)
             backoff.failed()

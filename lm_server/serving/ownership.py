@@ -24,20 +24,37 @@ from lm_server.protocol import (
     REGISTRY,
     WARNING,
     ProtocolError,
+    is_session,
     owner_key,
     session_streams,
     state_key,
 )
 from lm_server.serving import scripts
-from lm_server.serving.key_types import registry_keys, session_keys, set_aside
-from lm_server.serving.session import Entry, Message, Reply, Session, logits_of
+from lm_server.serving.key_types import (
+    registry_keys,
+    session_keys,
+    set_aside,
+    set_field_aside,
+    wrong_type,
+)
+from lm_server.serving.saved_state import (
+    SavedState,
+    SavedStateError,
+    read_description,
+    read_state,
+)
+from lm_server.serving.session import Entry, Message, Reply, Session, client_of, logits_of
 
 BATCH = 16
 """Entries read from one stream at a time."""
 _OUTPUT_ENTRIES = 10_000
 """Entries that an output stream keeps, about."""
+_OUTPUT_BYTES = 16_000_000
+"""Bytes that an output stream keeps, about. At least half as many."""
 _MAX_UNSENT = 200
 _KEPT_OF_SENTENCE = 20_000
+_LONGEST_LEASE_MS = 30_000
+"""No server asks for a longer lease. A foreign owner key with a longer one is cut to ours."""
 _LAST_WORDS_SECONDS = 60
 """A closed session's streams can be read for so long."""
 
@@ -56,6 +73,7 @@ class Limits:
       lease_seconds: a session is owned for so long after its server's last heartbeat.
       state_seconds: a session's state is kept for so long after its server's last heartbeat.
       refused_seconds: a session that could not be adopted is tried again after so long.
+      entry_seconds: computing time that one entry may take. More ends its sentence.
     """
 
     sessions: int = 64
@@ -65,6 +83,7 @@ class Limits:
     lease_seconds: float = 4.0
     state_seconds: int = 60
     refused_seconds: float = 30.0
+    entry_seconds: float = 60.0
 
     @property
     def beat_seconds(self) -> float:
@@ -113,6 +132,8 @@ class OwnedSession:
       work: the handling of one entry, a slice at every `next`. None between entries.
       unsent: replies in the order of their entries.
       active: when an entry was handled last (monotonic seconds).
+      used: where the session stands in the queue of those that want computing time (seconds).
+      spent: computing time that `work` took so far (seconds).
       lost: whether another process owns the session now.
     """
 
@@ -132,6 +153,8 @@ class OwnedSession:
         self.unsent: deque[Unsent] = deque()
         self.active = time.monotonic()
         self.lost = False
+        self.used = 0.0
+        self.spent = 0.0
         self._of_sentence: list[tuple[str, str]] = []
         self._first: str | None = None
 
@@ -179,7 +202,7 @@ class OwnedSession:
         if entry.stream == names.input and self._first is None:
             self._first = entry.name
         done_with = []
-        if entry.stream in (names.reset, names.finalize) or not self.session.frames:
+        if not self.session.frames:
             done_with = [*self._of_sentence, (entry.stream, entry.name)]
             self._of_sentence, self._first = [], None
         elif entry.stream == names.input:
@@ -188,8 +211,9 @@ class OwnedSession:
                 done_with = [self._of_sentence.pop(0)]
         else:
             done_with = [(entry.stream, entry.name)]
-        sentence = json.dumps({"first": self._first, "frames": self.session.frames})
-        state = {"sentence": sentence, "session": self.session.description()}
+        session = self.session
+        sentence = {"first": self._first, "frames": session.frames, "lost": session.lost}
+        state = {"sentence": json.dumps(sentence), "session": session.description()}
         self.unsent.append(Unsent(entry, reply, started, state, done_with))
 
     def replay(
@@ -204,7 +228,8 @@ class OwnedSession:
         self._first = first
         for id_, fields in entries:
             try:
-                yield from self.session.search_frames(logits_of(plain(fields)))
+                if client_of(plain(fields)) == self.session.client:
+                    yield from self.session.search_frames(logits_of(plain(fields)))
             except ProtocolError:
                 continue  # The first server refused it, too.
             self._of_sentence.append((self.session.streams.input, text(id_)))
@@ -249,6 +274,7 @@ class OwnedSessions:
         self._absent: dict[str, float] = {}
         self._looked = 0.0
         self._turn_of = 0
+        self._sent: dict[str, tuple[int, int]] = {}
 
     def __iter__(self) -> Iterator[OwnedSession]:
         """Iterate over those owned now, whatever happens to the table meanwhile."""
@@ -292,6 +318,20 @@ class OwnedSessions:
             arguments += entry
         if not self._answer(keys=owned.keys, args=arguments):
             owned.lost = True
+        for message in messages:
+            self._bound(message)
+
+    def _bound(self, message: Message) -> None:
+        """Trim an output stream each time that half of `_OUTPUT_BYTES` were sent to it.
+
+        What was sent before these is deleted. So the bytes need not be known of each entry.
+        """
+        entries, size = self._sent.pop(message.stream, (0, 0))
+        entries, size = entries + 1, size + sum(map(len, message.fields.values()))
+        if size <= _OUTPUT_BYTES // 2:
+            self._sent[message.stream] = entries, size
+        else:
+            self._client.xtrim(message.stream, maxlen=entries, approximate=False)
 
     def warn(self, owned: OwnedSession, entry: Entry, reason: str) -> None:
         """Send a warning about an entry."""
@@ -313,6 +353,8 @@ class OwnedSessions:
             pipeline.execute()
         self._release(keys=[owner_key(name)], args=[self.me])
         self._owned.pop(name, None)
+        for stream in vars(session_streams(name)).values():
+            self._sent.pop(stream, None)
         _log.info("closed session %r%s", name, f": {reason}" if reason else "")
         if reason:
             answer: dict[Any, Any] = {"action": "close", "session": name, "done": 1}
@@ -323,9 +365,15 @@ class OwnedSessions:
         """Renew all leases. A session of which another process holds the lease is lost."""
         for owned in self:
             lease: list[Any] = [self.me, self.lease_ms, self.limits.state_seconds]
-            # Only ever set here: the loop may find out at the same time that it is lost.
-            if not owned.lost and not self._renewal(keys=owned.keys, args=lease):
-                owned.lost = True
+            try:
+                # Only ever set here: the loop may find out at the same time that it is lost.
+                if not owned.lost and not self._renewal(keys=owned.keys, args=lease):
+                    owned.lost = True
+            except redis.exceptions.ResponseError as error:
+                if not wrong_type(error):
+                    raise
+                # The other sessions need their leases.
+                set_aside(self._client, session_keys(owned.session.name))
 
     def drop_lost(self) -> None:
         """Remove the sessions that another process owns now."""
@@ -351,9 +399,14 @@ class OwnedSessions:
             return
         self._looked = now
         open_: Any = self._client.hgetall(REGISTRY.sessions)
-        descriptions = {text(name): value for name, value in open_.items()}
+        descriptions = {}
+        for field, value in open_.items():
+            if is_session(text(field)):
+                descriptions[text(field)] = value
+            else:
+                set_field_aside(self._client, REGISTRY.sessions, field)
         for name in [DEFAULT_SESSION, *descriptions]:
-            if name in self._owned or self._client.exists(owner_key(name)):
+            if name in self._owned or self._is_owned(name):
                 self._absent.pop(name, None)
                 continue
             if name != DEFAULT_SESSION and self.full:
@@ -363,6 +416,19 @@ class OwnedSessions:
                 self._absent.pop(name, None)
                 if self._client.set(owner_key(name), self.me, px=self.lease_ms, nx=True):
                     self._adopt(name, descriptions.get(name), at_once)
+
+    def _is_owned(self, name: str) -> bool:
+        """Return whether there is an owner key. Let one that nobody renews expire."""
+        left: Any = self._client.pttl(owner_key(name))
+        if left == -1 or left > _LONGEST_LEASE_MS:
+            # A server that lives renews it.
+            self._client.pexpire(owner_key(name), self.lease_ms)
+            _log.error(
+                "the key %s would not expire for long, so no server wrote it: it expires in %g s "
+                "now; look for the program that wrote it",
+                *(owner_key(name), self.limits.lease_seconds),
+            )
+        return bool(left != -2)
 
     def _adopt(self, name: str, description: bytes | None, at_once: bool) -> None:
         try:
@@ -375,33 +441,87 @@ class OwnedSessions:
             self._absent[name] = time.monotonic() + self.limits.refused_seconds
             _log.error("session %r cannot be taken over: %s; left to other servers", name, error)
             return
-        idle = None
+        owned = OwnedSession(session)
         if description is not None:
-            opened = json.loads(description)
-            idle = float(opened["idle_seconds"])
-            _restore(session, json.dumps(opened["session"]))
-        kept: Any = self._client.hgetall(state_key(name))
-        state = plain(kept)
-        if "session" in state:
-            _restore(session, state["session"])
-        owned = OwnedSession(session, idle)
-        for stream in owned.inputs:
-            if stream in state:
-                owned.positions[stream] = parse_id(state[stream])
-        if state:
+            self._restore_opened(owned, description)
+        state = self._saved_state(owned)
+        if state is None:
+            self._begin(owned, description is not None)
+        else:
             _log.info("session %r: going on where another server ended", name)
-            sentence = json.loads(state.get("sentence", "{}"))
-            if sentence.get("frames"):
+            if state.session is not None:
+                self._restore(owned, state.session)
+            owned.positions.update(state.positions)
+            session.lost = state.lost
+            if state.frames:
                 stream = session.streams.input
                 last = "{}-{}".format(*owned.positions[stream])
-                first = sentence.get("first")
-                entries: Any = self._client.xrange(stream, first or "-", last)
-                owned.work = self._replay(owned, first, entries, sentence["frames"])
-        elif description is None:
-            # Nobody has served it lately: what was sent to nobody is not answered.
-            newest, _ = newest_ids(self._client, owned.inputs)
-            owned.positions.update(zip(owned.inputs, newest, strict=True))
+                entries: Any = self._client.xrange(stream, state.first or "-", last)
+                owned.work = self._replay(owned, state.first, entries, state.frames)
         self._owned[name] = owned
+
+    def _restore_opened(self, owned: OwnedSession, description: bytes) -> None:
+        """Apply what the hash of open sessions holds. Repair what cannot be read."""
+        try:
+            owned.idle_seconds, opened = read_description(description)
+        except SavedStateError as error:
+            owned.idle_seconds = self.limits.idle_seconds
+            name = owned.session.name
+            self._client.hset(REGISTRY.sessions, name, owned.description())
+            reason = (
+                f"the hash {REGISTRY.sessions} held for the session {name!r} what no server wrote "
+                f"({error}): settings and hot words with which it was opened are lost; send them "
+                "again"
+            )
+            _log.error("%s", reason)
+            self.warn(owned, Entry(REGISTRY.sessions), reason)
+        else:
+            self._restore(owned, opened)
+
+    def _restore(self, owned: OwnedSession, description: str) -> None:
+        try:
+            owned.session.restore(description)
+        except Exception as error:
+            # Another version or another program wrote it. It must not end this server.
+            reason = (
+                "settings and hot words of this session cannot be used here, send them again "
+                f"({type(error).__name__}: {str(error)[:500]})"
+            )
+            _log.warning("session %r: %s", owned.session.name, reason)
+            self.warn(owned, Entry(state_key(owned.session.name)), reason)
+
+    def _saved_state(self, owned: OwnedSession) -> SavedState | None:
+        """Return what another server left of a session. None: nothing that can be used."""
+        key = owned.keys[1]
+        kept: Any = self._client.hgetall(key)
+        if not kept:
+            return None
+        try:
+            return read_state(plain(kept), owned.inputs)
+        except SavedStateError as error:
+            self._client.delete(key)
+            self._lose(owned, f"the key {key} held what no server wrote ({error}); it is deleted")
+        return None
+
+    def _begin(self, owned: OwnedSession, opened: bool) -> None:
+        """Choose where to read a session that no server has served lately."""
+        names = owned.session.streams
+        newest, _ = newest_ids(self._client, (*owned.inputs, names.partial))
+        last = dict(zip((*owned.inputs, names.partial), newest, strict=True))
+        # All entries of a session that was opened are read. Those of the current sentence are there
+        # unless some were answered. What was sent to nobody on the default streams is not answered.
+        begun = last[names.partial if opened else names.input]
+        if not opened:
+            owned.positions.update(zip(owned.inputs, newest, strict=False))
+        if not owned.session.lost and begun > max(last[names.reset], last[names.finalize]):
+            kept = self.limits.state_seconds
+            self._lose(owned, f"no server was there for it, or none for more than {kept} s")
+
+    def _lose(self, owned: OwnedSession, reason: str) -> None:
+        """Have the rest of the current sentence answered by errors, the first of them now."""
+        message = owned.session.lose(Entry(owned.session.streams.input), reason)
+        _log.error("session %r: %s", owned.session.name, text(message.fields["error"]))
+        self.send(owned, [message])
 
     def _replay(
         self, owned: OwnedSession, first: str | None, entries: Any, frames: int
@@ -414,12 +534,8 @@ class OwnedSessions:
             _log.exception("session %r: its sentence cannot be searched again", session.name)
             frames = -1
         if session.frames != frames:
-            _log.warning(
-                "session %r: only %d frames of its sentence could be restored",
-                *(session.name, session.frames),
-            )
-            gone = RuntimeError("another server ended, and entries of the sentence are deleted")
-            self.send(owned, [session.failed(Entry(session.streams.input), gone)])
+            found = f"only {session.frames} of its {frames} frames are still there"
+            self._lose(owned, f"another server ended, and {found if frames >= 0 else 'it failed'}")
 
     # Upkeep
 
@@ -462,13 +578,18 @@ class OwnedSessions:
                 )
                 owned.positions[stream] = (0, 0)
             if length > self.limits.backlog:
-                self._client.xtrim(stream, maxlen=0, approximate=False)
+                names = session.streams
+                of_sentences = (names.reset, names.input, names.finalize)
+                for one in of_sentences if stream in of_sentences else (stream,):
+                    self._client.xtrim(one, maxlen=0, approximate=False)
+                    owned.positions[one] = newest[owned.inputs.index(one)]
                 owned.forget()
-                owned.positions[stream] = last
-                reason = OverflowError(
-                    f"{length} entries waited; at most {self.limits.backlog} may: they are deleted"
+                reason = (
+                    f"{length} entries waited; at most {self.limits.backlog} may: they are "
+                    "deleted, and all entries of sentences with them"
                 )
-                self.send(owned, [session.failed(Entry(stream, last), reason)])
+                self.send(owned, [session.lose(Entry(stream, last), reason)])
+                return
 
     def set_aside(self) -> bool:
         """Rename keys of a wrong type and warn their sessions. Return whether there were any."""
@@ -477,20 +598,14 @@ class OwnedSessions:
             reasons = set_aside(self._client, registry_keys())
             # Orphans too: they are adopted, and must not stop this process then.
             open_: Any = self._client.hkeys(REGISTRY.sessions)
-            for name in sorted({DEFAULT_SESSION, *self._owned, *map(text, open_)}):
+            valid = {name for name in map(text, open_) if is_session(name)}
+            for name in sorted({DEFAULT_SESSION, *self._owned, *valid}):
                 found = set_aside(self._client, session_keys(name))
                 reasons |= found
                 if name in self._owned:
                     for key, reason in found.items():
                         self.warn(self._owned[name], Entry(key), reason)
         return bool(reasons)
-
-
-def _restore(session: Session, description: str | bytes) -> None:
-    try:
-        session.restore(description)
-    except (ValueError, KeyError, TypeError) as error:
-        _log.warning("session %r: its settings cannot be used here: %s", session.name, error)
 
 
 def newest_ids(client: redis.Redis, streams: Sequence[str]) -> tuple[list[EntryId], list[int]]:

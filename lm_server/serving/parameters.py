@@ -5,26 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lm_server.protocol import REQUEST_ID, ProtocolError
+from lm_server.protocol import CLIENT, REQUEST_ID, ProtocolError
 from lm_server.search.load import without_effect
 from lm_server.settings import NAMES, NOT_NEEDED, Settings, changed
 
+NO_CEILINGS: Mapping[str, float] = {}
+
 OURS = NAMES
 """Parameters that are settings here; `NOT_NEEDED` are accepted beside them."""
+_OTHERS = (REQUEST_ID, CLIENT)
 
 
-def changed_settings(settings: Settings, fields: Mapping[str, bytes]) -> Settings:
+def changed_settings(
+    settings: Settings, fields: Mapping[str, bytes], ceilings: Mapping[str, float] = NO_CEILINGS
+) -> Settings:
     """Return settings with the changes of an entry.
 
     Raises:
-      ProtocolError: a name is unknown or a value is no finite number.
+      ProtocolError: a name is unknown, or a value is no finite number or above its ceiling.
       SettingsError: a value is outside its range.
     """
-    values = {name: _number(name, text) for name, text in fields.items() if name != REQUEST_ID}
+    values = {name: _number(name, text) for name, text in fields.items() if name not in _OTHERS}
     for name in values:
         if name not in OURS and name not in NOT_NEEDED:
             known = ", ".join([*OURS, *NOT_NEEDED])
             raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
+    for name, ceiling in ceilings.items():
+        if values.get(name, 0) > ceiling:
+            raise ProtocolError(
+                f"{name} is {values[name]:g}; this server allows at most {ceiling:g}: choose less, "
+                "or ask its operator for a higher --ceiling"
+            )
     return changed(settings, {name: value for name, value in values.items() if name in OURS})
 
 

@@ -10,26 +10,28 @@ from typing import Any
 import redis
 
 from lm_server.client.connection import text
-from lm_server.errors import UserError
+from lm_server.errors import UserError, shortened
 from lm_server.protocol import (
     PROTOCOL_VERSION,
     REGISTRY,
     ProtocolError,
     check_session,
+    echoed,
     owner_key,
-    request_id,
     session_streams,
     state_key,
 )
-from lm_server.search.hot_words import parse_hot_words
+from lm_server.search.hot_words import guess_ahead, parse_hot_words
 from lm_server.serving import scripts
 from lm_server.serving.ownership import OwnedSession, OwnedSessions, newest_ids
+from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry
+from lm_server.sliced import Sliced
 
 _FULL_SECONDS = 0.5
 """A full server leaves a request to others for so long before it refuses."""
 _KEPT_REQUESTS = 1000
-_NOT_SETTINGS = ("action", "session", "request_id", "idle_seconds", "hot_words")
+_NOT_SETTINGS = ("action", "session", "request_id", "client", "idle_seconds", "hot_words")
 
 _log = logging.getLogger(__name__)
 
@@ -50,21 +52,32 @@ class SessionRequests:
         self.position = f"{ms}-{number}"
         self._later: list[tuple[float, Entry]] = []
 
-    def take(self, entry: Entry) -> None:
-        """Answer a request, or leave it to another server."""
+    def take(self, entry: Entry) -> Sliced[None]:
+        """Answer a request, or leave it to another server. Yield between slices of the work."""
         action = text(entry.fields.get("action", b""))
         try:
             if action not in ("open", "close"):
                 raise ProtocolError(f"the action is {action!r}; needed open or close")
             name = check_session(text(entry.fields.get("session", b"")))
             if action == "open":
-                self._open(name, entry)
+                yield from self._open(name, entry)
             else:
                 self._close(name, entry)
         except (ProtocolError, UserError) as error:
             self._answer_once(entry, _refusal(entry, str(error)))
+        except redis.exceptions.ResponseError as error:
+            if not lasting(error):
+                raise
+            # The rights for this session's keys are missing, not those for all.
+            reason = f"Redis refuses the server a command ({error}): choose another id"
+            self._answer_once(entry, _refusal(entry, reason))
         self._client.xtrim(REGISTRY.requests, maxlen=_KEPT_REQUESTS, approximate=True)
         # Moved after the work: what failed with Redis is read again, and done once all the same.
+        self.position = entry.name
+
+    def refuse(self, entry: Entry, reason: str) -> None:
+        """Answer a request that failed here, and move behind it."""
+        self._answer_once(entry, _refusal(entry, reason))
         self.position = entry.name
 
     def housekeeping(self) -> None:
@@ -83,7 +96,7 @@ class SessionRequests:
         if (0, 0) < newest < (int(last), int(count)):
             self.position = "0-0"
 
-    def _open(self, name: str, entry: Entry) -> None:
+    def _open(self, name: str, entry: Entry) -> Sliced[None]:
         sessions, fields = self._sessions, entry.fields
         if sessions.full:
             self._later.append((time.monotonic() + _FULL_SECONDS, entry))
@@ -91,9 +104,9 @@ class SessionRequests:
         session = sessions.make_session(name)
         before, idle = session.settings, self._idle_seconds(fields)
         given = {key: value for key, value in fields.items() if key not in _NOT_SETTINGS}
-        session.apply(
-            given, parse_hot_words(fields["hot_words"]) if "hot_words" in fields else None
-        )
+        words = parse_hot_words(fields["hot_words"]) if "hot_words" in fields else None
+        yield from guess_ahead(words or {})
+        session.apply(given, words)
         done = _answer(entry) | {
             "done": b"1",
             "idle_seconds": str(idle).encode(),
@@ -108,7 +121,7 @@ class SessionRequests:
         for answer in (done, _refusal(entry, reason)):
             arguments += [len(answer), *scripts.flat(answer)]
         if self._open_script(keys=keys, args=arguments) and name not in sessions:
-            asked = Entry(entry.stream, entry.id, {**given, **request_id(fields)})
+            asked = Entry(entry.stream, entry.id, {**given, **echoed(fields)})
             sessions.add(session, idle, session.warnings(before, asked))
             _log.info("opened session %r", name)
 
@@ -129,7 +142,7 @@ class SessionRequests:
             asked = float(fields["idle_seconds"])
         except ValueError as error:
             raise ProtocolError(
-                f"idle_seconds is {text(fields['idle_seconds'])!r}; needed a number"
+                f"idle_seconds is {text(fields['idle_seconds'])[:40]!r}; needed a number"
             ) from error
         if not 0 < asked <= most:
             raise ProtocolError(f"idle_seconds is {asked:g}; needed above 0 and at most {most:g}")
@@ -144,11 +157,11 @@ def _answer(entry: Entry) -> dict[str, bytes]:
     """Return the fields that every answer to a request has."""
     fields = entry.fields
     repeated = {name: fields[name][:100] for name in ("action", "session") if name in fields}
-    return repeated | request_id(fields)
+    return repeated | echoed(fields)
 
 
 def _refusal(entry: Entry, reason: str) -> dict[str, bytes]:
-    return _answer(entry) | {"error": reason.encode(), "entry_id": entry.name.encode()}
+    return _answer(entry) | {"error": shortened(reason).encode(), "entry_id": entry.name.encode()}
 
 
 def _mark(entry: Entry) -> str:

@@ -17,9 +17,24 @@ def flat(fields: Mapping[str, Any]) -> list[Any]:
 
 
 _NEEDS = """
-local function wrong(key, needed)
+local function full(key)
+  local info = redis.call('XINFO', 'STREAM', key)
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then
+      return info[i + 1] == '18446744073709551615-18446744073709551615'
+    end
+  end
+end
+local function found_wrong(key, needed)
   local found = redis.call('TYPE', key).ok
-  if found == 'none' or found == needed then return nil end
+  if found == 'none' then return nil end
+  if found ~= needed then return found end
+  -- Somebody gave an entry the last of all ids, so no entry can follow.
+  if found == 'stream' and full(key) then return 'stream without free ids' end
+end
+local function wrong(key, needed)
+  local found = found_wrong(key, needed)
+  if not found then return nil end
   return redis.error_reply('WRONGTYPE ' .. key .. ' holds a ' .. found .. '; needed a ' .. needed)
 end
 """
@@ -136,27 +151,49 @@ return 1
 """
 """Renews the claim on a job for another lease. 0: another worker has claimed it."""
 
-FINISH_JOB = """
--- KEYS: jobs, batch, results;  ARGV: group, entry id, job, seconds that results are kept, fields
+FORGET_WORKER = """
+-- KEYS: jobs;  ARGV: group, worker
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then return 0 end
+return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+"""
+"""Removes a worker from the group, unless it holds a job. One that lives joins again by reading."""
+
+FINISH_JOB = (
+    _NEEDS
+    + """
+-- KEYS: jobs, batch, results, dead letters
+-- ARGV: group, entry id, job, seconds that results are kept, dead letters that are kept, number of
+--       fields of a dead letter, these, the result's fields
+local problem = wrong(KEYS[3], 'stream') or wrong(KEYS[4], 'stream')
+if problem then return problem end
+local after = 7 + 2 * tonumber(ARGV[6])
 local wanted = redis.call('HGET', KEYS[2], ARGV[3]) == 'queued'
 if wanted then
   -- First what can fail: an error ends the script, and the job must be pending then.
-  redis.call('XADD', KEYS[3], '*', unpack(ARGV, 5))
+  redis.call('XADD', KEYS[3], '*', unpack(ARGV, after))
   redis.call('EXPIRE', KEYS[3], ARGV[4])
   redis.call('HSET', KEYS[2], ARGV[3], 'done')
   redis.call('EXPIRE', KEYS[2], ARGV[4])
+end
+if after > 7 and #redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2]) > 0 then
+  redis.call('XADD', KEYS[4], 'MAXLEN', ARGV[5], '*', unpack(ARGV, 7, after - 1))
 end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 redis.call('XDEL', KEYS[1], ARGV[2])
 return wanted and 1 or 0
 """
-"""Writes a job's result and deletes the job. 0: it had a result, or the client left and deleted its
-batch."""
+)
+"""Writes a job's result, and a dead letter if it has one, and deletes the job.
 
-SET_ASIDE = """
+0: it had a result, or the client left and deleted its batch.
+"""
+
+SET_ASIDE = (
+    _NEEDS
+    + """
 -- KEYS: a key, where it goes;  ARGV: the type that it should have
-local found = redis.call('TYPE', KEYS[1]).ok
-if found == 'none' or found == ARGV[1] then return {} end
+local found = found_wrong(KEYS[1], ARGV[1])
+if not found then return {} end
 local place, number = KEYS[2], 1
 while redis.call('EXISTS', place) == 1 do
   number = number + 1
@@ -165,4 +202,6 @@ end
 redis.call('RENAME', KEYS[1], place)
 return {found, place}
 """
-"""Renames a key of another type. Returns its type and its new name, or nothing if it is right."""
+)
+"""Renames a key of another type, or a stream that can take no entry. Returns what it held and its
+new name, or nothing if it is right."""

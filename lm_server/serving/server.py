@@ -4,8 +4,9 @@ One blocking XREAD waits on all input streams, so an entry is handled when it ar
 entries are handled in the order of their ids, which Redis makes from its clock in milliseconds.
 Within one millisecond the order is reset, update_params, hot_words, input, finalize.
 
-Each round advances every session by one entry, or by one slice of a long search. So a long search
-delays the other sessions by one slice at most.
+Sessions are advanced by one entry, or by one slice of long work, at a time. The next one is always
+that which has used the least time (start-time fair queueing). So an expensive session delays the
+others by one slice at most.
 """
 
 from __future__ import annotations
@@ -15,25 +16,36 @@ import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
 import redis
 
 from lm_server.client.connection import LOST, parse_id, plain, text
-from lm_server.protocol import DEFAULT_SESSION, REGISTRY, context_key, owner_key
-from lm_server.serving.key_types import wrong_type
+from lm_server.errors import UserError
+from lm_server.protocol import DEFAULT_SESSION, MAX_CONTEXT, REGISTRY, context_key, owner_key
+from lm_server.serving.dead_letters import KEPT, dead_letter
+from lm_server.serving.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
 from lm_server.serving.ownership import BATCH, Limits, OwnedSession, OwnedSessions, Unsent
 from lm_server.serving.requests import SessionRequests
+from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry, Message, Reply, Session
-from lm_server.serving.status import Heartbeat, Meter, longest_finish, new_name
+from lm_server.serving.status import Heartbeat, Meter, Report, longest_finish, new_name
+from lm_server.sliced import Sliced
 
 _BLOCK_MS = 500
 _STOPPING_BLOCK_MS = 50
 _HOUSEKEEPING_SECONDS = 0.1
+_ROUND_SECONDS = 0.005
+"""Time for which sessions are advanced before entries are read again."""
 
 _log = logging.getLogger(__name__)
+
+
+class EntryDeadlineError(UserError):
+    """The handling of an entry took more time than one may."""
 
 
 class Server:
@@ -61,9 +73,12 @@ class Server:
         self._client = client
         self.sessions.set_aside()
         self._requests = SessionRequests(client, self.sessions)
+        self._asked: deque[Entry] = deque()
+        self._request: Sliced[None] | None = None
         self._wake = f"remote_lm_wake:{self.name}"
         self._wake_position = "0-0"
         self._housekept = 0.0
+        self._virtual = 0.0
         self._heartbeat = Heartbeat(
             *(client, self.name, "server", self.meter, self._describe, self._renew),
             seconds=self.limits.beat_seconds,
@@ -103,10 +118,14 @@ class Server:
                 lambda: self._round(stopping=deadline is not None),
                 ended,
                 stop,
-                self.sessions.set_aside,
+                self._set_aside,
             )
             with contextlib.suppress(*LOST):
                 self._leave()
+
+    def report(self) -> Report:
+        """Return the server's state for operators. Other threads may call this."""
+        return self._heartbeat.report()
 
     def _round(self, stopping: bool) -> None:
         for owned in self.sessions:
@@ -114,9 +133,9 @@ class Server:
         if not stopping:
             self._housekeeping()
         self._read(stopping)
-        for owned in self.sessions:
-            if owned.ready and not owned.lost:
-                self._advance(owned)
+        if self._asked:
+            self._advance_request()
+        self._advance_fairly()
         self.sessions.drop_lost()
 
     # Reading and answering
@@ -124,7 +143,7 @@ class Server:
     def _read(self, stopping: bool) -> None:
         """Read entries. Wait for them where no session has anything to handle."""
         positions: dict[Any, Any] = {self._wake: self._wake_position}
-        if not stopping:
+        if not stopping and not self._asked:
             positions[REGISTRY.requests] = self._requests.position
         owners = {}
         for owned in self.sessions:
@@ -140,8 +159,7 @@ class Server:
             if stream == self._wake:
                 self._wake_position = entries[-1].name
             elif stream == REGISTRY.requests:
-                for entry in entries:
-                    self._requests.take(entry)
+                self._asked.extend(entries)
             else:
                 found.setdefault(owners[stream], {})[stream] = entries
         for owned, batches in found.items():
@@ -149,7 +167,7 @@ class Server:
 
     def _block_ms(self, stopping: bool) -> int | None:
         """Return how long to wait for entries. None: not at all."""
-        if any(owned.ready for owned in self.sessions):
+        if self._asked or any(owned.ready for owned in self.sessions):
             return None
         block = _STOPPING_BLOCK_MS if stopping else _BLOCK_MS
         first = [owned.unsent[0].reply.pending for owned in self.sessions if owned.unsent]
@@ -159,14 +177,58 @@ class Server:
             block = int(max(1, min(block, left + 1)))
         return block
 
+    def _advance_request(self) -> None:
+        """Answer the next request, or do one slice of its work."""
+        entry = self._asked[0]
+        self._request = self._request or self._requests.take(entry)
+        try:
+            next(self._request)
+            return
+        except StopIteration:
+            pass
+        except LOST:
+            # They are read again.
+            self._asked.clear()
+            self._request = None
+            raise
+        except Exception as error:
+            self._keep_dead(entry, error)
+            self._requests.refuse(entry, f"the server failed on this request ({error!r})")
+        self._request = None
+        self._asked.popleft()
+
+    def _advance_fairly(self) -> None:
+        """Advance sessions for a moment, each time the one that has used the least time.
+
+        A session that was idle begins where the others are now, so that nobody saves time up.
+        """
+        until = time.monotonic() + _ROUND_SECONDS
+        while ready := [one for one in self.sessions if one.ready and not one.lost]:
+            owned = min(ready, key=lambda one: max(one.used, self._virtual))
+            self._virtual = max(owned.used, self._virtual)
+            started = time.thread_time()
+            self._advance(owned)
+            seconds = time.thread_time() - started
+            owned.used = self._virtual + seconds
+            owned.spent += seconds
+            if time.monotonic() >= until:
+                break
+
     def _advance(self, owned: OwnedSession) -> None:
         """Handle the session's next entry, or one slice more of it."""
-        # Many sessions with slow slices make a long round, which is no sign of being stuck.
         self._heartbeat.alive()
-        if owned.work is None:
-            owned.work = self._handle(owned, owned.read.popleft())
         try:
-            next(owned.work)
+            if owned.work is None:
+                owned.spent = 0.0
+                owned.work = self._handle(owned, owned.read.popleft())
+            if owned.spent > self.limits.entry_seconds:
+                owned.work.throw(
+                    EntryDeadlineError(
+                        f"the entry took more than {self.limits.entry_seconds:g} s of computing"
+                    )
+                )
+            else:
+                next(owned.work)
         except StopIteration:
             owned.work = None
         except BaseException:
@@ -180,26 +242,50 @@ class Server:
         self._heartbeat.alive(within=longest_finish(session.frames))
         context = ""
         if entry.stream == session.streams.finalize:
-            context = self._context(owned, entry)
+            try:
+                context = self._context(owned, entry)
+            except redis.exceptions.ResponseError as error:
+                if not lasting(error):
+                    raise
+                reason = f"the context cannot be read ({error}): the server's operator can allow it"
+                owned.handled(entry, Reply([session.refusal(reason, entry)]), started)
+                return self._flush(owned)
         try:
             reply = yield from session.handle(entry, context)
+        except EntryDeadlineError as error:
+            reply = Reply([session.dropped(entry, str(error))])
         except Exception as error:
             # A fault of ours must cost its client one answer, and not everybody the server.
-            self.meter.count(f"failed_{type(error).__name__}")
-            _log.exception(
-                "failed on entry %s of %s; failures so far: %s",
-                *(entry.name, entry.stream, self.meter.failures()),
-            )
+            self._keep_dead(entry, error)
             reply = Reply([session.failed(entry, error)])
         if reply.pending is not None and not reply.done():
             reply.pending.on_done(self._wake_up)
         owned.handled(entry, reply, started)
         self._flush(owned)
 
+    def _keep_dead(self, entry: Entry, error: Exception) -> None:
+        """Log a fault of ours, and keep the entry for an operator to read."""
+        self.meter.count(f"failed_{type(error).__name__}")
+        _log.error(
+            "failed on entry %s of %s; failures so far: %s",
+            *(entry.name, entry.stream, self.meter.failures()),
+            exc_info=error,
+        )
+        reason = f"{type(error).__name__}: {error}"
+        letter = dead_letter(self.name, entry.stream, entry.name, reason, entry.fields)
+        # The client's answer must not wait for it.
+        with contextlib.suppress(*LOST):
+            sent: dict[Any, Any] = {**letter}
+            self._client.xadd(REGISTRY.dead, sent, maxlen=KEPT, approximate=False)
+
     def _context(self, owned: OwnedSession, entry: Entry) -> str:
         key = context_key(owned.session.name)
         try:
-            return text(self._client.get(key) or b"").strip()
+            found: Any = self._client.getrange(key, -MAX_CONTEXT - 1, -1)
+            if len(found) > MAX_CONTEXT:
+                reason = f"the key {key} is long: only its last {MAX_CONTEXT} bytes are used"
+                self.sessions.warn(owned, entry, reason)
+            return text(found[-MAX_CONTEXT:]).strip()
         except redis.exceptions.ResponseError as error:
             if not wrong_type(error):
                 raise
@@ -218,7 +304,13 @@ class Server:
         """Send the replies that are done, in the order of their entries."""
         while owned.unsent and not owned.lost and owned.unsent[0].reply.done():
             first = owned.unsent[0]
-            messages = first.reply.messages()
+            try:
+                messages = first.reply.messages()
+            except Exception as error:
+                self._keep_dead(first.entry, error)
+                reason = f"the answer cannot be sent ({type(error).__name__}): see the server's log"
+                messages = [owned.session.refusal(reason, first.entry)]
+                first.reply = Reply(messages)
             self.sessions.send(owned, messages, first)
             owned.unsent.popleft()
             for message in messages:
@@ -248,6 +340,12 @@ class Server:
             self.sessions.look_after()
             self._requests.housekeeping()
             self.sessions.adopt()
+
+    def _set_aside(self) -> bool:
+        found = self.sessions.set_aside()
+        with contextlib.suppress(*LOST):
+            found |= bool(set_aside(self._client, {self._wake: "stream"}))
+        return found
 
     def _renew(self) -> None:
         """Renew what this server holds. The heartbeat's thread calls this."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ _SOON_SECONDS = 5.0
 _MOST_SOON = 10
 
 _log = logging.getLogger(__name__)
+Busy = Callable[[bool], None]
+"""Called by a process with True when it takes up a job, and with False when it has none."""
 
 
 class WorkersError(UserError, RuntimeError):
@@ -25,7 +28,7 @@ class WorkersError(UserError, RuntimeError):
 
 
 def supervise(
-    work: Callable[[threading.Event], None],
+    work: Callable[[threading.Event, Busy], None],
     count: int,
     stop: threading.Event,
     check: Callable[[], None] = lambda: None,
@@ -34,7 +37,8 @@ def supervise(
     """Run `count` processes of `work` until `stop` is set. Start another for each that ends.
 
     Args:
-      work: runs in each process until its event is set. A UserError in one ends all of them.
+      work: runs in each process until its event is set. A UserError in one ends all of them. The
+        death of a process that is busy is its job's fault, and does not count.
       count: number of processes.
       stop: ends them in order.
       check: called several times per second. May raise to end them.
@@ -44,10 +48,18 @@ def supervise(
       WorkersError: a process could not start, or they end as soon as they start.
     """
     started: dict[int, float] = {}
+    jobs: dict[int, mmap.mmap] = {}
     soon = 0
+
+    def start() -> None:
+        # Shared with the process: what it wrote is there after its death, however it died.
+        mark = mmap.mmap(-1, 1)
+        pid = _fork(work, mark)
+        started[pid], jobs[pid] = time.monotonic(), mark
+
     try:
         for _ in range(count):
-            started[_fork(work)] = time.monotonic()
+            start()
         if watch is not None:
             watch(stop)
         while not stop.wait(0.1):
@@ -58,21 +70,25 @@ def supervise(
                     continue
                 lived = time.monotonic() - started.pop(pid)
                 code = os.waitstatus_to_exitcode(status)
-                if code == 2:
+                with jobs.pop(pid) as mark:
+                    busy = mark[0] == 1
+                if code == 2 and not busy:
                     raise WorkersError("a worker could not start; the reason is above")
-                soon = soon + 1 if lived < _SOON_SECONDS else 0
+                if not busy:
+                    soon = soon + 1 if lived < _SOON_SECONDS else 0
                 if soon > _MOST_SOON:
                     raise WorkersError(
                         f"workers ended {soon} times within {_SOON_SECONDS:g} s of their start, "
                         f"the last with exit code {code}: look at the log"
                     )
-                _log.error("worker %d ended with exit code %d; starting another", pid, code)
-                started[_fork(work)] = time.monotonic()
+                doing = "in a job" if busy else "without a job"
+                _log.error("worker %d ended %s, exit code %d; starting another", pid, doing, code)
+                start()
     finally:
         _stop(list(started))
 
 
-def _fork(work: Callable[[threading.Event], None]) -> int:
+def _fork(work: Callable[[threading.Event, Busy], None], mark: mmap.mmap) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -88,7 +104,7 @@ def _fork(work: Callable[[threading.Event], None]) -> int:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # 1 is PR_SET_PDEATHSIG
         if os.getppid() == parent:
-            work(stop)
+            work(stop, lambda busy: mark.__setitem__(0, int(busy)))
         code = 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,28 +18,35 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import redis
 
 from lm_server.client.connection import LOST, plain, text
-from lm_server.errors import UserError
+from lm_server.errors import UserError, shortened
 from lm_server.protocol import (
     JOB_SECONDS,
+    MAX_CONTEXT,
+    MAX_JSON,
     REGISTRY,
     ProtocolError,
     batch_key,
-    request_id,
+    check_job_name,
+    echoed,
+    process_key,
     results_stream,
 )
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.search.hot_words import HotWord, parse_hot_words
 from lm_server.search.interface import NO_HOT_WORDS, Search, SearchModel
 from lm_server.serving import scripts
+from lm_server.serving.dead_letters import KEPT, dead_letter
 from lm_server.serving.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
-from lm_server.serving.parameters import changed_settings, idle_settings
-from lm_server.serving.session import final_fields, logits_of, slices
+from lm_server.serving.parameters import NO_CEILINGS, changed_settings, idle_settings
+from lm_server.serving.session import check_length, final_fields, logits_of, slices
 from lm_server.serving.status import STUCK_SECONDS, Heartbeat, Meter, longest_finish, new_name
 from lm_server.settings import Settings
+from lm_server.sliced import Sliced
 
 _AHEAD = 8
 """Sentences that may wait for their rescoring while the next ones are searched."""
@@ -54,11 +61,13 @@ class Terms:
       lease_seconds: without a heartbeat for so long, a job goes to another worker.
       attempts: a job that was given to so many workers without a result is answered by an error.
       stuck_seconds: a search without a sign of life for so long ends the heartbeats.
+      job_seconds: computing time that one job may take. More is answered by an error.
     """
 
     lease_seconds: float = 10.0
     attempts: int = 3
     stuck_seconds: float = STUCK_SECONDS
+    job_seconds: float = 600.0
 
 
 @dataclass
@@ -72,6 +81,7 @@ class _Job:
       started: when its decoding began (monotonic seconds).
       result: the result's fields, or the answer that they are made of.
       warning: what the client should know beside the result.
+      dead: why an operator should look at it. Empty: no need.
     """
 
     id: str
@@ -80,13 +90,19 @@ class _Job:
     started: float = 0.0
     result: dict[str, bytes] | PendingAnswer | None = None
     warning: str = ""
+    dead: str = ""
 
     def of(self, field: str) -> str:
         """Return a field as str. Empty without it."""
         return text(self.fields.get(field, b""))
 
+    @property
+    def context(self) -> str:
+        """The preceding text, cut like a session's."""
+        return text(self.fields.get("context", b"")[-MAX_CONTEXT:])
+
     def __str__(self) -> str:
-        return f"job {self.of('job')} of batch {self.of('batch')}"
+        return shortened(f"job {self.of('job')!r} of batch {self.of('batch')!r}", 200)
 
 
 class Worker:
@@ -101,6 +117,8 @@ class Worker:
         terms: Terms | None = None,
         name: str | None = None,
         hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
+        ceilings: Mapping[str, float] = NO_CEILINGS,
+        busy: Callable[[bool], None] = lambda busy: None,
     ) -> None:
         """Prepare the worker.
 
@@ -112,7 +130,11 @@ class Worker:
           terms: how long jobs are held.
           name: of this worker, unique on this Redis.
           hot_words: the hot words of jobs that have none.
+          ceilings: by setting, the greatest value that a job may choose.
+          busy: called when jobs are in hand (True) and when none is any more (False). A death in
+            between is a job's fault.
         """
+        self._ceilings, self._busy = ceilings, busy
         self.name = name or new_name("worker")
         self.meter = Meter()
         self._client, self._model, self._settings = client, model, settings
@@ -120,6 +142,7 @@ class Worker:
         self._terms = terms or Terms()
         self._keep = client.register_script(scripts.KEEP_JOB)
         self._finish = client.register_script(scripts.FINISH_JOB)
+        self._forget = client.register_script(scripts.FORGET_WORKER)
         self._hot_words = dict(hot_words)
         self._use(settings, self._hot_words)
         self._waiting: deque[_Job] = deque()
@@ -151,6 +174,8 @@ class Worker:
 
         with self._heartbeat:
             run_rounds(lambda: self._round(stop.is_set()), ended, stop, self._set_jobs_aside)
+            with contextlib.suppress(*LOST):
+                self._forget(keys=[REGISTRY.jobs], args=[REGISTRY.workers, self.name])
 
     def _round(self, stopping: bool) -> None:
         """Send what is ready. Search one more sentence, or wait."""
@@ -168,6 +193,7 @@ class Worker:
         alone = job.attempt > 1
         self._send_all(alone)
         self._held.add(job.id)
+        self._busy(True)
         self._waiting.append(job)
         self._decode(job)
         self._send_all(alone)
@@ -222,7 +248,17 @@ class Worker:
             return _Job(entry, plain(fields), attempt)
         # There may be more after one, so the clock starts only when none is left.
         self._claimed = now
+        self._forget_dead()
         return None
+
+    def _forget_dead(self) -> None:
+        """Remove workers that hold no job and show no sign of life from the group."""
+        consumers: Any = self._client.xinfo_consumers(REGISTRY.jobs, REGISTRY.workers)
+        for one in consumers:
+            name = text(one["name"])
+            if one["pending"] or name == self.name or self._client.exists(process_key(name)):
+                continue
+            self._forget(keys=[REGISTRY.jobs], args=[REGISTRY.workers, name])
 
     def _renew(self) -> None:
         """Renew the claims on our jobs. The heartbeat's thread calls this."""
@@ -236,26 +272,29 @@ class Worker:
         job.started = time.monotonic()
         try:
             if job.attempt > self._terms.attempts:
-                raise ProtocolError(
+                job.dead = (
                     f"{self._terms.attempts} workers had this job and ended, were lost or could "
                     "not write its result; it is not tried again: look at their logs and at its "
-                    "logits"
+                    f"logits, which are kept in the stream {REGISTRY.dead}"
                 )
+                raise ProtocolError(job.dead)
             job.result = self._search_job(job)
         except UserError as error:
             self._refuse(job, str(error))
         except Exception as error:
-            # A fault of ours costs this job its answer, and not the other jobs their worker.
-            _log.exception("failed on %s", job)
-            self.meter.count(f"failed_{type(error).__name__}")
+            self._failed(job, error)
             self._use(self._settings, self._hot_words)
-            self._refuse(
-                job, f"the worker failed on it ({type(error).__name__}: {error}); see its log"
-            )
+
+    def _failed(self, job: _Job, error: Exception) -> None:
+        """Refuse a job after a fault of ours, which must not cost the other jobs their worker."""
+        _log.error("failed on %s", job, exc_info=error)
+        self.meter.count(f"failed_{type(error).__name__}")
+        job.dead = f"the worker failed on it ({type(error).__name__}: {error}); see its log"
+        self._refuse(job, job.dead)
 
     @staticmethod
     def _refuse(job: _Job, reason: str) -> None:
-        job.result, job.warning = {"error": reason.encode()}, ""
+        job.result, job.warning = {"error": shortened(reason).encode()}, ""
 
     def _search_job(self, job: _Job) -> PendingAnswer:
         settings = self._settings_of(job)
@@ -265,12 +304,31 @@ class Worker:
             words = parse_hot_words(job.fields["hot_words"])
         if self._using != (settings, words):
             self._use(settings, words)
+        check_length(len(logits), settings)
+        until = time.thread_time() + self._terms.job_seconds
+        work = self._searching(logits, settings, job.context)
+        while True:
+            self._heartbeat.alive(within=longest_finish(len(logits)))
+            if time.thread_time() > until:
+                raise ProtocolError(
+                    f"the job took more than {self._terms.job_seconds:g} s of computing: lower "
+                    "max_active or beam, or send shorter sentences"
+                )
+            try:
+                next(work)
+            except StopIteration as end:
+                pending: PendingAnswer = end.value
+                return pending
+
+    def _searching(
+        self, logits: np.ndarray, settings: Settings, context: str
+    ) -> Sliced[PendingAnswer]:
         self._search.begin()
-        for part in slices(logits):
-            self._heartbeat.alive()
+        for part in slices(logits, settings.max_active):
             self._search.step(part)
-        self._heartbeat.alive(within=longest_finish(len(logits)))
-        return self._answering.submit(self._search.finish(), settings, job.of("context"))
+            yield
+        hypotheses = self._search.finish()
+        return (yield from self._answering.submitting(hypotheses, settings, context))
 
     def _use(self, settings: Settings, hot_words: Mapping[str, HotWord]) -> None:
         self._search: Search = self._model.search(settings, hot_words)
@@ -280,6 +338,11 @@ class Worker:
         """Return a job's settings. Note in it which of them have no effect here and why."""
         if "settings" not in job.fields:
             return self._settings
+        if len(job.fields["settings"]) > MAX_JSON:
+            raise ProtocolError(
+                f"the job's settings have {len(job.fields['settings'])} bytes; at most {MAX_JSON} "
+                "are possible: leave out what is no setting"
+            )
         try:
             given = json.loads(job.fields["settings"])
             fields = {str(name): str(value).encode() for name, value in given.items()}
@@ -287,7 +350,7 @@ class Worker:
             raise ProtocolError(
                 f"the job's settings are no JSON object ({error}): needed {{NAME: NUMBER}}"
             ) from error
-        settings = changed_settings(self._settings, fields)
+        settings = changed_settings(self._settings, fields, self._ceilings)
         idle = idle_settings(self._settings, settings, fields, self._model.backend)
         job.warning = "; ".join(idle)
         return settings
@@ -300,19 +363,25 @@ class Worker:
             if isinstance(job.result, PendingAnswer):
                 if not job.result.done():
                     return
-                job.result = final_fields(job.result.result(), job.of("context"))
+                try:
+                    job.result, left_out = final_fields(job.result.result(), job.context)
+                    job.warning = "; ".join(filter(None, (job.warning, left_out)))
+                except Exception as error:
+                    self._failed(job, error)
             self._send(job)
             self._waiting.popleft()
             self._held.discard(job.id)
+        self._busy(False)
 
     def _send(self, job: _Job) -> None:
         assert isinstance(job.result, dict)
         seconds = time.monotonic() - job.started
-        name = job.of("job")
+        # As the client sent it, in whatever encoding: it names the result.
+        name = job.fields.get("job", b"")
         result = {
-            "job": name.encode(),
+            "job": name,
             **job.result,
-            **request_id(job.fields),
+            **echoed(job.fields),
             "seconds": f"{seconds:.6f}".encode(),
             "worker": self.name.encode(),
             "attempt": str(job.attempt).encode(),
@@ -320,23 +389,29 @@ class Worker:
         if job.warning:
             result["warning"] = job.warning.encode()
         try:
+            check_job_name(name)
             keys = [REGISTRY.jobs, batch_key(job.of("batch")), results_stream(job.of("batch"))]
         except ProtocolError as error:
-            # The job does not name the stream of its result.
+            # The job does not name its result, or the stream of it.
             _log.error("dropped a job: %s", error)
             self.meter.count("errors")
             with self._client.pipeline() as pipeline:
+                letter: dict[Any, Any] = {**self._letter(job, str(error))}
+                pipeline.xadd(REGISTRY.dead, letter, maxlen=KEPT, approximate=False)
                 pipeline.xack(REGISTRY.jobs, REGISTRY.workers, job.id)
                 pipeline.xdel(REGISTRY.jobs, job.id)
                 pipeline.execute()
             return
-        arguments: list[Any] = [REGISTRY.workers, job.id, name, JOB_SECONDS, *scripts.flat(result)]
+        keys.append(REGISTRY.dead)
+        letter = self._letter(job, job.dead) if job.dead else {}
+        arguments: list[Any] = [REGISTRY.workers, job.id, name, JOB_SECONDS, KEPT, len(letter)]
+        arguments += [*scripts.flat(letter), *scripts.flat(result)]
         try:
             written = self._finish(keys=keys, args=arguments)
         except redis.exceptions.ResponseError as error:
             if not wrong_type(error):
                 raise
-            if self._set_aside({keys[2]: "stream"}):
+            if self._set_aside({keys[2]: "stream", keys[3]: "stream"}):
                 self._send(job)
                 return
             # Which jobs want a result stands in the batch's hash, and that cannot be read. The job
@@ -353,6 +428,9 @@ class Worker:
         else:
             self.meter.count("sentences")
             self.meter.took("final", seconds)
+
+    def _letter(self, job: _Job, reason: str) -> dict[str, bytes]:
+        return dead_letter(self.name, REGISTRY.jobs, job.id, reason, job.fields)
 
     def _set_jobs_aside(self) -> bool:
         self._grouped = False

@@ -45,7 +45,7 @@ class Cache:
                 )
                 for line in lines
             ]
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def write_search(self, settings: Settings, found: Sequence[Sequence[Hypothesis]]) -> None:
@@ -68,7 +68,7 @@ class Cache:
         for line in lines:
             try:
                 sentence, score = json.loads(line)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 # The last line of an interrupted run.
                 continue
             if isinstance(score, float) and math.isfinite(score):

@@ -69,7 +69,7 @@ def _pairs_of_text(path: Path) -> Iterator[tuple[str, str]]:
                 trial, sentence = one["trial"], one["sentence"]
             else:
                 trial, sentence = line.split("\t", 1)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ReferencesError(f"{path}, line {number}, is {line[:60]!r}: {_HELP}") from error
         yield str(trial).strip(), str(sentence)
 

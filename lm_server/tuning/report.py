@@ -70,6 +70,12 @@ def as_text(result: Result) -> str:
         f"{found['expected_wer']:.2%}",
         f"log loss of the sentence confidence: {before:.3f} -> {after:.3f}",
     ]
+    if found["expected_wer"] > found["wer_before"]:
+        lines.append(
+            "warning: on other sentences these settings are expected to be worse than those that "
+            f"tuning began with, {found['expected_wer']:.2%} against {found['wer_before']:.2%}: "
+            "leave them out, or tune on more sentences"
+        )
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from b2txt_jax.data.description import DataError, read_description
+from b2txt_jax.data.description import DataError, DataWarning, corpora_of, read_description
 from b2txt_jax.data.hdf5 import Hdf5Reader, session_file
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import TrialRef, frames_needed
@@ -251,6 +253,8 @@ def test_damage_inside_a_file_is_named_whatever_it_hits(tmp_path: Path) -> None:
         ({"bins": 0}, "`n_time_steps` is 0; needed 1 to 61"),
         ({"bins": -5}, "`n_time_steps` is -5"),
         ({"bins": 30.5}, "`n_time_steps` is .*30.5.*; needed one whole number"),
+        ({"bins": np.inf}, "`n_time_steps` is .*inf.*; needed one whole number"),
+        ({"bins": -np.inf}, "`n_time_steps` is .*inf.*; needed one whole number"),
         ({"bins": "many"}, "`n_time_steps` is 'many'; needed one whole number"),
         ({"seq_len": 501}, "`seq_len` is 501; needed 0 to 500"),
         ({"seq_len": -1}, "`seq_len` is -1"),
@@ -334,6 +338,22 @@ def test_the_published_table_is_found_beside_or_above_the_sessions(
     assert corpora == {("2023-08-11", 2): "50-Word", ("2023-08-13", 8): "Switchboard"}
 
 
+@pytest.mark.parametrize("written", ["2023-08-11 00:00:00", "2023-08-11T00:00"])
+def test_dates_with_a_time_are_read_as_dates(tmp_path: Path, written: str) -> None:
+    table = tmp_path / "t15_copyTaskData_description.csv"
+    table.write_text(PUBLISHED_TABLE.replace("2023-08-11", written))
+    with warnings.catch_warnings(action="error"):
+        corpora = corpora_of(tmp_path, [("t15.2023.08.11", 2), ("t15.2023.08.11", 3)])
+    assert corpora == ["50-Word", None]
+
+
+def test_a_table_without_any_of_the_blocks_is_warned_of(tmp_path: Path) -> None:
+    table = tmp_path / "t15_copyTaskData_description.csv"
+    table.write_text(PUBLISHED_TABLE.replace("2023-08-", "8/").replace(",25,", "/2023,25,"))
+    with pytest.warns(DataWarning, match=r"first has the date '8/11/2023'.*needed dates such as"):
+        assert corpora_of(tmp_path, [("t15.2023.08.11", 2)]) == [None]
+
+
 def test_no_table_is_no_error_but_a_wrong_one_is(tmp_path: Path) -> None:
     assert read_description(tmp_path) == {}
     table = tmp_path / "t15_copyTaskData_description.csv"
@@ -343,3 +363,153 @@ def test_no_table_is_no_error_but_a_wrong_one_is(tmp_path: Path) -> None:
     table.write_text(PUBLISHED_TABLE.replace(",2,20", ",two,20"))
     with pytest.raises(DataError, match=r"line 2: block number 'two'"):
         read_description(tmp_path)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("/nowhere/data.hdf5")
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (dangling, r"18/data_test.hdf5 is a link to /nowhere/data.hdf5, which is not there"),
+        (Path.mkdir, r"18/data_test.hdf5 is a folder"),
+        (
+            lambda path: path.with_suffix(".h5").touch(),
+            r"data_test.h5 is there, and no data_test.h",
+        ),
+        (lambda path: path.with_suffix(".HDF5").touch(), r"data_test.HDF5 is there.*rename it"),
+        (lambda path: path.with_suffix(".hdf5.gz").touch(), r"test.hdf5.gz is there.*unpack it"),
+        (lambda path: path.with_suffix(".partial").touch(), r"data_test.partial is there"),
+    ],
+)
+def test_what_stands_in_for_a_file_of_trials_is_an_error_and_not_a_session_without_them(
+    tmp_path: Path, put: Callable[[Path], None], message: str
+) -> None:
+    write_session(tmp_path, "test", ids=None)
+    later = write_session(tmp_path, session="t15.2023.08.18").parent
+    put(later / "data_test.hdf5")
+    with pytest.raises(DataError, match=message):
+        open_folder(tmp_path).trials([SESSION, later.name], "test")
+
+
+def test_a_session_whose_folder_is_a_dangling_link_is_an_error(tmp_path: Path) -> None:
+    write_session(tmp_path)
+    (tmp_path / "t15.2023.08.18").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"08.18 is a link to .*gone, which is not there"):
+        open_folder(tmp_path).sessions  # noqa: B018
+
+
+def test_a_session_with_files_of_another_ending_alone_is_an_error(tmp_path: Path) -> None:
+    write_session(tmp_path)
+    write_session(tmp_path, session="t15.2023.08.18").rename(
+        tmp_path / "t15.2023.08.18/data_train.h5"
+    )
+    reader = open_folder(tmp_path)
+    with pytest.raises(DataError, match=r"data_train.h5 is there, and no data_train.hdf5"):
+        reader.trials(reader.sessions, "train")
+
+
+def test_hidden_folders_are_no_sessions_and_others_without_trials_are_named(tmp_path: Path) -> None:
+    write_session(tmp_path)
+    for place in (".ipynb_checkpoints/data_val-checkpoint.hdf5", ".cache/data_val.hdf5"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).touch()
+    with warnings.catch_warnings(action="error"):
+        assert open_folder(tmp_path).sessions == (SESSION,)
+    (tmp_path / "t15.2023.08.18").mkdir()
+    (tmp_path / "t15.2023.08.18/data_val (1).hdf5").touch()
+    with pytest.warns(DataWarning, match=r"no sessions, since.*: t15.2023.08.18 \(1 folders"):
+        assert open_folder(tmp_path).sessions == (SESSION,)
+
+
+def test_a_gap_in_the_numbers_of_a_split_is_named(tmp_path: Path) -> None:
+    path = write_session(tmp_path, "test", ids=None)
+    with h5py.File(path, "a") as file:
+        del file["trial_0001"]
+    with pytest.warns(
+        DataWarning,
+        match=rf"1 test trials are missing.*: {SESSION}/trial_0001; ids of a submission",
+    ):
+        assert len(open_folder(tmp_path).trials([SESSION], "test")) == 2
+    with h5py.File(path, "a") as file:
+        file.move("trial_0000", "trial_0005")
+    with pytest.warns(
+        DataWarning, match=r"4 test .*trial_0000 to trial_0001, .*0003 to trial_0004"
+    ):
+        open_folder(tmp_path).trials([SESSION], "test")
+
+
+def test_sessions_without_a_split_are_named_unless_published_so(tmp_path: Path) -> None:
+    sessions = [SESSION, "t15.2023.08.11", "t15.2023.08.18", "t15.2023.08.20"]
+    write_session(tmp_path, "val")
+    for session in sessions[1:3]:
+        write_session(tmp_path, session=session)
+    h5py.File(write_session(tmp_path, "val", sessions[3]), "w").close()
+    with pytest.warns(DataWarning, match=r"2 of 4 sessions have no val trial: .*08.18, .*08.20;"):
+        open_folder(tmp_path).trials(sessions, "val")
+    with warnings.catch_warnings(action="error"):
+        open_folder(tmp_path).trials(sessions[:2], "val")
+
+
+def external_storage(group: h5py.Group, other: Path) -> None:
+    other.write_bytes(bytes(60 * 512 * 4))
+    del group["input_features"]
+    place = [(str(other), 0, h5py.h5f.UNLIMITED)]
+    group.create_dataset("input_features", (60, 512), "f4", external=place)
+    group.attrs["n_time_steps"] = 60
+
+
+def virtual(group: h5py.Group, other: Path) -> None:
+    with h5py.File(other, "w") as file:
+        file["x"] = np.zeros((60, 512), np.float32)
+    layout = h5py.VirtualLayout((60, 512), "f4")
+    layout[:] = h5py.VirtualSource(other, "x", (60, 512))
+    del group["input_features"]
+    group.create_virtual_dataset("input_features", layout)
+    group.attrs["n_time_steps"] = 60
+
+
+def linked(name: str) -> Callable[[h5py.Group, Path], None]:
+    def link(group: h5py.Group, other: Path) -> None:
+        group.file.flush()
+        other.write_bytes(Path(group.file.filename).read_bytes())
+        place, key = (group, name) if name else (group.file, "trial_0001")
+        del place[key]
+        place[key] = h5py.ExternalLink(other, f"trial_0001/{name}")
+
+    return link
+
+
+@pytest.mark.parametrize(
+    "put",
+    [external_storage, virtual, *map(linked, ("", "input_features", "seq_class_ids"))],
+    ids=["external storage", "virtual", "trial", "features", "labels"],
+)
+def test_no_other_file_is_read_through_a_file_of_trials(
+    tmp_path: Path, put: Callable[[h5py.Group, Path], None]
+) -> None:
+    with h5py.File(write_session(tmp_path), "a") as file:
+        put(file["trial_0001"], tmp_path / "secret")
+    with pytest.raises(DataError, match=r"is not in this file, but in .*secret; needed one file"):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "codes", [[-3, 5], [2**22, 5], [1e9, 5.0], [np.nan, 5.0], [b"abc"], [[67, 68]]]
+)
+def test_codes_that_are_no_characters_are_named(tmp_path: Path, codes: list) -> None:
+    path = write_session(tmp_path, drop=("sentence_label", "transcription"))
+    with h5py.File(path, "r+") as file:
+        file["trial_0001"]["transcription"] = np.array(codes)
+    with pytest.raises(DataError, match=r"trial_0001: `transcription` is .* needed integers"):
+        read_all(tmp_path)
+
+
+def test_a_wrong_label_is_found_when_trials_are_listed_before_any_is_read(tmp_path: Path) -> None:
+    path = write_session(tmp_path, ids=[5, 3], drop=("seq_class_ids",))
+    with h5py.File(path, "r+") as file:
+        file["trial_0001"]["seq_class_ids"] = np.array([2**32 + 5, 3])  # 5 in 32 bits
+    reader = Hdf5Reader(tmp_path)
+    with pytest.raises(DataError, match="id 4294967301 at position 0 of 2"):
+        reader.trials(reader.sessions, "train")

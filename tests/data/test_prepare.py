@@ -189,6 +189,13 @@ def test_packed_and_other_files_do_not_mix(root, whole, tmp_path):
         pack(root, tmp_path / "file")
 
 
+def test_a_folder_of_something_else_is_left_alone(root, tmp_path):
+    (tmp_path / "pages.md").write_text("text")
+    with pytest.raises(DataError, match=r"did not write: pages.md; needed a new or empty folder"):
+        pack(root, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pages.md"]
+
+
 def test_two_calls_do_not_write_to_one_folder(root, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

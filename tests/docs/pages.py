@@ -32,9 +32,11 @@ NOT_RUN = {
     "json": "the content of a file",
     "env": "settings of launch/tpu.sh",
     "exchange": "messages of the protocol",
+    "ini": "a unit of systemd",
+    "dockerfile": "a recipe of a container image",
     "ipython": "a cell of a notebook",
 }
-RUN_BY_OTHERS = ("env", "exchange")
+RUN_BY_OTHERS = ("env", "exchange", "ini", "dockerfile")
 """Languages whose blocks another test must run or compare."""
 
 

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from b2txt_jax.doctor import checks
 from b2txt_jax.doctor import command as doctor
 from b2txt_jax.doctor.checks import TpuChips
+from lm_server.__main__ import _parser as lm_server_parser
 from lm_server.lm.build import build
 from lm_server.lm.reader import FORMAT
 from lm_server.serving.embedded_redis import find_program
@@ -458,3 +460,44 @@ def test_lines_for_people_say_each_finding_and_what_to_do(capsys, tmp_path):
     assert f"there is no folder {tmp_path}/[bold]nowhere" in out
     assert "-> lm-server build" in out
     assert out.splitlines()[-1].startswith("1 problems")
+
+
+def test_packages_that_decoding_lacks_are_a_problem_with_the_extra_that_brings_them():
+    def none(name):
+        return None
+
+    (finding,) = checks.check_packages("decoding here", "lm", ("kenlm", "flashlight"), none)
+    assert (finding.status, finding.found) == (
+        "problem",
+        "decoding here needs kenlm and flashlight, not installed here",
+    )
+    assert "pip install '.[lm]' -c constraints.txt" in finding.advice
+    assert checks.check_packages("decoding here", "lm", ("kenlm",), lambda name: name) == []
+
+
+def test_much_padding_and_sessions_too_few_for_a_batch_are_found(capsys, simulated, tiny_overrides):
+    config = ("--config", str(REPOSITORY / "configs/demo.py"))
+    wide = "--config.data.buckets=((3000,80),)"
+    status, findings, _ = diagnose(capsys, *config, overrides=(*tiny_overrides, wide))
+    assert (status, findings["data"]["status"]) == (0, "warning")
+    assert "96% of a training batch is padding" in findings["data"]["found"]
+    assert "--config.data.buckets='()'" in findings["data"]["advice"]
+    few = "--config.data.days_per_batch=9"
+    status, findings, _ = diagnose(capsys, *config, overrides=(*tiny_overrides, few))
+    assert (status, findings["data"]["status"]) == (1, "problem")
+    assert "4 sessions have training trials; a batch needs 9" in findings["data"]["found"]
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [
+        lambda folder: checks.check_language_model(folder, None),
+        lambda folder: doctor.check_redis(f"redis://127.0.0.1:1/0?{folder}")[0],
+    ],
+)
+def test_every_command_that_is_advised_is_complete_and_quoted(finding, tmp_path):
+    advice = finding(tmp_path / "a b$c").advice
+    words = shlex.split(advice[advice.index("lm-server") :])[1:]
+    parsed = lm_server_parser().parse_args(words)
+    if parsed.command == "build":
+        assert parsed.out == tmp_path / "a b$c"

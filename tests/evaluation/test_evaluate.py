@@ -1,12 +1,14 @@
 """Claims about what an evaluation counts, names and writes."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from b2txt_jax.evaluation.command import write_results
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
     Failure,
@@ -14,6 +16,7 @@ from b2txt_jax.evaluation.evaluate import (
     submission_texts,
     write_evaluation,
 )
+from b2txt_jax.evaluation.submission import SubmissionWarning
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import sentence_to_ids
 from lm_server.client.answers import Result
@@ -164,6 +167,15 @@ def test_settings_that_json_cannot_hold_leave_no_file(tmp_path: Path) -> None:
 def test_a_submission_keeps_the_row_of_a_failed_trial() -> None:
     result = evaluated(results=results("the cat sat", None, "yes"))
     assert submission_texts(result) == ["the cat sat", "", "yes"]
+
+
+def test_empty_rows_of_a_submission_are_counted_and_named(tmp_path: Path) -> None:
+    with pytest.warns(
+        SubmissionWarning, match=rf"2 of 3 rows .* have no text.*{NAMES[0]}, {NAMES[1]}"
+    ):
+        write_results(tmp_path, evaluated(results=results("", None, "yes")))
+    with warnings.catch_warnings(action="error"):
+        write_results(tmp_path, evaluated())
 
 
 @pytest.mark.parametrize("what", ["logits", "labels", "sentences", "corpora"])

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from b2txt_jax.evaluation.figures import (
     per_by_day,
     phoneme_picture,
     png,
-    read_metrics,
     save_png,
     wer_bars,
 )
@@ -46,26 +44,6 @@ def trial(words: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
-
-
-def test_metrics_are_read_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in METRICS) + "\n")
-    assert read_metrics(path) == METRICS
-
-
-def test_a_last_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(METRICS[0]) + '\n{"step": 20, "ki')
-    assert read_metrics(path) == METRICS[:1]
-
-
-@pytest.mark.parametrize("broken", ['{"step": 1, "ki\n{}\n', '{"step": 1}\n', "[1]\n"])
-def test_a_damaged_metrics_file_is_refused_with_the_line(tmp_path: Path, broken: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(broken)
-    with pytest.raises(ValueError, match="line 1"):
-        read_metrics(path)
 
 
 def test_the_learning_curve_shows_the_measured_points_and_names_the_best() -> None:

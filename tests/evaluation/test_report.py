@@ -13,6 +13,7 @@ import pytest
 from b2txt_jax.evaluation.report import ReportInputs, marked_sentences, report_html, write_report
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.phonemes import sentence_to_ids
+from b2txt_jax.training.metrics_log import MetricsError
 
 MADE = datetime.datetime(2030, 1, 2, 3, 4, tzinfo=datetime.UTC)
 VOID = {"meta", "img"}
@@ -163,7 +164,7 @@ def test_a_missing_metrics_file_leaves_the_earlier_page_alone(tmp_path: Path) ->
     write_report(path, make_inputs(tmp_path))
     before = path.read_bytes()
     assert before.startswith(b"<!DOCTYPE html>")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MetricsError):
         write_report(path, make_inputs(tmp_path, metrics_file=tmp_path / "none.jsonl"))
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]

@@ -153,7 +153,7 @@ def test_a_converted_run_can_be_evaluated(small, tmp_path):
     build([text], 2, str(words), tmp_path / "lm")
     # A model of two steps may leave a trial without a sentence: that trial is named, status 1.
     assert main(["evaluate", "--workdir", str(workdir), "--lm", str(tmp_path / "lm")]) in (0, 1)
-    result = json.loads((workdir / "val/evaluation.json").read_text())
+    result = json.loads((workdir / "val/lm/evaluation.json").read_text())
     assert (result["trials"], result["settings"]["step"]) == (12, 2)
 
     # Its phoneme error rate is that of the weights as they came.

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from nejm_run import ARGS, args_with
+from nejm_run import ARGS, GRUDecoder, args_with
 
 from b2txt_jax.config import load_config, with_overrides
 from b2txt_jax.interop.errors import ConversionError
@@ -173,11 +174,21 @@ def test_settings_that_change_nothing_are_listed(tmp_path):
     assert "init_checkpoint_path" not in note  # the text None is nothing
 
 
+_DOUBLED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 40)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [", "not plain YAML"),
         ("a: !!python/object/apply:os.system ['exit 1']", "not plain YAML.*python/object"),
+        ("a: " + "[" * 5_000, "not plain YAML"),
+        ("a: " + "7" * 5_000, "not plain YAML"),
+        ("a: 2024-13-45", "not plain YAML"),
+        ("a: &a {b: *a}", "not plain YAML"),
+        (_DOUBLED, "not plain YAML .*more than 10000 settings"),
         ("", "holds no settings"),
         ("model: {n_units: '${size}'}", r"model\.n_units is '\$\{size\}', an OmegaConf reference"),
     ],
@@ -191,3 +202,53 @@ def test_a_shared_day_layer_cannot_go_to_the_published_model():
     shared = with_overrides(load_config(BASELINE), ["--config.model.day_layer=False"])
     with pytest.raises(ConversionError, match="--to-safetensors"):
         args_from_config(shared, ())
+
+
+def test_logging_settings_of_forks_are_left_out_and_listed(tmp_path):
+    fork = {"use_wandb": False, "wandb_project": "brain", "wandb_run_name": None}
+    found = read(tmp_path, {**ARGS, **fork})
+    assert found.config == read(tmp_path, ARGS).config
+    (note,) = [note for note in found.notes if note.startswith("left out, without effect here: ")]
+    assert "use_wandb, wandb_project" in note
+
+
+def test_all_settings_without_equivalent_are_in_one_message(tmp_path):
+    args = {**ARGS, "mixup": 0.5, "spec_augment": True, "early_stopping": True}
+    with pytest.raises(ConversionError) as refused:
+        read(tmp_path, args)
+    for text in ("mixup is 0.5", "spec_augment is True", "early_stopping is True"):
+        assert text in str(refused.value)
+    advice = "`--ignore early_stopping --ignore mixup --ignore spec_augment` converts nevertheless"
+    assert advice in str(refused.value)
+    assert read(tmp_path, args, ["early_stopping", "mixup", "spec_augment"])
+
+
+def repeated(kind: str) -> str:
+    """YAML whose aliases of aliases stand for 2^60 values."""
+    lines = ["a0: &a0 [1]"] if kind == "list" else ["a0: &a0 {x: 1}"]
+    made = "[*a{0}, *a{0}]" if kind == "list" else "{{x: *a{0}, y: *a{0}}}"
+    return "\n".join(lines + [f"a{n + 1}: &a{n + 1} {made.format(n)}" for n in range(60)])
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (repeated("dict"), "more than 10000 settings"),
+        (yaml.safe_dump(ARGS) + repeated("list"), r"a60 is \[\[\[...\]"),
+        ("[" * 5000, "not plain YAML"),
+    ],
+    ids=["sections", "lists", "deep"],
+)
+def test_settings_of_endless_text_are_refused_at_once(tmp_path, text, message):
+    with pytest.raises(ConversionError, match=message):
+        read(tmp_path, text)
+
+
+def test_what_is_exported_runs_in_the_published_evaluation(tmp_path):
+    """It feeds bfloat16 to float32 weights, under an autocast that `use_amp` enables."""
+    config = with_overrides(load_config(BASELINE), ["--config.model.dtype=float32"])
+    amp = args_from_config(config, ())["use_amp"]
+    features = torch.randn(1, 20, 6, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", enabled=amp, dtype=torch.bfloat16):
+        assert GRUDecoder(ARGS)(features, 0).shape == (9, 41)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -190,6 +192,58 @@ def test_a_value_that_is_repeated_a_billion_times_by_reference_is_made_once(tmp_
         pickled += b"](h%ch%ceq%c" % (level, level, level + 1)
     found = read_torch_file(archive(tmp_path / "file", pickled + b"."))
     assert found[0] is found[1]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (TENSOR % (b"K\x00", b"%b", b"K\x01") + b".", "a tensor has offset 0, shape"),
+        (b"%bQ.", "where a tensor's storage is needed"),
+        (b"ccollections\nOrderedDict\n)R%bK\x01s.", "a key that is neither text nor a number"),
+        (
+            b"}ctorch._utils\n_rebuild_parameter\n(%btRK\x01s.",
+            "a key that is neither text nor a number",
+        ),
+        (b"(%bK\x01d.", "a key that is neither text nor a number"),
+    ],
+)
+def test_values_of_endless_text_or_hash_are_refused_at_once(tmp_path, pickled, message):
+    endless = b"K\x01\x85q\x00"  # a tuple of tuples, sixty levels deep
+    for level in range(60):
+        endless += b"h%ch%c\x86q%c" % (level, level, level + 1)
+    pickled = b"\x80\x02" + endless + pickled.replace(b"%b", b"h\x3c")
+    with pytest.raises(ConversionError, match=message) as refused:
+        read_torch_file(archive(tmp_path / "file", pickled, **{"data/0": NUMBERS}))
+    assert len(str(refused.value)) < 500
+
+
+def test_an_object_of_a_class_is_named_with_its_key(tmp_path):
+    value = {"model_state_dict": {"w": torch.ones(2)}, "args": argparse.Namespace(x=1)}
+    for checkpoint in (value, {"first": "args", **value}):  # the second time from the memo
+        torch.save(checkpoint, tmp_path / "file")
+        with pytest.raises(
+            ConversionError, match=r"under the key 'args' asks for argparse.Namespace.*without 'arg"
+        ):
+            read_torch_file(tmp_path / "file")
+
+
+def test_tensors_on_one_storage_are_read_once_and_do_not_multiply(tmp_path):
+    base = torch.arange(200_000.0)
+    torch.save([base.view(400, 500) for _ in range(2000)] + [base[:-1]], tmp_path / "file")
+    torch.save([base[index:] for index in range(2000)], tmp_path / "parts")
+    with zipfile.ZipFile(tmp_path / "file") as file:
+        size = file.getinfo("file/data/0").file_size
+    tracemalloc.start()
+    found = read_torch_file(tmp_path / "file")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) == 2001
+    np.testing.assert_array_equal(found[0], base.view(400, 500))
+    np.testing.assert_array_equal(found[2000], base[:-1])
+    assert most < 8 * size
+    with pytest.raises(ConversionError, match="several times larger than the file"):
+        read_torch_file(tmp_path / "parts")
 
 
 def test_files_that_are_no_checkpoint_say_what_to_do(tmp_path):

@@ -55,6 +55,7 @@ def test_a_preempted_run_goes_on_where_it_was_saved(cloud):
     assert not (cloud.folder / "exists").exists()
 
 
+@pytest.mark.slow  # the other tests play the training
 @pytest.mark.timeout(600)
 def test_a_real_training_survives_the_loss_of_its_vm(cloud, simulated, tiny_overrides):
     program(

@@ -194,10 +194,10 @@ def test_a_folder_without_a_model_and_bad_settings_are_refused(model_folder, tmp
     assert "blank_penalty is -3.0" in capsys.readouterr().err
     assert run(model_folder, tmp_path, "--workers", "0") == 2
     assert "--workers is 0" in capsys.readouterr().err
-    missing = tmp_path / "nowhere" / "out.jsonl"
+    missing = tmp_path / "logits.npz" / "out.jsonl"
     command = ["decode", "--lm", str(model_folder), "--logits", str(tmp_path / "logits.npz")]
     assert main([*command, "--out", str(missing)]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_an_interruption_does_not_wait_for_the_sentences_under_way():

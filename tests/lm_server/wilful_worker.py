@@ -60,9 +60,9 @@ def main():
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
-    def work(ended):
+    def work(ended, busy):
         with connect(url, 20.0, ended) as client:
-            Worker(client, model, Settings(), terms=terms).run(ended)
+            Worker(client, model, Settings(), terms=terms, busy=busy).run(ended)
 
     print("ready", flush=True)
     supervise(work, int(processes), stop)

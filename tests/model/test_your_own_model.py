@@ -89,7 +89,7 @@ def test_train_infer_and_evaluate_use_it(my_models: Path, simulated: Path, tmp_p
     logits = np.load(out)
     assert logits["logits"].shape == (logits["frames"].sum(), 41)
     assert main(["evaluate", "--workdir", str(run), "--lm", str(small_lm(tmp_path))]) == 0
-    assert json.loads((run / "val" / "evaluation.json").read_text())["per"]
+    assert json.loads((run / "val/lm/evaluation.json").read_text())["per"]
 
 
 def test_its_step_is_lowered_and_compiled_for_a_slice(my_models: Path) -> None:

@@ -21,6 +21,7 @@ from b2txt_jax.tpu.report import Memory, Result, compared, described
 from b2txt_jax.tpu.roofline import bytes_sent, step_time
 from b2txt_jax.tpu.topologies import TopologyError, parse_topology
 from b2txt_jax.training.sharding import make_mesh
+from lm_server.atomic_file import UnwritableError
 
 BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
 NOTHING = Cost(0, 0, 0, 0, (), 0, 0, 0, 0, ())
@@ -195,7 +196,7 @@ def test_a_place_for_the_figures_that_cannot_be_written_is_told_before_compiling
     file = tmp_path / "file"
     file.write_text("")
     for wrong in (tmp_path, file / "out.json", Path("/proc/nowhere/out.json")):
-        with pytest.raises(CompileError, match=rf"--json {wrong} cannot be written"):
+        with pytest.raises(UnwritableError, match=rf"--json {wrong} cannot be written"):
             command.run(arguments("--topology", "v5e:2x2", "--json", str(wrong)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 

@@ -80,6 +80,19 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
         train(other, trained)
 
 
+def test_a_key_that_the_run_has_fixed_is_named_when_it_is_asked_for_anew(
+    trained, tiny_config, tiny_overrides
+):
+    said = io.StringIO()
+    console = Console(file=said, width=1000)
+    train(load_config("configs/demo.py", tiny_overrides), trained, console)
+    train(with_overrides(tiny_config, ["--config.data.buckets=()"]), trained, console)
+    first, second = (line for line in said.getvalue().splitlines() if "stay as" in line)
+    assert first.startswith(f"data.sessions stay as {trained}/config.json has them")
+    assert second.startswith("data.sessions and data.buckets stay as")
+    assert "For others give a new --workdir" in second
+
+
 def test_a_damaged_checkpoint_is_an_error_that_names_it(trained, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)

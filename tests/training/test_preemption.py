@@ -1,11 +1,13 @@
 """SIGTERM in the middle of a run, of one process and of several: it saves, and loses nothing."""
 
+import os
 import re
 import signal
+import subprocess
 import time
 
 import pytest
-from devices import finish, losses, start, train_here
+from devices import TRAIN, finish, losses, start, train_here
 
 from b2txt_jax.training.loop import FINISHED_FILE
 
@@ -84,3 +86,35 @@ def test_preemption_saves_says_so_exits_0_and_goes_on_bit_identical(
     )
     assert f"going on from step {stopped} of {stopped + 3}" in " ".join(outputs[0].split())
     assert losses(tmp_path) == uninterrupted(stopped + 3, devices, processes)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_during_compilation_ends_training_without_waiting_for_the_compiler(
+    number, status, tiny_overrides, tmp_path
+):
+    # With all optimisations and without a cache, it takes much longer than what is allowed here.
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    larger = ["--config.model.units=256", "--config.model.layers=5"]
+    run = subprocess.Popen(
+        [*TRAIN, "--workdir", str(tmp_path), *tiny_overrides, *larger],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        while "compiling" not in run.stdout.readline():
+            assert run.poll() is None
+        run.send_signal(number)
+        sent = time.monotonic()
+        said, _ = run.communicate(timeout=120)
+        seconds = time.monotonic() - sent
+    finally:
+        run.kill()
+    assert run.returncode == status, said
+    assert "stopped before step 1: the same command starts again there" in said
+    assert "2 of 2 after" not in said
+    assert seconds < 20  # on a machine with other work
+    assert ("interrupted: stopping" in said) == (number == signal.SIGINT)
+    assert "Traceback" not in said

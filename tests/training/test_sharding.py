@@ -25,7 +25,7 @@ from b2txt_jax.training.step import model_of
 # One group, so that one worker makes the run that the others are compared with.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("sharding")]
 
-STEPS = 10
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -99,25 +99,20 @@ def test_the_losses_are_those_of_one_device(
 def test_the_triple_gru_has_the_losses_of_one_device_when_devices_share_its_units(
     noise_units, patch, overrides, tmp_path
 ):
-    """Also in two processes, where the sockets between them make every frame slow."""
     model = {
         "name": "triple_gru",
         **{"noise_units": noise_units, "noise_layers": 2, "noisy_layers": 1},
         **{"patch_size": patch, "patch_stride": patch or 1, "recompute_frames": 32},
     }
     more = [*overrides, *(f"--config.model.{key}={value}" for key, value in model.items())]
-    # Shorter than the other runs: 512 units and 320 frames of bins are slow on a CPU.
+    # Shorter than the other runs: 512 units and 320 frames of bins are slow on a CPU. One process:
+    # between two, every frame would wait for a socket, for more than five minutes in all.
     more += ["--config.train.steps=5", "--config.train.validate_every=5"]
     more += ["--config.data.buckets=((320, 80),)"]
     finish(start(tmp_path / "alone", more))
     shared = [*more, "--config.parallel.model_axis=4"]
     finish(start(tmp_path / "shared", shared, devices=8))
-    names = ["shared"]
-    if noise_units:
-        finish(start(tmp_path / "two", shared, devices=4, processes=2))
-        names.append("two")
-    for name in names:
-        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "alone"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "shared"), losses(tmp_path / "alone"), rtol=1e-5)
 
 
 def without_features_of_others(simulated, config, rows, to):

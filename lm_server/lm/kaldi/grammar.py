@@ -9,6 +9,7 @@ breadth-first search from the empty history finds it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from lm_server.lm.sorted_ngrams import BEGIN, END, UNKNOWN
 _LN10 = np.log(10.0)
 BACKOFF = "#0"
 _EPSILON = 0
+_NUMBER = re.compile("[0-9]{1,8}")
+_ROUNDING = 1e-4
+"""By how much (ln) the weight of an arc may be below 0, the probability 1."""
 
 
 def read_symbols(path: Path) -> dict[str, int]:
@@ -33,16 +37,19 @@ def read_symbols(path: Path) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     with open_text(path, ModelError, "symbol", "the grammar's words and their numbers") as (
-        text,
+        lines,
         _,
     ):
-        for number, line in enumerate(text.read().splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             fields = line.split()
-            if len(fields) != 2 or not fields[1].isdigit():
+            if len(fields) != 2 or not _NUMBER.fullmatch(fields[1]):
                 raise ModelError(
-                    f"{path}, line {number}, is {line!r}; needed a word and its number"
+                    f"{path}, line {number}, is {line.rstrip()[:80]!r}; needed a word and its "
+                    "number, of at most 8 digits"
                 )
             found[fields[0]] = int(fields[1])
+    if not found:
+        raise ModelError(f"{path} is empty; needed the grammar's words and their numbers")
     return found
 
 
@@ -57,15 +64,21 @@ def to_model(fst: Fst, symbols: Mapping[str, int]) -> Model:
     Raises:
       ModelError: the transducer is not such a grammar.
     """
+    unknown = (fst.label < 0) | (fst.label > max(symbols.values()))
+    if unknown.any():
+        raise ModelError(
+            f"the grammar has the word {int(fst.label[unknown][0])}, which words.txt lacks"
+        )
     words = _names(fst, symbols)
     begin, end = words.index(BEGIN), words.index(END)
-    number = np.full(max(int(fst.label.max(initial=0)), *symbols.values()) + 1, -1, np.int64)
+    number = np.full(max(symbols.values()) + 1, -1, np.int64)
     rank = {word: index for index, word in enumerate(words)}
     for word, label in symbols.items():
         if word in rank:
             number[label] = rank[word]
     labels = {symbols.get(BACKOFF, _EPSILON), _EPSILON}
     is_backoff = np.isin(fst.label, list(labels))
+    _check_weights(fst, is_backoff)
     root = _root(fst, is_backoff)
     start = _after_begin(fst, is_backoff, number, begin)
     word = number[fst.label]
@@ -89,6 +102,20 @@ def to_model(fst: Fst, symbols: Mapping[str, int]) -> Model:
             f"({reached} can): not a G.fst that arpa2fst made"
         )
     return Model(words, _collect(fst, is_backoff, word, histories, words))
+
+
+def _check_weights(fst: Fst, is_backoff: np.ndarray) -> None:
+    """Refuse weights that are no numbers, and words with a probability above 1."""
+    probable = np.concatenate([fst.weight[~is_backoff], fst.final[fst.final != np.inf]])
+    weights = fst.weight[is_backoff]
+    # Written so that NaN is refused too.
+    bad = probable[~((probable >= -_ROUNDING) & (probable < np.inf))].tolist()
+    bad += weights[~np.isfinite(weights)].tolist()
+    if bad:
+        raise ModelError(
+            f"the grammar has {len(bad)} weights that are no -ln of a probability, the first "
+            f"{bad[0]:g}; needed numbers from 0: it is damaged, or not a G.fst of arpa2fst"
+        )
 
 
 def _names(fst: Fst, symbols: Mapping[str, int]) -> list[str]:
@@ -194,7 +221,8 @@ def _collect(
         last = np.concatenate([word[arcs], np.full(len(ends), end)])
         costs = np.concatenate([fst.weight[arcs], fst.final[level.states[ends]]])
         rows = np.column_stack([history, last]).astype(np.int32)
-        log10, backoff = (-costs / _LN10).astype(np.float32), np.zeros(len(rows), np.float32)
+        log10 = np.minimum(-costs / _LN10, 0.0).astype(np.float32)
+        backoff = np.zeros(len(rows), np.float32)
         # An n-gram that is a history has the back-off weight of the history's state.
         made = np.zeros(0, np.int64)
         if length + 1 < len(histories):

@@ -3,6 +3,7 @@ folder (`lm_server.lm.folder`)."""
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,19 @@ from lm_server.lexicon.pronunciations import (
     Lexicon,
     LexiconError,
     Pronunciation,
+    fields_of,
     is_word,
     read_lexicon,
 )
-from lm_server.lexicon.text import SUFFIXES, Counts, find_texts, open_text, read_words
-from lm_server.lm.arpa import NEVER, Model, ModelError, read_arpa, sort_model, without
+from lm_server.lexicon.text import (
+    SUFFIXES,
+    Counts,
+    beginning,
+    find_texts,
+    open_text,
+    read_words,
+)
+from lm_server.lm.arpa import DATA, NEVER, Model, ModelError, read_arpa, sort_model, without
 from lm_server.lm.folder import Stages, folder_in_place_of, report, write_description, write_model
 from lm_server.lm.kaldi.grammar import read_symbols, to_model
 from lm_server.lm.kaldi.openfst import MAGIC, read_fst
@@ -67,7 +76,7 @@ def import_kaldi(
 
     Args:
       source: a folder with words.txt and G.fst, a grammar file with words.txt beside it, an ARPA
-        file (.arpa, .lm, also .gz or .xz), or a folder with one.
+        file of any name (also .gz or .xz), or a folder with one.
       out: folder to write. A model folder there is replaced.
       lexicon: words and their phonemes, silences allowed. By default one that lies in the folder.
       guess: guess the pronunciations of words that neither the lexicon nor CMU has.
@@ -107,7 +116,7 @@ def import_kaldi(
             "held_out_dropped_with_other_letters": aside.dropped_letters,
         }
         write_description(folder, description)
-    for line in dropped.lines():
+    for line in itertools.chain(dropped.lines(), aside.left_out("the held-out text")):
         stages.print(line)
     report(stages, out, description)
 
@@ -117,9 +126,9 @@ def _find_grammar(source: Path) -> tuple[Path, Path | None]:
     if source.is_file():
         if source.suffix != ".fst" and not _is_arpa(source) and not _is_fst(source):
             raise ModelError(
-                f"{source} is neither a grammar (OpenFst, such as {GRAMMAR}) nor an ARPA file by "
-                "its name (.arpa, .lm, also .gz or .xz): give one of these; of text a model is "
-                "made with `lm-server build`"
+                f"{source} is neither a grammar (OpenFst, such as {GRAMMAR}) nor an ARPA file "
+                f"(with a line {DATA}, also packed as .gz or .xz): give one of these; of text a "
+                "model is made with `lm-server build`"
             )
         grammar = source
     elif (source / GRAMMAR).is_file():
@@ -141,11 +150,14 @@ def _find_grammar(source: Path) -> tuple[Path, Path | None]:
 
 
 def _is_arpa(path: Path) -> bool:
-    """Return whether a file is an ARPA model by its name."""
-    bare = path.with_suffix("") if path.suffix in SUFFIXES and path.suffix != ".txt" else path
-    if not path.is_file() or path.suffix == ".fst":
+    """Return whether a file is an ARPA model by its name or by its beginning."""
+    if not path.is_file() or _is_fst(path):
         return False
-    return bare.suffix in (".arpa", ".lm", ".arpabo")
+    packed = path.suffix.lower() in SUFFIXES and path.suffix.lower() != ".txt"
+    bare = path.with_suffix("") if packed else path
+    if bare.suffix.lower() in (".arpa", ".lm", ".arpabo"):
+        return True
+    return any(line.strip() == DATA.encode() for line in beginning(path).splitlines())
 
 
 def _is_fst(path: Path) -> bool:
@@ -203,10 +215,10 @@ def _read_own_lexicon(path: Path, dropped: Dropped) -> dict[str, tuple[Pronuncia
 def kaldi_entries(lines: Iterable[str], dropped: Dropped) -> Iterator[tuple[str, Pronunciation]]:
     """Yield words and phonemes of a Kaldi lexicon's lines `word [probability] PH PH ...`.
 
-    Silences, stress and marks of position (`AH0_B`) are removed.
+    Silences, stress, marks of position (`AH0_B`), disambiguation (`#1`) and comments are removed.
     """
     for line in lines:
-        fields = line.split()
+        fields = fields_of(line)
         if len(fields) < 2:
             continue
         word, *rest = fields
@@ -215,14 +227,14 @@ def kaldi_entries(lines: Iterable[str], dropped: Dropped) -> Iterator[tuple[str,
         phones = tuple(
             one.rpartition("_")[0].rstrip("012") if one[-2:-1] == "_" else one.rstrip("012")
             for one in rest
-            if one not in _SILENCES and not one.startswith("#")
+            if one not in _SILENCES
         )
         if not phones:
             continue  # a word that stands for silence
         if not set(phones) <= set(PHONEMES):
             dropped.add(UNKNOWN_PHONEMES, word)
             continue
-        yield word.lower(), phones
+        yield word, phones
 
 
 def _match(

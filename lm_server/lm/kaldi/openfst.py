@@ -114,6 +114,8 @@ def read_fst(path: Path, progress: Callable[[int, int], None] = lambda done, tot
             _skip_symbols(reader)
     if start < 0 or states <= 0:
         raise FstError(f"{path} is an empty transducer; needed a grammar")
+    if start >= states:
+        raise FstError(f"{path} is damaged, it starts at state {start} of {states}: fetch it again")
     if kind == "vector":
         fst = _read_vector(reader, start, states, progress)
     else:
@@ -142,6 +144,8 @@ def _read_vector(
     whole = (len(reader.data) - reader.place) // 4
     body = np.array(reader.rows(np.dtype("<i4"), whole))  # a copy, because views need alignment
     words = body.data  # indexing a memoryview is faster than indexing an array
+    if 3 * states > whole:
+        raise FstError(f"{reader.path} is cut short: fetch it again")
     heads = np.zeros(states, np.int64)
     place = 0
     for first in range(0, states, _STATES_PER_STEP):
@@ -155,9 +159,11 @@ def _read_vector(
         progress(last - first, states)
     if place > whole:
         raise FstError(f"{reader.path} is cut short: fetch it again")
+    counts = body[heads + 1].astype(np.int64)
+    if (counts < 0).any():
+        raise FstError(f"{reader.path} is damaged, a state has {counts.min()} arcs: fetch it again")
     body = body[:place]
     final = body[heads].view("<f4")
-    counts = body[heads + 1].astype(np.int64)
     is_arc = np.ones(place, bool)
     for word in range(3):
         is_arc[heads + word] = False

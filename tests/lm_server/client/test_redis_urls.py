@@ -139,7 +139,7 @@ def test_a_unix_socket_with_a_password_and_logs_as_json(model_folder, tmp_path):
         assert "ready" in server.stdout.readline()
         with Client(url) as client:
             assert client.decode(SAID).sentence == "the cat sat"
-            client._redis.xadd("remote_lm_input", {"logits": b"123"})
+            client._redis.xadd("remote_lm_input", {"logits": b"123", "client": client.name})
             client._redis.xread({"remote_lm_error": "0-0"}, block=4000)
         server.terminate()
         _, error = server.communicate(timeout=20)

@@ -84,6 +84,10 @@ def test_the_parts_around_a_hyphen_are_said_one_after_the_other():
     assert pronounce("blick-dax")[0] == pronounce("blick")[0] + pronounce("dax")[0]
 
 
+def test_a_word_of_thirty_parts_is_said_at_once_and_not_in_all_combinations():
+    assert pronounce("a-" * 29 + "a")[0] == 30 * pronounce("a")[0]
+
+
 @pytest.mark.parametrize("word", ["", "'", "--", "Word", "caf\u00e9", "r2d2", "a b", "a" * 61])
 def test_what_cannot_be_said_is_refused(word):
     with pytest.raises(LexiconError, match="give its pronunciation"):

@@ -12,6 +12,7 @@ from lm_server.lexicon.pronunciations import (
     parse_lexicon,
     read_lexicon,
 )
+from lm_server.lm.kaldi.importer import Dropped, kaldi_entries
 
 
 def test_words_keep_all_pronunciations_the_first_one_first():
@@ -25,6 +26,22 @@ def test_words_keep_all_pronunciations_the_first_one_first():
     assert (len(lexicon), lexicon.pronunciations) == (2, 3)
     assert "read" in lexicon
     assert "blue" not in lexicon
+
+
+def test_the_published_forms_of_the_cmu_dictionary_are_read():
+    new = ["aalborg AO1 L B AO0 R G # place, danish", "aalborg(2) AA1 L B AO0 R G"]
+    old = ["## Date: 2014", "##", "# A remark", "THE  DH AH0"]
+    assert parse_lexicon([*new, *old], "x").entries == {
+        "aalborg": (("AO", "L", "B", "AO", "R", "G"), ("AA", "L", "B", "AO", "R", "G")),
+        "the": (("DH", "AH"),),
+    }
+    dropped = Dropped()
+    assert list(kaldi_entries([*new, *old], dropped)) == [
+        ("aalborg", ("AO", "L", "B", "AO", "R", "G")),
+        ("aalborg", ("AA", "L", "B", "AO", "R", "G")),
+        ("the", ("DH", "AH")),
+    ]
+    assert not dropped.words
 
 
 def test_pronunciations_that_differ_in_stress_alone_are_one():

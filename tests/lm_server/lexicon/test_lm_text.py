@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm_server.lexicon import text
+from lm_server.lexicon.numbers import read_numbers
 from lm_server.lexicon.text import (
     Counts,
     TextError,
     find_texts,
     normalise,
+    open_text,
     read_words,
     split_sentences,
 )
@@ -31,6 +34,7 @@ KNOWN = {"x-ray", "'em", "boys'", "the", "well", "known"}
         ("co\u2010operate soft\u00adhyphen", ("co", "operate", "softhyphen")),
         ("Stra\u00dfe \ufb01ne", ("strasse", "fine")),
         ("a;b/c", ("a", "b", "c")),
+        ("he was 7, <unk> 12", ("he", "was", "seven", "<unk>", "twelve")),
     ],
 )
 def test_a_sentence_becomes_the_words_that_are_spoken(sentence, words):
@@ -40,7 +44,7 @@ def test_a_sentence_becomes_the_words_that_are_spoken(sentence, words):
 @pytest.mark.parametrize(
     ("sentence", "reason"),
     [
-        ("he was 7", "dropped_digits"),
+        ("he was 911", "dropped_digits"),
         ("half \u00bd a \u00b2", "dropped_digits"),
         ("\u0663 arabic digit", "dropped_digits"),
         ("\u041c\u043e\u0441\u043a\u0432\u0430", "dropped_letters"),
@@ -82,15 +86,15 @@ def test_a_line_is_cut_into_its_sentences(line, sentences):
 
 
 def test_plain_gzip_and_xz_files_read_alike(tmp_path):
-    text = "One two. Three 4 five.\nsix\n\n"
-    (tmp_path / "a.txt").write_text(text)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(text.encode()))
-    (tmp_path / "a.xz").write_bytes(lzma.compress(text.encode()))
+    content = "One two. Three 4-5 five.\nsix\n\n"
+    (tmp_path / "a.txt").write_text(content)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(content.encode()))
+    (tmp_path / "a.xz").write_bytes(lzma.compress(content.encode()))
     for name in ("a.txt", "a.gz", "a.xz"):
         read = list(read_words([tmp_path / name]))
         assert [words for words, _ in read if words] == [("one", "two"), ("six",)]
         total = sum((change for _, change in read), Counts())
-        assert total == Counts(sentences=2, words=3, dropped_digits=1)
+        assert total == Counts(sentences=2, words=3, dropped_digits=1, examples=("4-5",))
 
 
 def test_progress_adds_up_to_the_size_of_the_files(tmp_path):
@@ -136,3 +140,63 @@ def test_unreadable_files_are_named(tmp_path):
             (tmp_path / name).write_bytes(content)
         with pytest.raises(TextError, match=name):
             list(read_words([tmp_path / name]))
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("7. 42 0 90%", "seven. forty-two zero ninety percent"),
+        ("100 people, 2000 cats", "one hundred people, two thousand cats"),
+        ("(12,500) 1,000,001", "(twelve thousand five hundred) one million one"),
+        ("the 1st, 12th and 23rd", "the first, twelfth and twenty-third"),
+        ("3.5 0.1", "three point five zero point one"),
+        ("a 20-year-old", "a twenty-year-old"),
+        ("In 1984. In May 1905, he", "In nineteen eighty-four. In May nineteen oh-five, he"),
+    ],
+)
+def test_numbers_with_one_reading_are_read(text, spoken):
+    assert read_numbers(text) == spoken
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("911", "007", "5-4", "F-16", "$5", "1/2", "10.30", "10:30", "1984", "9.0", "3.14", "4x4"),
+        *("in 1500 cases", "2nd-", "11st", "555-1234", "1,00", "7" * 5000, "1" + ",000" * 2000),
+    ],
+)
+def test_numbers_with_several_readings_are_left(text):
+    assert read_numbers(text) == text
+
+
+def test_marks_of_other_tools_are_no_words(tmp_path):
+    (tmp_path / "a.txt").write_text(
+        "<s> the cat sat </s> <S>it 's &quot;R&amp;amp;D&quot; </S>\n"
+        "so [laughter] we do n't {NOISE} <UNK> know <p class='x'>\n"
+        "-LRB- fish &amp; chips -RRB- [UNK]\n[applause]\n</s>\n"
+    )
+    read = list(read_words([tmp_path / "a.txt"]))
+    assert [words for words, _ in read if words] == [
+        ("the", "cat", "sat"),
+        ("it's", "r", "d"),
+        ("so", "we", "don't", "<unk>", "know"),
+        ("fish", "and", "chips", "<unk>"),
+    ]
+    total = sum((change for _, change in read), Counts())
+    assert total == Counts(sentences=4, words=15, annotations=6)
+
+
+def test_text_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeff1".encode()[:3] + b"the cat\n")
+    with open_text(tmp_path / "a.txt") as (lines, _):
+        assert list(lines) == ["the cat\n"]
+
+
+def test_archives_that_unpack_to_more_than_text_does_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(text, "_SUSPICIOUS_SIZE", 1 << 20)
+    (tmp_path / "line.gz").write_bytes(gzip.compress(bytes(1 << 23)))
+    (tmp_path / "lines.gz").write_bytes(gzip.compress(b"a b\n" * (1 << 21)))
+    for name, reason in (("line", "a line of more than"), ("lines", "to more than 200 times its")):
+        with pytest.raises(TextError, match=rf"{name}\.gz .*{reason}"):
+            list(read_words([tmp_path / f"{name}.gz"]))

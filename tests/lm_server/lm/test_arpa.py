@@ -81,6 +81,28 @@ def test_a_packed_file_reads_as_a_plain_one(tmp_path):
         np.testing.assert_array_equal(mine.words, theirs.words)
 
 
+def test_what_a_toolkit_writes_before_the_model_is_not_read(tmp_path):
+    preamble = """\
+    \ufeff## A 4-gram model. Beginning of data mark: \\data\\
+    ngram 1=nr   # number of 1-grams
+
+    \\1-grams:
+    p_1  wd_1 bo_wt
+    """.replace("    ", "")
+    (tmp_path / "lm.arpa").write_text(HOLES)
+    (tmp_path / "toolkit.arpa").write_text(preamble + HOLES)
+    one, other = read_arpa(tmp_path / "lm.arpa"), read_arpa(tmp_path / "toolkit.arpa")
+    assert one.words == other.words
+    for mine, theirs in zip(one.orders, other.orders, strict=True):
+        for field in ("words", "log10", "backoff"):
+            np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
+
+
+def test_a_back_off_of_zero_on_the_highest_order_is_none(tmp_path):
+    (tmp_path / "lm.arpa").write_text(HOLES.replace("cat sat\n\n\\end", "cat sat\t0\n\n\\end"))
+    assert read_arpa(tmp_path / "lm.arpa").orders[3].backoff.tolist() == [0.0]
+
+
 def test_dropped_words_take_their_ngrams_with_them(tmp_path):
     (tmp_path / "lm.arpa").write_text(HOLES)
     model = read_arpa(tmp_path / "lm.arpa")
@@ -105,6 +127,21 @@ def test_a_missing_context_is_named(tmp_path):
         ("\\data\\\nngram 1=2\n\n\\1-grams:\n-1\ta\n\n\\end\\\n", "has 1 1-grams but announces 2"),
         ("\\data\\\nngram 1=1\n\n\\1-grams:\n-1\ta b c d\n\n\\end\\\n", "not ARPA"),
         ("\\data\\\nngram 1=1\n\n\\1-grams:\nx\ta\n\n\\end\\\n", "needed numbers"),
+        (HOLES.replace("-0.5\tthe cat", "nan\tthe cat"), r"'nan.*the cat.* 2-grams: .*from -1000"),
+        (HOLES.replace("-1.1\tcat", "-nan\tcat"), r"cat.* 1-grams: .*-99 for never"),
+        (HOLES.replace("-0.5\tthe cat", "-inf\tthe cat"), r"the cat.* 2-grams: .*log10 prob"),
+        (HOLES.replace("-0.5\tthe cat", "0.25\tthe cat"), r"the cat.* 2-grams: .*log10 prob"),
+        (HOLES.replace("-0.5\tthe cat", "-1e38\tthe cat"), r"the cat.* 2-grams: .*log10 prob"),
+        (HOLES.replace("the cat\t-0.1", "the cat\tnan"), r"the cat.* 2-grams: .*back-off"),
+        (HOLES.replace("the cat\t-0.1", "the cat\tinf"), r"the cat.* 2-grams: .*back-off"),
+        (HOLES.replace("cat sat\n\n\\end", "cat sat\t-0.1\n\n\\end"), "order is the highest"),
+        (HOLES.replace("sat\t-0.5", "sat\t-0.5\n-1\tsat").replace("1=6", "1=7"), "1-gram 'sat' tw"),
+        (
+            HOLES.replace("ngram 2=3", "ngram 2=" + "3" * 5000),
+            "after .data.; needed `ngram 2=COUNT",
+        ),
+        (HOLES.replace("ngram 2=3\n", ""), "after .data.; needed `ngram 2=COUNT"),
+        (HOLES.replace("\\4-grams", "\\5-grams"), r"has .5-grams: after its 3-grams; needed .4-gr"),
         (HOLES.replace("<s> the cat sat", "<s> the cow sat"), "'cow'"),
         (HOLES.replace("</s>", "end"), "lacks </s>"),
         (HOLES.replace("the cat\t-0.1", "cat sat\t-0.1"), "has a 2-gram twice"),

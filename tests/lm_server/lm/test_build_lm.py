@@ -132,7 +132,7 @@ def test_bad_input_ends_with_exit_code_2_and_its_reason(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "digits.txt").write_text("room 7\nroom 8\n")
+    (tmp_path / "digits.txt").write_text("room 7a\nroom 8b\n")
     (tmp_path / "foreign.txt").write_text("quux quuz\n")
     (tmp_path / "broken.lex").write_text("a AH\nb QQ\n")
     (tmp_path / "hollow").mkdir()
@@ -295,13 +295,32 @@ def test_a_build_that_is_stopped_leaves_nothing_behind(tmp_path, how, code):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_dropped_sentences_of_the_held_out_text_are_counted_and_said(
-    tmp_path, text_file, lexicon_file, capsys
-):
-    (tmp_path / "other.txt").write_text("the cat sat\nroom 7\n\u4f60\u597d\nroom 8\n")
-    arguments = ["--text", str(text_file), "--lexicon", str(lexicon_file), "--order", "1"]
-    arguments += ["--held-out", str(tmp_path / "other.txt"), "--out", str(tmp_path / "lm")]
-    assert main(["build", *arguments]) == 0
+def test_what_is_left_out_of_the_text_is_counted_and_said(tmp_path, lexicon_file, capsys):
+    lines = "the cat sat on 2 mats\n" * 30 + "[noise] room 7a\n\u4f60\u597d\nroom 911\n"
+    (tmp_path / "text.txt").write_text(lines)
+    (tmp_path / "other.txt").write_text("the cat sat\nroom 7b\n")
+    arguments = ["--text", str(tmp_path / "text.txt"), "--lexicon", str(lexicon_file)]
+    arguments += ["--order", "1", "--held-out", str(tmp_path / "other.txt")]
+    assert main(["build", *arguments, "--out", str(tmp_path / "lm")]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "2 sentences are left out for digits, 1 for letters other than a-z" in said
-    assert json.loads((tmp_path / "lm" / "lm.json").read_text())["held_out_sentences"] == 1
+    for part in (
+        "of the text 3 of 33 sentences are left out: 2 for numbers with several readings, 1 for "
+        "letters other than a-z (such as 7a, \u4f60\u597d, 911): write",
+        "of the text 1 annotations in brackets are left out",
+        "of the held-out text 1 of 2 sentences are left out: 1 for numbers",
+        "warning: 17% of the text's words are outside the vocabulary, most often mats: they",
+    ):
+        assert part in said, said
+    figures = json.loads((tmp_path / "lm" / "lm.json").read_text())
+    assert (figures["dropped_with_digits"], figures["held_out_sentences"]) == (2, 1)
+
+
+def test_unknown_words_of_the_text_are_no_words_of_the_model(tmp_path, lexicon_file):
+    (tmp_path / "text.txt").write_text("<s> the <unk> sat </s>\n" * 40)
+    arguments = ["--text", str(tmp_path / "text.txt"), "--lexicon", str(lexicon_file), "--g2p"]
+    for extra in ([], ["--vocabulary", "5"]):
+        assert main(["build", *arguments, *extra, "--out", str(tmp_path / "lm")]) == 0
+        assert {"s", "unk"}.isdisjoint(read_lexicon(tmp_path / "lm" / "lexicon.txt").entries)
+        figures = json.loads((tmp_path / "lm" / "lm.json").read_text())
+        assert figures["words_without_pronunciation"] == 0
+        assert figures["outside_lexicon_rate"] == pytest.approx(1 / 3)

@@ -1,6 +1,8 @@
 """A grammar that Kaldi's own arpa2fst makes scores, once imported, as the ARPA that it is of."""
 
+import gzip
 import json
+import lzma
 import math
 import re
 import struct
@@ -15,11 +17,14 @@ from rich.console import Console
 from test_kneser_ney import MEGABYTE, as_dictionary, encode, zipf_text
 
 from lm_server.__main__ import main
+from lm_server.errors import UserError
 from lm_server.lexicon.pronunciations import LexiconError
 from lm_server.lm.arpa import ModelError
 from lm_server.lm.estimate.kneser_ney import estimate
+from lm_server.lm.kaldi import openfst
+from lm_server.lm.kaldi.grammar import read_symbols, to_model
 from lm_server.lm.kaldi.importer import Dropped, import_kaldi, kaldi_entries
-from lm_server.lm.kaldi.openfst import FstError, read_fst
+from lm_server.lm.kaldi.openfst import Fst, FstError, read_fst
 
 QUIET = Console(quiet=True)
 WORDS = (  # noqa: SIM905
@@ -260,6 +265,69 @@ def test_a_transducer_that_is_no_grammar_is_refused(tmp_path):
     kaldifst.compile(text, False).write(str(tmp_path / "G.fst"))
     with pytest.raises(ModelError, match="has 2 states that could be the empty history"):
         import_kaldi(tmp_path, tmp_path / "lm", console=QUIET)
+
+
+NAMES = ["lm.gz", "lm", "lm.ARPA", "lm_tgmed", "lm.arpa.GZ", "lm.lm.xz", "lm.txt", "packed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_arpa_is_found_under_any_name(tmp_path, name):
+    pack = {"z": gzip.compress, "d": gzip.compress, "Z": gzip.compress, "x": lzma.compress}
+    form = "x" if name.endswith("xz") else name[-1]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(pack.get(form, bytes)(b"A preamble.\n" + TINY.encode()))
+    (tmp_path / "in" / "final.mdl").write_bytes(bytes(range(256)))
+    for source in (tmp_path / "in" / name, tmp_path / "in"):
+        import_kaldi(source, tmp_path / "lm", console=QUIET)
+        model = kenlm.Model(str(tmp_path / "lm" / "lm.bin"))
+        assert model.score("the cat", eos=False) == pytest.approx(-0.2 - 0.5)
+
+
+@pytest.mark.parametrize("weight", ["nan", "-inf", "-0.5"])
+@pytest.mark.parametrize("place", ["word", "end"])
+def test_a_grammar_with_a_weight_that_is_no_probability_is_refused(tmp_path, weight, place):
+    (tmp_path / "words.txt").write_text("<eps> 0\nthe 1\n#0 2\n<s> 3\n</s> 4\n")
+    arcs = np.array([(1, 1, 0.5, 1), (2, 2, 0.1, 1)], openfst._ARC)
+    ends = [np.inf, 0.7]
+    if place == "word":
+        arcs["weight"][0] = float(weight)
+    else:
+        ends[1] = float(weight)
+    fst = Fst(0, np.float32(ends), np.array([0, 0]), arcs["label"], arcs["weight"], arcs["target"])
+    with pytest.raises(ModelError, match="1 weights that are no -ln of a probability"):
+        to_model(fst, read_symbols(tmp_path / "words.txt"))
+
+
+@pytest.mark.parametrize("const", [False, True], ids=["vector", "const"])
+def test_a_damaged_grammar_is_an_error_whatever_is_damaged(tmp_path, const):
+    (tmp_path / "lm.arpa").write_text(TINY)
+    found = {(line.split()[1],): None for line in TINY.splitlines() if line.count("\t")}
+    folder = grammar(tmp_path / "lm.arpa", found, tmp_path / "kaldi", const=const)
+    whole, numbers = (folder / "G.fst").read_bytes(), read_symbols(folder / "words.txt")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        place = int(rng.integers(0, len(damaged) - 4)) // 4 * 4
+        value = rng.choice([-1, 1, 2**31 - 1, -(2**31), int(rng.integers(0, 2**31))])
+        damaged[place : place + 4] = np.int32([value]).view(np.uint8)
+        damaged = damaged[: rng.choice([len(damaged), int(rng.integers(0, len(damaged)))])]
+        (folder / "G.fst").write_bytes(damaged.tobytes())
+        try:
+            to_model(read_fst(folder / "G.fst"), numbers)
+        except UserError:
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", r"words\.txt is empty"), ("a " + "7" * 5000, "line 1"), ("a \u00b2", "line 1")],
+)
+def test_a_symbol_table_that_cannot_be_used_is_refused(tmp_path, text, reason):
+    (tmp_path / "words.txt").write_text(text)
+    with pytest.raises(ModelError, match=reason):
+        read_symbols(tmp_path / "words.txt")
 
 
 def test_files_that_are_no_text_are_refused_in_one_line(arpa, tmp_path, capsys):

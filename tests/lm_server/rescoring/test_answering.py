@@ -19,6 +19,7 @@ from lm_server.rescoring.answering import Answering
 from lm_server.rescoring.ranking import posterior, word_confidences
 from lm_server.rescoring.scorer import RescoringError
 from lm_server.settings import Settings
+from lm_server.sliced import finished
 
 SETTINGS = Settings(acoustic_scale=0.5, alpha=0.25, top_candidates_to_augment=0)
 CAT = Hypothesis(("the", "cat"), -10.0, -4.0)
@@ -182,7 +183,7 @@ def test_a_words_confidence_is_the_mass_of_the_candidates_that_agree_there() -> 
     ]
     shares = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
     # "cat sat" lacks `the` only; the fourth has all three; the last none.
-    assert word_confidences(candidates, shares) == pytest.approx(
+    assert finished(word_confidences(candidates, shares)) == pytest.approx(
         (0.4 + 0.3 + 0.1, 0.4 + 0.15 + 0.1, 0.4 + 0.3 + 0.15 + 0.1)
     )
 

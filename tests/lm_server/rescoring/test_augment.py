@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,13 @@ from hypothesis import strategies as st
 
 from lm_server.hypothesis import Hypothesis
 from lm_server.rescoring.augment import augment
+from lm_server.sliced import finished
 
 SCALE = 0.325
+
+
+def augmented(*arguments: Any) -> tuple[Hypothesis, ...]:
+    return finished(augment(*arguments))
 
 
 def hypothesis(sentence: str, acoustic: float, ngram: float, bonus: float = 0.0) -> Hypothesis:
@@ -80,13 +87,13 @@ def plain_augment(
 
 
 def found(hypotheses: list[Hypothesis], top: int = 20, penalty: float = 0.01) -> dict[str, tuple]:
-    made = augment(hypotheses, SCALE, top, penalty)
+    made = augmented(hypotheses, SCALE, top, penalty)
     scores = {one.sentence: (one.acoustic, one.ngram) for one in made}
     assert len(scores) == len(made), "a sentence stands there twice"
     return scores
 
 
-words = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=0, max_size=6)
+words = st.lists(st.sampled_from(["a", "b", "c", "d"]), min_size=0, max_size=9)
 # Libraries that flush subnormal numbers to zero make ties of them, in one of the two only.
 score = st.floats(-90.0, 5.0, allow_subnormal=False)
 
@@ -114,7 +121,7 @@ def test_it_makes_what_the_plain_version_makes(
 def test_old_candidates_keep_their_scores_and_the_best_stays_the_best(
     hypotheses: list[Hypothesis],
 ) -> None:
-    made = augment(hypotheses, SCALE, 20, 0.01)
+    made = augmented(hypotheses, SCALE, 20, 0.01)
     assert set(hypotheses) <= {dataclasses.replace(one, total=None) for one in made}
     totals = [total(one, SCALE) for one in made]
     assert totals == [one.total for one in made]
@@ -156,13 +163,39 @@ def test_only_the_best_take_part() -> None:
     assert found(three, top=0).keys() == {"a b", "a c", "d e"}
 
 
+def test_the_work_on_the_longest_sentences_is_bounded_and_comes_in_short_slices() -> None:
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2000, 1200).astype(str)
+    lists = []
+    for number in range(40):
+        changed = words.copy()
+        changed[rng.integers(0, 1200, 6)] = rng.integers(0, 2000, 6).astype(str)
+        lists.append(Hypothesis(tuple(changed), -float(number), 0.0))
+    slices, started = [], time.thread_time()
+    work = augment(lists, SCALE, 40, 0.01)
+    while True:
+        before = time.thread_time()
+        try:
+            next(work)
+        except StopIteration as end:
+            made = end.value
+            break
+        finally:
+            slices.append(time.thread_time() - before)
+    assert len(made) > len(lists)
+    assert sum(len(one.words) for one in made) < 3_000_000
+    # Without bounds it is minutes. A slice is 40 ms at most, and the last one sorts.
+    assert time.thread_time() - started < 20
+    assert max(slices[:-1]) < 1
+
+
 def test_a_shifted_word_is_an_insertion_and_a_removal_not_an_exchange() -> None:
     made = found([hypothesis("a b", -1.0, 0.0), hypothesis("b c", -2.0, 0.0)])
     assert made.keys() == {"a b", "b c"}
 
 
 def test_the_pairs_bonus_is_their_mean() -> None:
-    made = augment(
+    made = augmented(
         [hypothesis("a b", -1.0, 0.0, 2.0), hypothesis("c d", -2.0, 0.0, 4.0)], SCALE, 20, 0.01
     )
     assert {one.bonus for one in made if one.sentence in ("a d", "c b")} == {3.0}

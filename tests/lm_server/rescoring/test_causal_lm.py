@@ -13,7 +13,16 @@ import torch
 import transformers
 from answers import answer_of
 from small_model import say
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
@@ -272,6 +281,39 @@ def test_a_missing_model_says_how_to_get_one(tmp_path: Path) -> None:
 def test_a_damaged_folder_is_named(copy: Path, damage) -> None:  # type: ignore[no-untyped-def]
     damage(copy)
     with pytest.raises(RescoringError, match="cannot be loaded"):
+        CausalLM(copy, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama"])
+def test_a_folder_without_its_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
+    for path in (whole := make(tmp_path / "llm", kind)).glob("*token*"):
+        path.unlink()
+    with pytest.raises(RescoringError, match="tokenizer"):
+        CausalLM(whole, "cpu")
+
+
+@pytest.mark.parametrize("alike", ["letters", "apostrophes", "order"])
+def test_a_tokenizer_that_gives_different_sentences_the_same_tokens_is_refused(
+    copy: Path, alike: str
+) -> None:
+    file = copy / "tokenizer.json"
+    one = Tokenizer.from_file(str(file))
+    pattern, instead = {
+        "letters": ("[q-z]", "q"),
+        "apostrophes": ("'", ""),
+        "order": ("dog bit|bit dog", "dog bit"),
+    }[alike]
+    one.normalizer = normalizers.Replace(Regex(pattern), instead)
+    one.save(str(file))
+    with pytest.raises(RescoringError, match=r"the same tokens; needed the tokenizer of this"):
+        CausalLM(copy, "cpu")
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(copy: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(copy)
+    config.vocab_size = 200
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(copy)
+    with pytest.raises(RescoringError, match=r"has 292 tokens, its model 200: they are of diff"):
         CausalLM(copy, "cpu")
 
 

@@ -52,6 +52,23 @@ def test_a_name_outside_the_vocabulary_is_heard_where_it_is_wanted_and_nowhere_e
     assert not any("zadie" in one.words for one in answers)
 
 
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("O\u2019Brien", "o'brien"),
+        ("Jos\u00e9", "jose"),
+        ("JOSE\u0301", "jose"),
+        ("\ufb01ne", "fine"),
+    ],
+)
+def test_a_hot_word_is_written_as_the_lexicon_would(model, given, written):
+    logits = spoken(["DH", "AH"], ZADIE, ["S", "AE", "T"])
+    hot = {given: HotWord(9.0, (("Z", "EY1", "D", "IY0"),))}
+    assert sentence(model.search(Settings(), hot), logits) == f"the {written} sat"
+    # And its pronunciation can be guessed.
+    model.search(Settings(), {given: HotWord(9.0)})
+
+
 def test_the_weight_is_in_the_total_and_apart_from_the_other_scores(model):
     logits = spoken(ZADIE, ZADIE)
     plain = Settings(blank_penalty=1.0, silence_penalty=1000.0, max_classes=41, word_bonus=0.5)
@@ -124,7 +141,12 @@ def test_two_searches_have_the_same_word_with_their_own_weights(flashlight):
         ({"zoe": HotWord(1.0, (("QQ",),))}, "said 'QQ'; needed 1-60 phonemes of AA"),
         ({"zoe": HotWord(1.0, ((),))}, "said ''"),
         ({"two words": HotWord(1.0)}, "is no single word"),
+        ({"Jos\u00e9": HotWord(1.0), "jose": HotWord(2.0)}, "'jose' is given twice"),
         ({"zoe;": HotWord(1.0, (("Z",),))}, "is no single word"),
+        ({"\ud800": HotWord(50.0, (("K",),))}, "is no single word"),
+        ({"cat\x1b[2J": HotWord(1.0, (("K",),))}, "is no single word"),
+        ({"c" * 101: HotWord(1.0, (("K",),))}, "needed 1 to 100 printable characters"),
+        ({"zoe": HotWord(1.0, (("Z",),) * 2001)}, "2001 pronunciations; at most 2000"),
         ({"42": HotWord(1.0)}, "give its pronunciation"),
         ({f"zoe{n}": HotWord(1.0, (("Z",),)) for n in range(MAX_HOT_WORDS + 1)}, "at most"),
     ],

@@ -1,5 +1,6 @@
 """Owned sessions on a real Redis: replies are sent once, and orphans go on where they were."""
 
+import json
 import threading
 import time
 
@@ -8,6 +9,7 @@ import pytest
 import redis
 from small_model import say
 
+from lm_server.__main__ import main
 from lm_server.errors import UserError
 from lm_server.protocol import REGISTRY, encode_logits, owner_key
 from lm_server.search.hot_words import HotWord
@@ -15,7 +17,7 @@ from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
 from lm_server.serving.ownership import Limits, OwnedSessions
 from lm_server.serving.server import Server
-from lm_server.serving.session import STEP_FRAMES, Entry, Session
+from lm_server.serving.session import Entry, Session
 from lm_server.settings import Settings
 
 
@@ -24,12 +26,21 @@ def model(model_folder):
     return load_model(model_folder)
 
 
+@pytest.fixture(autouse=True)
+def _no_long_waits(monkeypatch):
+    monkeypatch.setattr("lm_server.serving.server._BLOCK_MS", 10)
+
+
+@pytest.fixture(scope="module")
+def url():
+    with embedded_redis() as own:
+        yield own.url
+
+
 @pytest.fixture
-def client():
-    with (
-        embedded_redis() as own,
-        redis.Redis.from_url(own.url, protocol=2, socket_timeout=10) as connection,
-    ):
+def client(url):
+    with redis.Redis.from_url(url, protocol=2, socket_timeout=10) as connection:
+        connection.flushall()
         yield connection
 
 
@@ -55,7 +66,7 @@ def handle(session, entry):
     raise AssertionError("a long search")
 
 
-def hear(owned, client, stream, **fields):
+def hear(owned, client, stream, /, **fields):
     """As the server does, up to the sending."""
     id_ = client.xadd(stream, fields)
     ms, number = map(int, id_.decode().split("-"))
@@ -64,7 +75,7 @@ def hear(owned, client, stream, **fields):
     return owned.unsent[-1]
 
 
-def answer(table, owned, client, stream, **fields):
+def answer(table, owned, client, stream, /, **fields):
     unsent = hear(owned, client, stream, **fields)
     table.send(owned, unsent.reply.messages(), unsent)
 
@@ -192,7 +203,7 @@ def test_a_backlog_beyond_the_limit_is_dropped_and_its_client_gets_an_error(mode
     assert b"6 entries waited; at most 5 may" in error[b"error"]
 
 
-def test_a_long_search_delays_the_other_sessions_by_one_slice_a_round(model, client):
+def test_a_long_search_does_not_delay_another_session(model, client):
     server = Server(client, lambda name: Session(model, Settings(), name))
     client.xadd(REGISTRY.requests, {"action": "open", "session": "quick"})
     server._round(stopping=False)
@@ -202,11 +213,10 @@ def test_a_long_search_delays_the_other_sessions_by_one_slice_a_round(model, cli
     client.xadd("remote_lm_input:quick", {"logits": encode_logits(say(["a", "cat"]))})
     time.sleep(0.002)
     client.xadd("remote_lm_finalize:quick", {"done": 0})
-    before = greedy.session.frames
     for _ in range(2):
         server._round(stopping=False)
     assert client.xlen("remote_lm_output_final:quick") == 1
-    assert greedy.session.frames == before + 2 * STEP_FRAMES
+    assert greedy.busy
     assert not quick.busy
 
 
@@ -245,3 +255,259 @@ def test_a_default_session_that_cannot_be_made_ends_the_start(client):
     with pytest.raises(UserError, match="the hot words are wrong"):
         Server(client, make)
     assert not client.exists(owner_key(""))
+
+
+def test_another_server_searches_the_entries_of_the_sentences_own_client(model, client):
+    table, first = owning(client, "first", model)
+    logits = say(["the", "cat"])
+    for name in (b"ann", b"bob", b"ann"):
+        fields = {"logits": encode_logits(logits), "client": name}
+        answer(table, first, client, "remote_lm_input", **fields)
+    answer(table, first, client, "remote_lm_finalize", done=b"0", client=b"bob")
+    _, second = owning(client, "second", model)
+    assert second.session.frames == 2 * len(logits)
+    assert second.session.client == "ann"
+    # Its name is still taken.
+    entry = Entry("remote_lm_reset", (10**15, 0), {"client": b"bob"})
+    assert handle(second.session, entry).messages()[0].stream == "remote_lm_error"
+
+
+GONE = b"the beginning of this sentence is lost"
+
+
+def finals(client, session=""):
+    suffix = f":{session}" if session else ""
+    found = client.xrange(f"remote_lm_output_final{suffix}")
+    return [fields[b"lm_response_final"].decode() for _, fields in found]
+
+
+def errors(client, session=""):
+    suffix = f":{session}" if session else ""
+    return [fields[b"error"] for _, fields in client.xrange(f"remote_lm_error{suffix}")]
+
+
+def rounds(server, count=3):
+    for _ in range(count):
+        server._round(stopping=False)
+
+
+def serve(client, model, name="me", **limits):
+    """A server in this process. `rounds` runs it."""
+    chosen = Limits(**{"sessions": 8, **limits})
+    return Server(client, lambda id_: Session(model, Settings(), id_), chosen, name=name)
+
+
+def spoken(client, words, stream="input", session=""):
+    suffix = f":{session}" if session else ""
+    fields = {"logits": encode_logits(say(words))} if stream == "input" else {"done": 0}
+    client.xadd(f"remote_lm_{stream}{suffix}", fields)
+    time.sleep(0.002)
+
+
+@pytest.mark.parametrize("session", ["", "ann"])
+def test_the_rest_of_a_sentence_whose_state_expired_is_an_error_and_no_answer(
+    model, client, session
+):
+    first = serve(client, model, "first")
+    if session:
+        client.xadd(REGISTRY.requests, {"action": "open", "session": session})
+        rounds(first)
+    spoken(client, ["the", "dog", "and"], session=session)
+    rounds(first)
+    # As after 60 s without a server.
+    client.delete(owner_key(session), f"remote_lm_state{session and ':'}{session}")
+    second = serve(client, model, "second")
+    spoken(client, ["had", "a"], session=session)
+    spoken(client, [], "finalize", session=session)
+    rounds(second, 6)
+    assert finals(client, session) == []
+    found = errors(client, session)
+    assert b"no server was there for it, or none for more than 60 s" in found[0]
+    assert all(GONE in one for one in found[1:])
+    assert len(found) >= 3
+    # The next sentence is whole, with a reset before it or not.
+    spoken(client, ["the", "cat"], session=session)
+    spoken(client, [], "finalize", session=session)
+    rounds(second, 4)
+    assert finals(client, session) == ["the cat"]
+
+
+def test_a_server_that_starts_between_sentences_says_nothing(model, client):
+    first = serve(client, model, "first")
+    spoken(client, ["the", "cat"])
+    spoken(client, [], "finalize")
+    rounds(first)
+    client.delete("remote_lm_owner", "remote_lm_state")
+    second = serve(client, model, "second")
+    spoken(client, ["a", "dog"])
+    spoken(client, [], "finalize")
+    rounds(second)
+    assert finals(client) == ["the cat", "a dog"]
+    assert errors(client) == []
+
+
+def test_a_lost_sentence_stays_lost_at_the_next_server(model, client):
+    owning(client, "first", model)
+    spoken(client, ["the", "cat"])
+    client.delete("remote_lm_state")
+    table, second = owning(client, "second", model)
+    answer(table, second, client, "remote_lm_input", logits=encode_logits(say(["sat"])))
+    assert GONE in errors(client)[-1]
+    _, third = owning(client, "third", model)
+    end = Entry("remote_lm_finalize", (1, 0))
+    (refused,) = handle(third.session, end).messages()
+    assert GONE in refused.fields["error"]
+
+
+def test_what_waits_behind_a_backlog_is_no_sentence_of_its_own(model, client):
+    server = serve(client, model, backlog=2)
+    for _ in range(3):
+        spoken(client, ["the", "cat"])
+    spoken(client, [], "finalize")
+    server.sessions.look_after()
+    spoken(client, ["sat"])
+    spoken(client, [], "finalize")
+    rounds(server)
+    assert finals(client) == []
+    assert b"3 entries waited; at most 2 may" in errors(client)[0]
+    assert [GONE in one for one in errors(client)[1:]] == [True, True]
+
+
+OPENED = '{"idle_seconds": 60, "session": {"settings": {}}}'
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("no JSON", "{}", "[]", "7", '{"idle_seconds": "x", "session": {}}', DEEP, b"\xff"),
+        *('{"idle_seconds": 1e999, "session": {}}', '{"idle_seconds": 60, "session": 7}'),
+        '{"idle_seconds": 60, "session": {"settings": {"beam": "wide"}}}',
+        '{"idle_seconds": 60, "session": {"settings": {}, "hot_words": {"\\ud800": 1}}}',
+        '{"idle_seconds": 60, "session": {"settings": [1]}}',
+        '{"idle_seconds": 1' + 400 * "0" + ', "session": {"settings": {}}}',
+    ],
+)
+def test_a_bad_value_in_the_hash_of_open_sessions_costs_its_settings_and_no_more(
+    model, client, value
+):
+    client.hset(REGISTRY.sessions, "ann", value)
+    server = serve(client, model)
+    assert server.sessions.names == ["", "ann"]
+    (warning,) = errors(client, "ann")
+    assert b"send them again" in warning
+    if value != DEEP:
+        assert json.loads(client.hget(REGISTRY.sessions, "ann"))["idle_seconds"] in (60, 600)
+    spoken(client, ["the", "cat"], session="ann")
+    spoken(client, [], "finalize", session="ann")
+    rounds(server)
+    assert finals(client, "ann") == ["the cat"]
+
+
+@pytest.mark.parametrize("name", ["../../etc", "", "a b", b"\xff", "x" * 65])
+@pytest.mark.parametrize("running", [False, True], ids=["at the start", "while it runs"])
+def test_a_bad_name_in_the_hash_of_open_sessions_is_moved_away(model, client, name, running):
+    server = serve(client, model) if running else None
+    client.hset(REGISTRY.sessions, name, OPENED)
+    if server is None:
+        server = serve(client, model)
+    server.sessions._looked = 0.0
+    client.set("remote_lm_input", "makes it set keys aside")
+    with pytest.raises(redis.exceptions.ResponseError, match="WRONGTYPE"):
+        rounds(server)
+    assert server._set_aside()
+    rounds(server)
+    assert not client.hexists(REGISTRY.sessions, name)
+    place = f"remote_lm_set_aside:fields:{REGISTRY.sessions}"
+    assert client.hget(place, name) == OPENED.encode()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"sentence": "no JSON"},
+        {"sentence": "[]"},
+        {"sentence": DEEP},
+        {"sentence": '{"first": 7, "frames": 3}'},
+        {"sentence": '{"first": "x-y", "frames": 3}'},
+        {"sentence": '{"frames": "many"}'},
+        {"remote_lm_input": "abc"},
+        {"remote_lm_input": "99999999999999999999-1"},
+        {"remote_lm_reset": b"\xff"},
+    ],
+)
+def test_a_state_that_no_server_wrote_is_reported_and_deleted(model, client, state):
+    client.hset("remote_lm_state", mapping=state)
+    server = serve(client, model)
+    assert not client.exists("remote_lm_state")
+    (error,) = errors(client)
+    assert b"the key remote_lm_state held what no server wrote" in error
+    spoken(client, ["the", "cat"])
+    spoken(client, [], "reset")
+    spoken(client, ["the", "dog"])
+    spoken(client, [], "finalize")
+    rounds(server, 4)
+    assert finals(client) == ["the dog"]
+    assert GONE in errors(client)[1]
+
+
+def test_a_foreign_owner_key_is_not_obeyed_for_ever(model, client):
+    client.set("remote_lm_owner", "nobody")
+    client.set(owner_key("ann"), "nobody", ex=10**6)
+    client.lpush(owner_key("bob"), "nobody")
+    for name in ("ann", "bob"):
+        client.hset(REGISTRY.sessions, name, OPENED)
+    serve(client, model)
+    for name in ("", "ann", "bob"):
+        assert 0 < client.pttl(owner_key(name)) <= 4000
+
+
+def test_a_server_leaves_the_lease_of_a_living_one_alone(model, client):
+    client.set("remote_lm_owner", "another", px=29_000)
+    serve(client, model)
+    assert client.pttl("remote_lm_owner") > 20_000
+
+
+def test_a_key_of_the_wrong_type_costs_no_other_session_its_lease(model, client):
+    table, _ = owning(client, "me", model)
+    table.add(Session(model, Settings(), "ann"), 60)
+    client.delete("remote_lm_owner", owner_key("ann"))
+    client.lpush("remote_lm_owner", "x")
+    table.renew()
+    assert client.get(owner_key("ann")) == b"me"
+    assert client.type("remote_lm_owner") == b"none"
+
+
+@pytest.mark.parametrize("last", ["a string", "the last id"])
+def test_what_is_wrong_with_one_stream_stops_nobody(model, client, last):
+    server = serve(client, model)
+    for stream in ("remote_lm_output_partial", server._wake):
+        if last == "a string":
+            client.set(stream, "x")
+        else:
+            client.xadd(stream, {"x": 1}, id=f"{2**64 - 1}-{2**64 - 1}")
+    stop = threading.Event()
+    thread = threading.Thread(target=server.run, args=(stop,))
+    thread.start()
+    try:
+        spoken(client, ["the", "cat"])
+        spoken(client, [], "finalize")
+        assert client.xread({"remote_lm_output_final": "0"}, block=10_000)
+    finally:
+        stop.set()
+        thread.join(timeout=20)
+    assert finals(client) == ["the cat"]
+    # Answered once, though the first attempt failed.
+    assert client.xlen("remote_lm_output_partial") == 1
+    assert client.exists("remote_lm_set_aside:remote_lm_output_partial")
+
+
+def test_the_status_skips_and_names_what_no_server_wrote(client, url, capsys):
+    client.set("remote_lm_process:string", "x")
+    client.hset("remote_lm_process:[/red]", "kind", "server")
+    client.hset(REGISTRY.sessions, "../etc", "x")
+    client.lpush("remote_lm_owner", "x")
+    assert main(["status", "--redis", url]) == 1
+    shown = capsys.readouterr().out
+    for key in ("process:string", "process:[/red]", "open_sessions: '../etc'", "owner"):
+        assert f"not written by lm-server: remote_lm_{key}" in shown

@@ -272,3 +272,55 @@ def test_a_long_search_yields_after_every_slice(session):
         frames.append(session.frames)
     assert frames == [STEP_FRAMES, 2 * STEP_FRAMES, 3 * STEP_FRAMES]
     assert session.frames == 3 * STEP_FRAMES + 1
+
+
+def say_as(session, client, stream, ms=1000, **fields):
+    """The stream of the answer to an entry of a client, and the answer's fields."""
+    given = {**fields, **({"client": client.encode()} if client else {})}
+    if stream == "input":
+        given["logits"] = encode_logits(say(["the", "cat"]))
+    first, *_ = handle(session, f"remote_lm_{stream}", (ms, 0), given)
+    return first.stream.removeprefix("remote_lm_"), first.fields
+
+
+@pytest.mark.parametrize(("first", "second"), [("ann", "bob"), ("ann", ""), ("", "bob")])
+@pytest.mark.parametrize("stream", ["reset", "input", "finalize", "update_params", "hot_words"])
+def test_a_second_client_in_a_sentence_is_refused_and_the_first_unharmed(
+    session, first, second, stream
+):
+    assert say_as(session, first, "input")[0] == "output_partial"
+    name, fields = say_as(session, second, stream, 2000, nbest=b"3", words=b"{}")
+    assert name == "error"
+    assert (
+        b"this session is in use by "
+        + ((first and "the client 'ann'") or "a client without a name").encode()
+        in fields["error"]
+    )
+    assert fields["client"] == second.encode()
+    name, fields = say_as(session, first, "finalize", 3000)
+    assert (name, fields["lm_response_final"]) == ("output_final", b"the cat")
+    assert fields.get("client", b"") == first.encode()
+
+
+def test_a_named_client_holds_the_session_between_sentences_until_it_leaves_or_is_silent(session):
+    for release, ms in (({}, 12_000), ({"release": b"1"}, 1001)):
+        say_as(session, "ann", "input", 1000)
+        say_as(session, "ann", "finalize", 1000)
+        assert say_as(session, "bob", "reset", 1001)[0] == "error"
+        say_as(session, "ann", "reset", 1000, **release)
+        assert say_as(session, "bob", "reset", ms)[0] == "done_resetting"
+        assert say_as(session, "ann", "input", ms)[0] == "error"
+        say_as(session, "bob", "reset", ms, release=b"1")
+
+
+def test_a_client_silent_in_a_sentence_is_succeeded_by_a_reset_only(session):
+    say_as(session, "ann", "input", 1000)
+    assert say_as(session, "bob", "input", 20_000)[0] == "error"
+    assert say_as(session, "bob", "reset", 20_000)[0] == "done_resetting"
+    assert say_as(session, "bob", "input", 20_001)[0] == "output_partial"
+    assert say_as(session, "ann", "finalize", 20_002)[0] == "error"
+
+
+def test_clients_without_names_share_a_session_as_before(session):
+    say_as(session, "", "input")
+    assert say_as(session, "", "finalize")[1]["lm_response_final"] == b"the cat"

@@ -322,6 +322,25 @@ def test_our_client_has_a_session_of_its_own(server, connection):
         Client(server.url, session="taken")
 
 
+def test_of_two_clients_in_one_session_the_second_is_told_and_the_first_is_right(
+    server, connection
+):
+    logits = to_rnn_order(say(["the", "cat", "sat"]))
+    refused = []
+    with Client(server.url) as first, Client(server.url, name="second") as second:
+        assert first.decode(logits).sentence == "the cat sat"
+        for frame in logits:
+            first.send(frame[None])
+            with pytest.raises(LanguageModelError, match="in use by the client 'client-") as error:
+                second.reset()
+            refused.append(error)
+        assert first.finalize().sentence == "the cat sat"
+    assert len(refused) == len(logits)
+    # The first has left, so nobody waits.
+    with Client(server.url) as third:
+        assert third.decode(logits).sentence == "the cat sat"
+
+
 def test_without_a_server_a_session_is_not_waited_for_in_vain():
     with embedded_redis() as own, pytest.raises(LanguageModelUnavailableError, match="to open"):
         Client(own.url, hello_timeout=0.5, session="alone")

@@ -18,7 +18,7 @@ from small_model import say
 
 from lm_server.client.client import LanguageModelUnavailableError
 from lm_server.client.jobs import JobClient
-from lm_server.protocol import Job, process_key, results_stream, to_lm_order, to_rnn_order
+from lm_server.protocol import REGISTRY, Job, process_key, results_stream, to_lm_order, to_rnn_order
 from lm_server.rescoring.ranking import ngram_answer
 from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
@@ -136,20 +136,32 @@ def test_a_job_that_cannot_be_decoded_is_a_result_with_the_reason(model_folder, 
         ("settings", {"settings": b'{"beam": "wide"}'}),
         ("unknown", {"settings": b'{"beem": 1}'}),
         ("no object", {"settings": b"[1]"}),
+        ("surrogate", {"hot_words": b'{"\\ud800": {"weight": 50, "pronunciations": [["K"]]}}'}),
+        ("wide", {"settings": b'{"max_active": 500}'}),
+        (b"latin \xe9", {"logits": bytes(10)}),
+        ("huge", {"settings": b'{"' + b"n" * 900_000 + b'": 1}'}),
     ):
         connection.hset("remote_lm_batch:b", name, "queued")
         connection.xadd("remote_lm_jobs", {**job, "job": name, "request_id": "r7", **change})
     connection.xadd("remote_lm_jobs", {"job": "without a batch"})
     stream = results_stream("b")
-    with worker(model_folder, url):
-        assert wait_until(lambda: connection.xlen(stream) == 4)
+    with worker(model_folder, url, "--ceiling", "max_active=400"):
+        assert wait_until(lambda: connection.xlen(stream) == 8)
         assert wait_until(lambda: connection.xlen("remote_lm_jobs") == 0)
-    results = {fields[b"job"].decode(): fields for _, fields in connection.xrange(stream)}
+    results = {fields[b"job"].decode("latin-1"): fields for _, fields in connection.xrange(stream)}
     assert b"10 bytes; needed a multiple of 164" in results["short"][b"error"]
     assert b"beam is" in results["settings"][b"error"]
     assert b"there is no parameter 'beem'" in results["unknown"][b"error"]
     assert b"no JSON object" in results["no object"][b"error"]
     assert results["short"][b"request_id"] == b"r7"
+    assert rb"the hot word '\ud800' is no single word" in results["surrogate"][b"error"]
+    assert b"max_active is 500; this server allows at most 400" in results["wide"][b"error"]
+    assert b"10 bytes" in results["latin \xe9"][b"error"]
+    assert len(results["huge"][b"error"]) < 2100
+    # What names no result is kept for the operator.
+    ((_, letter),) = connection.xrange(REGISTRY.dead)
+    assert letter[b"field:job"] == b"without a batch"
+    assert b"session id is ''" in letter[b"reason"]
 
 
 def test_a_worker_killed_in_the_middle_of_a_sentence_loses_nothing(model_folder, url, connection):
@@ -221,18 +233,26 @@ def test_a_paused_worker_that_wakes_after_its_job_was_given_away_adds_no_second_
     assert connection.xlen(results_stream(batch)) == 1
 
 
-def test_a_job_that_kills_its_workers_is_answered_by_an_error_and_the_others_are_decoded(
-    model_folder, url
+def test_jobs_that_kill_their_workers_are_set_aside_and_the_others_are_decoded(
+    model_folder, url, connection
 ):
-    logits, said = trials(8)
-    logits[2] = to_rnn_order(DEADLY)
-    names = [f"trial {i}" for i in range(8)]
-    with wilful(model_folder, url, lease=0.5, processes=2), JobClient(url) as client:
+    logits, said = trials(10)
+    for number in range(5):
+        logits[number] = to_rnn_order(DEADLY)
+    names = [f"trial {i}" for i in range(10)]
+    # They end fifteen workers as soon as these start.
+    with wilful(model_folder, url, lease=0.5, processes=2) as own, JobClient(url) as client:
         found = client.decode_all(logits, names)
-    assert "3 workers had this job and ended, were lost or could not write" in found[2].error
-    assert found[2].name == "trial 2"
-    del found[2], said[2]
-    assert [one.answer.sentence.split() for one in found] == said
+        assert own.poll() is None
+    letters = [fields for _, fields in connection.xrange(REGISTRY.dead)]
+    assert sorted(one[b"field:job"].split(b" ", 1)[1] for one in letters) == [
+        f"trial {number}".encode() for number in range(5)
+    ]
+    for one, letter in zip(found[:5], letters, strict=True):
+        assert "3 workers had this job and ended, were lost or could not write" in one.error
+        assert letter[b"reason"].startswith(b"3 workers had this job")
+        assert len(letter[b"field:logits"]) == DEADLY.nbytes
+    assert [one.answer.sentence.split() for one in found[5:]] == said[5:]
 
 
 def test_jobs_of_a_client_that_left_are_dropped(model_folder, url, connection):
@@ -279,6 +299,46 @@ def test_without_a_worker_the_client_says_so(url):
         pytest.raises(LanguageModelUnavailableError, match="start `lm-server worker"),
     ):
         client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
+
+
+def test_a_missing_worker_is_named_within_seconds_and_waited_for(url):
+    said = []
+    started = time.monotonic()
+
+    def notice(text):
+        said.append((time.monotonic() - started, text))
+
+    with (
+        JobClient(url, timeout=3, notice=notice) as client,
+        pytest.raises(LanguageModelUnavailableError),
+    ):
+        client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
+    ((when, text),) = said
+    assert when < 3
+    assert "start `lm-server worker --lm DIR" in text
+
+
+def test_workers_that_end_or_died_leave_the_group(model_folder, url, connection):
+    def names():
+        return {one["name"] for one in connection.xinfo_consumers("remote_lm_jobs", "workers")}
+
+    with worker(model_folder, url):
+        assert wait_until(lambda: connection.exists("remote_lm_jobs") and len(names()) == 1)
+        for name in ("dead", "holds"):
+            connection.xgroup_createconsumer("remote_lm_jobs", "workers", name)
+        (living,) = names() - {b"dead", b"holds"}
+        assert wait_until(lambda: names() == {living})
+    assert names() == set()
+
+
+def test_results_that_no_worker_wrote_are_counted_and_cost_no_trial(url, connection):
+    with JobClient(url, timeout=5) as client:
+        good = {"job": "0 alone", "error": "a worker's", "seconds": "soon"}
+        for fields in ({"x": 1}, {"job": "x"}, {"job": "7 y"}, {"job": "9" * 5000}, good):
+            connection.xadd(results_stream(client.batch), fields)
+        (result,) = client.decode_all([np.zeros((3, 41), np.float32)], ["alone"])
+    assert result.error == "a worker's"
+    assert client.foreign == 4
 
 
 def test_status_shows_workers_and_jobs(model_folder, url, connection):

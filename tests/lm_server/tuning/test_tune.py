@@ -286,6 +286,20 @@ def test_the_command_writes_settings_that_decode_reads(
     assert errors == round(about["wer"] * about["words"])
 
 
+def test_settings_that_are_expected_to_be_worse_than_before_are_reported_as_such(
+    model: SearchModel, logits_file: Path, tmp_path: Path
+) -> None:
+    result = tuner(model, read_logits(logits_file), logits_file, tmp_path).run(
+        Settings(), 1, lambda: None
+    )
+    for expected, warned in ((0.5, True), (0.0, False)):
+        text = tune_report.as_text(dataclasses.replace(result, expected=expected))
+        assert ("expected to be worse" in text) is warned
+    assert f"50.00% against {result.default_errors / result.words:.2%}" in tune_report.as_text(
+        dataclasses.replace(result, expected=0.5)
+    )
+
+
 def test_trials_without_a_sentence_are_counted_and_none_at_all_is_an_error(
     model: SearchModel, logits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,6 +254,13 @@ class Transformer(Model):
         layers = s.layers * (per_frame + 4 * s.heads * columns)
         return 4 * rows * frames * int(layers + 3 * s.patch_size * self.features)
 
+    def _aligned(self, params: Params, x: Array, day: Array) -> Array:
+        """Apply the day layer, if there is one."""
+        if not self.settings.day_layer:
+            return x
+        dtype = compute_dtype(self.settings)
+        return day_layer(x, day, params["day"]["weight"], params["day"]["bias"], dtype)
+
     def padded(self, x: Array, bins: Array) -> Array:
         """Set what is after `bins` to zero, and append zeros until patches are whole."""
         x = jnp.where((jnp.arange(x.shape[1]) < bins[:, None])[..., None], x, 0)
@@ -289,9 +296,8 @@ class Transformer(Model):
                 query, key, value, relative, context, longest, dtype, s.dropout, dropout_key
             )
 
-        if s.day_layer:
-            x = day_layer(x, day, params["day"]["weight"], params["day"]["bias"], dtype)
-        x = self._embedded(params, self.padded(x, bins), noise, keys[0])
+        x = self.padded(self._aligned(params, x, day), bins)
+        x = self._embedded(params, x, noise, keys[0])
         return Output(self._decoded(params, x, attend, keys[2:]), self.frames(bins))
 
     def _embedded(self, params: Params, x: Array, noise: Array | None, key: Array | None) -> Array:
@@ -348,22 +354,24 @@ class Transformer(Model):
         def step(
             params: Params, x: Array, day: Array, state: StreamState
         ) -> tuple[Array, StreamState]:
-            if s.day_layer:
-                x = day_layer(x, day, params["day"]["weight"], params["day"]["bias"], dtype)
-            bins = jnp.concatenate([state.bins, x.astype(jnp.float32)], axis=1)
-            count = bins.shape[1] // s.patch_size
-            used, left = jnp.split(bins, [count * s.patch_size], axis=1)
-            logits, state = self.stream_frames(params, used, state)
+            used, left = self.whole_patches(state.bins, x)
+            logits, state = self.stream_frames(params, used, day, state)
             return logits, state._replace(bins=left)
 
         return Stream(start, step)
 
+    def whole_patches(self, before: Array, x: Array) -> tuple[Array, Array]:
+        """Join bins [B, K, D] and [B, T, D]. Return those of whole patches, and the rest."""
+        bins = jnp.concatenate([before, x.astype(jnp.float32)], axis=1)
+        used, left = jnp.split(bins, [bins.shape[1] - bins.shape[1] % self.settings.patch_size], 1)
+        return used, left
+
     def stream_frames(
-        self, params: Params, x: Array, state: StreamState, noise: Array | None = None
+        self, params: Params, x: Array, day: Array, state: StreamState, noise: Array | None = None
     ) -> tuple[Array, StreamState]:
-        """Decode whole patches of bins after the day layer, one after the other: logits [B, P, C],
-        and the state after them."""
-        embedded = self._embedded(params, x, noise, None)
+        """Decode whole patches of bins, one after the other: logits [B, P, C], and the state after
+        them. Of each patch the `noise` [B, P, I] is subtracted, if there is any."""
+        embedded = self._embedded(params, self._aligned(params, x, day), noise, None)
         if embedded.shape[1] == 1:  # a loop would copy what is kept four times
             return self._stream_frame(params, embedded, state)
 

@@ -24,6 +24,7 @@ values.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
@@ -343,6 +344,8 @@ class Transformer(Model):
         """
         s, dtype = self.settings, compute_dtype(self.settings)
 
+        # Jitted, so that the state is placed as the parameters are: else the second step compiles.
+        @functools.partial(jax.jit, static_argnums=1, keep_unused=True)
         def start(params: Params, rows: int) -> StreamState:
             shape = (rows, s.heads, s.frames_in(s.context), s.head_width)
             kept = tuple(
@@ -411,7 +414,9 @@ class Transformer(Model):
 
         logits = self._decoded(params, x, attend, [None] * s.layers)
         if places:
-            place = state.frame % places
+            # Zero, but not for the compiler: it writes in place only what was read before for sure.
+            after = jnp.minimum(jnp.abs(logits[0, 0, 0]).astype(jnp.int32), 0)
+            place = state.frame % places + after
             write = jax.lax.dynamic_update_slice_in_dim
             kept = jax.tree.map(lambda old, new: write(old, new, place, 2), state.kept, tuple(kept))
         return logits, state._replace(frame=state.frame + 1, kept=kept if places else state.kept)

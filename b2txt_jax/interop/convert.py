@@ -167,7 +167,7 @@ def _require_folder(path: Path) -> None:
 def _require_free(workdir: Path, force: bool) -> None:
     _require_folder(workdir)
     if not workdir.exists():
-        require_writable(workdir.absolute(), "--workdir")
+        require_writable(workdir.absolute(), "--workdir", make=False)
         return
     if any(workdir.iterdir()) and not force:
         raise ConversionError(
@@ -187,7 +187,7 @@ def _require_new(paths: list[Path], force: bool) -> None:
             f"{', '.join(there)} exists; give another place, or --force to replace it"
         )
     for path in paths:
-        require_writable(path, "the file")
+        require_writable(path, "the file", make=False)
 
 
 def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:

@@ -35,7 +35,14 @@ from b2txt_jax.evaluation.evaluate import (
     write_evaluation,
 )
 from b2txt_jax.evaluation.submission import write_submission
-from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
+from b2txt_jax.inference.run import (
+    CHANGEABLE,
+    Run,
+    TrialLogits,
+    add_weights_argument,
+    load_run,
+)
+from b2txt_jax.training.checkpoint import RAW
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
@@ -48,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt evaluate`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
     parser.add_argument("--split", choices=("val", "test"), default="val")
+    add_weights_argument(parser)
     parser.add_argument("--redis", metavar="URL", help="Redis where an lm-server listens")
     parser.add_argument("--lm", type=Path, metavar="DIR", help="model folder of `lm-server build`")
     parser.add_argument(
@@ -66,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --lm: further options of `lm-server serve` (with --workers: of `lm-server "
         "worker`) in one text, e.g. --lm-options='--llm-device cuda --backend wfst'",
     )
-    parser.add_argument("--out", type=Path, help="folder to write to (default WORKDIR/SPLIT)")
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to (default WORKDIR/SPLIT, or SPLIT_ema)"
+    )
     keys = ", ".join(f"--config.{key}" for key in sorted(CHANGEABLE))
     parser.epilog = f"Keys of the run's configuration that can be changed: {keys} (=value)."
 
@@ -75,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt evaluate`. Return exit status 1 when trials failed."""
     console = Console()
     options = child_options(args)
-    model = load_run(args.workdir, args.overrides)
-    out = args.out or args.workdir / args.split
+    model = load_run(args.workdir, args.overrides, args.weights)
+    folder = args.split if args.weights == RAW else f"{args.split}_{args.weights}"
+    out = args.out or args.workdir / folder
     out.mkdir(parents=True, exist_ok=True)  # A wrong --out is an error before the work.
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
         trials = model.logits(args.split, console=console)
@@ -236,7 +247,12 @@ def evaluate_run(
         labels=labels if known else None,
         sentences=sentences if known else None,
         corpora=[corpora.get((session_date(t.ref.session), t.ref.block)) for t in trials],
-        settings={"step": model.step, "eval_padding": model.config.signal.eval_padding, **settings},
+        settings={
+            "step": model.step,
+            "weights": model.weights,
+            "eval_padding": model.config.signal.eval_padding,
+            **settings,
+        },
     )
 
 

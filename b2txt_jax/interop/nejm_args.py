@@ -431,7 +431,7 @@ def args_from_config(config: Config, validated: Collection[str]) -> dict[str, An
         _VALIDATED: [int(name in validated) for name in sessions],
         "dataset.neural_dim": features,
         "model.input_network.input_layer_sizes": [features],
-        _BATCH: config.data.days_per_batch * config.data.trials_per_day,
+        _BATCH: config.data.batch_rows,
         _AMP: config.model.dtype != "float32",
         _SMOOTH: config.signal.smooth_std > 0,
         # The published evaluation script always smooths, which fails with 0.

@@ -50,6 +50,8 @@ class MetricsLog:
         """Open the files. Drop entries after `first_step`, which belong to work that was lost."""
         path = workdir / METRICS_FILE
         kept = [line for line in _whole_lines(path) if line["step"] <= first_step]
+        self.past = kept
+        """What the earlier parts of the run wrote."""
         with replacing(path) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")

@@ -264,3 +264,18 @@ def test_differences_of_two_models_name_the_keys_that_one_has_not():
     assert found["model.name"] == ("gru", "triple_gru")
     assert found["model.noise_layers"] == (None, 2)
     assert "model.units" not in found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay_at", "message"),
+    [
+        ("steps", (20, 10), "needed ascending steps above 0"),
+        ("steps", (0, 10), "needed ascending steps above 0"),
+        ("steps", (10, 10), "needed ascending steps above 0"),
+        ("cosine", (10,), "which schedule 'cosine' does not use"),
+    ],
+)
+def test_steps_of_a_decay_ascend_and_belong_to_its_schedule(schedule, decay_at, message):
+    keys = {"schedule": schedule, "decay_at": decay_at}
+    with pytest.raises(ConfigError, match=message):
+        load_config(BASELINE, [f"--config.optimizer.{k}={v}" for k, v in keys.items()])

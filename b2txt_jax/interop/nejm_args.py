@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from b2txt_jax.config import Config, freeze
+from b2txt_jax.config import Config, SignalConfig, freeze
 from b2txt_jax.interop.errors import ConversionError
 from b2txt_jax.model.gru.baseline import GRUSettings
 from b2txt_jax.signal.smooth import gaussian_taps
@@ -401,6 +401,22 @@ def _as_config(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if config["model"]["patch_size"] == 0:
         config["model"]["patch_stride"] = 1
     return config
+
+
+def recipe_notes(config: Config) -> tuple[str, ...]:
+    """Return a note where the published trainer cannot continue with this run's recipe."""
+    published: tuple[str, ...] = SignalConfig.augment  # the default
+    without = {
+        "data.plan": config.data.plan != "days",
+        "signal.augment": not set(config.signal.augment) <= set(published),
+        "optimizer.schedule": config.optimizer.schedule != "cosine",
+        "train.ctc_per_label": config.train.ctc_per_label,
+        "train.ema": config.train.ema > 0,
+    }
+    found = ", ".join(key for key, differs in without.items() if differs)
+    if not found:
+        return ()
+    return (f"the published trainer has no {found}: training on there is another recipe",)
 
 
 def args_from_config(config: Config, validated: Collection[str]) -> dict[str, Any]:

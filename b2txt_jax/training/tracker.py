@@ -28,8 +28,7 @@ from b2txt_jax.training.validation import Validation
 
 _STEPS_IN_FLIGHT = 2
 _LAST = 10
-"""Validations whose mean PER is logged beside the best one, which is the better the more there
-are."""
+"""Validations whose mean PER is logged. The minimum of many validations is too good."""
 
 
 class TrainingError(UserError, RuntimeError):
@@ -187,8 +186,8 @@ class Tracker:
                 "ema_loss": averaged.loss,
             }
             aux += f"  averaged PER {100 * averaged.per.rate:6.2f} %"
-            found = BestScore(averaged.per.rate, averaged.loss, self.step)
-            ema = _better(self.best.ema if self.best else None, found)
+            score = BestScore(averaged.per.rate, averaged.loss, self.step)
+            ema = _better(self.best.ema if self.best else None, score)
             best = dataclasses.replace(best, ema=ema)
             improved += [EMA] if ema.step == self.step else []
         self.best = best

@@ -11,7 +11,7 @@ from nejm_run import ARGS, args_with
 
 from b2txt_jax.config import load_config, with_overrides
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.interop.nejm_args import args_from_config, load_args, read_args
+from b2txt_jax.interop.nejm_args import args_from_config, load_args, read_args, recipe_notes
 
 BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
 T = "dataset__data_transforms__"
@@ -191,3 +191,11 @@ def test_a_shared_day_layer_cannot_go_to_the_published_model():
     shared = with_overrides(load_config(BASELINE), ["--config.model.day_layer=False"])
     with pytest.raises(ConversionError, match="--to-safetensors"):
         args_from_config(shared, ())
+
+
+def test_a_recipe_that_the_published_trainer_lacks_is_noted():
+    assert recipe_notes(load_config(BASELINE)) == ()
+    keys = {"train.ema": 0.9, "data.plan": "epochs", "signal.augment": ("white_noise", "speckle")}
+    config = load_config(BASELINE, [f"--config.{key}={value}" for key, value in keys.items()])
+    (note,) = recipe_notes(config)
+    assert "no data.plan, signal.augment, train.ema:" in note

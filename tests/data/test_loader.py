@@ -303,6 +303,17 @@ def test_an_epoch_of_the_loader_has_every_trial_once(tiny_config):
         assert sorted(ref.name for step in steps for _, ref in loader.rows(0, step)) == everything
 
 
+def test_the_padding_of_epochs_is_that_of_their_batches(tiny_config):
+    data = dataclasses.replace(tiny_config.data, days_per_batch=4, trials_per_day=2, plan="epochs")
+    loader = TrainingData(data, configured_sessions(data), 14, frames_of_bins)
+    real = padded = 0
+    for step in range(4000):
+        refs = [ref for _, ref in loader.rows(0, step)]
+        real += sum(ref.bins for ref in refs)
+        padded += len(refs) * bucket_of(refs, loader.buckets)[0]
+    assert loader.padding == pytest.approx(1 - real / padded, abs=0.005)
+
+
 def test_no_trial_to_choose_buckets_from_is_told(tiny_config, tmp_path):
     (tmp_path / "t15.2023.08.11").mkdir()
     with h5py.File(tmp_path / "t15.2023.08.11" / "data_val.hdf5", "w"):

@@ -58,8 +58,12 @@ def test_the_result_of_other_settings_is_not_replaced_unasked(
 
 
 def test_a_later_result_of_the_same_settings_replaces_the_earlier_one(tmp_path: Path) -> None:
-    newer = {"search": {"beam": "17", "server_version": "2"}, "step": 200, "not_rescored": ["x"]}
-    newer["weights"] = "raw"
+    newer = {
+        "search": {"beam": "17", "server_version": "2"},
+        "step": 200,
+        "weights": "raw",
+        "not_rescored": ["x"],
+    }
     check_replaceable(tmp_path, SETTINGS)
     check_replaceable(written(tmp_path, json.dumps({"settings": SETTINGS})), SETTINGS | newer)
 

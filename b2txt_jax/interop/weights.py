@@ -241,6 +241,7 @@ def fresh_state(config: Config, params: Params, step: int) -> TrainState:
         step=jnp.int32(step),
         params=jax.tree.map(jnp.asarray, params),
         optimizer=jax.tree.map(zero, shapes.optimizer, is_leaf=_is_leaf),
+        ema=jax.tree.map(jnp.asarray, params) if config.train.ema else None,
     )
 
 

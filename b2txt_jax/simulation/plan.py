@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -204,25 +204,37 @@ def plan_sessions(settings: SimulationSettings) -> dict[str, list[PlannedBlock]]
         if settings.preset == RECORDINGS:
             for block in blocks:
                 trained[block.corpus] += [s for s in block.sentences if s.split == "train"]
-            rng = named_rng(settings, "repeats", index)
-            blocks = [_with_repeats(block, trained[block.corpus], index, rng) for block in blocks]
+            blocks = _with_repeats(blocks, trained, index, named_rng(settings, "repeats", index))
         plans[name] = blocks
     return plans
 
 
 def _with_repeats(
-    block: PlannedBlock, trained: Sequence[Sentence], index: int, rng: np.random.Generator
-) -> PlannedBlock:
-    """Replace a share of the val and test sentences by sentences of train, of the same corpus."""
+    blocks: Sequence[PlannedBlock],
+    trained: Mapping[str, Sequence[Sentence]],
+    index: int,
+    rng: np.random.Generator,
+) -> list[PlannedBlock]:
+    """Replace a share of the val and test sentences by sentences of train, of the same corpus.
+
+    They are spread evenly, so that the shares of a session hardly depend on chance.
+    """
     share = _REPEATED[index >= LATE]
-    sentences = []
-    for sentence in block.sentences:
-        repeated = rng.random() < share
-        which = int(rng.integers(len(trained))) if trained else 0
-        if repeated and trained and sentence.split != "train":
-            sentence = dataclasses.replace(trained[which], split=sentence.split)
-        sentences.append(sentence)
-    return dataclasses.replace(block, sentences=tuple(sentences))
+    place = {"val": rng.random(), "test": rng.random()}
+    changed = []
+    for block in blocks:
+        sentences = list(block.sentences)
+        for trial, sentence in enumerate(sentences):
+            if sentence.split == "train":
+                continue
+            which = int(rng.integers(max(1, len(trained[block.corpus]))))
+            place[sentence.split] += share
+            if place[sentence.split] >= 1 and trained[block.corpus]:
+                place[sentence.split] -= 1
+                repeated = trained[block.corpus][which]
+                sentences[trial] = dataclasses.replace(repeated, split=sentence.split)
+        changed.append(dataclasses.replace(block, sentences=tuple(sentences)))
+    return changed
 
 
 def _queues(settings: SimulationSettings, split: Pool) -> dict[str, list[str]]:

@@ -38,15 +38,15 @@ _BIN_SECONDS = 0.02
 
 # Speech. Durations in bins: medians, and spreads of their logarithms.
 _SLOWER = 1.95  # than the phonemes of the other preset
-_PAUSE, _PAUSE_SPREAD = 30.0, 0.5
+_PAUSE, _PAUSE_SPREAD = 28.0, 0.5
 _DURATION_SPREAD = 0.35
-_TEMPO_SPREAD = 0.15
-_BEFORE, _BEFORE_SPREAD, _LEAST_BEFORE = 150.0, 0.3, 15
-_AFTER, _AFTER_SPREAD, _LEAST_AFTER = 95.0, 0.3, 15
+_TEMPO_SPREAD = 0.18
+_BEFORE, _BEFORE_SPREAD, _LEAST_BEFORE = 155.0, 0.3, 15
+_AFTER, _AFTER_SPREAD, _LEAST_AFTER = 85.0, 0.3, 15
 _COARTICULATION_BINS = 4.0
 _IDENTITIES = 12  # dimensions in which each phoneme has a pattern of its own
 _STATES = LATENT_COUNT + _IDENTITIES
-_TOKEN_SPREAD = 0.35  # of one attempt at a phoneme, beside targets of about 1
+_TOKEN_SPREAD = 0.45  # of one attempt at a phoneme, beside targets of about 1
 _MOVEMENTS_PER_SECOND = 0.15  # without speech
 _GAIN_SPREAD = 0.15  # of a trial, and again within it
 _GAIN_BINS = 100.0
@@ -60,7 +60,7 @@ _RATE_HZ = (4.0, 40.0)
 # Shared noise: time constants in bins of eight sources each, half of them of single arrays.
 _NOISE_BINS = (2.0, 10.0, 60.0)
 _SOURCES = 24
-_NOISE = 0.55
+_NOISE = 0.65
 _WANDER, _WANDER_BINS = 0.3, 400.0
 _KNOTS = 160  # of a block, at least its bins / 400
 _BURSTS_PER_SECOND, _BURST_BINS, _BURST = 0.1, (10, 75), 1.5
@@ -69,9 +69,10 @@ _POWER_SPREAD, _POWER_LIMIT = 0.3, 8.0  # of the logarithm, of the ratio to the 
 
 # Days. Shares of each electrode's tuning that are renewed per session, per year, of one day alone.
 _RENEWED, _RENEWED_A_YEAR, _DAY_ALONE = 0.01, 1.0, 0.06
-_ROTATION = 0.15
+_ROTATION = 0.4
 _GAIN, _DEATH = 0.12, 0.002
-_QUALITY_SPREAD, _LATE_QUALITY = 0.22, 0.7
+_STRENGTH = 0.9  # beside that of the other preset
+_QUALITY_SPREAD, _LATE_QUALITY = 0.3, 0.7
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,9 @@ def attempt(
     tempo = speaking_rate * np.exp(_TEMPO_SPREAD * rng.standard_normal())
     lengths, edges = lengths / tempo, edges / speaking_rate
     # Two frames per label are enough for CTC, also where labels repeat.
-    bins = np.maximum(9, np.rint(lengths * min(1.0, _MOST_SPOKEN / max(lengths.sum(), 1)))).astype(int)
+    bins = np.maximum(9, np.rint(lengths * min(1.0, _MOST_SPOKEN / max(lengths.sum(), 1)))).astype(
+        int
+    )
     before, after = np.maximum((_LEAST_BEFORE, _LEAST_AFTER), np.rint(edges)).astype(int)
     before = min(before, MOST_BINS - _LEAST_AFTER - int(bins.sum()))
     total = min(int(before + bins.sum() + after), MOST_BINS)
@@ -232,7 +235,7 @@ def record_block(
       rng_of: returns randomness by purpose and numbers.
     """
     person = participant(rng_of("participant"))
-    mixing = day.mixing * np.float32(strength * day.quality)
+    mixing = day.mixing * np.float32(_STRENGTH * strength * day.quality)
     trials, bins = [], 0
     knots = rng_of("baselines", *place).standard_normal((_KNOTS, FEATURES), dtype=np.float32)
     for trial, sentence in enumerate(labels):

@@ -158,7 +158,7 @@ def similarity(first: recordings.Day, other: recordings.Day) -> float:
 def test_days_differ_mildly_and_more_after_a_break() -> None:
     days = recordings.days(SESSIONS, 1.0, lambda name, n: np.random.default_rng([len(name), n]))
     apart = [similarity(days[0], day) for day in days]
-    assert apart[1] > 0.85
+    assert apart[1] > 0.75
     assert apart[1] > apart[20] > apart[44]
     # Half a year lies between the last session of 2024 and the first of 2025.
     assert similarity(days[38], days[39]) < similarity(days[37], days[38]) - 0.1

@@ -202,6 +202,8 @@ class Config:
 MODELS = {
     "gru": "b2txt_jax.model.gru.baseline:GRU",
     "triple_gru": "b2txt_jax.model.triple_gru:TripleGRU",
+    "transformer": "b2txt_jax.model.transformer:Transformer",
+    "triple_transformer": "b2txt_jax.model.triple_transformer:TripleTransformer",
 }
 """The models of this package by their short names."""
 _OLD_NAMES = {"baseline": "gru"}

@@ -134,7 +134,7 @@ def _run_to(args: argparse.Namespace, console: Console) -> int:
                 f"the weights; needed a name such as {targets[0].with_suffix('.safetensors')}"
             )
     _require_new(targets, args.force)
-    run = read_workdir(args.workdir, args.which or "best", optimizer=bool(args.to_nejm))
+    run = read_workdir(args.workdir, args.which or "best", published=bool(args.to_nejm))
     for note in (*run.notes, *(recipe_notes(run.config) if args.to_nejm else ())):
         console.print(note)
     if args.to_nejm:
@@ -215,22 +215,22 @@ def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
+def read_workdir(workdir: Path, which: str, published: bool = True) -> Run:
     """Read a run: the `best` parameters or the `latest` state.
 
-    The best checkpoint has parameters only. With `optimizer`, they get the optimizer state of the
+    The best checkpoint has parameters only. To be `published`, they get the optimizer state of the
     latest one if it is of the same step and can be read. Otherwise the optimizer state is fresh.
 
     Raises:
       ConfigError: the folder holds no run.
       CheckpointError: the checkpoint does not exist.
-      ConversionError: the latest state cannot be read.
+      ConversionError: the latest state cannot be read, or the model has no published format.
     """
     config = read_written_config(workdir / CONFIG_FILE)
-    if config.model.name != "gru":
+    if published and config.model.name != "gru":
         raise ConversionError(
             f"{workdir} holds a model {config.model.name!r}; needed 'gru': only that has a "
-            "published format. The run itself can be copied as a folder"
+            "published format. Any model can be written by --to-safetensors"
         )
     like = jax.eval_shape(lambda: init_state(config, len(config.data.sessions)))
     with Checkpoints(workdir, read_only=True) as checkpoints:
@@ -246,7 +246,7 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
             return Run(config, state, score or BestScore(math.inf, math.inf, int(state.step)))
         params, best = checkpoints.restore_best(like.params)
         notes = []
-        if optimizer and checkpoints.latest_step() == best.step:
+        if published and checkpoints.latest_step() == best.step:
             try:
                 state, _ = checkpoints.restore_latest(like)
                 return Run(config, state._replace(params=params), best)
@@ -255,7 +255,7 @@ def read_workdir(workdir: Path, which: str, optimizer: bool = True) -> Run:
                     f"the optimizer's running means are left out, since the latest state cannot be "
                     f"read: {_first_line(error)}"
                 )
-        elif optimizer:
+        elif published:
             notes.append(
                 f"the best checkpoint (step {best.step}) has no optimizer state, and the latest is "
                 f"of another step: its running means are left out. To continue training elsewhere, "

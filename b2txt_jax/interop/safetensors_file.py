@@ -1,4 +1,5 @@
-"""Parameters in a safetensors file, under the published PyTorch names, with the configuration.
+"""Parameters in a safetensors file, with the configuration: the GRU's under the published PyTorch
+names, those of other models under their own, such as `layer0.attention.qkv.weight`.
 
 The metadata holds `b2txt_config` (the configuration as JSON), `b2txt_step`, and `b2txt_per` and
 `b2txt_loss` of the best validation. The configuration is also written as JSON beside the file.
@@ -24,9 +25,9 @@ from b2txt_jax.interop.nejm_optimizer import MOST_STEPS
 from b2txt_jax.interop.weights import (
     checked_params,
     fresh_state,
+    named_params,
     rounding_notes,
     strip_prefixes,
-    to_named,
 )
 from b2txt_jax.training.checkpoint import BestScore
 from lm_server.atomic_file import replacing
@@ -48,7 +49,7 @@ def write_safetensors(path: Path, run: Run) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_bytes(save(to_named(run.state.params), metadata))
+        temporary.write_bytes(save(named_params(run.state.params, run.config), metadata))
         write_config(run.config, config_path(path))
 
 

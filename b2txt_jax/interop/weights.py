@@ -154,6 +154,26 @@ def rounding_notes(named: Mapping[str, Any]) -> list[str]:
     return [f"weights in {', '.join(rounded)} were rounded to float32"] if rounded else []
 
 
+def named_params(params: Params, config: Config) -> Named:
+    """Return a model's parameters by published name, or by their own where there is none."""
+    if config.model.name == "gru":
+        return to_named(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): np.asarray(v) for p, v in leaves}
+
+
+def _own_names(named: Mapping[str, Any], config: Config, source: str) -> Params:
+    """Check weights under their own names and return them as our tree."""
+    like = jax.eval_shape(lambda: init_state(config, len(config.data.sessions))).params
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    shapes = {jax.tree_util.keystr(p, simple=True, separator="."): v.shape for p, v in paths}
+    _check_names(named, shapes, source, f"the model {config.model.name!r} as configured")
+    for name, shape in shapes.items():
+        _check_array(named[name], name, shape, source, "the section model, data.feature_count")
+    arrays = [np.asarray(named[name], np.float32) for name in shapes]
+    return jax.tree.unflatten(structure, arrays)  # type: ignore[no-any-return]
+
+
 def checked_params(named: Mapping[str, Any], config: Config, source: str) -> Params:
     """Checks weights against the configuration and returns them as our tree.
 
@@ -166,6 +186,8 @@ def checked_params(named: Mapping[str, Any], config: Config, source: str) -> Par
       ConversionError: names are missing or unknown, a shape or type does not fit, a value is not
         finite.
     """
+    if config.model.name != "gru":
+        return _own_names(named, config, source)
     days = day_layers(config)
     found_days = sum(name.startswith("day_weights.") for name in named)
     if found_days != days and not config.model.day_layer:
@@ -186,25 +208,38 @@ def checked_params(named: Mapping[str, Any], config: Config, source: str) -> Par
             f"{config.model.layers} (n_layers). Weights and settings must belong together"
         )
     shapes = expected_shapes(config)
-    missing = [name for name in shapes if name not in named]
-    unknown = [name for name in named if name not in shapes]
-    if missing or unknown:
-        raise ConversionError(
-            f"{source}: missing weights {_listed(missing)}, unknown weights {_listed(unknown)}; "
-            f"needed those of the published GRU decoder with {config.model.layers} layers and "
-            f"{days} days"
-        )
+    layers = config.model.layers
+    _check_names(
+        named, shapes, source, f"the published GRU decoder with {layers} layers and {days} days"
+    )
     for name, shape in shapes.items():
         _check_array(named[name], name, shape, source)
     return from_named(named, config.model.layers, days)
 
 
-def _check_array(value: Any, name: str, shape: tuple[int, ...], source: str) -> None:
+def _check_names(
+    named: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str, needed: str
+) -> None:
+    missing = [name for name in shapes if name not in named]
+    unknown = [name for name in named if name not in shapes]
+    if missing or unknown:
+        raise ConversionError(
+            f"{source}: missing weights {_listed(missing)}, unknown weights {_listed(unknown)}; "
+            f"needed those of {needed}"
+        )
+
+
+_SETTINGS = "n_units, n_layers, patch_size, n_input_features, n_classes"
+
+
+def _check_array(
+    value: Any, name: str, shape: tuple[int, ...], source: str, settings: str = _SETTINGS
+) -> None:
     found = value.shape if isinstance(value, np.ndarray) else type(value).__name__
     if found != shape:
         raise ConversionError(
             f"{source}: {name} is {found}; the configuration needs {shape}. Weights and settings "
-            f"(n_units, n_layers, patch_size, n_input_features, n_classes) must belong together"
+            f"({settings}) must belong together"
         )
     if value.dtype.kind not in "fV":  # bfloat16 counts as V
         raise ConversionError(f"{source}: {name} holds {value.dtype}; needed floating point")

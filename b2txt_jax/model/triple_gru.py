@@ -15,6 +15,7 @@ with a bottleneck, `noise.h0`; `clean.day`, `clean.gru`, `clean.head`, `clean.h0
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import setting
+from b2txt_jax.model.dropout import dropout
 from b2txt_jax.model.gru.baseline import (
     DayLayer,
     Decoder,
@@ -33,21 +35,28 @@ from b2txt_jax.model.gru.baseline import (
     Head,
     PatchedModel,
     draw_layer,
-    dropout,
     first_state,
     stacked,
 )
 from b2txt_jax.model.gru.recurrence import recurrence
 from b2txt_jax.model.gru.wide import spread, wide_recurrence
-from b2txt_jax.model.interface import DATA, MODEL, MeanCTC, Output, Params, Rules, compute_dtype
+from b2txt_jax.model.interface import (
+    DATA,
+    MODEL,
+    MeanCTC,
+    Model,
+    Output,
+    Params,
+    Rules,
+    compute_dtype,
+)
 from b2txt_jax.model.patches import project_patches
 from b2txt_jax.model.product import contract, linear
 
 
-@dataclasses.dataclass(frozen=True)
-class TripleGRUSettings(GRUSettings):
-    """The settings of the clean decoder, of the other two parts, and of how they are trained
-    against each other."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarySettings:
+    """The settings of noise model and adversary, and of how they are trained against each other."""
 
     noise_units: int = setting(
         0,
@@ -74,6 +83,11 @@ class TripleGRUSettings(GRUSettings):
         help="lambda = reversal * (2 / (1 + exp(-reversal_rate * progress)) - 1), progress from 0 "
         "to 1 over train.steps (Ganin and Lempitsky 2015)",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class TripleGRUSettings(GRUSettings, AdversarySettings):
+    """Those of the clean decoder and of the other two parts."""
 
 
 @jax.custom_vjp
@@ -254,32 +268,21 @@ class TripleDecoder(nnx.Module):
         return logits, {"noise": after, "clean": clean}
 
 
-class TripleGRU(PatchedModel):
-    """The triple GRU: training weighs the two decoders' losses, decoding uses the clean one."""
+# Up to 7168 wide, gates on an axis of their own: every device has all gates of its units.
+NOISE_SHARDING: Rules = (
+    (r"noise/gru/weight_(ih|hh)_l\d+", P(None, MODEL)),
+    (r"noise/gru/bias_(ih|hh)_l\d+", P(None, MODEL)),
+    (r"noise/h0", P(None, None, MODEL)),
+    (r"noise/out/weight", P(MODEL)),
+    (r"noise/out/bias", P(MODEL)),
+)
 
-    Settings = TripleGRUSettings
-    # Up to 7168 wide, gates on an axis of their own: every device has all gates of its units.
-    sharding: ClassVar[Rules] = (
-        (r"noise/gru/weight_(ih|hh)_l\d+", P(None, MODEL)),
-        (r"noise/gru/bias_(ih|hh)_l\d+", P(None, MODEL)),
-        (r"noise/h0", P(None, None, MODEL)),
-        (r"noise/out/weight", P(MODEL)),
-        (r"noise/out/bias", P(MODEL)),
-        *PatchedModel.sharding,
-    )
 
-    def module(self, key: Array) -> TripleDecoder:
-        """Return the three fresh parts."""
-        return TripleDecoder(self.settings, self.features, self.days, key)
+class AdversarialModel(Model):
+    """A model with a noise model and an adversary: training weighs the two decoders' losses,
+    decoding uses the clean one."""
 
-    def apply(
-        self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
-    ) -> Output:
-        """Decode with the noise model and the clean decoder. With a key, run the adversary too."""
-        if key is not None:
-            return self.full(params, x, bins, day, key)
-        return Output(self.bound(params)(x, day), self.frames(bins))
-
+    @abc.abstractmethod
     def full(
         self,
         params: Params,
@@ -290,8 +293,6 @@ class TripleGRU(PatchedModel):
         reversal: Array | float = 1.0,
     ) -> Output:
         """Run all three parts: `aux` holds the noisy logits [B, P, C] and the noise [B, P, I]."""
-        logits, noisy, noise = self.bound(params).full(x, day, key, reversal)
-        return Output(logits, self.frames(bins), {"noisy": noisy, "noise": noise})
 
     def validate(self, params: Params, x: Array, bins: Array, day: Array) -> Output:
         """Decode the noise too: its PER stays near 1 when there is no speech in it."""
@@ -324,3 +325,38 @@ class TripleGRU(PatchedModel):
             "reversal": reversal,
         }
         return clean + settings.noisy_weight * noisy, parts
+
+
+class TripleGRU(AdversarialModel, PatchedModel):
+    """The triple GRU."""
+
+    Settings = TripleGRUSettings
+    sharding: ClassVar[Rules] = (
+        *NOISE_SHARDING,
+        *PatchedModel.sharding,
+    )
+
+    def module(self, key: Array) -> TripleDecoder:
+        """Return the three fresh parts."""
+        return TripleDecoder(self.settings, self.features, self.days, key)
+
+    def apply(
+        self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
+    ) -> Output:
+        """Decode with the noise model and the clean decoder. With a key, run the adversary too."""
+        if key is not None:
+            return self.full(params, x, bins, day, key)
+        return Output(self.bound(params)(x, day), self.frames(bins))
+
+    def full(
+        self,
+        params: Params,
+        x: Array,
+        bins: Array,
+        day: Array,
+        key: Array | None = None,
+        reversal: Array | float = 1.0,
+    ) -> Output:
+        """Run all three parts: `aux` holds the noisy logits [B, P, C] and the noise [B, P, I]."""
+        logits, noisy, noise = self.bound(params).full(x, day, key, reversal)
+        return Output(logits, self.frames(bins), {"noisy": noisy, "noise": noise})

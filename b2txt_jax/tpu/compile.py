@@ -146,8 +146,9 @@ def compile_step(
     step = jit_train_step(config, days, mesh)
     placed = abstract_state(config, days, mesh)
     batch = abstract_batch(rows, bucket, config.data.feature_count, np.float32, mesh)
-    kind = model_of(config, days).variant
-    label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins, recurrence {kind}"
+    model = model_of(config, days)
+    kind = f", recurrence {model.variant}" if model.variants() else ""
+    label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins{kind}"
     started = time.monotonic()
     with _at_work(console, label), _no_compilation_cache():
         try:
@@ -176,8 +177,8 @@ def compile_step(
         bucket=bucket,
         days=days,
         dtype=config.model.dtype,
-        wanted=kind,
-        recurrence="pallas" if cost.kernels else "scan",
+        wanted=model.variant,
+        recurrence=("pallas" if cost.kernels else "scan") if model.variants() else "",
         compile_seconds=seconds,
         memory=memory,
         cost=cost,

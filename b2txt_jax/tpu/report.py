@@ -55,7 +55,7 @@ class Result:
     wanted: str
     """The variant of the recurrence in the configuration."""
     recurrence: str
-    """The variant in the program: 'pallas' if it has kernels."""
+    """The variant in the program: 'pallas' if it has kernels. Empty for a model without any."""
     compile_seconds: float
     memory: Memory
     cost: Cost
@@ -99,7 +99,7 @@ def described(result: Result) -> Iterator[str]:
     yield (
         f"  step     {result.rows} rows of {result.bucket[0]} bins ({result.per_device_batch} a "
         f"device), up to {result.bucket[1]} labels, {result.days} days, products in "
-        f"{result.dtype}, recurrence {result.recurrence}"
+        f"{result.dtype}{f', recurrence {result.recurrence}' if result.recurrence else ''}"
     )
     yield (
         f"  memory   per device: parameters {_mb(memory.parameters)}, optimizer "

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from b2txt_jax.model.gru.baseline import dropout
+from b2txt_jax.model.dropout import dropout
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.4])

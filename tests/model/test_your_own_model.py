@@ -119,7 +119,7 @@ def test_padding_changes_no_logits(my_models: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.name", "transformer", "needed one of gru, triple_gru, or my_package"),
+        ("model.name", "conformer", "needed one of gru, .*triple_transformer, or my_package"),
         ("model.name", "no_such_package.x:Y", "cannot be imported .*PYTHONPATH"),
         ("model.name", "my_models.convolutions:Nothing", "has no 'Nothing'"),
         ("model.name", "my_models.half:Half", "lacks apply, frames; needed a subclass of"),

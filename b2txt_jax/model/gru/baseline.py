@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import ConfigError, ModelSettings, setting
 from b2txt_jax.model.day_layer import day_layer
+from b2txt_jax.model.dropout import dropout
 from b2txt_jax.model.gru.recurrence import KINDS, recurrence
 from b2txt_jax.model.gru.wide import wide_recurrence
 from b2txt_jax.model.interface import (
@@ -88,20 +89,6 @@ def uniform(key: Array, size: int, fan_in: int) -> Array:
     """Return a fresh bias [size] within PyTorch's bound, 1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, (size,), jnp.float32, -bound, bound)
-
-
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero values with probability `rate` and scale the others. The identity without a key.
-
-    One random word of 32 bits serves two channels, half the width apart: random numbers are a
-    tenth of a step. `rate` is rounded to 1/65536.
-    """
-    if key is None or rate == 0:
-        return x
-    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)))
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : x.shape[-1]]
-    dropped = round(rate * 65536)
-    return jnp.where(halves >= dropped, x * (65536 / (65536 - dropped)), 0).astype(x.dtype)
 
 
 def draw_layer(key: Array, inputs: int, units: int) -> dict[str, Array]:

@@ -41,5 +41,5 @@ def get_config() -> ConfigDict:
     # ---- the training side, scaled to the short schedule
     config.data.plan = "epochs"
     config.train.ctc_per_label = True
-    config.optimizer.schedule = "cosine"
+    config.optimizer.schedule, config.optimizer.decay_at = "cosine", ()
     return config

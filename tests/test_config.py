@@ -321,3 +321,8 @@ def test_steps_of_a_decay_ascend_and_belong_to_its_schedule(schedule, decay_at, 
     keys = {"schedule": schedule, "decay_at": decay_at}
     with pytest.raises(ConfigError, match=message):
         load_config(BASELINE, [f"--config.optimizer.{k}={v}" for k, v in keys.items()])
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_configuration_that_is_installed_loads(path):
+    load_config(path)

@@ -29,13 +29,16 @@ from b2txt_jax.training.loop import TrainResult
 from b2txt_jax.training.loop import train as train_run
 
 
-def simulate(out: Path | str, *, force: bool = False, **settings: Any) -> Path:
+def simulate(out: Path | str, *, force: bool = False, jobs: int = 1, **settings: Any) -> Path:
     """Write simulated sessions to folder `out`, as `b2txt simulate` does.
 
     Args:
       out: folder to write to. What an earlier call with the same settings wrote is kept.
       force: replaces sessions that were simulated there with other settings.
-      settings: of `SimulationSettings`, such as `sessions=6, train=120, val=30, seed=0`.
+      jobs: processes for large sets. A script that asks for several needs the usual
+        `if __name__ == "__main__":`.
+      settings: of `SimulationSettings`, such as `sessions=6, train=120, val=30, seed=0`, or
+        `preset="recordings"`.
 
     Returns:
       The folder of the sessions, for `data.root`.
@@ -43,7 +46,7 @@ def simulate(out: Path | str, *, force: bool = False, **settings: Any) -> Path:
     Raises:
       DataError: a setting is out of range, or `out` holds other data.
     """
-    return write_sessions(out, SimulationSettings(**settings), force)
+    return write_sessions(out, SimulationSettings(**settings), force, jobs)
 
 
 def train(

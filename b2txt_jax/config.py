@@ -74,6 +74,16 @@ class DataConfig:
         help="(bins, labels) shapes that batches are padded to; (): chosen from the data"
     )
     eval_batch_size: int = setting(least=1, help="trials", resumable=True)
+    plan: str = setting(
+        "days",
+        choices=("days", "epochs"),
+        help="days: as above; epochs: every trial once per epoch, shuffled over all days",
+    )
+
+    @property
+    def batch_rows(self) -> int:
+        """Trials of a training batch, in either plan."""
+        return self.days_per_batch * self.trials_per_day
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,14 @@ class SignalConfig:
         ("static_gain", "white_noise", "constant_offset", "random_walk", "random_cut"),
         help="augmentations in their order: names, or 'package.module:function(setting=value)'",
     )
+    # Of augmentations that are used where `augment` lists them.
+    time_mask_spans: int = setting(20, least=0, help="of time_mask, per trial; they may overlap")
+    time_mask_fraction: float = setting(
+        0.05, least=0, below=1, help="of time_mask: longest span, as a share of the trial"
+    )
+    time_mask_patch: int = setting(4, least=1, help="of time_mask: spans are multiples of it, bins")
+    speckle_rate: float = setting(0.2, least=0, below=1, help="share of features masked")
+    channel_mask_rate: float = setting(0.1, least=0, below=1, help="share of channels masked")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +135,7 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay. The day layers have their own settings."""
+    """AdamW with warm-up and decay. The day layers have their own rates, steps and weight decay."""
 
     learning_rate: float = setting(least=0)
     learning_rate_min: float = setting(least=0)
@@ -133,6 +151,13 @@ class OptimizerConfig:
     weight_decay: float = setting(least=0)
     day_weight_decay: float = setting(least=0)
     clip_norm: float = setting(least=0, help="largest norm of the gradient; 0: no clipping")
+    schedule: str = setting(
+        "cosine",
+        choices=("cosine", "steps"),
+        help="cosine: to the *_min at *_decay_steps; steps: times decay_factor at each of decay_at",
+    )
+    decay_at: tuple[int, ...] = setting((), help="of schedule 'steps', ascending steps")
+    decay_factor: float = setting(0.1, least=0, help="of schedule 'steps'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +174,8 @@ class TrainConfig:
     # A step with a NaN or infinite loss or gradient changes no parameter. Then 'stop' ends the run
     # with an error, and 'skip' names the trials and goes on.
     on_nonfinite: str = setting("stop", choices=("stop", "skip"), resumable=True)
+    ctc_per_label: bool = setting(False, help="divide each trial's CTC loss by its label's length")
+    ema: float = setting(0.0, least=0, below=1, help="decay of the averaged weights; 0: none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -512,6 +539,18 @@ def _check(config: Config) -> None:
                 f"configuration key {key} is {names}; needed different names, each at its place in "
                 "the order"
             )
+    decay_at = config.optimizer.decay_at
+    if not all(isinstance(step, int) and step > 0 for step in decay_at) or (
+        sorted(set(decay_at)) != list(decay_at)
+    ):
+        raise ConfigError(
+            f"configuration key optimizer.decay_at is {decay_at}; needed ascending steps above 0"
+        )
+    if decay_at and config.optimizer.schedule != "steps":
+        raise ConfigError(
+            f"configuration key optimizer.decay_at is {decay_at}, which schedule "
+            f"{config.optimizer.schedule!r} does not use; needed optimizer.schedule 'steps', or ()"
+        )
     buckets = config.data.buckets
     pairs = [
         bucket

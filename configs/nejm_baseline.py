@@ -79,9 +79,13 @@ def get_config() -> ConfigDict:
     # each; () has them chosen from the lengths of the data
     config.data.buckets = ((600, 64), (800, 80), (1000, 100), (1200, 120), (1600, 160), (2560, 500))
     config.data.eval_batch_size = 64  # trials
+    # "epochs": every trial once per epoch, shuffled over all days, in batches of days_per_batch *
+    # trials_per_day
+    config.data.plan = "days"
 
     config.signal = ConfigDict()
-    # In this order; also "my_package.my_module:function(setting=value)"
+    # In this order; also "time_mask", "speckle", "channel_mask" (settings below), and
+    # "my_package.my_module:function(setting=value)"
     config.signal.augment = (
         "static_gain",
         "white_noise",
@@ -94,6 +98,11 @@ def get_config() -> ConfigDict:
     config.signal.constant_offset_std = 0.2
     config.signal.random_walk_std = 0.0
     config.signal.random_cut = 3  # cuts 0, 1 or 2 bins
+    config.signal.time_mask_spans = 20  # per trial, each of 0 to fraction * trial
+    config.signal.time_mask_fraction = 0.05
+    config.signal.time_mask_patch = 4  # bins; spans begin and end at multiples of it
+    config.signal.speckle_rate = 0.2  # share of a trial's features that are masked
+    config.signal.channel_mask_rate = 0.1  # share of a trial's channels, both features of each
     config.signal.smooth_std = 2.0  # bins; NEJM: smooth_kernel_std
     config.signal.smooth_size = 100  # bins; NEJM: smooth_kernel_size
     config.signal.eval_padding = "same"  # the published evaluation script uses "valid"
@@ -126,6 +135,10 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.001  # weights and h0; biases have none
     config.optimizer.day_weight_decay = 0.0  # NEJM: weight_decay_day
     config.optimizer.clip_norm = 10.0  # NEJM: grad_norm_clip_value
+    # "steps": after the warm-up constant, times decay_factor at each of the steps decay_at
+    config.optimizer.schedule = "cosine"
+    config.optimizer.decay_at = ()
+    config.optimizer.decay_factor = 0.1
 
     config.train = ConfigDict()
     config.train.seed = 10
@@ -135,6 +148,9 @@ def get_config() -> ConfigDict:
     config.train.save_every = 1_000  # latest checkpoint
     config.train.patience = 0  # validations without a better PER that end the run early; 0: never
     config.train.on_nonfinite = "stop"  # or "skip"; a NaN or infinite step changes no parameter
+    config.train.ctc_per_label = False  # True divides a trial's loss by its number of labels
+    # Decay of a moving average of the weights, which is validated and saved too; 0: none
+    config.train.ema = 0.0
 
     config.parallel = ConfigDict()
     config.parallel.model_axis = 1  # devices that split large parameters; the others split rows

@@ -59,14 +59,13 @@ def get_config() -> ConfigDict:
     config.optimizer.day_decay_steps = config.optimizer.decay_steps
 
     # ---- the training side of the published recipe
-    if "plan" in config.data:
-        config.data.plan = "epochs"  # shuffled over all days
-        config.train.ctc_per_label = True
-        config.optimizer.schedule = "steps"
-        config.optimizer.decay_at = (300 * EPOCH,)
-        config.optimizer.decay_factor = 0.1
-        config.signal.augment += ("time_mask",)
-        config.signal.time_mask_spans = 20
-        config.signal.time_mask_fraction = 0.05
-        config.signal.time_mask_patch = config.model.patch_size
+    config.data.plan = "epochs"  # shuffled over all days
+    config.train.ctc_per_label = True
+    config.optimizer.schedule = "steps"
+    config.optimizer.decay_at = (300 * EPOCH,)
+    config.optimizer.decay_factor = 0.1
+    config.signal.augment += ("time_mask",)
+    config.signal.time_mask_spans = 20
+    config.signal.time_mask_fraction = 0.05
+    config.signal.time_mask_patch = config.model.patch_size
     return config

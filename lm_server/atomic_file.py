@@ -15,13 +15,16 @@ class UnwritableError(UserError, OSError):
     """A place where a result cannot be written."""
 
 
-def require_writable(path: Path, option: str = "--out", devices: bool = False) -> None:
-    """Raise before the work what `replacing(path)` would raise after it. Make the file's folder.
+def require_writable(
+    path: Path, option: str = "--out", devices: bool = False, make: bool = True
+) -> None:
+    """Raise before the work what `replacing(path)` would raise after it.
 
     Args:
       path: of the file.
       option: that names it.
       devices: whether a device or a pipe will do.
+      make: whether to make the file's folder.
 
     Raises:
       UnwritableError: it cannot be written.
@@ -33,8 +36,10 @@ def require_writable(path: Path, option: str = "--out", devices: bool = False) -
             if devices:
                 return
             raise OSError("it is no regular file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".unfinished-{path.name}", dir=path.parent):
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        folder = next(place for place in path.absolute().parents if place.exists())
+        with tempfile.NamedTemporaryFile(prefix=f".unfinished-{path.name}", dir=folder):
             pass
     except OSError as error:
         raise UnwritableError(

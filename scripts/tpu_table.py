@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     config = load_config(args.config)
-    rows = config.data.days_per_batch * config.data.trials_per_day
+    rows = config.data.batch_rows
     wanted = [
         case
         for case in cases(rows)

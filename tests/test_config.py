@@ -306,3 +306,23 @@ def test_a_written_configuration_that_is_none_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_written_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "decay_at", "message"),
+    [
+        ("steps", (20, 10), "needed ascending steps above 0"),
+        ("steps", (0, 10), "needed ascending steps above 0"),
+        ("steps", (10, 10), "needed ascending steps above 0"),
+        ("cosine", (10,), "which schedule 'cosine' does not use"),
+    ],
+)
+def test_steps_of_a_decay_ascend_and_belong_to_its_schedule(schedule, decay_at, message):
+    keys = {"schedule": schedule, "decay_at": decay_at}
+    with pytest.raises(ConfigError, match=message):
+        load_config(BASELINE, [f"--config.optimizer.{k}={v}" for k, v in keys.items()])
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_configuration_that_is_installed_loads(path):
+    load_config(path)

@@ -6,10 +6,13 @@ from b2txt_jax import __version__
 from b2txt_jax.provenance import provenance, without_passwords
 
 
-def test_a_result_is_known_by_its_time_command_commit_and_versions() -> None:
+def test_a_result_is_known_by_its_time_command_commit_and_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/b2txt", "train", "--workdir", "runs/a"])
     found = provenance()
     assert found["date"].endswith("+00:00")
-    assert "pytest" in found["command"]
+    assert found["command"] == "/usr/bin/b2txt train --workdir runs/a"
     commit = found["commit"]  # None outside a checkout
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
     assert found["versions"]["b2txt-jax"] == __version__

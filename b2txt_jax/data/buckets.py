@@ -152,21 +152,48 @@ def share_of_batches(
     return share
 
 
+def share_of_epochs(bins: Sequence[int], rows: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the probability that a batch cut from a shuffled epoch has no trial longer than so
+    many bins, as `share_of_batches` does. Its rows are drawn without replacement."""
+    ordered = np.sort(np.asarray(bins))
+
+    def share(sizes: np.ndarray) -> np.ndarray:
+        fit = np.searchsorted(ordered, sizes, side="right")
+        found = np.ones(len(sizes))
+        for row in range(min(rows, len(ordered))):
+            found = found * np.maximum(fit - row, 0) / (len(ordered) - row)
+        return found
+
+    return share
+
+
+def _share_of_plan(
+    plan: str, bins_of_day: Sequence[Sequence[int]], days_per_batch: int, trials_per_day: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    if plan == "epochs":
+        everything = [bins for day in bins_of_day for bins in day]
+        return share_of_epochs(everything, days_per_batch * trials_per_day)
+    # With too few days training raises an error itself. Evaluating such a folder is possible.
+    return share_of_batches(bins_of_day, min(days_per_batch, len(bins_of_day)), trials_per_day)
+
+
 def buckets_of_data(
     training: Sequence[Lengths],
     evaluation: Lengths,
     days_per_batch: int,
     trials_per_day: int,
+    plan: str = "days",
     count: int = BUCKET_COUNT,
     multiple: int = MULTIPLE,
 ) -> BucketChoice:
-    """Choose buckets for training batches drawn by `plan` and for evaluation, from all lengths.
+    """Choose buckets for training batches and for evaluation, from all lengths.
 
     Args:
       training: lengths of each day's training trials.
       evaluation: lengths of the trials of val and test.
       days_per_batch: different days in a training batch.
       trials_per_day: rows per day of a training batch.
+      plan: of training batches, "days" or "epochs".
       count: of buckets, at most.
       multiple: that bins and labels are rounded up to.
 
@@ -178,9 +205,7 @@ def buckets_of_data(
     if not everything:
         raise ValueError("found no trials; needed the lengths of at least one")
     evaluation_bins = np.array([bins for bins, _ in evaluation])
-    # With too few days training raises an error itself. Evaluating such a folder is possible.
-    drawn_days = min(days_per_batch, len(bins_of_day))
-    in_training = share_of_batches(bins_of_day, drawn_days, trials_per_day)
+    in_training = _share_of_plan(plan, bins_of_day, days_per_batch, trials_per_day)
     in_evaluation = _shares(evaluation_bins) if evaluation else in_training
     weight = EVALUATION_SHARE if bins_of_day else 1.0
 
@@ -190,7 +215,7 @@ def buckets_of_data(
     buckets = choose_buckets(everything, count, multiple, fits)
     return BucketChoice(
         buckets,
-        training_padding(buckets, bins_of_day, days_per_batch, trials_per_day)
+        training_padding(buckets, bins_of_day, days_per_batch, trials_per_day, plan)
         if bins_of_day
         else 0.0,
         _padding(buckets, in_evaluation, float(evaluation_bins.mean())) if evaluation else 0.0,
@@ -202,6 +227,7 @@ def training_padding(
     bins_of_day: Sequence[Sequence[int]],
     days_per_batch: int,
     trials_per_day: int,
+    plan: str = "days",
 ) -> float:
     """Return the expected share of padding among the bins of a training batch.
 
@@ -209,11 +235,15 @@ def training_padding(
       buckets: (bins, labels), ascending. The last one holds all trials.
       bins_of_day: of each day's training trials. Days with none are never drawn.
       days_per_batch: different days in a batch.
-      trials_per_day: drawn with replacement.
+      trials_per_day: rows of each day.
+      plan: "days" or "epochs".
     """
     days = [list(bins) for bins in bins_of_day if bins]
-    drawn = share_of_batches(days, min(days_per_batch, len(days)), trials_per_day)
-    return _padding(buckets, drawn, float(np.mean([np.mean(bins) for bins in days])))
+    drawn = _share_of_plan(plan, days, days_per_batch, trials_per_day)
+    # A day counts as often as its trials are drawn.
+    weights = None if plan == "days" else [len(bins) for bins in days]
+    mean = float(np.average([np.mean(bins) for bins in days], weights=weights))
+    return _padding(buckets, drawn, mean)
 
 
 def _padding(

@@ -14,7 +14,7 @@ import numpy as np
 from b2txt_jax.config import DataConfig
 from b2txt_jax.data.buckets import buckets_of_data, training_padding
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.plan import plan
+from b2txt_jax.data.plan import epoch_plan, plan
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import SPLITS, Reader, Trial, TrialRef, frames_needed
 
@@ -122,7 +122,9 @@ def resolve_buckets(
             f"{data.root} has no trial in the {len(sessions)} sessions asked for; needed some to "
             "choose length buckets from: check data.root and data.sessions, or set data.buckets"
         )
-    choice = buckets_of_data(lengths["train"], held_out, data.days_per_batch, data.trials_per_day)
+    choice = buckets_of_data(
+        lengths["train"], held_out, data.days_per_batch, data.trials_per_day, data.plan
+    )
     return choice.buckets
 
 
@@ -204,7 +206,8 @@ class TrainingData(_Loader):
     def padding(self) -> float:
         """Expected share of padding among the bins of a batch, 0 to 1."""
         data, bins = self._data, [[ref.bins for ref in refs] for refs in self.refs_of_day]
-        return training_padding(self.buckets, bins, data.days_per_batch, data.trials_per_day)
+        rows = data.days_per_batch, data.trials_per_day
+        return training_padding(self.buckets, bins, *rows, data.plan)
 
     def _check_alignable(self, ref: TrialRef, needed: int) -> None:
         frames = self._frames_of_bins(ref.bins)
@@ -218,7 +221,11 @@ class TrainingData(_Loader):
     def rows(self, seed: int, step: int) -> list[tuple[int, TrialRef]]:
         """Return the (day, trial) rows of one batch, a function of (seed, step) alone."""
         counts = [len(refs) for refs in self.refs_of_day]
-        drawn = plan(seed, step, counts, self._data.days_per_batch, self._data.trials_per_day)
+        data = self._data
+        if data.plan == "epochs":
+            drawn = epoch_plan(seed, step, counts, data.batch_rows)
+        else:
+            drawn = plan(seed, step, counts, data.days_per_batch, data.trials_per_day)
         return [(int(day), self.refs_of_day[day][trial]) for day, trial in drawn]
 
     def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:

@@ -43,6 +43,7 @@ class PackSettings:
       min_bins: bins of 20 ms that a trial must have.
       days_per_batch: of training batches, for the choice of buckets.
       trials_per_day: of training batches, for the choice of buckets.
+      plan: of training batches, for the choice of buckets.
     """
 
     dtype: str = "float32"
@@ -51,6 +52,7 @@ class PackSettings:
     min_bins: int = 1
     days_per_batch: int = 4
     trials_per_day: int = 16
+    plan: str = "days"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -129,6 +131,7 @@ def write_manifest(
         [n for (_, split), found in sorted(lengths.items()) if split != "train" for n in found],
         settings.days_per_batch,
         settings.trials_per_day,
+        settings.plan,
     )
     sessions: dict[str, dict[str, Any]] = {}
     for (session, split), found in sorted(packed.items()):
@@ -147,6 +150,7 @@ def write_manifest(
         "feature_count": settings.feature_count,
         "days_per_batch": settings.days_per_batch,
         "trials_per_day": settings.trials_per_day,
+        "plan": settings.plan,
         "buckets": [list(bucket) for bucket in choice.buckets],
         "training_padding": choice.training_padding,
         "evaluation_padding": choice.evaluation_padding,

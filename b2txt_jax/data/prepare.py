@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             config.model.least_bins,
             config.data.days_per_batch,
             config.data.trials_per_day,
+            config.data.plan,
         )
     elif overrides:
         raise ConfigError(f"found {overrides[0]} without --config; needed both, or neither")

@@ -300,7 +300,7 @@ def training_memory(
     from b2txt_jax.training.step import model_of
 
     data = config.data
-    rows, bins = data.days_per_batch * data.trials_per_day, bucket[0]
+    rows, bins = data.batch_rows, bucket[0]
     batch = rows * bins * data.feature_count * 4
     # A state that is being saved, and batches read ahead.
     needed = _RUNTIME_BYTES + state + 6 * batch

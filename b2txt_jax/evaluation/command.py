@@ -1,8 +1,8 @@
 """Score a trained run: PER, and WER through the language-model server.
 
 Writes evaluation.json and submission.csv (id,text; sessions in order, then trials) into --out, by
-default WORKDIR/SPLIT/NAME, where NAME is that of the language model. A result that other settings
-gave is not replaced.
+default WORKDIR/SPLIT/NAME, where NAME is that of the language model, with _ema for averaged
+weights. A result that other settings gave is not replaced.
 With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is
 started for this call and stopped after it. With neither, a server at $B2TXT_REDIS_URL or on this
 machine's port 6379 is used if one answers.
@@ -43,8 +43,15 @@ from b2txt_jax.evaluation.evaluate import (
     write_evaluation,
 )
 from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
-from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, load_run
+from b2txt_jax.inference.run import (
+    CHANGEABLE,
+    Run,
+    TrialLogits,
+    add_weights_argument,
+    load_run,
+)
 from b2txt_jax.provenance import provenance
+from b2txt_jax.training.checkpoint import RAW
 from lm_server.atomic_file import require_writable
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
@@ -61,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=("val", "test"), default="val", help="of the data (default val)"
     )
+    add_weights_argument(parser)
     parser.add_argument(
         "--redis",
         metavar="URL",
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt evaluate`. Return exit status 1 when trials failed."""
     console = Console()
     options = child_options(args)
-    model = load_run(args.workdir, args.overrides)
+    model = load_run(args.workdir, args.overrides, args.weights)
     out = args.out or args.workdir / args.split / result_name(args)
     check_results(out)
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
@@ -126,11 +134,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def result_name(args: argparse.Namespace) -> str:
-    """Return the name of a result: the language model, settings and rescoring that were given."""
+    """Return the name of a result: the language model, settings, rescoring and weights given."""
     server = "workers" if args.workers is not None else "server"
     names = [args.lm.absolute().name if args.lm else server]
     names += [Path(given).absolute().stem for given in (args.settings, args.llm) if given]
-    return "-".join(names)
+    return "-".join(names) + ("" if args.weights == RAW else f"_{args.weights}")
 
 
 def all_settings(
@@ -143,6 +151,7 @@ def all_settings(
     """
     settings: dict[str, Any] = {
         "step": model.step,
+        "weights": model.weights,
         "eval_padding": model.config.signal.eval_padding,
     }
     settings |= {key: value for key, value in given.items() if value is not None}
@@ -189,7 +198,9 @@ def check_replaceable(out: Path, settings: Mapping[str, Any], force: bool = Fals
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     search = settings.get("search", {})
-    return {**settings, "search": None, **{f"search.{key}": search[key] for key in search}}
+    flat = {f"search.{key}": value for key, value in search.items()}
+    # Results of before there were averaged weights lack the key.
+    return {"weights": RAW, **settings, "search": None, **flat}
 
 
 class OptionsError(UserError, ValueError):

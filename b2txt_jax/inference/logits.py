@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from b2txt_jax.inference.run import TrialLogits, load_run
+from b2txt_jax.inference.run import TrialLogits, add_weights_argument, load_run
 from lm_server.atomic_file import replacing, require_writable
 
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=("val", "test"), default="val", help="of the data (default val)"
     )
+    add_weights_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="the .npz file to write")
     parser.epilog = (
         "Writes `logits` float32 [all frames, 41] (RNN class order), `frames` int32 [N], `trial` "
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `b2txt infer`."""
     require_writable(args.out, devices=True)
-    trained = load_run(args.workdir, args.overrides)
+    trained = load_run(args.workdir, args.overrides, args.weights)
     trials = trained.logits(args.split, console=Console(stderr=True))
     write_logits(args.out, trials)
     frames = sum(len(trial.logits) for trial in trials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import functools
 import json
@@ -17,13 +18,19 @@ from numpy.typing import ArrayLike
 from rich.console import Console
 from rich.progress import track
 
-from b2txt_jax.config import CONFIG_FILE, Config, read_written_config, with_overrides
+from b2txt_jax.config import (
+    CONFIG_FILE,
+    Config,
+    ConfigError,
+    read_written_config,
+    with_overrides,
+)
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, too_short
 from b2txt_jax.model.interface import Params
 from b2txt_jax.quiet import other_libraries_quiet
-from b2txt_jax.training.checkpoint import Checkpoints
+from b2txt_jax.training.checkpoint import EMA, RAW, WEIGHTS, Checkpoints
 from b2txt_jax.training.checksum import checksums, text_checksum
 from b2txt_jax.training.sharding import (
     DATA,
@@ -68,6 +75,8 @@ class Run:
     params: Params = field(repr=False)
     step: int
     """Optimizer step of the parameters."""
+    weights: str = RAW
+    """Which they are: "raw", as the optimizer left them, or "ema", their moving average."""
 
     @property
     def sessions(self) -> tuple[str, ...]:
@@ -254,21 +263,41 @@ class Run:
             yield logits[row, :count].copy()
 
 
-def load_run(workdir: Path | str, overrides: Sequence[str] = ()) -> Run:
+def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = RAW) -> Run:
     """Read a run's configuration and best parameters.
 
     Args:
       workdir: the run's folder, written by `b2txt train`.
       overrides: of the keys in `CHANGEABLE`, such as "--config.data.root=DIR".
+      weights: "raw", or "ema" for the moving average of a run with `train.ema`. Each are those of
+        their own best validation.
 
     Raises:
-      ConfigError: the folder holds no run.
+      ConfigError: the folder holds no run, or one without such weights.
       CheckpointError: the run has no best checkpoint yet, or it is damaged.
     """
     workdir = Path(workdir)
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights is {weights!r}; needed one of {', '.join(WEIGHTS)}")
+    if weights == EMA and not config.train.ema:
+        raise ConfigError(
+            f"{workdir} has no averaged weights, since it was trained with train.ema = 0; needed "
+            "weights 'raw', or a run with train.ema"
+        )
     # Whole on every device of this mesh, however many devices trained them.
     like = abstract_state(config, len(config.data.sessions), make_mesh()).params
-    with other_libraries_quiet(), Checkpoints(workdir, read_only=True) as checkpoints:
-        params, best = checkpoints.restore_best(like)
-    return Run(config, params, best.step)
+    ema = weights == EMA
+    with other_libraries_quiet(), Checkpoints(workdir, read_only=True, ema=ema) as checkpoints:
+        params, best = checkpoints.restore_best(like, weights)
+    return Run(config, params, best.step, weights)
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of weights to a command that uses a run."""
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=RAW,
+        help="raw: as the optimizer left them (the default); ema: their moving average",
+    )

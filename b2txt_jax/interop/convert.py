@@ -23,6 +23,7 @@ from b2txt_jax.interop.nejm import (
     read_nejm,
     write_nejm,
 )
+from b2txt_jax.interop.nejm_args import recipe_notes
 from b2txt_jax.interop.safetensors_file import config_path, read_safetensors, write_safetensors
 from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.model.interface import parameter_count
@@ -134,7 +135,7 @@ def _run_to(args: argparse.Namespace, console: Console) -> int:
             )
     _require_new(targets, args.force)
     run = read_workdir(args.workdir, args.which or "best", published=bool(args.to_nejm))
-    for note in run.notes:
+    for note in (*run.notes, *(recipe_notes(run.config) if args.to_nejm else ())):
         console.print(note)
     if args.to_nejm:
         write_nejm(args.to_nejm, run, COMPILED_PREFIX if args.compiled_names else "")
@@ -167,7 +168,7 @@ def _require_folder(path: Path) -> None:
 def _require_free(workdir: Path, force: bool) -> None:
     _require_folder(workdir)
     if not workdir.exists():
-        require_writable(workdir.absolute(), "--workdir")
+        require_writable(workdir.absolute(), "--workdir", make=False)
         return
     if any(workdir.iterdir()) and not force:
         raise ConversionError(
@@ -187,7 +188,7 @@ def _require_new(paths: list[Path], force: bool) -> None:
             f"{', '.join(there)} exists; give another place, or --force to replace it"
         )
     for path in paths:
-        require_writable(path, "the file")
+        require_writable(path, "the file", make=False)
 
 
 def write_workdir(workdir: Path, run: Run, restart: bool = False) -> None:

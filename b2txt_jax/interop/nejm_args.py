@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from b2txt_jax.config import Config, freeze
+from b2txt_jax.config import Config, SignalConfig, freeze
 from b2txt_jax.interop.errors import ConversionError, shortened
 from b2txt_jax.model.gru.baseline import GRUSettings
 from b2txt_jax.signal.smooth import gaussian_taps
@@ -417,6 +417,22 @@ def _as_config(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return config
 
 
+def recipe_notes(config: Config) -> tuple[str, ...]:
+    """Return a note where the published trainer cannot continue with this run's recipe."""
+    published: tuple[str, ...] = SignalConfig.augment  # the default
+    without = {
+        "data.plan": config.data.plan != "days",
+        "signal.augment": not set(config.signal.augment) <= set(published),
+        "optimizer.schedule": config.optimizer.schedule != "cosine",
+        "train.ctc_per_label": config.train.ctc_per_label,
+        "train.ema": config.train.ema > 0,
+    }
+    found = ", ".join(key for key, differs in without.items() if differs)
+    if not found:
+        return ()
+    return (f"the published trainer has no {found}: training on there is another recipe",)
+
+
 def args_from_config(config: Config, validated: Collection[str]) -> dict[str, Any]:
     """Return all settings of a published args.yaml, nested, for a configuration.
 
@@ -445,7 +461,7 @@ def args_from_config(config: Config, validated: Collection[str]) -> dict[str, An
         _VALIDATED: [int(name in validated) for name in sessions],
         "dataset.neural_dim": features,
         "model.input_network.input_layer_sizes": [features],
-        _BATCH: config.data.days_per_batch * config.data.trials_per_day,
+        _BATCH: config.data.batch_rows,
         # The published evaluation script feeds bfloat16, and works with autocast alone.
         _AMP: True,
         _SMOOTH: config.signal.smooth_std > 0,

@@ -171,7 +171,7 @@ def _own_names(named: Mapping[str, Any], config: Config, source: str) -> Params:
     for name, shape in shapes.items():
         _check_array(named[name], name, shape, source, "the section model, data.feature_count")
     arrays = [np.asarray(named[name], np.float32) for name in shapes]
-    return jax.tree.unflatten(structure, arrays)  # type: ignore[no-any-return]
+    return jax.tree.unflatten(structure, arrays)
 
 
 def checked_params(named: Mapping[str, Any], config: Config, source: str) -> Params:
@@ -276,6 +276,7 @@ def fresh_state(config: Config, params: Params, step: int) -> TrainState:
         step=jnp.int32(step),
         params=jax.tree.map(jnp.asarray, params),
         optimizer=jax.tree.map(zero, shapes.optimizer, is_leaf=_is_leaf),
+        ema=jax.tree.map(jnp.asarray, params) if config.train.ema else None,
     )
 
 

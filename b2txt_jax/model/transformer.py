@@ -13,8 +13,7 @@ Attention is plain XLA, one block of BLOCK queries after the other, each with th
 see and no others: neither the future nor what lies before the longest context is computed. The
 context of a step is a traced value that only moves the mask, so that no draw compiles anew. The
 ready-made kernels do not serve. `jax.nn.dot_product_attention` and Splash attention have no dropout
-of the attention weights, 0.35 in the recipe, and Splash has no learned bias. docs/transformer.md
-has the measurements behind the blocks.
+of the attention weights, 0.35 in the recipe, and Splash has no learned bias.
 
 Residuals, LayerNorm, softmax and losses are float32. Matrix products run in the compute dtype,
 forward and backward. Parameters have PyTorch's shapes, `weight [out, in]`, and PyTorch's fresh
@@ -286,9 +285,10 @@ class Transformer(Model):
         context: Array | int = s.frames_in(s.context)
         longest = s.frames_in(s.context)
         if key is not None:
-            keys = list(jax.random.split(key, s.layers + 2))
+            drawn = jax.random.split(key, s.layers + 2)
+            keys = list(drawn)
             longest = s.frames_in(s.context_most)
-            context = jax.random.randint(keys[1], (), s.frames_in(s.context_least), longest + 1)
+            context = jax.random.randint(drawn[1], (), s.frames_in(s.context_least), longest + 1)
 
         def attend(layer: int, query: Array, key: Array, value: Array) -> Array:
             relative, own = params[f"layer{layer}"]["attention"]["relative"], keys[2 + layer]
@@ -413,10 +413,11 @@ class Transformer(Model):
             return mixed.swapaxes(1, 2)
 
         logits = self._decoded(params, x, attend, [None] * s.layers)
+        written = state.kept
         if places:
             # Zero, but not for the compiler: it writes in place only what was read before for sure.
             after = jnp.minimum(jnp.abs(logits[0, 0, 0]).astype(jnp.int32), 0)
             place = state.frame % places + after
             write = jax.lax.dynamic_update_slice_in_dim
-            kept = jax.tree.map(lambda old, new: write(old, new, place, 2), state.kept, tuple(kept))
-        return logits, state._replace(frame=state.frame + 1, kept=kept if places else state.kept)
+            written = jax.tree.map(lambda old, new: write(old, new, place, 2), written, tuple(kept))
+        return logits, state._replace(frame=state.frame + 1, kept=written)

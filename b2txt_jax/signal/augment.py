@@ -1,4 +1,5 @@
-"""Augmentation of training features, in the published order (NEJM reference, section 4).
+"""Augmentation of training features: the published noise in its order (NEJM reference, section 4),
+and masks.
 
 An augmentation is a pure function (key, features [B, T, D], bins [B]) -> (features, bins) of the
 same shapes. `signal.augment` lists them in order: those below by name, others as
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from b2txt_jax.config import ConfigError, SignalConfig, imported
 
@@ -52,7 +55,55 @@ def random_cut(key: jax.Array, x: jax.Array, bins: jax.Array, below: int) -> Aug
     return x, jnp.maximum(bins - cut, 0)
 
 
-def time_mask(bins: jax.Array, length: int) -> jax.Array:
+def time_mask(
+    key: jax.Array, x: jax.Array, bins: jax.Array, spans: int, fraction: float, patch: int
+) -> Augmented:
+    """Set spans of whole patches to zero, as masking a model's patches of `patch` bins does.
+
+    Each span's length is a uniform integer from 0 to floor(`fraction` * patches of the trial), and
+    its start is uniform among the places where it fits. Spans may overlap. A last patch that the
+    trial fills in part counts as one.
+    """
+    of_length, of_start = jax.random.split(key)
+    shape = (x.shape[0], spans)
+    patches = -(-bins // patch)[:, None]
+    # By a table of exact integers: a product of floats could fall just below one.
+    longest = np.array(
+        [int(Fraction(str(fraction)) * n) for n in range(-(-x.shape[1] // patch) + 1)]
+    )
+    length = jax.random.randint(of_length, shape, 0, jnp.asarray(longest)[patches] + 1)
+    start = jax.random.randint(of_start, shape, 0, patches - length + 1)[:, None]
+    place = (jnp.arange(x.shape[1]) // patch)[:, None]
+    masked = ((start <= place) & (place < start + length[:, None])).any(-1)
+    return jnp.where(masked[..., None], 0, x), bins
+
+
+def speckle(key: jax.Array, x: jax.Array, bins: jax.Array, rate: float) -> Augmented:
+    """Set each feature of a trial to zero with probability `rate`, in all of its bins."""
+    return jnp.where(jax.random.bernoulli(key, rate, (x.shape[0], 1, x.shape[2])), 0, x), bins
+
+
+def channel_mask(key: jax.Array, x: jax.Array, bins: jax.Array, rate: float) -> Augmented:
+    """Set each channel of a trial to zero with probability `rate`: both of its features, threshold
+    crossings and band power, which are the two halves of the features.
+
+    Raises:
+      ConfigError: the number of features is odd.
+    """
+    if x.shape[2] % 2:
+        raise ConfigError(
+            f"signal.augment lists 'channel_mask' and data.feature_count is {x.shape[2]}; needed "
+            "two features per channel: list 'speckle', which masks single features, instead"
+        )
+    masked = jax.random.bernoulli(key, rate, (x.shape[0], 1, x.shape[2] // 2))
+    return jnp.where(jnp.tile(masked, (1, 1, 2)), 0, x), bins
+
+
+_AFTER_SMOOTHING = frozenset({"time_mask"})
+"""What acts on smoothed features wherever it is listed. Smoothing would fill what it masked."""
+
+
+def inside(bins: jax.Array, length: int) -> jax.Array:
     """Return True where a bin belongs to the trial: [B] -> [B, length, 1]."""
     return (jnp.arange(length) < bins[:, None])[..., None]
 
@@ -75,6 +126,14 @@ def augmentations(signal: SignalConfig) -> tuple[Augmentation | None, ...]:
     }
     cut = functools.partial(random_cut, below=signal.random_cut)
     ours["random_cut"] = cut if signal.random_cut > 1 else None
+    ours["time_mask"] = functools.partial(
+        time_mask,
+        spans=signal.time_mask_spans,
+        fraction=signal.time_mask_fraction,
+        patch=signal.time_mask_patch,
+    )
+    ours["speckle"] = functools.partial(speckle, rate=signal.speckle_rate)
+    ours["channel_mask"] = functools.partial(channel_mask, rate=signal.channel_mask_rate)
     return tuple(ours[name] if name in ours else _foreign(name, ours) for name in signal.augment)
 
 
@@ -100,15 +159,25 @@ def _foreign(entry: str, ours: dict[str, Augmentation | None]) -> Augmentation:
 
 
 def augment(
-    key: jax.Array, features: jax.Array, bins: jax.Array, signal: SignalConfig
+    key: jax.Array,
+    features: jax.Array,
+    bins: jax.Array,
+    signal: SignalConfig,
+    smoothed: bool = False,
 ) -> Augmented:
     """Apply the configured augmentations: features [B, T, D], bins [B] -> the same shapes.
+
+    Call it twice with the same key, before smoothing, and after it with `smoothed` for the
+    augmentations that act there.
 
     NEJM: noise is added to the padding too and leaks back through the smoothing. Here padding stays
       zero, so that how far a trial is padded never changes what is learned from it.
     """
     functions = augmentations(signal)
-    for one, own_key in zip(functions, jax.random.split(key, len(functions) or 1), strict=False):
-        if one is not None:
+    keys = jax.random.split(key, len(functions) or 1)
+    for name, one, own_key in zip(signal.augment, functions, keys, strict=False):
+        if one is not None and (name in _AFTER_SMOOTHING) == smoothed:
             features, bins = one(own_key, features, bins)
-    return jnp.where(time_mask(bins, features.shape[1]), features, 0), bins
+    if smoothed:  # Smoothing has carried the trial's end into the padding, as in evaluation.
+        return features, bins
+    return jnp.where(inside(bins, features.shape[1]), features, 0), bins

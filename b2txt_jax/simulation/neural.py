@@ -133,8 +133,8 @@ def record(
     strength: float,
     rng: np.random.Generator,
     bursts: np.ndarray | None = None,
-) -> list[np.ndarray]:
-    """Return the features of one block's trials, z-scored over the block.
+) -> np.ndarray:
+    """Return the raw features of one block's trials, one after the other, float32 [all bins, 512].
 
     Args:
       trajectories: per trial [T, latents].
@@ -142,12 +142,7 @@ def record(
       strength: depth of modulation against the noise (1 is moderate).
       rng: source of all noise of this block.
       bursts: further drive of the electrodes, [all bins, 512].
-
-    Returns:
-      Per trial float32 [T, 512], z-scored per feature over all bins of the block. A feature that
-      never changes is 0.
     """
-    lengths = [len(trajectory) for trajectory in trajectories]
     drive = _drive(trajectories, tuning) * np.float32(strength)
     bins = len(drive)
     shared = smooth(rng.standard_normal((bins, _NOISE_SOURCES)), _NOISE_BINS)
@@ -166,10 +161,14 @@ def record(
     features[:, :_CHANNELS] = rng.poisson(rates)
     features[:, _CHANNELS:] = power * alive
     features[:, _CHANNELS:] += rng.standard_normal((bins, _CHANNELS), dtype=np.float32)
+    return features
+
+
+def z_score(features: np.ndarray) -> None:
+    """Z-score features [bins, 512] over the bins, in place. One that never changes becomes 0."""
     mean, std = features.mean(axis=0), features.std(axis=0)
     features -= mean
     features /= np.where(std > 1e-6, std, 1.0)
-    return np.split(features, np.cumsum(lengths)[:-1])
 
 
 def _electrode_tuning(rng: np.random.Generator) -> np.ndarray:

@@ -24,9 +24,14 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
+import itertools
 import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import h5py
@@ -40,9 +45,11 @@ from b2txt_jax.data.description import (
     session_date,
     write_description,
 )
-from b2txt_jax.simulation import neural, speech
+from b2txt_jax.simulation import neural, recordings, speech
 from b2txt_jax.simulation.corpus import language_model_text
 from b2txt_jax.simulation.plan import (
+    PRESETS,
+    RECORDINGS,
     SESSIONS,
     PlannedBlock,
     Sentence,
@@ -57,11 +64,15 @@ _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published se
 _SESSIONS_FOLDER = "hdf5_data_final"
 _SETTINGS_FILE = "simulation.json"
 _TEXT_FILE = "language_model_text.txt"
+_FEWEST_FOR_PROCESSES = 500
+"""Sentences. Starting a process takes as long as some hundred of them."""
 _FORMAT = 2
 """Incremented whenever the same settings give other files, so that these do not mix."""
 
 
-def simulate(out: Path | str, settings: SimulationSettings, force: bool = False) -> Path:
+def simulate(
+    out: Path | str, settings: SimulationSettings, force: bool = False, jobs: int = 1
+) -> Path:
     """Write sessions, the table of their blocks and text for a language model to folder `out`.
 
     The sessions are OUT/hdf5_data_final/<session>/data_*.hdf5. Existing files of the same settings
@@ -71,6 +82,7 @@ def simulate(out: Path | str, settings: SimulationSettings, force: bool = False)
       out: folder to write to.
       settings: what to simulate.
       force: replaces sessions that were simulated there with other settings.
+      jobs: processes that write at the same time. They do not change the result.
 
     Returns:
       The folder of the sessions, for `data.root`.
@@ -93,19 +105,29 @@ def simulate(out: Path | str, settings: SimulationSettings, force: bool = False)
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    tuning = None
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("simulating sentences", total=sum(b.sentences for b in blocks))
-        done = 0
-        for index, (name, plan) in enumerate(plans.items()):
-            tuning = _tuning_of_day(settings, index, tuning)
-            # Val and test share blocks: one pass writes both.
-            for splits in (("train",), ("val", "test")):
-                missing = _missing_files(out, name, plan, splits)
-                for _ in _write_files(missing, name, plan, settings, index, tuning):
+    days = _days(settings)
+    work = [
+        _Work(out, name, plan, settings, index, days[index], splits)
+        for index, (name, plan) in enumerate(plans.items())
+        # Val and test share blocks: one pass writes both.
+        for splits in (("train",), ("val", "test"))
+    ]
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, transient=True))
+        total = sum(part.sentences for part in work)
+        task = progress.add_task("simulating sentences", total=total)
+        if jobs == 1 or total < _FEWEST_FOR_PROCESSES:
+            for part in work:
+                for _ in part.write():
                     progress.advance(task)
-            done += sum(len(block.sentences) for block in plan)
-            progress.update(task, completed=done)
+        else:
+            # A fork of a process that has run JAX may never return.
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, context))
+            # The longest first, so that the last ones end together.
+            work.sort(key=lambda part: part.sentences, reverse=True)
+            for done in as_completed([pool.submit(part.write_all) for part in work]):
+                progress.advance(task, done.result())
     return out / _SESSIONS_FOLDER
 
 
@@ -118,12 +140,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `b2txt simulate`."""
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     for setting in dataclasses.fields(SimulationSettings):
-        parser.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            type=type(setting.default),
-            default=setting.default,
-            help=f"{setting.metadata['help']} (default {setting.default})".replace("%", "%%"),
+        option, meta = f"--{setting.name.replace('_', '-')}", setting.metadata
+        if setting.default is False:
+            parser.add_argument(option, action="store_true", help=meta["help"])
+            continue
+        of_preset = {name: values.get(setting.name) for name, values in PRESETS.items()}
+        default = (
+            ", ".join(f"{k}: {'as published' if v is None else v}" for k, v in of_preset.items())
+            if setting.default is None
+            else setting.default
         )
+        parser.add_argument(
+            option,
+            type=type(meta["least"]) if "least" in meta else str,
+            choices=meta.get("choices"),
+            default=setting.default,
+            help=f"{meta['help']} (default {default})".replace("%", "%%"),
+        )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
+    )
     parser.add_argument(
         "--force", action="store_true", help="replace sessions simulated with other settings"
     )
@@ -133,7 +169,9 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt simulate`."""
     names = [field.name for field in dataclasses.fields(SimulationSettings)]
     settings = SimulationSettings(**{name: getattr(args, name) for name in names})
-    root = simulate(args.out, settings, args.force)
+    if args.jobs < 1:
+        raise DataError(f"--jobs is {args.jobs}; needed 1 or more processes")
+    root = simulate(args.out, settings, args.force, args.jobs)
     print(f"{settings.sessions} simulated sessions are in {root}")
     return 0
 
@@ -146,12 +184,11 @@ def _rows(session: str, plan: list[PlannedBlock]) -> Iterator[Block]:
         yield Block(date, day, block.number, len(block.sentences), block.corpus, split)
 
 
-def _tuning_of_day(
-    settings: SimulationSettings, index: int, before: neural.Tuning | None
-) -> neural.Tuning:
-    """Return the tuning of session `index`, from that of the session before."""
-    if before is None:
-        return neural.first_tuning(named_rng(settings, "tuning"))
+def _days(settings: SimulationSettings) -> list[neural.Tuning] | list[recordings.Day]:
+    """Return the electrodes of each session."""
+    if settings.preset == RECORDINGS:
+        rng_of = functools.partial(named_rng, settings)
+        return recordings.days(SESSIONS[: settings.sessions], settings.drift, rng_of)
     usual = neural.Drift()
     drift = neural.Drift(
         rotation=settings.drift * usual.rotation,
@@ -159,69 +196,103 @@ def _tuning_of_day(
         gain=settings.drift * usual.gain,
         death=min(1.0, settings.drift * usual.death),
     )
-    return neural.next_tuning(before, drift, named_rng(settings, "drift", index))
+    days = [neural.first_tuning(named_rng(settings, "tuning"))]
+    for index in range(1, settings.sessions):
+        days.append(neural.next_tuning(days[-1], drift, named_rng(settings, "drift", index)))
+    return days
 
 
-def _missing_files(
-    out: Path, session: str, plan: list[PlannedBlock], splits: Sequence[str]
-) -> dict[str, Path]:
-    """Return split -> file, for those of `splits` that the session has and that are missing."""
-    held = {sentence.split for block in plan for sentence in block.sentences}
-    paths = {split: _session_folder(out, session) / f"data_{split}.hdf5" for split in splits}
-    return {split: path for split, path in paths.items() if split in held and not path.is_file()}
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """Files of one session that are written in one pass."""
 
+    out: Path
+    session: str
+    plan: list[PlannedBlock]
+    settings: SimulationSettings
+    index: int
+    day: neural.Tuning | recordings.Day
+    splits: Sequence[str]
 
-def _write_files(
-    paths: dict[str, Path],
-    session: str,
-    plan: list[PlannedBlock],
-    settings: SimulationSettings,
-    index: int,
-    tuning: neural.Tuning,
-) -> Iterator[None]:
-    """Write the files `paths` (by split) of one session. Yields after each trial."""
-    if not paths:
-        return
-    # The names do not depend on the process, so that what a killed one left is overwritten.
-    partial = {split: path.with_suffix(".partial") for split, path in paths.items()}
-    for path in partial.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(h5py.File(path, "w")) for s, path in partial.items()}
-        for block in plan:
-            if not any(sentence.split in paths for sentence in block.sentences):
-                continue
-            recorded = _record_block(block, settings, index, tuning)
-            for trial, (sentence, features) in enumerate(
-                zip(block.sentences, recorded, strict=True)
-            ):
-                if sentence.split in files:
-                    file = files[sentence.split]
-                    group = file.create_group(f"trial_{len(file):04d}")
-                    _write_trial(group, session, block.number, trial, sentence, features)
-                yield
-    for split, path in paths.items():
-        partial[split].replace(path)
+    @property
+    def sentences(self) -> int:
+        return sum(s.split in self.splits for block in self.plan for s in block.sentences)
+
+    def write_all(self) -> int:
+        """Write the files and return the number of their sentences."""
+        for _ in self.write():
+            pass
+        return self.sentences
+
+    def write(self) -> Iterator[None]:
+        """Write the files that are missing. Yields once for each sentence."""
+        paths = self._missing()
+        if not paths:
+            yield from itertools.repeat(None, self.sentences)
+            return
+        # The names do not depend on the process, so that what a killed one left is overwritten.
+        partial = {split: path.with_suffix(".partial") for split, path in paths.items()}
+        for path in partial.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            files = {s: stack.enter_context(h5py.File(path, "w")) for s, path in partial.items()}
+            for block in self.plan:
+                if not any(sentence.split in self.splits for sentence in block.sentences):
+                    continue
+                recorded = _record_block(block, self.settings, self.index, self.day)
+                for trial, (sentence, features) in enumerate(
+                    zip(block.sentences, recorded, strict=True)
+                ):
+                    if sentence.split in files:
+                        file = files[sentence.split]
+                        group = file.create_group(f"trial_{len(file):04d}")
+                        _write_trial(group, self.session, block.number, trial, sentence, features)
+                    yield
+        for split, path in paths.items():
+            partial[split].replace(path)
+
+    def _missing(self) -> dict[str, Path]:
+        """Return split -> file, for those that the session has and that are missing."""
+        held = {sentence.split for block in self.plan for sentence in block.sentences}
+        folder = _session_folder(self.out, self.session)
+        paths = {split: folder / f"data_{split}.hdf5" for split in self.splits if split in held}
+        return {split: path for split, path in paths.items() if not path.is_file()}
 
 
 def _record_block(
-    block: PlannedBlock, settings: SimulationSettings, index: int, tuning: neural.Tuning
+    block: PlannedBlock,
+    settings: SimulationSettings,
+    index: int,
+    day: neural.Tuning | recordings.Day,
 ) -> list[np.ndarray]:
     """Return the features of each trial of a block, float32 [T, 512]."""
-    rng = named_rng(settings, "block", index, block.number)
-    table = speech.articulation()
-    trajectories = [
-        speech.attempt(sentence.labels, table, settings.speaking_rate, rng)
-        for sentence in block.sentences
-    ]
-    bursts = None
-    if settings.bursts:
-        # Separate draws, so that everything else is the same with and without bursts.
-        bins = sum(len(trajectory) for trajectory in trajectories)
-        patterns = neural.burst_patterns(named_rng(settings, "burst patterns"))
-        timing = named_rng(settings, "bursts", index, block.number)
-        bursts = settings.bursts * neural.bursts(bins, patterns, timing)
-    return neural.record(trajectories, tuning, modulation(settings.difficulty), rng, bursts)
+    strength = modulation(settings.difficulty)
+    if isinstance(day, recordings.Day):
+        rng_of = functools.partial(named_rng, settings)
+        place = (index, block.number)
+        labels = [sentence.labels for sentence in block.sentences]
+        trials = recordings.record_block(
+            labels, day, strength, settings.speaking_rate, settings.bursts, place, rng_of
+        )
+        lengths, features = [len(trial) for trial in trials], np.concatenate(trials)
+    else:
+        rng = named_rng(settings, "block", index, block.number)
+        table = speech.articulation()
+        trajectories = [
+            speech.attempt(sentence.labels, table, settings.speaking_rate, rng)
+            for sentence in block.sentences
+        ]
+        lengths = [len(trajectory) for trajectory in trajectories]
+        bursts = None
+        if settings.bursts:
+            # Separate draws, so that everything else is the same with and without bursts.
+            patterns = neural.burst_patterns(named_rng(settings, "burst patterns"))
+            timing = named_rng(settings, "bursts", index, block.number)
+            bursts = settings.bursts * neural.bursts(sum(lengths), patterns, timing)
+        features = neural.record(trajectories, day, strength, rng, bursts)
+    if not settings.raw:
+        neural.z_score(features)
+    return np.split(features, np.cumsum(lengths)[:-1])
 
 
 def _write_trial(

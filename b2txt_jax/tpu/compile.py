@@ -197,7 +197,7 @@ def batch_rows(config: Config, shards: int, per_device: int | None) -> tuple[int
         if per_device < 1:
             raise CompileError(f"--per-device-batch is {per_device}; needed at least 1")
         return per_device * shards, per_device
-    rows = config.data.days_per_batch * config.data.trials_per_day
+    rows = config.data.batch_rows
     if rows % shards:
         raise CompileError(
             f"the configured batch has {rows} rows (data.days_per_batch * data.trials_per_day), "

@@ -21,6 +21,10 @@ from b2txt_jax.model.interface import Params
 from b2txt_jax.training.checksum import checksums, text_checksum
 from b2txt_jax.training.step import TrainState
 
+RAW, EMA = "raw", "ema"
+"""Weights that a run can be used with: those that the optimizer steps, and their moving average."""
+WEIGHTS = (RAW, EMA)
+
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, cannot be read, or cannot be written."""
@@ -36,12 +40,20 @@ class BestScore:
       loss: mean CTC loss (ln).
       step: at which it was measured.
       validations_since: that found nothing better.
+      ema: the best validation of the averaged weights, with `train.ema`.
     """
 
     per: float
     loss: float
     step: int
     validations_since: int = 0
+    ema: BestScore | None = None
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> BestScore:
+        """Return what `asdict` made a dict of. Older ones lack `ema`."""
+        ema = saved.get("ema")
+        return cls(**{**saved, "ema": cls.of(ema) if ema else None})
 
     def beats(self, other: BestScore | None) -> bool:
         """Return whether this score replaces `other`."""
@@ -54,14 +66,15 @@ def has_checkpoint(workdir: Path) -> bool:
 
 
 class Checkpoints:
-    """`WORKDIR/checkpoints/latest` and `WORKDIR/checkpoints/best`, written in the background by
-    Orbax.
+    """`latest`, `best` and, with averaged weights, `best_ema` in `WORKDIR/checkpoints`, written in
+    the background by Orbax.
 
     Orbax reads a flipped bit of a weight as another weight, so checksums are saved too.
     """
 
-    def __init__(self, workdir: Path, read_only: bool = False):
-        """`read_only` leaves the folder as it is, for use beside a training."""
+    def __init__(self, workdir: Path, read_only: bool = False, ema: bool = False):
+        """`read_only` leaves the folder as it is, for use beside a training. `ema`: the run has
+        averaged weights."""
         folder = workdir.absolute() / "checkpoints"
 
         def manager(name: str, kept: int) -> ocp.CheckpointManager:
@@ -78,12 +91,14 @@ class Checkpoints:
 
         # Two of the latest: when a disk damages one, the run goes on from the one before.
         self._latest = manager("latest", 2)
-        self._best = manager("best", 1)
+        self._best = {RAW: manager("best", 1)}
+        if ema:
+            self._best[EMA] = manager("best_ema", 1)
         self._started: dict[ocp.CheckpointManager, int] = {}
 
     def prepare(self, state: TrainState) -> None:
         """Compile what saving needs, so that saves compile nothing."""
-        checksums(state._asdict())
+        checksums(_tree(state))
         checksums(state.params)
 
     def latest_step(self) -> int | None:
@@ -100,20 +115,27 @@ class Checkpoints:
         if self._latest.latest_step() != step:
             best_score = asdict(best) if best else None
             with self._naming(step, self._latest):
-                self._latest.save(step, args=_arguments(state._asdict(), best_score))
+                self._latest.save(step, args=_arguments(_tree(state), best_score))
 
-    def save_best(self, step: int, params: Params, best: BestScore) -> None:
+    def save_best(self, step: int, params: Params, best: BestScore, weights: str = RAW) -> None:
         """Save the parameters of the best validation. Return before they are on disk.
+
+        Args:
+          step: of the optimizer.
+          params: the weights themselves or their average.
+          best: their score.
+          weights: which they are, RAW or EMA. Each has a best checkpoint of its own.
 
         Raises:
           CheckpointError: this save, or the one before it, failed.
         """
-        with self._naming(step, self._best):
-            for stale in self._best.all_steps():
+        manager = self._best[weights]
+        with self._naming(step, manager):
+            for stale in manager.all_steps():
                 # Left by steps that were lost when the run was killed and are now repeated.
                 if stale >= step:
-                    self._best.delete(stale)
-            saved = self._best.save(step, args=_arguments(params, asdict(best)), force=True)
+                    manager.delete(stale)
+            saved = manager.save(step, args=_arguments(params, asdict(best)), force=True)
         if not saved:
             raise CheckpointError(f"the best parameters of step {step} were not saved; try again")
 
@@ -123,17 +145,17 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, or it cannot be read.
         """
-        tree, best = _restore(self._latest, like._asdict())
-        return TrainState(**tree), BestScore(**best) if best else None
+        tree, best = _restore(self._latest, _tree(like))
+        return TrainState(**tree), BestScore.of(best) if best else None
 
-    def restore_best(self, like: Params) -> tuple[Params, BestScore]:
-        """Restore the best parameters.
+    def restore_best(self, like: Params, weights: str = RAW) -> tuple[Params, BestScore]:
+        """Restore the best parameters, RAW or EMA.
 
         Raises:
           CheckpointError: there are none, or they cannot be read.
         """
-        tree, best = _restore(self._best, like)
-        return tree, BestScore(**best)
+        tree, best = _restore(self._best[weights], like)
+        return tree, BestScore.of(best)
 
     def wait(self) -> None:
         """Wait until everything that was saved is on disk.
@@ -141,7 +163,7 @@ class Checkpoints:
         Raises:
           CheckpointError: a save failed.
         """
-        for manager in (self._latest, self._best):
+        for manager in (self._latest, *self._best.values()):
             with self._naming(None, manager):
                 manager.wait_until_finished()
 
@@ -172,8 +194,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait, and release Orbax's threads."""
-        self._latest.close()
-        self._best.close()
+        for manager in (self._latest, *self._best.values()):
+            manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -188,6 +210,11 @@ class Checkpoints:
         quietly = contextlib.nullcontext() if kind is None else contextlib.suppress(Exception)
         with quietly:
             self.close()
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    """Return what is saved. A run without averaged weights has no entry for them."""
+    return {name: value for name, value in state._asdict().items() if value is not None}
 
 
 def _first_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ class CompiledSteps:
             the signal's settings cannot be used.
         """
         self.mesh = mesh
-        self.train_rows = config.data.days_per_batch * config.data.trials_per_day
+        self.train_rows = config.data.batch_rows
         check_rows(self.train_rows, "data.days_per_batch * data.trials_per_day", mesh)
         check_rows(config.data.eval_batch_size, "data.eval_batch_size", mesh)
         self.local_train_rows = local_rows(self.train_rows, mesh)

@@ -36,9 +36,9 @@ from b2txt_jax.data.loader import (
     configured_sessions,
     resolve_buckets,
 )
-from b2txt_jax.model.interface import compute_dtype, parameter_count
+from b2txt_jax.model.interface import Params, compute_dtype, parameter_count
 from b2txt_jax.provenance import provenance
-from b2txt_jax.training.checkpoint import BestScore, Checkpoints, has_checkpoint
+from b2txt_jax.training.checkpoint import EMA, RAW, BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import (
     is_first,
@@ -49,7 +49,7 @@ from b2txt_jax.training.distributed import (
 from b2txt_jax.training.lock import WorkdirInUseError, locked
 from b2txt_jax.training.metrics_log import MetricsLog
 from b2txt_jax.training.sharding import make_mesh, sharded_state
-from b2txt_jax.training.step import model_of
+from b2txt_jax.training.step import TrainState, model_of
 from b2txt_jax.training.tracker import Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
 from lm_server.atomic_file import replacing
@@ -217,7 +217,7 @@ def _train_in(
         write_config(config, workdir / CONFIG_FILE)
 
     with (
-        Checkpoints(workdir) as checkpoints,
+        Checkpoints(workdir, ema=config.train.ema > 0) as checkpoints,
         stop_on_signals() as stopping,
         contextlib.ExitStack() as stack,
     ):
@@ -233,6 +233,12 @@ def _train_in(
             f"{compute_dtype(config.model)} on {jax.device_count()} {jax.default_backend()} "
             f"device(s)"
         )
+        if config.data.plan == "epochs":
+            rows = config.data.batch_rows
+            console.print(
+                f"an epoch is {trials / rows:.4g} batches of {rows}; its last batch is completed "
+                "with the first trials of the next epoch"
+            )
         if first >= config.train.steps or out_of_patience(config, best):
             asked = f"{config.train.steps} are asked for"
             if first < config.train.steps:
@@ -257,8 +263,9 @@ def _train_in(
             progress_bar(console) as progress,
         ):
             tracker = Tracker(config, training, log, progress, first, best)
-            rows, steps_wanted = steps.local_train_rows, config.train.steps
-            batches = training.batches(config.train.seed, first, steps_wanted, rows)
+            batches = training.batches(
+                config.train.seed, first, config.train.steps, steps.local_train_rows
+            )
             for batch in steps.ahead(batches):
                 state, metrics = steps.train_step(state, batch)
                 tracker.started(metrics)
@@ -268,12 +275,15 @@ def _train_in(
                     tracker.drain()
                     tracker.pause()
                     started = time.monotonic()
-                    result = validate(
-                        steps.eval_step, state.params, validation, steps.local_eval_rows
-                    )
-                    if tracker.validated(result, time.monotonic() - started):
-                        assert tracker.best is not None
-                        checkpoints.save_best(step, state.params, tracker.best)
+                    results = [
+                        validate(steps.eval_step, weights, validation, steps.local_eval_rows)
+                        for weights in (state.params, state.ema)
+                        if weights is not None
+                    ]
+                    seconds = time.monotonic() - started
+                    for name in tracker.validated(results[0], seconds, *results[1:]):
+                        weights, score = _of_weights(name, state, tracker.best)
+                        checkpoints.save_best(step, weights, score, name)
                     done = done or out_of_patience(config, tracker.best)
                 stopped_by = stopping(step)
                 if done or stopped_by or step % config.train.save_every == 0:
@@ -286,7 +296,7 @@ def _train_in(
         early = out_of_patience(config, tracker.best)
         finished = early or tracker.step >= config.train.steps
         if finished and is_first():
-            _write_finished(workdir, tracker.step, tracker.best, tracker.skipped)
+            _write_finished(workdir, tracker.step, tracker.best, tracker)
         if early and tracker.step < config.train.steps:
             console.print(
                 f"stopped at step {tracker.step}: {config.train.patience} validations in a row "
@@ -296,11 +306,21 @@ def _train_in(
         return TrainResult(tracker.step, tracker.best, finished, stopped_by)
 
 
+def _of_weights(name: str, state: TrainState, best: BestScore | None) -> tuple[Params, BestScore]:
+    """Return the weights RAW or EMA of a state with averages, and their best score."""
+    score = best.ema if best and name == EMA else best
+    weights = state.ema if name == EMA else state.params
+    assert score is not None
+    assert weights is not None
+    return weights, score
+
+
 def out_of_patience(config: Config, best: BestScore | None) -> bool:
     """Return whether `train.patience` validations in a row found nothing better than `best`."""
     if not config.train.patience or best is None:
         return False
-    return best.validations_since >= config.train.patience
+    scores = [best, best.ema] if best.ema else [best]
+    return min(score.validations_since for score in scores) >= config.train.patience
 
 
 def _compile(
@@ -340,10 +360,15 @@ def _compile(
 
 
 def _write_finished(
-    workdir: Path, step: int, best: BestScore | None, skipped: int | None = None
+    workdir: Path, step: int, best: BestScore | None, tracker: Tracker | None = None
 ) -> None:
-    """Write the file of a complete run. `skipped`: steps of this call, None: not known."""
-    values: dict[str, Any] = {"step": step, "skipped_steps": skipped}
+    """Write the file of a complete run. What only the bookkeeper of its last call knows is None
+    without it."""
+    values: dict[str, Any] = {
+        "step": step,
+        "skipped_steps": tracker and tracker.skipped,
+        "per_last_ten": tracker and tracker.mean_of_last(),
+    }
     if best is not None:
         values["best"] = dataclasses.asdict(best)
     with replacing(workdir / FINISHED_FILE) as unfinished:
@@ -361,7 +386,13 @@ def _print_end(
             "command goes on from there"
         )
     elif tracker.best is not None:
-        console.print(
-            f"done: best validation PER {percent(tracker.best)} at step "
-            f"{tracker.best.step}; checkpoints and metrics in {workdir}"
-        )
+        console.print(f"done: {_scores(RAW, tracker, tracker.best)}")
+        if tracker.best.ema is not None:
+            console.print(f"averaged weights: {_scores(EMA, tracker, tracker.best.ema)}")
+        console.print(f"checkpoints and metrics in {workdir}")
+
+
+def _scores(weights: str, tracker: Tracker, best: BestScore) -> str:
+    mean = tracker.mean_of_last(weights)
+    last = "" if mean is None else f"; mean of the last ten validations {100 * mean:.2f} %"
+    return f"best validation PER {percent(best)} at step {best.step}{last}"

@@ -58,7 +58,8 @@ class MetricsLog:
         """
         path = workdir / METRICS_FILE
         earlier = read_metrics(path) if path.exists() else []
-        kept = [line for line in earlier if line["step"] <= first_step]
+        self.past = kept = [line for line in earlier if line["step"] <= first_step]
+        """What the earlier parts of the run wrote."""
         with replacing(path) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")

@@ -1,5 +1,5 @@
-"""AdamW with three parameter groups, warm-up and cosine decay, clipping (NEJM reference, section
-4).
+"""AdamW with three parameter groups, warm-up, cosine or step decay, and clipping (NEJM reference,
+section 4).
 
 The published model keeps each day's layer in parameters of its own, and PyTorch leaves a parameter
 without a gradient as it is: moments, number of steps and value. Here all days are rows of one
@@ -9,7 +9,7 @@ array, so the group of the days does the same row by row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,20 @@ def warmup_cosine(peak: float, floor: float, warmup: int, decay: int) -> optax.S
         progress = jnp.clip((step - warmup) / max(1, decay - warmup), 0.0, 1.0)
         cosine = floor + (peak - floor) * 0.5 * (1 + jnp.cos(math.pi * progress))
         return jnp.where(step < warmup, peak * step / max(1, warmup), cosine)
+
+    return rate
+
+
+def warmup_steps(
+    peak: float, warmup: int, decay_at: Sequence[int], factor: float
+) -> optax.Schedule:
+    """Return the learning rate by step: 0 to `peak` over `warmup` steps, then `peak`, multiplied by
+    `factor` from each of the steps `decay_at` on."""
+    steps = optax.piecewise_constant_schedule(1.0, dict.fromkeys(decay_at, factor))
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        return peak * steps(step) * jnp.where(step < warmup, step / max(1, warmup), 1.0)
 
     return rate
 
@@ -97,10 +111,16 @@ def make_optimizer(
     `group` names the group of a parameter by its path such as `gru/bias_ih_l0`, as `Model.group`
     does: 'weights' decay, 'biases' do not, 'day' is updated day by day.
     """
-    main = warmup_cosine(
+
+    def schedule(peak: float, floor: float, warmup: int, decay: int) -> optax.Schedule:
+        if config.schedule == "steps":
+            return warmup_steps(peak, warmup, config.decay_at, config.decay_factor)
+        return warmup_cosine(peak, floor, warmup, decay)
+
+    main = schedule(
         config.learning_rate, config.learning_rate_min, config.warmup_steps, config.decay_steps
     )
-    day = warmup_cosine(
+    day = schedule(
         config.day_learning_rate,
         config.day_learning_rate_min,
         config.day_warmup_steps,

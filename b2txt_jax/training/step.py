@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
     """int32 [], optimizer steps done."""
     params: Params
     optimizer: Any
+    ema: Params | None = None
+    """Exponential moving average of `params`, with `train.ema`."""
 
 
 class StepKeys(NamedTuple):
@@ -38,7 +40,7 @@ class StepMetrics(NamedTuple):
     """Scalars that a training step reports, on the device."""
 
     loss: jax.Array
-    """Mean CTC loss (ln) of the rows that can be aligned."""
+    """Mean CTC loss (ln) of the rows that can be aligned, per label with `train.ctc_per_label`."""
     gradient_norm: jax.Array
     infeasible: jax.Array
     """Rows left out since no alignment can spell their label."""
@@ -94,10 +96,26 @@ def init_state(config: Config, days: int) -> TrainState:
     def init(key: jax.Array) -> TrainState:
         params = model.init(key)
         optimizer = make_optimizer(config.optimizer, model.group).init(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer)
+        ema = params if config.train.ema else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer, ema)
 
     # Jitted as a whole: op by op it would be a hundred small compilations.
     return jax.jit(init)(jax.random.key(config.train.seed))
+
+
+def averaged(ema: Params | None, params: Params, step: jax.Array, decay: float) -> Params | None:
+    """Return the moving average of the weights after step `step`, counted from 0.
+
+    The decay grows as (1 + step) / (10 + step) to `decay`, so that the random weights of the start
+    are soon forgotten.
+    """
+    if ema is None:
+        return None
+    done = step.astype(jnp.float32)
+    new: Params = optax.incremental_update(
+        params, ema, 1 - jnp.minimum(decay, (1 + done) / (10 + done))
+    )
+    return new
 
 
 def make_train_step(
@@ -123,11 +141,14 @@ def make_train_step(
         x, bins = augment(keys.augment, x, batch.bins, signal)
         if signal.smooth_std > 0:
             x = smooth(x, signal.smooth_std, signal.smooth_size)
+        x, bins = augment(keys.augment, x, bins, signal, smoothed=True)
         needed = frames_needed(batch.labels, batch.label_length)
 
         def mean_ctc(logits: jax.Array, frames: jax.Array) -> jax.Array:
             with jax.named_scope("ctc"):
                 losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
+            if config.train.ctc_per_label:
+                losses = losses / jnp.maximum(batch.label_length, 1)
             feasible = needed <= frames
             return jnp.where(feasible, losses, 0.0).sum() / jnp.maximum(feasible.sum(), 1)
 
@@ -145,8 +166,9 @@ def make_train_step(
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
             updates, moments = optimizer.update(gradient, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
-        changed = TrainState(state.step + 1, params, moments)
-        kept = TrainState(state.step + 1, state.params, state.optimizer)
+            ema = averaged(state.ema, params, state.step, config.train.ema)
+        changed = TrainState(state.step + 1, params, moments, ema)
+        kept = state._replace(step=state.step + 1)
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         return state, StepMetrics(loss, norm, infeasible, finite, parts)
 

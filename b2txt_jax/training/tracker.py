@@ -21,13 +21,15 @@ from rich.progress import (
 from b2txt_jax.config import Config
 from b2txt_jax.data.loader import TrainingData
 from b2txt_jax.errors import UserError
-from b2txt_jax.training.checkpoint import BestScore
+from b2txt_jax.training.checkpoint import EMA, RAW, BestScore
 from b2txt_jax.training.metrics_log import MetricsLog
 from b2txt_jax.training.step import StepMetrics
 from b2txt_jax.training.validation import Validation
 
 _STEPS_IN_FLIGHT = 2
 _STEPS_BEFORE_ESTIMATE = 4
+_LAST = 10
+"""Validations whose mean PER is logged. The minimum of many validations is too good."""
 
 
 class TrainingError(UserError, RuntimeError):
@@ -54,6 +56,11 @@ class Tracker:
         self._training = training
         self._log = log
         self._progress = progress
+        past = [line for line in log.past if line["kind"] == "val"] if log else []
+        self._last = {
+            weights: deque([line[key] for line in past if key in line], _LAST)
+            for weights, key in _PER.items()
+        }
         self._pending: deque[tuple[int, StepMetrics]] = deque()
         self._window: list[tuple[float, float, int, dict[str, float]]] = []
         self._window_seconds = 0.0
@@ -162,16 +169,29 @@ class Tracker:
         self._progress.update(self._task, rate=f"{rate:.2f}")
         self._window, self._window_seconds, self._skipped_in_window = [], 0.0, 0
 
-    def validated(self, result: Validation, seconds: float) -> bool:
-        """Log a validation that took `seconds`. Return whether it is the best so far."""
+    def mean_of_last(self, weights: str = RAW) -> float | None:
+        """Return the mean PER of the last ten validations, or of all if there were fewer. None
+        without any."""
+        last = self._last[weights]
+        return float(np.mean(last)) if last else None
+
+    def validated(
+        self, result: Validation, seconds: float, averaged: Validation | None = None
+    ) -> list[str]:
+        """Log a validation that took `seconds`, with that of the averaged weights if there are any.
+
+        Returns:
+          The weights, RAW or EMA, whose validation is the best so far.
+        """
         self._validations += 1
         self._validation_seconds += seconds
         rate = result.per.rate
         assert rate is not None  # the split has labels, as was checked before the first step
-        score = BestScore(rate, result.loss, self.step)
+        self._last[RAW].append(rate)
         values: dict[str, Any] = {
             "loss": result.loss,
             "per": rate,
+            "per_last_ten": self.mean_of_last(),
             "errors": result.per.errors,
             "length": result.per.length,
             "infeasible": result.infeasible,
@@ -182,17 +202,26 @@ class Tracker:
         for name, found in result.aux_per.items():
             values[f"{name}_per"] = found.rate
             aux += f"  {name} PER {100 * (found.rate or 0):6.2f} %"
+        best = _better(self.best, BestScore(rate, result.loss, self.step))
+        improved = [RAW] if best.step == self.step else []
+        if averaged is not None and averaged.per.rate is not None:
+            self._last[EMA].append(averaged.per.rate)
+            values |= {
+                "ema_per": averaged.per.rate,
+                "ema_per_last_ten": self.mean_of_last(EMA),
+                "ema_loss": averaged.loss,
+            }
+            aux += f"  averaged PER {100 * averaged.per.rate:6.2f} %"
+            score = BestScore(averaged.per.rate, averaged.loss, self.step)
+            ema = _better(self.best.ema if self.best else None, score)
+            best = dataclasses.replace(best, ema=ema)
+            improved += [EMA] if ema.step == self.step else []
+        self.best = best
         self._write("val", self.step, values)
-        improved = score.beats(self.best)
-        if improved:
-            self.best = score
-        elif self.best is not None:
-            since = self.best.validations_since + 1
-            self.best = dataclasses.replace(self.best, validations_since=since)
-        self._progress.update(self._task, per=percent(score))
+        self._progress.update(self._task, per=f"{100 * rate:.2f} %")
         self._progress.console.print(
             f"step {self.step:>6}  val loss {result.loss:7.3f}  PER {100 * rate:6.2f} %{aux}"
-            f"{'  best so far' if improved else ''}"
+            f"{_BEST_SO_FAR.get(tuple(improved), '')}"
         )
         # Time spent in validation is not training speed.
         self._window_start = time.monotonic()
@@ -207,6 +236,22 @@ def time_left(training: float, validations: int, seconds: float | None) -> str:
     total = round(training + validations * (seconds or 0.0))
     at_least = ">" if validations and seconds is None else ""
     return f"{at_least}{datetime.timedelta(seconds=total)}"
+
+
+_PER = {RAW: "per", EMA: "ema_per"}
+"""Keys of validation lines."""
+_BEST_SO_FAR = {
+    (RAW,): "  best so far",
+    (EMA,): "  best average so far",
+    (RAW, EMA): "  both best so far",
+}
+
+
+def _better(best: BestScore | None, score: BestScore) -> BestScore:
+    """Return the score if it beats the best one, which otherwise counts one more validation."""
+    if best is None or score.beats(best):
+        return score
+    return dataclasses.replace(best, validations_since=best.validations_since + 1)
 
 
 def percent(score: BestScore | None) -> str:

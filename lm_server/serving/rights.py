@@ -88,7 +88,9 @@ def server_needs(name: str, sessions: bool) -> list[Command]:
     needed += [("GET", mark), ("SET", mark, "x", "EX")]
     for session in (DEFAULT_SESSION, _SAMPLE) if sessions else (DEFAULT_SESSION,):
         owner, state, names = owner_key(session), state_key(session), session_streams(session)
-        needed += [("GET", context_key(session)), ("GET", owner), ("SET", owner, "x", "PX")]
+        context = context_key(session)
+        needed += [("GETRANGE", context, "x", "x")]
+        needed += [("GET", owner), ("SET", owner, "x", "PX")]
         needed += [("PTTL", owner), ("PEXPIRE", owner, "x"), ("EXISTS", owner)]
         needed += [("HGETALL", state), ("HGET", state, ""), ("HSET", state, "a", "b", "c")]
         needed += [("EXPIRE", state, "x")]
@@ -97,7 +99,7 @@ def server_needs(name: str, sessions: bool) -> list[Command]:
         inputs = (names.reset, names.input, names.finalize, names.update_params, names.hot_words)
         needed += [("XREAD", "STREAMS", *inputs, *("$" for _ in inputs))]
         needed += [("XRANGE", names.input, "x", "x"), ("XLEN", names.args)]
-    return needed
+    return [*needed, *_stream(REGISTRY.dead)]
 
 
 def worker_needs(name: str) -> list[Command]:
@@ -111,7 +113,7 @@ def worker_needs(name: str) -> list[Command]:
     needed += [("XGROUP CREATE", jobs, group, "x"), ("XGROUP DELCONSUMER", jobs, group, name)]
     needed += [("XINFO CONSUMERS", jobs, group), ("EXISTS", process_key(name))]
     needed += [("HGET", batch, ""), ("HSET", batch, "a", "b", "c"), ("EXPIRE", batch, "x")]
-    return needed
+    return [*needed, *_stream(REGISTRY.dead)]
 
 
 def _needs_of_all(name: str) -> list[Command]:

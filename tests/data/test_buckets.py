@@ -5,8 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from b2txt_jax.data.buckets import buckets_of_data, choose_buckets, share_of_batches
-from b2txt_jax.data.plan import plan
+from b2txt_jax.data.buckets import (
+    buckets_of_data,
+    choose_buckets,
+    share_of_batches,
+    share_of_epochs,
+)
+from b2txt_jax.data.plan import epoch_plan, plan
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), min_size=1, max_size=9)
 
@@ -109,6 +114,30 @@ def test_the_padding_told_is_that_of_the_batches_that_training_draws():
     assert choice.training_padding == pytest.approx(1 - real / padded, abs=0.01)
     in_one = buckets_of_data(days, [(300, 30)] * 5, 3, 4, count=1)
     assert choice.training_padding < in_one.training_padding
+
+
+@given(st.lists(st.integers(1, 10), min_size=1, max_size=7), st.integers(1, 8))
+def test_the_share_of_epochs_that_fits_is_that_of_counting_all_batches(bins, rows):
+    batches = list(itertools.combinations(bins, min(rows, len(bins))))
+    sizes = np.arange(0, 12)
+    counted = np.mean([[max(batch) <= size for size in sizes] for batch in batches], axis=0)
+    np.testing.assert_allclose(share_of_epochs(bins, rows)(sizes), counted, atol=1e-12)
+
+
+def test_the_padding_told_of_epochs_is_that_of_their_batches():
+    random = np.random.default_rng(0)
+    days = [
+        [(int(n), int(n) // 9) for n in random.gamma(6, scale, count) + 80]
+        for scale, count in ((60, 90), (150, 20))
+    ]
+    choice = buckets_of_data(days, [(300, 30)] * 5, 3, 4, "epochs")
+    padded = real = 0
+    for step in range(4000):
+        rows = epoch_plan(7, step, [len(day) for day in days], 12)
+        bins = [days[day][trial][0] for day, trial in rows]
+        padded += next(b for b, _ in choice.buckets if b >= max(bins)) * len(bins)
+        real += sum(bins)
+    assert choice.training_padding == pytest.approx(1 - real / padded, abs=0.01)
 
 
 def test_buckets_for_random_batches_lie_where_the_longest_of_many_trials_lies():

@@ -213,9 +213,10 @@ def assert_concatenation(parts, whole):
         assert {piece.dtype for piece in pieces} == {expected.dtype}
 
 
+@pytest.mark.parametrize("plan", ["days", "epochs"])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_the_hosts_training_batches_are_the_global_batch_in_pieces(stored, hosts):
-    stored = dataclasses.replace(stored, days_per_batch=4, trials_per_day=2, buckets=())
+def test_the_hosts_training_batches_are_the_global_batch_in_pieces(stored, hosts, plan):
+    stored = dataclasses.replace(stored, days_per_batch=4, trials_per_day=2, buckets=(), plan=plan)
     whole = list(
         TrainingData(stored, find_sessions(stored.root), 14, frames_of_bins).batches(3, 5, 25)
     )
@@ -290,6 +291,27 @@ def test_without_configured_buckets_those_of_prepare_are_taken_on_either_layout(
         shapes.add((batch.features.shape[1], batch.labels.shape[1]))
     assert shapes <= set(chosen)
     EvaluationData(data, sessions, "test", 14, labels=False)
+
+
+def test_an_epoch_of_the_loader_has_every_trial_once(tiny_config):
+    data = dataclasses.replace(tiny_config.data, days_per_batch=4, trials_per_day=2, plan="epochs")
+    loader = TrainingData(data, configured_sessions(data), 14, frames_of_bins)
+    everything = sorted(ref.name for refs in loader.refs_of_day for ref in refs)
+    assert len(everything) % 8 == 0
+    for epoch in range(2):
+        steps = range(epoch * len(everything) // 8, (epoch + 1) * len(everything) // 8)
+        assert sorted(ref.name for step in steps for _, ref in loader.rows(0, step)) == everything
+
+
+def test_the_padding_of_epochs_is_that_of_their_batches(tiny_config):
+    data = dataclasses.replace(tiny_config.data, days_per_batch=4, trials_per_day=2, plan="epochs")
+    loader = TrainingData(data, configured_sessions(data), 14, frames_of_bins)
+    real = padded = 0
+    for step in range(4000):
+        refs = [ref for _, ref in loader.rows(0, step)]
+        real += sum(ref.bins for ref in refs)
+        padded += len(refs) * bucket_of(refs, loader.buckets)[0]
+    assert loader.padding == pytest.approx(1 - real / padded, abs=0.005)
 
 
 def test_no_trial_to_choose_buckets_from_is_told(tiny_config, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from b2txt_jax.data.plan import PlanError, plan
+from b2txt_jax.data.plan import PlanError, epoch_plan, plan
 
 
 @given(
@@ -46,3 +46,44 @@ def test_days_are_drawn_uniformly_whatever_their_number_of_trials():
 def test_trials_are_drawn_with_replacement():
     rows = plan(0, 0, [3], 1, 64)
     assert set(rows[:, 1].tolist()) == {0, 1, 2}
+
+
+@given(
+    st.integers(0, 2**31),
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    st.integers(1, 12),
+    st.integers(0, 40),
+)
+def test_every_trial_comes_once_per_epoch_and_every_batch_is_full(
+    seed, trials_of_day, rows, first_epoch
+):
+    everything = [(day, i) for day, count in enumerate(trials_of_day) for i in range(count)]
+    total = len(everything)
+    if not total:
+        with pytest.raises(PlanError, match="needed some to make batches of"):
+            epoch_plan(seed, 0, trials_of_day, rows)
+        return
+    # From the first batch with a trial of the epoch to the last one.
+    start = first_epoch * total
+    steps = range(start // rows, -(-(start + total) // rows))
+    batches = [epoch_plan(seed, step, trials_of_day, rows) for step in steps]
+    assert {batch.shape for batch in batches} == {(rows, 2)}
+    stream = np.concatenate(batches)[start - steps[0] * rows :][:total]
+    assert sorted(map(tuple, stream.tolist())) == everything
+
+
+def test_epochs_are_shuffled_over_all_days_and_differ_by_seed_and_epoch():
+    orders = {epoch_plan(s, e, [30] * 4, 120).tobytes() for s in range(5) for e in range(20)}
+    assert len(orders) == 100
+    first = np.zeros((4, 4))  # day at each of the first places: uniform
+    for seed in range(2000):
+        days = epoch_plan(seed, 0, [30] * 4, 4)[:, 0]
+        first[np.arange(4), days] += 1
+    np.testing.assert_allclose(first / 2000, 0.25, atol=0.05)
+
+
+def test_a_batch_of_an_epoch_does_not_depend_on_the_batches_before():
+    """Resuming and reading ahead ask for steps in any order."""
+    wanted = {step: epoch_plan(3, step, [5, 0, 8], 4) for step in range(30)}
+    for step in np.random.default_rng(0).permutation(30):
+        np.testing.assert_array_equal(epoch_plan(3, int(step), [5, 0, 8], 4), wanted[step])

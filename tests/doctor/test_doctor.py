@@ -492,7 +492,7 @@ def test_much_padding_and_sessions_too_few_for_a_batch_are_found(capsys, simulat
     "finding",
     [
         lambda folder: checks.check_language_model(folder, None),
-        lambda folder: doctor.check_redis(f"redis://127.0.0.1:1/0?{folder}")[0],
+        lambda _: doctor.check_redis("redis://127.0.0.1:1/0")[0],
     ],
 )
 def test_every_command_that_is_advised_is_complete_and_quoted(finding, tmp_path):

@@ -25,11 +25,12 @@ SETTINGS = {
         ({"lm": Path("lm"), "llm": "runs/smollm2/", "workers": 2}, "lm-smollm2"),
         ({"redis": "redis://:secret@host"}, "server"),
         ({"redis": "redis://:secret@host", "workers": 0}, "workers"),
+        ({"lm": Path("lm"), "llm": "runs/smollm2/", "weights": "ema"}, "lm-smollm2_ema"),
     ],
 )
 def test_a_result_has_the_name_of_what_decoded(given: dict[str, Any], name: str) -> None:
-    usual = {"lm": None, "llm": None, "settings": None, "redis": None, "workers": None}
-    assert result_name(argparse.Namespace(**{**usual, **given})) == name
+    usual = dict.fromkeys(("lm", "llm", "settings", "redis", "workers"))
+    assert result_name(argparse.Namespace(**{**usual, "weights": "raw", **given})) == name
 
 
 def written(out: Path, text: str) -> Path:
@@ -43,6 +44,7 @@ def written(out: Path, text: str) -> Path:
         ({"language_model": "/lms/5gram"}, "language_model was '/lms/3gram', is '/lms/5gram'"),
         ({"language_model_crc32": 2}, "language_model_crc32 was 1, is 2"),
         ({"llm": "opt"}, "llm was None, is 'opt'"),
+        ({"weights": "ema"}, "weights was 'raw', is 'ema'"),
         ({"search": {"beam": "9"}}, "search.beam was '17', is '9'"),
     ],
 )
@@ -56,7 +58,12 @@ def test_the_result_of_other_settings_is_not_replaced_unasked(
 
 
 def test_a_later_result_of_the_same_settings_replaces_the_earlier_one(tmp_path: Path) -> None:
-    newer = {"search": {"beam": "17", "server_version": "2"}, "step": 200, "not_rescored": ["x"]}
+    newer = {
+        "search": {"beam": "17", "server_version": "2"},
+        "step": 200,
+        "weights": "raw",
+        "not_rescored": ["x"],
+    }
     check_replaceable(tmp_path, SETTINGS)
     check_replaceable(written(tmp_path, json.dumps({"settings": SETTINGS})), SETTINGS | newer)
 

@@ -12,7 +12,7 @@ from nejm_run import ARGS, GRUDecoder, args_with
 
 from b2txt_jax.config import load_config, with_overrides
 from b2txt_jax.interop.errors import ConversionError
-from b2txt_jax.interop.nejm_args import args_from_config, load_args, read_args
+from b2txt_jax.interop.nejm_args import args_from_config, load_args, read_args, recipe_notes
 
 BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
 T = "dataset__data_transforms__"
@@ -252,3 +252,11 @@ def test_what_is_exported_runs_in_the_published_evaluation(tmp_path):
     features = torch.randn(1, 20, 6, dtype=torch.bfloat16)
     with torch.no_grad(), torch.autocast("cpu", enabled=amp, dtype=torch.bfloat16):
         assert GRUDecoder(ARGS)(features, 0).shape == (9, 41)
+
+
+def test_a_recipe_that_the_published_trainer_lacks_is_noted():
+    assert recipe_notes(load_config(BASELINE)) == ()
+    keys = {"train.ema": 0.9, "data.plan": "epochs", "signal.augment": ("white_noise", "speckle")}
+    config = load_config(BASELINE, [f"--config.{key}={value}" for key, value in keys.items()])
+    (note,) = recipe_notes(config)
+    assert "no data.plan, signal.augment, train.ema:" in note

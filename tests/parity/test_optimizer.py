@@ -15,6 +15,7 @@ from b2txt_jax.model.interface import make_model
 from b2txt_jax.training.optimizer import (
     make_optimizer,
     warmup_cosine,
+    warmup_steps,
 )
 
 CONFIG = load_config("configs/nejm_baseline.py")
@@ -27,6 +28,19 @@ def test_the_learning_rate_is_the_published_one(step):
     assert float(rate) == pytest.approx(
         0.005 * rate_factor(step, 0.0001 / 0.005, 1000, 120_000), 1e-4
     )
+
+
+def test_step_decay_is_that_of_torch_after_a_linear_warm_up():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.SGD([parameter], lr=0.002)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(theirs, [30, 45], gamma=0.1)
+    ours = jax.jit(warmup_steps(0.002, 10, (30, 45), 0.1))
+    for step in range(60):
+        expected = schedule.get_last_lr()[0] * min(step / 10, 1)
+        assert float(ours(step)) == pytest.approx(expected, rel=1e-5)
+        theirs.step()
+        schedule.step()
+    assert float(warmup_steps(0.002, 0, (), 0.1)(0)) == pytest.approx(0.002)
 
 
 def test_every_parameter_has_exactly_one_group():

@@ -1,11 +1,14 @@
 import dataclasses
+from fractions import Fraction
 
 import jax
 import numpy as np
 import pytest
 
 from b2txt_jax.config import ConfigError, load_config
-from b2txt_jax.signal.augment import augment
+from b2txt_jax.data.loader import Batch
+from b2txt_jax.signal.augment import augment, channel_mask, speckle, time_mask
+from b2txt_jax.training.step import init_state, make_train_step
 
 OFF = dataclasses.replace(
     load_config("configs/nejm_baseline.py").signal,
@@ -101,3 +104,98 @@ def test_the_list_decides_which_augmentations_there_are_and_their_order(tmp_path
 def test_an_entry_that_names_no_augmentation_is_an_error(entry, message):
     with pytest.raises(ConfigError, match=message):
         noise_of(dataclasses.replace(OFF, augment=(entry,)))
+
+
+def masked_patches(bins, length, spans, fraction, patch, rows):
+    """Which patches `time_mask` masks in `rows` trials of so many bins: bool [rows, patches]."""
+    x = np.ones((rows, length, 1), np.float32)
+    out, kept = time_mask(jax.random.key(0), x, np.full(rows, bins), spans, fraction, patch)
+    np.testing.assert_array_equal(kept, bins)
+    masked = np.asarray(out)[:, : length // patch * patch, 0].reshape(rows, -1, patch) == 0
+    np.testing.assert_array_equal(masked.all(-1), masked.any(-1))  # whole patches only
+    return masked.all(-1)
+
+
+@pytest.mark.parametrize(("bins", "fraction"), [(40, 0.3), (43, 0.25), (8, 0.5), (0, 0.9)])
+def test_a_span_has_a_uniform_length_and_a_uniform_start_where_it_fits(bins, fraction):
+    patches = -(-bins // 4)
+    longest = int(Fraction(str(fraction)) * patches)
+    expected = {(): 0.0}
+    for length in range(longest + 1):
+        for start in range(patches - length + 1):
+            span = tuple(range(start, start + length))
+            share = 1 / (longest + 1) / (patches - length + 1)
+            expected[span] = expected.get(span, 0.0) + share
+    rows = 20_000
+    found = dict.fromkeys(expected, 0.0)
+    for row in masked_patches(bins, 48, 1, fraction, 4, rows):
+        found[tuple(np.flatnonzero(row).tolist())] += 1 / rows
+    for span, share in expected.items():
+        assert found[span] == pytest.approx(share, abs=5 * np.sqrt(0.25 / rows))
+
+
+def test_twenty_spans_of_a_twentieth_cover_what_the_same_draws_in_numpy_do():
+    random = np.random.default_rng(0)
+    patches, rows = 220, 400
+    expected = np.zeros((rows, patches), bool)
+    for row in expected:
+        for length in random.integers(0, 11 + 1, 20):  # 0.05 * 220 = 11
+            start = random.integers(0, patches - length + 1)
+            row[start : start + length] = True
+    found = masked_patches(880, 1000, 20, 0.05, 4, rows)
+    assert not found[:, patches:].any()
+    assert found.mean(where=np.arange(250) < patches) == pytest.approx(expected.mean(), abs=0.01)
+    assert expected.mean() == pytest.approx(0.4, abs=0.03)  # as published
+    both = found[:-1, :patches] & found[1:, :patches]  # trials are masked independently
+    assert both.mean() == pytest.approx(expected.mean() ** 2, abs=0.01)
+
+
+def test_a_masked_patch_reaches_the_model_as_zeros_although_features_are_smoothed():
+    """Listed first, it acts last: smoothing would fill a span of one patch."""
+    signal = dataclasses.replace(
+        OFF, augment=("time_mask", "white_noise"), time_mask_fraction=0.2, white_noise_std=1.0
+    )
+    key, ones = jax.random.key(3), np.ones((2, 400, 3), np.float32)
+    before, bins = augment(key, ones, BINS, signal)
+    assert np.asarray(before)[0].all()
+    after, _ = augment(key, np.ones_like(ones), bins, signal, smoothed=True)
+    spans = np.asarray(after)[0, :, 0].reshape(-1, 4)
+    assert set(map(tuple, spans.tolist())) == {(0.0,) * 4, (1.0,) * 4}
+
+
+def test_the_training_step_masks_after_smoothing():
+    """With everything masked but nothing else, the loss is that of features of zero."""
+    config = load_config("configs/demo.py", ["--config.data.feature_count=4"])
+    model = dataclasses.replace(config.model, units=8, layers=1, input_dropout=0.0, rnn_dropout=0.0)
+    masks = {"augment": ("time_mask",), "time_mask_spans": 500, "time_mask_fraction": 0.99}
+    config = dataclasses.replace(config, model=model, signal=dataclasses.replace(OFF, **masks))
+    labels = np.full((2, 3), 5, np.int32) + np.arange(3, dtype=np.int32)
+    features = np.random.default_rng(0).normal(size=(2, 60, 4)).astype(np.float32)
+    bins, day = np.array([60, 60], np.int32), np.zeros(2, np.int32)
+    step, state = jax.jit(make_train_step(config, 1)), init_state(config, 1)
+    losses = [
+        float(step(state, Batch(x, bins, day, labels, np.full(2, 3, np.int32)))[1].loss)
+        for x in (features, np.zeros_like(features))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_speckle_masks_single_features_for_a_whole_trial_at_its_rate():
+    x = np.random.default_rng(0).normal(size=(300, 7, 64)).astype(np.float32)
+    out = np.asarray(speckle(jax.random.key(0), x, np.full(300, 7), 0.2)[0])
+    masked = (out == 0).all(1)
+    np.testing.assert_array_equal(out, np.where(masked[:, None], 0, x))  # the others as they were
+    assert masked.mean() == pytest.approx(0.2, abs=0.01)
+    assert (masked[:, :32] & masked[:, 32:]).mean() == pytest.approx(0.04, abs=0.01)
+    assert (masked[1:] & masked[:-1]).mean() == pytest.approx(0.04, abs=0.01)
+
+
+def test_channel_mask_masks_both_features_of_a_channel():
+    x = np.random.default_rng(0).normal(size=(300, 7, 64)).astype(np.float32)
+    out = np.asarray(channel_mask(jax.random.key(0), x, np.full(300, 7), 0.3)[0])
+    masked = (out == 0).all(1)
+    np.testing.assert_array_equal(out, np.where(masked[:, None], 0, x))
+    np.testing.assert_array_equal(masked[:, :32], masked[:, 32:])
+    assert masked.mean() == pytest.approx(0.3, abs=0.015)
+    with pytest.raises(ConfigError, match=r"data\.feature_count is 3; needed two features per"):
+        channel_mask(jax.random.key(0), x[..., :3], np.full(300, 7), 0.3)

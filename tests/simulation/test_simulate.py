@@ -370,7 +370,9 @@ def linear_error(strength: float) -> float:
     labels = [rng.integers(1, 40, 20) for _ in range(12)]
     moves = [speech.attempt(label, table, 1.0, rng) for label in labels]
     tuning = neural.first_tuning(rng)
-    recorded = neural.record(moves, tuning, strength, rng)
+    features = neural.record(moves, tuning, strength, rng)
+    neural.z_score(features)
+    recorded = np.split(features, np.cumsum([len(move) for move in moves])[:-1])
     smoothed = [speech.smooth(features, 2.0) for features in recorded]
     x, y = np.concatenate(smoothed[:8]), np.concatenate(moves[:8])
     held_x, held_y = np.concatenate(smoothed[8:]), np.concatenate(moves[8:])
@@ -393,7 +395,8 @@ def test_channels_that_died_carry_no_speech() -> None:
     alive = np.ones(512)
     alive[10] = alive[256 + 10] = 0
     tuning = dataclasses.replace(neural.first_tuning(rng), alive=alive)
-    recorded = np.concatenate(neural.record(moves, tuning, 1.6, rng))
+    recorded = neural.record(moves, tuning, 1.6, rng)
+    neural.z_score(recorded)
     trajectory = np.concatenate(moves)
     trajectory -= trajectory.mean(axis=0)
     explained = []

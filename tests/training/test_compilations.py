@@ -77,7 +77,17 @@ def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up
         "eval_step": bins_of_used_buckets(simulated, "val"),
     }
     assert wanted == {"train_step": {140, 320}, "eval_step": {140}}
-    more = [f"--config.data.buckets={BUCKETS}", "--config.train.validate_every=2"]
+    keys = {
+        "data.buckets": BUCKETS,
+        "data.plan": "epochs",
+        "signal.augment": ("white_noise", "speckle", "channel_mask", "random_cut", "time_mask"),
+        "optimizer.schedule": "steps",
+        "optimizer.decay_at": (3, 5),
+        "train.ctc_per_label": True,
+        "train.ema": 0.9,
+        "train.validate_every": 2,
+    }
+    more = [f"--config.{key}={value}" for key, value in keys.items()]
     for steps in (4, 9):  # from the start, and from a checkpoint
         jax.clear_caches()
         events.events.clear()
@@ -90,7 +100,7 @@ def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up
             made = [text for text in warm_up if f"XLA compilation of jit({step})" in text]
             assert len(made) == len(buckets), made
             shapes = Counter(
-                int(re.findall(r"float32\[\d+,(\d+),512\]", text)[-1])  # day layers come first
+                int(re.findall(r"float32\[\d+,(\d+),512\]", text)[-1])  # after day layers
                 for text in warm_up
                 if text.startswith(f"Compiling jit({step})")
             )

@@ -9,14 +9,18 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
 from b2txt_jax.data.description import DataError
 from b2txt_jax.inference.logits import write_logits
 from b2txt_jax.inference.run import load_run
+from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
-from b2txt_jax.training.loop import train
+from b2txt_jax.training.loop import out_of_patience, train
 from b2txt_jax.training.step import init_state
+from b2txt_jax.training.tracker import Tracker
+from b2txt_jax.training.validation import Validation
 
 
 def lines_of(workdir, kind):
@@ -70,6 +74,106 @@ def test_a_run_in_two_parts_equals_an_uninterrupted_one_bit_for_bit(trained, tin
     assert [entry["loss"] for entry in lines_of(tmp_path, "train")] == [
         entry["loss"] for entry in lines_of(trained, "train")
     ]
+
+
+@pytest.fixture(scope="module")
+def epochs_config(tiny_config):
+    """Epochs, averaged weights, step decay, masks and a loss per label."""
+    keys = {
+        "data.plan": "epochs",
+        "signal.augment": ("white_noise", "speckle", "time_mask"),
+        "optimizer.schedule": "steps",
+        "optimizer.decay_at": (4,),
+        "train.ctc_per_label": True,
+        "train.ema": 0.9,
+        "train.validate_every": 2,
+    }
+    return with_overrides(tiny_config, [f"--config.{key}={value}" for key, value in keys.items()])
+
+
+@pytest.fixture(scope="module")
+def averaged(epochs_config, tmp_path_factory):
+    """A run of it in two parts, and what the second one printed."""
+    workdir, said = tmp_path_factory.mktemp("averaged"), io.StringIO()
+    train(with_overrides(epochs_config, ["--config.train.steps=4"]), workdir)
+    assert train(epochs_config, workdir, Console(file=said, width=1000)).finished
+    return workdir, said.getvalue()
+
+
+def test_a_run_of_epochs_in_two_parts_equals_an_uninterrupted_one(
+    averaged, epochs_config, tmp_path
+):
+    train(epochs_config, tmp_path)
+    for name in ("val", "train"):
+        kept = [
+            [{k: v for k, v in line.items() if "second" not in k} for line in lines_of(run, name)]
+            for run in (averaged[0], tmp_path)
+        ]
+        assert kept[0] == kept[1]
+    states = []
+    for run in (averaged[0], tmp_path):
+        with Checkpoints(run, read_only=True, ema=True) as checkpoints:
+            states.append(checkpoints.restore_latest(init_state(epochs_config, 4)))
+    assert states[0][1] == states[1][1]
+    jax.tree.map(np.testing.assert_array_equal, states[0][0], states[1][0])
+
+
+def test_the_mean_of_the_last_validations_stands_beside_the_best_of_both_weights(averaged):
+    workdir, said = averaged
+    lines = lines_of(workdir, "val")
+    for key in ("per", "ema_per"):
+        for number, line in enumerate(lines):
+            so_far = [one[key] for one in lines[: number + 1]]
+            assert line[f"{key}_last_ten"] == pytest.approx(np.mean(so_far))
+    mean = 100 * np.mean([line["per"] for line in lines])
+    assert f"mean of the last ten validations {mean:.2f} %" in said
+    assert f"an epoch is {32 / 4:.4g} batches of 4" in said
+    finished = json.loads((workdir / "finished.json").read_text())
+    assert finished["per_last_ten"] == pytest.approx(mean / 100)
+    assert finished["best"]["ema"]["per"] == min(line["ema_per"] for line in lines)
+
+
+def test_only_the_last_ten_validations_count(tiny_config):
+    tracker = Tracker(tiny_config, None, None, Progress(), 0, None)
+    for number in range(14):
+        rate = ErrorRate(errors=number, length=100)
+        tracker.step += 1
+        improved = tracker.validated(Validation(rate, {}, {}, 1.0, 0), 0.0)
+        assert improved == (["raw"] if number == 0 else [])
+    assert tracker.mean_of_last() == pytest.approx(np.mean(range(4, 14)) / 100)
+    assert (tracker.best.per, tracker.best.validations_since) == (0.0, 13)
+
+
+def test_either_weights_of_a_run_can_be_used(averaged, trained):
+    workdir, _ = averaged
+    lines = lines_of(workdir, "val")
+    found = {}
+    for weights, key, loss in (("raw", "per", "loss"), ("ema", "ema_per", "ema_loss")):
+        run = load_run(workdir, weights=weights)
+        best = min(lines, key=lambda line, key=key, loss=loss: (line[key], line[loss]))
+        assert (run.weights, run.step) == (weights, best["step"])
+        trials = run.logits("val")
+        rates = [error_rate(t.labels.tolist(), greedy_decode(t.logits).tolist()) for t in trials]
+        assert total(rates).rate == pytest.approx(best[key])
+        found[weights] = trials[0].logits
+    assert not np.allclose(found["raw"], found["ema"])
+    with pytest.raises(ConfigError, match=r"trained with train\.ema = 0; needed weights 'raw'"):
+        load_run(trained, weights="ema")
+
+
+def test_a_score_of_before_there_were_averages_is_read():
+    old = {"per": 0.5, "loss": 1.0, "step": 3, "validations_since": 2}
+    assert BestScore.of(old) == BestScore(0.5, 1.0, 3, 2)
+    both = BestScore(0.5, 1.0, 3, 2, ema=BestScore(0.4, 1.0, 2))
+    assert BestScore.of(dataclasses.asdict(both)) == both
+
+
+def test_patience_waits_for_the_averaged_weights_too(tiny_config):
+    patient = with_overrides(tiny_config, ["--config.train.patience=2"])
+    score = BestScore(0.5, 1.0, 3, validations_since=2)
+    assert out_of_patience(patient, score)
+    better = dataclasses.replace(score, ema=BestScore(0.4, 1.0, 5, validations_since=1))
+    assert not out_of_patience(patient, better)
 
 
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(

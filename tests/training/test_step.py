@@ -4,6 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import torch
 
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import Batch
@@ -132,3 +133,68 @@ def test_valid_padding_gives_the_logits_of_a_trial_cut_by_half_a_kernel_at_each_
     model = make_model(small.model, 5, DAYS)
     expected = model.apply(params, smoothed, batch.bins - 8, batch.day).logits
     np.testing.assert_allclose(cut.logits, expected, atol=1e-5)
+
+
+def test_the_loss_divided_by_label_length_is_torchs_mean_with_its_gradient(small):
+    """Torch's reduction "mean" divides by the label's length, or by 1 without labels."""
+    config = without_noise(small)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, ctc_per_label=True)
+    )
+    lengths = np.array([1, 7, 3, 0], np.int32)
+    batch = batch_of(4)._replace(label_length=lengths)
+    state = init_state(config, DAYS)
+    _, metrics = train_step_of(config)(state, batch)
+    output = jax.jit(make_eval_step(config, DAYS))(state.params, batch)
+    theirs = torch.nn.CTCLoss(blank=0, reduction="mean")(
+        torch.tensor(np.asarray(output.logits), dtype=torch.float64)
+        .log_softmax(-1)
+        .transpose(0, 1),
+        torch.tensor(batch.labels),
+        torch.tensor(np.asarray(output.frames)),
+        torch.tensor(lengths),
+    )
+    assert float(metrics.loss) == pytest.approx(float(theirs), rel=1e-5)
+    one = jax.tree.map(lambda a: a[1:2], batch)  # a row's gradient is a seventh
+    plain = train_step_of(without_noise(small))(state, one)[1]
+    divided = train_step_of(config)(state, one)[1]
+    assert float(divided.gradient_norm) == pytest.approx(float(plain.gradient_norm) / 7, rel=1e-4)
+
+
+def test_the_averaged_weights_are_those_computed_by_hand(small):
+    config = without_noise(small)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema=0.3))
+    step = train_step_of(config)
+    state = init_state(config, DAYS)
+    expected = jax.tree.map(np.asarray, state.params)
+    for number, decay in enumerate([1 / 10, 2 / 11, 3 / 12, 0.3, 0.3]):  # (1 + n) / (10 + n)
+        state, _ = step(state, batch_of(4, seed=number))
+        expected = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), expected, state.params
+        )
+        jax.tree.map(
+            lambda ours, by_hand: np.testing.assert_allclose(ours, by_hand, rtol=1e-5, atol=1e-7),
+            state.ema,
+            expected,
+        )
+    batch = batch_of(4)
+    batch.features[0, 0, 0] = np.nan
+    after, _ = step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
+
+
+def test_averaging_changes_nothing_of_the_training(small):
+    """And without it there is no second copy of the weights."""
+    with_ema = dataclasses.replace(small, train=dataclasses.replace(small.train, ema=0.9))
+    states = [init_state(config, DAYS) for config in (small, with_ema)]
+    for seed in range(3):
+        states = [
+            train_step_of(config)(state, batch_of(4, seed=seed))[0]
+            for config, state in zip((small, with_ema), states, strict=True)
+        ]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),  # other fusions
+        states[0].params,
+        states[1].params,
+    )
+    assert states[0].ema is None

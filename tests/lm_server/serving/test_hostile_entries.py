@@ -158,7 +158,7 @@ def test_an_entry_beyond_its_deadline_ends_its_sentence(model, client):
     client.xadd("remote_lm_input", {"logits": encode_logits(noise(900))})
     rounds(server, lambda: client.xlen("remote_lm_error"))
     error = last(client, "remote_lm_error")["error"]
-    assert b"took more than 0.05 s of computing; the sentence under way is dropped" in error
+    assert b"took more than 0.05 s of computing: the sentence is dropped" in error
     (owned,) = server.sessions
     assert owned.session.frames == 0
     assert not owned.ready

@@ -74,7 +74,7 @@ def test_the_check_names_every_command_that_is_missing_and_changes_nothing(
 @pytest.mark.parametrize(
     ("rights", "key"),
     [
-        ("~remote_lm* +@all", "GET contextual_decoding_current_context"),
+        ("~remote_lm* +@all", "GETRANGE contextual_decoding_current_context"),
         ("~* +@all -@scripting", "EVALSHA"),
         ("~contextual* +@all", "HSET remote_lm_process:"),
         ("%R~remote_lm* ~contextual* +@all", "XADD remote_lm_wake:"),

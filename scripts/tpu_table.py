@@ -46,6 +46,8 @@ SIZES = (4, 16, 64, 256)
 VARIANTS = ("scan", "pallas")
 COMPARED = ("v5e:2x2", "v5e:4x4")
 """Slices whose step is also compiled with the scan. The others only use the variant of `auto`."""
+TRANSFORMER = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4")
+"""Slices that share the batch of configs/transformer.py."""
 
 
 class Case(NamedTuple):
@@ -55,16 +57,19 @@ class Case(NamedTuple):
     scaling: str
     """'weak': WEAK_ROWS rows per device; 'strong': the configured batch, shared."""
     recurrence: str
-    """'scan' or 'pallas'."""
+    """'scan' or 'pallas'. Empty for a model without any."""
+    recipe: str = ""
+    """Name of another configuration than --config."""
 
     def file(self, folder: Path) -> Path:
         """Return the file of the result."""
-        return folder / f"{self.topology.replace(':', '_')}_{self.scaling}_{self.recurrence}.json"
+        parts = (self.recipe, self.topology.replace(":", "_"), self.scaling, self.recurrence)
+        return folder / f"{'_'.join(filter(None, parts))}.json"
 
 
 def cases(rows: int) -> list[Case]:
     """Return the plan, smaller slices first. Strong scaling ends when devices would have no row."""
-    found = []
+    found = [Case(topology, "strong", "", "transformer") for topology in TRANSFORMER]
     for chip, shapes in SHAPES.items():
         for shape in shapes:
             topology = parse_topology(f"{chip}:{shape}")
@@ -104,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case in cases(rows)
         if case.topology.startswith(tuple(args.only))
         and case.scaling in (args.scaling or ("weak", "strong"))
-        and case.recurrence in (args.recurrence or VARIANTS)
+        and (not args.recurrence or case.recurrence in args.recurrence)
         and (args.again or not case.file(args.folder).is_file())
     ]
     if not args.write:
@@ -153,12 +158,13 @@ def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: int) -> I
 
 def _compile(case: Case, config_file: Path, folder: Path, minutes: int = 15) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (60 * minutes, resource.RLIM_INFINITY))
-    config = load_config(config_file)
+    config = load_config(case.recipe or config_file)
+    model = config.model
+    if case.recurrence:
+        model = dataclasses.replace(model, recurrence=case.recurrence)
     try:
         result = compile_step(
-            dataclasses.replace(
-                config, model=dataclasses.replace(config.model, recurrence=case.recurrence)
-            ),
+            dataclasses.replace(config, model=model),
             parse_topology(case.topology),
             days=session_count(config),
             bucket=BUCKET if not config.data.buckets else typical_bucket(config),
@@ -221,6 +227,7 @@ this table has run on a TPU.**
         ("strong", f"## Strong scaling: the published batch of {rows} rows, shared by the devices"),
     ):
         text += f"\n{title}\n\n{_rows(results, scaling)}"
+    text += _transformer(results)
     sources = "\n".join(f"- {chip.name}: {chip.source}" for chip in CHIPS.values())
     return f"{text}\n## Sources of the chips' figures\n\n{sources}\n"
 
@@ -239,7 +246,7 @@ _HEAD = (
     "roofline, ms",
     "by cycles, ms",
     "batches an hour",
-    "hours for 120,000",
+    "hours for the run",
     "scaling",
 )
 
@@ -258,17 +265,42 @@ def _rows(results: dict[Case, dict[str, Any]], scaling: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _transformer(results: dict[Case, dict[str, Any]]) -> str:
+    """Return the table of configs/transformer.py."""
+    found = [results.get(Case(topology, "strong", "", "transformer")) for topology in TRANSFORMER]
+    good = [one for one in found if one is not None and "cost" in one]
+    if not good:
+        return ""
+    kept = [index for index, name in enumerate(_HEAD) if name not in ("recurrence", "scaling")]
+
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(cells[index]) for index in kept) + " |\n"
+
+    return f"""
+## The Transformer: its published batch of {good[0]["rows"]} rows, shared by the devices
+
+`configs/transformer.py`, {good[0]["steps"]:,} steps. It has no kernel, so that all of a step is in
+the compiler's cycles. Its only loop over frames is the CTC loss's. Reading the data is left out.
+
+{line(_HEAD)}|{"---|" * len(kept)}
+{"".join(line(_cells(one, 1.0)) for one in good)}"""
+
+
 def _moved(found: dict[str, Any]) -> int:
     """Return the bytes of collectives other than all-reduce."""
     return sum(c["bytes"] for c in found["cost"]["collectives"] if c["kind"] != "all-reduce")
 
 
 def _row(found: dict[str, Any], scaling: float) -> str:
+    return "| " + " | ".join(map(str, _cells(found, scaling))) + " |"
+
+
+def _cells(found: dict[str, Any], scaling: float) -> tuple[Any, ...]:
     memory, cost, time = found["memory"], found["cost"], found["time"]
     reduced = sum(c["bytes"] for c in cost["collectives"] if c["kind"] == "all-reduce")
     bound_only = time["compiler"] is None
     compiler = "?" if bound_only else f"{1e3 * (time['compiler'] + time['ici']):.1f}"
-    cells = (
+    return (
         found["topology"],
         found["recurrence"],
         found["chips"],
@@ -282,10 +314,9 @@ def _row(found: dict[str, Any], scaling: float) -> str:
         f"{1e3 * time['bound']:.1f}",
         compiler,
         f"{'at most ' if bound_only else ''}{3600 / time['likely']:,.0f}",
-        f"{'at least ' if bound_only else ''}{120_000 * time['likely'] / 3600:.2f}",
+        f"{'at least ' if bound_only else ''}{found['steps'] * time['likely'] / 3600:.2f}",
         f"{100 * scaling:.0f} %",
     )
-    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from published import random_params
 import b2txt_jax.model.gru.baseline
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
+from b2txt_jax.model.transformer import TransformerSettings
 from b2txt_jax.training.ctc import ctc_loss
 from b2txt_jax.training.step import init_state, make_eval_step, make_train_step
 
@@ -97,6 +98,35 @@ def test_every_product_of_the_model_has_bfloat16_operands(backward, count):
     found = products(step_equations(CONFIG), backward)
     assert len(found) == count
     assert all(operands == {"bfloat16"} for operands in found), found
+
+
+TRANSFORMER = dataclasses.replace(
+    CONFIG,
+    model=TransformerSettings(
+        name="transformer",
+        dtype="bfloat16",
+        day_layer=True,
+        width=16,
+        layers=LAYERS,
+        heads=2,
+        head_width=8,
+        feedforward=24,
+    ),
+)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_product_of_the_transformer_has_bfloat16_operands(backward):
+    found = products(step_equations(TRANSFORMER), backward)
+    # The day layer, the patches, six in each layer and the head. Backward, each has two.
+    assert len(found) == (1 + 1 + 6 * LAYERS + 1) * (2 if backward else 1)
+    assert all(operands == {"bfloat16"} for operands in found), found
+
+
+def test_the_transformer_s_exponentials_and_residuals_are_float32():
+    for name, equation in step_equations(TRANSFORMER):
+        if equation.primitive.name in ("exp", "rsqrt", "erf", "add_any"):
+            assert dtypes(equation) == {"float32"}, (name, equation)
 
 
 def test_a_float32_product_in_the_forward_pass_is_found(monkeypatch):

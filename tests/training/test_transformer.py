@@ -58,7 +58,8 @@ def test_inference_equals_a_stream_of_frames(run):
     x = smooth(features, config.signal.smooth_std, config.signal.smooth_size)
     x = np.pad(x, ((0, 0), (0, -x.shape[1] % 4), (0, 0)))
     begin, step = model_of(config, len(config.data.sessions)).stream()
-    step, state, parts = jax.jit(step), begin(model.params, 1), []
+    step = jax.jit(step, donate_argnums=3)
+    state, parts = begin(model.params, 1), []
     for first in range(0, x.shape[1], 4):
         logits, state = step(model.params, x[:, first : first + 4], np.array([0]), state)
         parts.append(logits[0])

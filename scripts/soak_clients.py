@@ -221,14 +221,10 @@ def wrong_clock(url: str, number: int, sentence: Sentence, tally: Tally) -> None
         client.xadd(names.reset, {"done": 0}, id=f"{ms}-1")
         client.xadd(names.input, {"logits": encode_logits(sentence.logits)}, id=f"{ms}-2")
         client.xadd(names.finalize, {"done": 0}, id=f"{ms}-3")
-        found: Any = None
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while not found and time.monotonic() < deadline:
-            found = client.xread({names.final: "0-0"}, block=500)
-        if not found:
+        fields = _first_entry(client, names.final)
+        if fields is None:
             tally.count("lost", session)
             return
-        fields = found[0][1][0][1]
         tally.count("real-time sentences")
         if fields[b"scoring"].decode() != sentence.scoring:
             tally.count("wrong", session)
@@ -242,11 +238,8 @@ def poison_job(url: str, number: int, sentence: Sentence, tally: Tally) -> None:
         client.hset(batch_key(batch), "0", "queued")
         fields: dict[Any, Any] = {**Job(batch, "0", sentence.logits).fields(), "hot_words": POISON}
         client.xadd(REGISTRY.jobs, fields)
-        found: Any = None
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while not found and time.monotonic() < deadline:
-            found = client.xread({results_stream(batch): "0-0"}, block=500)
-        if found and b"no single word" in found[0][1][0][1].get(b"error", b""):
+        found = _first_entry(client, results_stream(batch))
+        if found and b"no single word" in found.get(b"error", b""):
             tally.count("refusals")
         else:
             tally.count("refusals lost", f"poison job: {found}")
@@ -261,13 +254,18 @@ def be_expensive(url: str, number: int, tally: Tally) -> None:
         request(client, "open", session, max_active=5000, beam=1000, max_classes=41)
         client.xadd(names.input, {"logits": encode_logits(noise)})
         client.xadd(names.finalize, {"done": 0}, id=f"{int(1000 * time.time()) + 2}-0")
-        found: Any = None
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while not found and time.monotonic() < deadline:
-            found = client.xread({names.final: "0-0"}, block=500)
-        if not found:
+        if _first_entry(client, names.final) is None:
             tally.count("lost", session)
         request(client, "close", session)
+
+
+def _first_entry(client: Any, stream: str) -> dict[bytes, bytes] | None:
+    """Return the fields of a stream's first entry, None if none comes in time."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while time.monotonic() < deadline:
+        if found := client.xread({stream: "0-0"}, block=500):
+            return found[0][1][0][1]
+    return None
 
 
 def _job_client(url: str) -> JobClient:

@@ -157,9 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=setting.default,
             help=f"{meta['help']} (default {default})".replace("%", "%%"),
         )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)"
-    )
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     parser.add_argument(
         "--force", action="store_true", help="replace sessions simulated with other settings"
     )
@@ -169,9 +167,10 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt simulate`."""
     names = [field.name for field in dataclasses.fields(SimulationSettings)]
     settings = SimulationSettings(**{name: getattr(args, name) for name in names})
-    if args.jobs < 1:
-        raise DataError(f"--jobs is {args.jobs}; needed 1 or more processes")
-    root = simulate(args.out, settings, args.force, args.jobs)
+    jobs = (os.cpu_count() or 1) if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise DataError(f"--jobs is {jobs}; needed 1 or more processes")
+    root = simulate(args.out, settings, args.force, jobs)
     print(f"{settings.sessions} simulated sessions are in {root}")
     return 0
 

@@ -87,6 +87,7 @@ def test_its_weights_cross_safetensors_bit_for_bit(run, tmp_path, capsys):
     assert "needed 'gru': only that has a published format" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_devices_that_share_its_rows_give_the_losses_of_one(overrides, tmp_path):
     few = [*overrides, "--config.data.trials_per_day=2", "--config.train.steps=4"]
     train_here(tmp_path / "alone", few)

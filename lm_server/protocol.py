@@ -156,6 +156,11 @@ def state_key(session: str) -> str:
     return f"remote_lm_state:{session}" if session else "remote_lm_state"
 
 
+def attempts_key(session: str) -> str:
+    """Return the key that counts the servers which began an adopted session's next entry."""
+    return f"remote_lm_attempts:{session}" if session else "remote_lm_attempts"
+
+
 def process_key(process: str) -> str:
     """Return the key of a server's or worker's status hash. It expires soon after the process."""
     return f"remote_lm_process:{process}"

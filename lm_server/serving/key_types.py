@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from lm_server.client.connection import text
-from lm_server.protocol import REGISTRY, owner_key, session_streams, state_key
+from lm_server.protocol import REGISTRY, attempts_key, owner_key, session_streams, state_key
 from lm_server.serving import scripts
 
 ASIDE = "remote_lm_set_aside:"
@@ -38,7 +38,8 @@ def registry_keys() -> dict[str, str]:
 def session_keys(session: str) -> dict[str, str]:
     """Return the type of each key of a session, without the context key, which clients own."""
     streams = dict.fromkeys(vars(session_streams(session)).values(), "stream")
-    return {**streams, state_key(session): "hash", owner_key(session): "string"}
+    strings = dict.fromkeys((owner_key(session), attempts_key(session)), "string")
+    return {**streams, state_key(session): "hash", **strings}
 
 
 def set_aside(client: redis.Redis, needed: Mapping[str, str]) -> dict[str, str]:

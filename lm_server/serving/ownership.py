@@ -24,12 +24,14 @@ from lm_server.protocol import (
     REGISTRY,
     WARNING,
     ProtocolError,
+    attempts_key,
     is_session,
     owner_key,
     session_streams,
     state_key,
 )
 from lm_server.serving import scripts
+from lm_server.serving.dead_letters import KEPT, dead_letter
 from lm_server.serving.key_types import (
     registry_keys,
     session_keys,
@@ -55,6 +57,9 @@ _MAX_UNSENT = 200
 _KEPT_OF_SENTENCE = 20_000
 _LONGEST_LEASE_MS = 30_000
 """No server asks for a longer lease. A foreign owner key with a longer one is cut to ours."""
+_ATTEMPTS = 3
+"""Servers that may take a session over and end at its next entry. The next one drops it."""
+_ATTEMPT_SECONDS = 3600
 _LAST_WORDS_SECONDS = 60
 """A closed session's streams can be read for so long."""
 
@@ -135,6 +140,9 @@ class OwnedSession:
       used: where the session stands in the queue of those that want computing time (seconds).
       spent: computing time that `work` took so far (seconds).
       lost: whether another process owns the session now.
+      suspect: whether the session's next work may be what ended the server before.
+      attempted: whether that work was begun here and counted.
+      poison: why the next entry is dropped. Empty: it is handled.
     """
 
     def __init__(self, session: Session, idle_seconds: float | None = None) -> None:
@@ -152,7 +160,8 @@ class OwnedSession:
         self.work: Generator[None, None, None] | None = None
         self.unsent: deque[Unsent] = deque()
         self.active = time.monotonic()
-        self.lost = False
+        self.lost = self.suspect = self.attempted = False
+        self.poison = ""
         self.used = 0.0
         self.spent = 0.0
         self._of_sentence: list[tuple[str, str]] = []
@@ -337,6 +346,15 @@ class OwnedSessions:
         """Send a warning about an entry."""
         self.send(owned, [owned.session.refusal(reason, entry, WARNING)])
 
+    def keep_dead(self, entry: Entry, reason: str) -> None:
+        """Keep an entry for an operator to read."""
+        letter: dict[Any, Any] = {
+            **dead_letter(self.me, entry.stream, entry.name, reason, entry.fields)
+        }
+        # The client's answer must not wait for it.
+        with contextlib.suppress(*LOST):
+            self._client.xadd(REGISTRY.dead, letter, maxlen=KEPT, approximate=False)
+
     def add(self, session: Session, idle_seconds: float, warnings: Sequence[Message] = ()) -> None:
         """Add a session that was opened for this process, and send its settings and warnings."""
         owned = self._owned[session.name] = OwnedSession(session, idle_seconds)
@@ -347,7 +365,7 @@ class OwnedSessions:
         `reason` that the client does not know."""
         with self._client.pipeline() as pipeline:
             pipeline.hdel(REGISTRY.sessions, name)
-            pipeline.delete(state_key(name))
+            pipeline.delete(state_key(name), attempts_key(name))
             for stream in vars(session_streams(name)).values():
                 pipeline.expire(stream, _LAST_WORDS_SECONDS)
             pipeline.execute()
@@ -385,7 +403,40 @@ class OwnedSessions:
 
     def release(self, owned: OwnedSession) -> None:
         """Release a session, so that another process can adopt it at once."""
+        self.acquit(owned)
         self._release(keys=owned.keys[:1], args=[self.me])
+
+    # Sessions whose next entry may have ended the server before
+
+    def attempt(self, owned: OwnedSession) -> bool:
+        """Count that a suspect session's work begins. False: another suspect's comes first.
+
+        One at a time, since the count must not blame the company of what ends the process.
+        """
+        if any(one is not owned and one.attempted for one in self):
+            return False
+        if not owned.attempted:
+            key, count = attempts_key(owned.session.name), self._attempts(owned.session.name) + 1
+            self._client.set(key, count, ex=_ATTEMPT_SECONDS)
+            owned.attempted = True
+        return True
+
+    def acquit(self, owned: OwnedSession, forever: bool = True) -> None:
+        """Forget the attempts at a session's work, which has ended well."""
+        if owned.attempted:
+            self._client.delete(attempts_key(owned.session.name))
+        owned.attempted, owned.poison = False, ""
+        owned.suspect = owned.suspect and not forever
+
+    def acquit_idle(self) -> None:
+        """Forget the attempts at sentences that were searched again and have no entry yet."""
+        for owned in self:
+            if owned.suspect and not (owned.ready or owned.unsent):
+                self.acquit(owned, forever=False)
+
+    def _attempts(self, name: str) -> int:
+        found = text(self._client.get(attempts_key(name)) or b"0")
+        return int(found) if found.isdecimal() and len(found) < _ATTEMPTS + 6 else 0
 
     # Orphans
 
@@ -445,6 +496,16 @@ class OwnedSessions:
         if description is not None:
             self._restore_opened(owned, description)
         state = self._saved_state(owned)
+        # What is new to this server has ended none.
+        owned.suspect = state is not None or description is not None
+        attempts = self._attempts(name)
+        if owned.suspect and attempts >= _ATTEMPTS:
+            owned.poison = (
+                f"{attempts} servers that took this session over ended at this entry, or while "
+                "they searched its sentence again; it is not tried again, and is kept in the "
+                f"stream {REGISTRY.dead} for the operator"
+            )
+            self._client.delete(attempts_key(name))
         if state is None:
             self._begin(owned, description is not None)
         else:
@@ -457,7 +518,14 @@ class OwnedSessions:
                 stream = session.streams.input
                 last = "{}-{}".format(*owned.positions[stream])
                 entries: Any = self._client.xrange(stream, state.first or "-", last)
-                owned.work = self._replay(owned, state.first, entries, state.frames)
+                if owned.poison:
+                    for id_, fields in entries[-1:]:
+                        self.keep_dead(Entry(stream, parse_id(id_), plain(fields)), owned.poison)
+                    self._lose(owned, owned.poison)
+                    left = {"first": None, "frames": 0, "lost": session.lost}
+                    self._client.hset(owned.keys[1], "sentence", json.dumps(left))
+                else:
+                    owned.work = self._replay(owned, state.first, entries, state.frames)
         self._owned[name] = owned
 
     def _restore_opened(self, owned: OwnedSession, description: bytes) -> None:

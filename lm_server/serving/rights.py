@@ -13,6 +13,7 @@ from lm_server.protocol import (
     CONTEXT_KEY,
     DEFAULT_SESSION,
     REGISTRY,
+    attempts_key,
     batch_key,
     context_key,
     owner_key,
@@ -91,6 +92,8 @@ def server_needs(name: str, sessions: bool) -> list[Command]:
         context = context_key(session)
         needed += [("GETRANGE", context, "x", "x")]
         needed += [("GET", owner), ("SET", owner, "x", "PX")]
+        attempts = attempts_key(session)
+        needed += [("GET", attempts), ("SET", attempts, "x", "EX"), ("DEL", attempts)]
         needed += [("PTTL", owner), ("PEXPIRE", owner, "x"), ("EXISTS", owner)]
         needed += [("HGETALL", state), ("HGET", state, ""), ("HSET", state, "a", "b", "c")]
         needed += [("EXPIRE", state, "x")]

@@ -25,7 +25,6 @@ import redis
 from lm_server.client.connection import LOST, parse_id, plain, text
 from lm_server.errors import UserError
 from lm_server.protocol import DEFAULT_SESSION, MAX_CONTEXT, REGISTRY, context_key, owner_key
-from lm_server.serving.dead_letters import KEPT, dead_letter
 from lm_server.serving.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
 from lm_server.serving.ownership import BATCH, Limits, OwnedSession, OwnedSessions, Unsent
@@ -133,6 +132,7 @@ class Server:
         if not stopping:
             self._housekeeping()
         self._read(stopping)
+        self.sessions.acquit_idle()
         if self._asked:
             self._advance_request()
         self._advance_fairly()
@@ -203,7 +203,7 @@ class Server:
         A session that was idle begins where the others are now, so that nobody saves time up.
         """
         until = time.monotonic() + _ROUND_SECONDS
-        while ready := [one for one in self.sessions if one.ready and not one.lost]:
+        while ready := [one for one in self.sessions if one.ready and self._may_advance(one)]:
             owned = min(ready, key=lambda one: max(one.used, self._virtual))
             self._virtual = max(owned.used, self._virtual)
             started = time.thread_time()
@@ -213,6 +213,9 @@ class Server:
             owned.spent += seconds
             if time.monotonic() >= until:
                 break
+
+    def _may_advance(self, owned: OwnedSession) -> bool:
+        return not owned.lost and (not owned.suspect or self.sessions.attempt(owned))
 
     def _advance(self, owned: OwnedSession) -> None:
         """Handle the session's next entry, or one slice more of it."""
@@ -241,6 +244,11 @@ class Server:
         started = time.monotonic()
         self._heartbeat.alive(within=longest_finish(session.frames))
         context = ""
+        if owned.poison:
+            self.sessions.keep_dead(entry, owned.poison)
+            reply = Reply([session.dropped(entry, owned.poison)])
+            owned.handled(entry, reply, started)
+            return self._flush(owned)
         if entry.stream == session.streams.finalize:
             try:
                 context = self._context(owned, entry)
@@ -271,12 +279,7 @@ class Server:
             *(entry.name, entry.stream, self.meter.failures()),
             exc_info=error,
         )
-        reason = f"{type(error).__name__}: {error}"
-        letter = dead_letter(self.name, entry.stream, entry.name, reason, entry.fields)
-        # The client's answer must not wait for it.
-        with contextlib.suppress(*LOST):
-            sent: dict[Any, Any] = {**letter}
-            self._client.xadd(REGISTRY.dead, sent, maxlen=KEPT, approximate=False)
+        self.sessions.keep_dead(entry, f"{type(error).__name__}: {error}")
 
     def _context(self, owned: OwnedSession, entry: Entry) -> str:
         key = context_key(owned.session.name)
@@ -313,6 +316,8 @@ class Server:
                 first.reply = Reply(messages)
             self.sessions.send(owned, messages, first)
             owned.unsent.popleft()
+            if owned.suspect and not owned.lost:
+                self.sessions.acquit(owned)
             for message in messages:
                 self._measure(owned, first, message)
 

@@ -511,3 +511,117 @@ def test_the_status_skips_and_names_what_no_server_wrote(client, url, capsys):
     shown = capsys.readouterr().out
     for key in ("process:string", "process:[/red]", "open_sessions: '../etc'", "owner"):
         assert f"not written by lm-server: remote_lm_{key}" in shown
+
+
+class Killed(BaseException):
+    """The end of a server's process: nothing is released, sent or caught."""
+
+
+class Deadly:
+    """A search that ends its process at sentences of more than `most` frames."""
+
+    most = 15
+
+    def __init__(self, search):
+        self._search = search
+
+    def __getattr__(self, name):
+        return getattr(self._search, name)
+
+    def step(self, logits):
+        if self._search.frames + len(logits) > self.most:
+            raise Killed
+        return self._search.step(logits)
+
+
+class DeadlyModel:
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def search(self, settings, hot_words):
+        return Deadly(self._model.search(settings, hot_words))
+
+
+def serve_until(client, model, done, seconds=10.0):
+    """Servers one after another, each adopting what the last one left. Returns their number."""
+    deadline, count = time.monotonic() + seconds, 0
+    while True:
+        for key in client.keys("remote_lm_owner*"):
+            client.delete(key)  # as if the lease had run out
+        count += 1
+        server = Server(client, lambda name: Session(DeadlyModel(model), Settings(), name))
+        try:
+            while not done():
+                assert time.monotonic() < deadline
+                server._round(stopping=False)
+        except Killed:
+            continue
+        return count
+
+
+def refusals(client, session):
+    return [fields for _, fields in client.xrange(f"remote_lm_error:{session}")]
+
+
+def open_two(client):
+    for name in ("deadly", "good"):
+        client.hset(REGISTRY.sessions, name, '{"idle_seconds": 60, "session": {"settings": {}}}')
+
+
+def say_parts(client, session, count):
+    part = encode_logits(say(["the"])[:5])
+    return [client.xadd(f"remote_lm_input:{session}", {"logits": part}) for _ in range(count)]
+
+
+def test_an_entry_that_ends_three_servers_is_set_aside_and_no_other_session_suffers(model, client):
+    open_two(client)
+    ids = say_parts(client, "deadly", 5)
+    say_parts(client, "good", 3)
+    client.xadd("remote_lm_finalize:good", {"done": "0"})
+    good = "remote_lm_output_final:good"
+    servers = serve_until(
+        client, model, lambda: len(refusals(client, "deadly")) == 3 and client.xlen(good)
+    )
+    # Three take over from the first. The next drops the sentence (its 3 entries that went well),
+    # the entry, and the rest.
+    assert servers == 5
+    first, second, rest = refusals(client, "deadly")
+    assert b"3 servers that took this session over ended" in first[b"error"]
+    assert b"3 servers that took this session over ended" in second[b"error"]
+    assert (second[b"entry_id"], rest[b"entry_id"]) == (ids[3], ids[4])
+    letters = [fields for _, fields in client.xrange(REGISTRY.dead)]
+    assert [one[b"entry_id"] for one in letters] == [ids[2], ids[3]]
+    assert not refusals(client, "good")
+    assert client.xlen(good) == 1
+    assert not client.keys("remote_lm_attempts*")
+
+
+def test_servers_that_end_over_another_sentence_are_not_held_against_a_waiting_one(model, client):
+    open_two(client)
+    say_parts(client, "good", 2)
+    serve_until(client, model, lambda: client.xlen("remote_lm_output_partial:good") == 2)
+    # Its sentence waits for its next entry while three servers end.
+    say_parts(client, "deadly", 4)
+    serve_until(client, model, lambda: len(refusals(client, "deadly")) == 2)
+    client.xadd("remote_lm_finalize:good", {"done": "0"})
+    serve_until(client, model, lambda: client.xlen("remote_lm_output_final:good"))
+    assert not refusals(client, "good")
+
+
+def test_a_sentence_that_ends_servers_when_it_is_searched_again_is_dropped(
+    model, client, monkeypatch
+):
+    open_two(client)
+    say_parts(client, "deadly", 2)
+    serve_until(client, model, lambda: client.xlen("remote_lm_output_partial:deadly") == 2)
+    monkeypatch.setattr(Deadly, "most", 7)
+    assert serve_until(client, model, lambda: len(refusals(client, "deadly")) == 1) == 4
+    assert client.xlen(REGISTRY.dead) == 1
+    # What the client sends now is a sentence of its own.
+    client.xadd("remote_lm_reset:deadly", {"done": "0"})
+    say_parts(client, "deadly", 1)
+    serve_until(client, model, lambda: client.xlen("remote_lm_output_partial:deadly") == 3)
+    assert len(refusals(client, "deadly")) == 1

@@ -15,7 +15,7 @@ from typing import Any
 
 from b2txt_jax import __version__
 from b2txt_jax.huge_pages import restart_with_huge_pages
-from lm_server.ending import ended_by_interrupt, exit_status
+from lm_server.ending import CommandParser, ended_by_interrupt, exit_status
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is allowed)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
 
 def make_parser(wanted: str | None) -> argparse.ArgumentParser:
     """Return the parser of all subcommands. Only the wanted one's module is imported, for speed."""
-    parser = argparse.ArgumentParser(prog="b2txt", description="Brain-to-text decoding in JAX.")
+    parser = CommandParser(prog="b2txt", description="Brain-to-text decoding in JAX.")
     parser.add_argument("--version", action="version", version=f"b2txt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module_name, text, _) in COMMANDS.items():

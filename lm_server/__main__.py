@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
 
-from lm_server.ending import ended_by_interrupt, exit_status
+from lm_server.ending import CommandParser, ended_by_interrupt, exit_status
 from lm_server.errors import UserError
 from lm_server.processes import version
 
@@ -57,14 +55,8 @@ def _run(args: argparse.Namespace) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exit with an error that repeats no URL or login among the arguments."""
-        super().error(re.sub(r"\S*(://|@)\S*", "***", message))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lm-server", description=__doc__)
+    parser = CommandParser(prog="lm-server", description=__doc__)
     parser.add_argument("--version", action="version", version=f"lm-server {version()}")
     names = "{" + ",".join(COMMANDS) + "}"
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")

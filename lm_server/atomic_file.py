@@ -1,8 +1,9 @@
-"""Write a file whole or not at all, and find out early whether it can be written."""
+"""Write a file whole or not at all, and find out early whether it can be written or read."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,17 @@ from lm_server.errors import UserError
 
 class UnwritableError(UserError, OSError):
     """A place where a result cannot be written."""
+
+
+def regular(path: Path) -> Path:
+    """Return `path`, which a caller is about to read.
+
+    Raises:
+      OSError: it is a FIFO, a socket or a device, whose reading may never end.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
 
 
 def require_writable(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
+import re
 import select
 import signal
 import sys
@@ -20,7 +22,17 @@ _ONE_PRESS = 0.3
 """Signals within so many seconds are one Ctrl-C: some launchers forward what the terminal sends."""
 _INTERRUPTED, _PIPE_CLOSED = 130, 141  # as shells report SIGINT and SIGPIPE
 _SHOW_CURSOR = b"\x1b[?25h"
+_LOGIN = re.compile(r"\S*(:/|@)\S*")
+"""A word of a command line that may be a URL with a password."""
 _finishing: list[str] = []
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors repeat no URL or login among the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with an error in which words that may hold a password are masked."""
+        super().error(_LOGIN.sub("***", message))
 
 
 def exit_status(run: Callable[[], int]) -> int:
@@ -38,9 +50,20 @@ def exit_status(run: Callable[[], int]) -> int:
             # Python flushes once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return _PIPE_CLOSED
-        print(f"error: {error or 'memory ran out'}", file=sys.stderr)
+        print(f"error: {_without_logins(str(error)) or 'memory ran out'}", file=sys.stderr)
         return 2
     return status
+
+
+def _without_logins(message: str) -> str:
+    """Mask the command's arguments that may hold a password, where a message repeats them.
+
+    A URL in the place of a path is repeated as `redis:/`, and one in an option's value without it.
+    """
+    for word in filter(_LOGIN.search, " ".join(sys.argv[1:]).replace("=", " ").split()):
+        for form in (word, os.path.normpath(word)):
+            message = message.replace(form, "***")
+    return message
 
 
 def leave(status: int) -> NoReturn:

@@ -203,7 +203,8 @@ def read_logits(path: Path) -> Logits:
       LogitsFileError: the file is missing, damaged, or one of its fields is not as needed.
     """
     if not path.is_file():
-        raise LogitsFileError(f"there is no logits file {path}: make one with `b2txt infer`")
+        found = "no regular file is at" if os.path.lexists(path) else "there is no logits file"
+        raise LogitsFileError(f"{found} {path}: make a logits file with `b2txt infer`")
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):

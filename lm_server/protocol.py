@@ -363,6 +363,20 @@ def encode_hot_words(words: Mapping[str, HotWordEntry]) -> str:
     )
 
 
+def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """Return the members of a JSON object, as `object_pairs_hook`.
+
+    Raises:
+      ValueError: a name is there twice. JSON would keep the last value without a word.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice: leave one out")
+    return found
+
+
 def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
     """Return the hot words of the field `words`, in which a plain number is a weight alone.
 
@@ -376,7 +390,7 @@ def decode_hot_words(text: str | bytes) -> dict[str, HotWordEntry]:
         )
     form = '{"WORD": WEIGHT, ...} or {"WORD": {"weight": W, "pronunciations": [["K", "AE", "T"]]}}'
     try:
-        given = json.loads(text)
+        given = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"words are no JSON ({error}); needed {form}") from error
     if not isinstance(given, dict):

@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_server.atomic_file import replacing
+from lm_server.atomic_file import regular, replacing
 from lm_server.errors import UserError
+from lm_server.protocol import unique
 
 FORMAT = 1
 """Version of settings files."""
@@ -183,7 +184,7 @@ def read_settings(
         is unknown or outside its range.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(regular(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(
             f"the settings file {path} cannot be read ({error}): make one with `lm-server tune`"

@@ -317,7 +317,13 @@ def _sentence(group: h5py.Group, ref: TrialRef) -> str | None:
         if np.size(text) != 1:
             raise DataError(f"{where}: the attribute `sentence_label` is {text!r}; needed one text")
         text = np.asarray(text).reshape(-1)[0] if np.ndim(text) else text
-        return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        try:
+            # h5py returns bytes that are not UTF-8 as half surrogate pairs.
+            return bytes.decode(text.encode() if isinstance(text, str) else text)
+        except (TypeError, UnicodeError) as error:
+            raise DataError(
+                f"{where}: the attribute `sentence_label` is {text!r} ({error}); needed UTF-8 text"
+            ) from error
     if "transcription" not in group:
         return None
     codes = _read(_dataset(group, "transcription", where), ref, slice(None))

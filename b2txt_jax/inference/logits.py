@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
+from b2txt_jax.data.description import DataWarning
+from b2txt_jax.data.trial import listed
 from b2txt_jax.inference.run import TrialLogits, add_weights_argument, load_run
 from lm_server.atomic_file import replacing, require_writable
 
@@ -46,8 +49,16 @@ def write_logits(path: Path, trials: Sequence[TrialLogits]) -> None:
         "frames": np.array([len(trial.logits) for trial in trials], np.int32),
         "trial": np.array([trial.ref.name for trial in trials]),
     }
-    if all(trial.sentence is not None for trial in trials):
+    without = [trial.ref.name for trial in trials if trial.sentence is None]
+    if not without:
         arrays["sentence"] = np.array([trial.sentence for trial in trials])
+    elif len(without) < len(trials):
+        warnings.warn(
+            f"{len(without)} of {len(trials)} trials have no sentence: {listed(without)}; {path} "
+            "gets no field `sentence`, so that `lm-server tune` needs --refs",
+            DataWarning,
+            stacklevel=2,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

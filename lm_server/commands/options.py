@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_server import settings
+from lm_server.atomic_file import regular
 from lm_server.processes import default_workers
 from lm_server.protocol import ProtocolError
 from lm_server.rescoring.load import add_llm_options
@@ -178,6 +179,6 @@ def hot_words_from(args: argparse.Namespace) -> dict[str, HotWord]:
     if args.hot_words is None:
         return {}
     try:
-        return parse_hot_words(args.hot_words.read_bytes())
+        return parse_hot_words(regular(args.hot_words).read_bytes())
     except (OSError, ProtocolError) as error:
         raise HotWordError(f"--hot-words {args.hot_words}: {error}") from error

@@ -10,6 +10,7 @@ resolved, and annotations in brackets (`[laughter]`, `<p>`) are removed and coun
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import html
 import io
@@ -34,7 +35,7 @@ _SENTENCE_MARK = re.compile(r"</?s>", re.IGNORECASE)
 _ANNOTATION = re.compile(
     r"<(?!unk>)/?[A-Za-z!][^<>]{0,200}>|\[[^][]{0,60}\]|\{[^{}]{0,60}\}|-[LR][RCS]B-"
 )
-_BRACKET = re.compile(r"[<\[{]|-[LR]")
+_BRACKETS = ("<", "[", "{", "-L", "-R")
 _CLITIC = re.compile(
     r" (?<=[A-Za-z] )(['\u2019](?:s|m|re|ve|ll|d)|n['\u2019]t)(?![\w'])", re.IGNORECASE
 )
@@ -105,6 +106,11 @@ class Counts:
             yield f"of {what} {self.annotations} annotations in brackets are left out"
 
 
+@functools.lru_cache(1024)
+def _kept(words: int) -> Counts:
+    return Counts(sentences=1, words=words)
+
+
 def split_sentences(line: str) -> list[str]:
     """Split a line at full stops, question and exclamation marks before a capital letter.
 
@@ -147,11 +153,12 @@ def normalise(sentence: str, known: Collection[str] = frozenset()) -> tuple[str,
       sentence: any text. Case, accents and punctuation are removed.
       known: words that keep their hyphens and their outer apostrophes ("x-ray", "'em", "boys'").
     """
-    if _DIGIT.search(sentence):
+    digits = _DIGIT.search(sentence)
+    if digits:
         sentence = read_numbers(sentence)
     if sentence.isascii():
         folded = sentence.replace("`", "'").lower()
-        if _DIGIT.search(folded):
+        if digits and _DIGIT.search(folded):
             return "dropped_digits"
     else:
         folded = fold(sentence)
@@ -219,7 +226,7 @@ def read_words(
                         dropped: dict[str, Any] = {words: 1, "examples": why}
                         yield None, Counts(**dropped)
                     else:
-                        yield words, Counts(sentences=1, words=len(words))
+                        yield words, _kept(len(words))
                 if number % 1024 == 0:
                     progress(position() - done)
                     done = position()
@@ -237,7 +244,7 @@ def without_marks(line: str) -> tuple[list[str], int]:
         line = _AND.sub("and", html.unescape(html.unescape(line)))
     if "'" in line or "\u2019" in line:
         line = _CLITIC.sub(r"\1", line)
-    if not _BRACKET.search(line):
+    if not any(map(line.__contains__, _BRACKETS)):
         return [line], 0
     parts, removed = [], 0
     for part in _SENTENCE_MARK.split(_UNKNOWNS.sub(UNKNOWN, line)):

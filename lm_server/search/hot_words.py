@@ -92,11 +92,11 @@ def check_hot_words(
             )
         # What is not printable (half a surrogate pair, a control character) cannot be sent or shown
         # in an answer.
-        signs = word.isprintable() and " " not in word and ";" not in word
+        signs = word.isprintable() and not set(word) & set(" ;<>")
         if not signs or not 0 < len(word) <= _MAX_LETTERS:
             raise HotWordError(
                 f"the hot word {word[:_MAX_LETTERS]!r} is no single word: needed 1 to "
-                f"{_MAX_LETTERS} printable characters without spaces or semicolons"
+                f"{_MAX_LETTERS} printable characters without spaces, semicolons or <>"
             )
         if not 0 < hot.weight <= MAX_WEIGHT or not math.isfinite(hot.weight):
             raise HotWordError(

@@ -51,6 +51,8 @@ def idle_settings(
 
 def _number(name: str, text: bytes) -> float:
     try:
+        if b"_" in text:
+            raise ValueError
         value = float(text)
     except ValueError as error:
         shown = text[:40].decode(errors="replace")

@@ -167,7 +167,10 @@ FINISH_JOB = (
 local problem = wrong(KEYS[3], 'stream') or wrong(KEYS[4], 'stream')
 if problem then return problem end
 local after = 7 + 2 * tonumber(ARGV[6])
-local wanted = redis.call('HGET', KEYS[2], ARGV[3]) == 'queued'
+-- The batch's hash has the jobs that want a result. One that is set aside does not wait for it.
+problem = wrong(KEYS[2], 'hash')
+if problem and after == 7 then return problem end
+local wanted = not problem and redis.call('HGET', KEYS[2], ARGV[3]) == 'queued'
 if wanted then
   -- First what can fail: an error ends the script, and the job must be pending then.
   redis.call('XADD', KEYS[3], '*', unpack(ARGV, after))

@@ -328,7 +328,10 @@ class Session:
         """
         given = json.loads(description)
         # Before what may fail: the sentence under way is this client's.
-        self._hold(str(given.get("client", ""))[:MAX_REQUEST_ID], None)
+        client = given.get("client", "")
+        if not isinstance(client, str):
+            raise ValueError(f"the client is {shortened(repr(client), 100)}; needed its name")
+        self._hold(client[:MAX_REQUEST_ID], None)
         asked = {str(name): str(value).encode() for name, value in given["settings"].items()}
         words = given.get("hot_words")
         self.apply(asked, None if words is None else parse_hot_words(json.dumps(words)))

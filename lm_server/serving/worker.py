@@ -34,6 +34,7 @@ from lm_server.protocol import (
     echoed,
     process_key,
     results_stream,
+    unique,
 )
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.search.hot_words import HotWord, parse_hot_words
@@ -344,7 +345,7 @@ class Worker:
                 "are possible: leave out what is no setting"
             )
         try:
-            given = json.loads(job.fields["settings"])
+            given = json.loads(job.fields["settings"], object_pairs_hook=unique)
             fields = {str(name): str(value).encode() for name, value in given.items()}
         except (ValueError, AttributeError, RecursionError) as error:
             raise ProtocolError(

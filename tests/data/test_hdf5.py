@@ -119,6 +119,13 @@ def test_sentences_may_be_bytes_or_text(tmp_path: Path, text: object) -> None:
     assert read_all(tmp_path)[1].sentence == "Café."
 
 
+@pytest.mark.parametrize("text", [5, b"Caf\xe9.", np.bytes_(b"Caf\xe9.")])
+def test_a_sentence_that_is_no_text_is_refused(tmp_path: Path, text: object) -> None:
+    write_session(tmp_path, sentence=text)
+    with pytest.raises(DataError, match="needed UTF-8 text"):
+        read_all(tmp_path)
+
+
 def test_the_character_codes_stand_in_for_a_missing_sentence(tmp_path: Path) -> None:
     write_session(tmp_path, drop=("sentence_label",))
     assert read_all(tmp_path)[1].sentence == "Hello."

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from b2txt_jax.cli import main as b2txt
 from lm_server.atomic_file import UnwritableError, require_writable
 
 # Work in C that lasts minutes, during which Python runs no handler of a signal.
@@ -144,3 +145,30 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
     require_writable(tmp_path / "new" / "x.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new", "pipe"]
     assert list((tmp_path / "new").iterdir()) == []
+
+
+SECRET = "redis://:hunter2@host:1/0"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [*("train", "--workdir", "w"), SECRET],
+        [SECRET],
+        ["evaluate", "--workdir", "w", "--split", SECRET],
+        ["evaluate", "--workdir", "w", "--workers", SECRET],
+        ["evaluate", "--workdir", SECRET],
+        ["evaluate", f"--workdir={SECRET}"],
+        ["train", "--workdir", "w", "--config", SECRET],
+    ],
+)
+def test_a_misplaced_url_is_not_repeated_with_its_password(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["b2txt", *arguments])
+    try:
+        status = b2txt(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    shown = capsys.readouterr().err
+    assert "hunter2" not in shown
+    assert "***" in shown

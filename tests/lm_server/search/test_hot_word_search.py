@@ -143,6 +143,7 @@ def test_two_searches_have_the_same_word_with_their_own_weights(flashlight):
         ({"two words": HotWord(1.0)}, "is no single word"),
         ({"Jos\u00e9": HotWord(1.0), "jose": HotWord(2.0)}, "'jose' is given twice"),
         ({"zoe;": HotWord(1.0, (("Z",),))}, "is no single word"),
+        ({"</s>": HotWord(1.0, (("Z",),))}, "is no single word"),
         ({"\ud800": HotWord(50.0, (("K",),))}, "is no single word"),
         ({"cat\x1b[2J": HotWord(1.0, (("K",),))}, "is no single word"),
         ({"c" * 101: HotWord(1.0, (("K",),))}, "needed 1 to 100 printable characters"),

@@ -191,6 +191,13 @@ def test_what_cannot_be_restored_is_left_at_this_servers_settings(model, client,
     assert "cannot be used here" in caplog.text
 
 
+def test_a_client_in_the_state_that_is_no_name_holds_no_session(model, client, caplog):
+    client.hset("remote_lm_state", "session", '{"settings": {}, "client": {"a": 1}}')
+    _, found = owning(client, "me", model)
+    assert found.session.client == ""
+    assert "needed its name" in caplog.text
+
+
 def test_a_backlog_beyond_the_limit_is_dropped_and_its_client_gets_an_error(model, client):
     table, owned = owning(client, "me", model, limits=Limits(backlog=5))
     ids = [client.xadd("remote_lm_input", {"logits": encode_logits(say(["a"]))}) for _ in range(6)]

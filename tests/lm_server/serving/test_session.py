@@ -171,6 +171,7 @@ def test_parameters_changed_within_a_sentence_hold_from_the_next(session):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
+        ({"nbest": b"1_0"}, "nbest is '1_0'; needed a number"),
         ({"acoustic_scale": b"fast"}, "acoustic_scale is 'fast'; needed a number"),
         ({"acoustic_scale": b"nan"}, "finite"),
         ({"acoustic_scale": b"-1"}, "acoustic_scale is -1.0; needed a number from 0.001 to 100"),

@@ -22,6 +22,7 @@ from lm_server.protocol import REGISTRY, Job, process_key, results_stream, to_lm
 from lm_server.rescoring.ranking import ngram_answer
 from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
+from lm_server.serving.worker import Terms, Worker
 from lm_server.settings import Settings
 
 SENTENCES = [["the", "cat"], ["a", "dog", "ran"], ["the", "bat", "sat"], ["the", "dog"]]
@@ -418,3 +419,17 @@ def test_no_logits_is_an_error_and_a_result_that_cannot_be_written_leaves_its_jo
     assert b"error" not in results[b"good"]
     assert connection.hget("hidden", "kept") == b"queued"
     assert len(held(connection)) == 1
+
+
+def test_a_job_that_is_set_aside_does_not_wait_for_the_key_of_its_batch(model_folder, connection):
+    connection.set("remote_lm_batch:wt", "no hash")
+    connection.xadd("remote_lm_jobs", Job("wt", "kept", say(["the", "cat"])).fields())
+    one = Worker(connection, load_model(model_folder), Settings())
+    one._join()
+    job = one._take(wait=False)
+    job.attempt = Terms().attempts + 1
+    one._decode(job)
+    one._send(job)
+    ((_, letter),) = connection.xrange(REGISTRY.dead)
+    assert letter[b"field:job"] == b"kept"
+    assert not connection.xlen("remote_lm_jobs")

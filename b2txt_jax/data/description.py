@@ -11,7 +11,7 @@ import dataclasses
 import datetime
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from lm_server.atomic_file import replacing
 
 FILE_NAME = "t15_copyTaskData_description.csv"
 COLUMNS = ("Date", "Post-implant day", "Block number", "Number of sentences", "Corpus", "Split")
+
+_PUBLISHED = {8234: {"train": 8072}, 2928: {"val": 1426, "test": 1450}}
+"""Sentences by the published table -> trials in the published files."""
 
 
 class DataError(UserError, ValueError):
@@ -57,30 +60,66 @@ def read_description(root: Path | str) -> dict[tuple[str, int], str]:
     Raises:
       DataError: a column is missing, or a block number is not a number.
     """
-    root = Path(root)
-    candidates = (root / FILE_NAME, root.resolve().parent / FILE_NAME)
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    path = _table(root)
     if path is None:
         return {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        found = rows.fieldnames or ()
-        missing = [name for name in ("Date", "Block number", "Corpus") if name not in found]
-        if missing:
+    corpora = {}
+    for line, row in _rows(path):
+        try:
+            corpora[_iso(row["Date"]), int(row["Block number"])] = row["Corpus"]
+        except (TypeError, ValueError) as error:
             raise DataError(
-                f"{path} has the columns {rows.fieldnames}; needed also {missing}: take the "
-                "published table"
-            )
-        corpora = {}
-        for row in rows:
-            try:
-                corpora[_iso(row["Date"]), int(row["Block number"])] = row["Corpus"]
-            except (TypeError, ValueError) as error:
-                raise DataError(
-                    f"{path} line {rows.line_num}: block number {row['Block number']!r} is not "
-                    "a whole number"
-                ) from error
+                f"{path} line {line}: block number {row['Block number']!r} is not a whole number"
+            ) from error
     return corpora
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number of each line of the table and its fields."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            found = rows.fieldnames or ()
+            missing = [name for name in ("Date", "Block number", "Corpus") if name not in found]
+            if missing:
+                raise DataError(
+                    f"{path} has the columns {rows.fieldnames}; needed also {missing}: take the "
+                    "published table"
+                )
+            for row in rows:
+                yield rows.line_num, row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read ({error}): take the published table") from error
+
+
+def _table(root: Path | str) -> Path | None:
+    root = Path(root)
+    candidates = (root / FILE_NAME, root.resolve().parent / FILE_NAME)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def trials_of(root: Path | str, sessions: Sequence[str], split: str) -> tuple[int, bool] | None:
+    """Return how many trials of a split the table counts, and whether val and test together.
+
+    Raises:
+      DataError: as `read_description`.
+
+    The published table counts 162 train and 52 val and test sentences that are in no file. So its
+    numbers are used for all of its sessions together. None: the table has no such number.
+    """
+    path = _table(root)
+    if path is None:
+        return None
+    kind, dates = "Train" if split == "train" else "Val/Test", {*map(session_date, sessions)}
+    counts: dict[str, int] = {}
+    for _, row in _rows(path):
+        number, date = row.get("Number of sentences") or "", _iso(row["Date"] or "")
+        if row.get("Split") == kind and number.isdecimal():
+            counts[date] = counts.get(date, 0) + int(number)
+    published = _PUBLISHED.get(sum(counts.values()))
+    if published is not None:
+        return (published[split], False) if counts.keys() <= dates else None
+    return sum(count for date, count in counts.items() if date in dates), split != "train"
 
 
 def corpora_of(root: Path | str, blocks: Sequence[tuple[str, int]]) -> list[str | None]:

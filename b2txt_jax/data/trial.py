@@ -20,7 +20,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from b2txt_jax.data.description import DataError, DataWarning
+from b2txt_jax.data.description import FILE_NAME, DataError, DataWarning, trials_of
 
 SPLITS = ("train", "val", "test")
 DEFAULT_FEATURES = 512
@@ -169,7 +169,31 @@ class Reader(ABC):
                 "check data.sessions and the split"
             )
         warn_of_missing(refs, sessions, split)
+        self._warn_of_fewer(refs, sessions, split)
         return refs
+
+    def _warn_of_fewer(self, refs: Sequence[TrialRef], sessions: Sequence[str], split: str) -> None:
+        """Issue a DataWarning where the table of blocks counts more trials than there are.
+
+        No gap in the numbers shows that a file has lost its last trials.
+        """
+        described = trials_of(self.root, sessions, split)
+        if described is None:
+            return
+        wanted, together = described
+        found, what = len(refs), split
+        if together:
+            other = "val" if split == "test" else "test"
+            found += len(self.find_trials(sessions, other, labels_needed=False))
+            what = "val and test"
+        if found < wanted:
+            warnings.warn(
+                f"there are {found} {what} trials, and {FILE_NAME} counts {wanted}: a file may "
+                "have lost its last trials, after which ids of a submission are off; copy the files "
+                "again",
+                DataWarning,
+                stacklevel=3,
+            )
 
     def lengths(self, sessions: Sequence[str], split: str) -> list[list[tuple[int, int]]]:
         """Return (bins, labels) of each trial, by session. Labels are optional.

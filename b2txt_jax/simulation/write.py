@@ -360,6 +360,8 @@ def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
             f"{data} holds data, but {path} is not there, so they may be real recordings: choose "
             "another --out"
         )
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is no folder; needed a new or empty one: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     _write_text(path, json.dumps(wanted, indent=2) + "\n")
 

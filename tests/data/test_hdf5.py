@@ -11,7 +11,16 @@ import h5py
 import numpy as np
 import pytest
 
-from b2txt_jax.data.description import DataError, DataWarning, corpora_of, read_description
+from b2txt_jax.data.description import (
+    FILE_NAME,
+    Block,
+    DataError,
+    DataWarning,
+    corpora_of,
+    read_description,
+    trials_of,
+    write_description,
+)
 from b2txt_jax.data.hdf5 import Hdf5Reader, session_file
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import TrialRef, frames_needed
@@ -520,3 +529,37 @@ def test_a_wrong_label_is_found_when_trials_are_listed_before_any_is_read(tmp_pa
     reader = Hdf5Reader(tmp_path)
     with pytest.raises(DataError, match="id 4294967301 at position 0 of 2"):
         reader.trials(reader.sessions, "train")
+
+
+@pytest.mark.parametrize(("split", "number"), [("train", 3), ("val", 3), ("test", 3)])
+def test_trials_missing_at_the_end_are_noticed_by_the_table_of_blocks(
+    tmp_path: Path, split: str, number: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    for one in ("train", "val", "test"):
+        write_session(tmp_path, one)
+    blocks = [(3, "Train"), (6, "Val/Test")]
+    table = [Block("2023-08-13", 27, 3, count, "50-Word", kind) for count, kind in blocks]
+    write_description(tmp_path / FILE_NAME, table)
+    reader = Hdf5Reader(tmp_path)
+    assert len(reader.trials([SESSION], split)) == number
+    assert not recwarn
+    with h5py.File(session_file(tmp_path, SESSION, split), "a") as file:
+        del file[sorted(file)[-1]]
+    with pytest.warns(DataWarning, match="may have lost its last trials"):
+        reader.trials([SESSION], split)
+
+
+@pytest.mark.parametrize("others", [8, 0], ids=["one of its sessions", "all of its sessions"])
+def test_the_published_table_counts_sentences_that_are_in_no_file(
+    tmp_path: Path, others: int
+) -> None:
+    table = [Block("2023-08-13", 27, 3, 8234 - others, "50-Word", "Train")]
+    table += [Block("2023-08-18", 32, 1, others, "50-Word", "Train")] * bool(others)
+    write_description(tmp_path / FILE_NAME, table)
+    assert trials_of(tmp_path, [SESSION], "train") == (None if others else (8072, False))
+
+
+def test_a_table_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes("Date,Block number,Corpus\n".encode("utf-16"))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_description(tmp_path)

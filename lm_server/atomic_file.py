@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lm_server.errors import UserError
@@ -28,7 +28,11 @@ def regular(path: Path) -> Path:
 
 
 def require_writable(
-    path: Path, option: str = "--out", devices: bool = False, make: bool = True
+    path: Path,
+    option: str = "--out",
+    devices: bool = False,
+    make: bool = True,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Raise before the work what `replacing(path)` would raise after it.
 
@@ -37,6 +41,7 @@ def require_writable(
       option: that names it.
       devices: whether a device or a pipe will do.
       make: whether to make the file's folder.
+      inputs: files and folders that are read, which the result must not replace.
 
     Raises:
       UnwritableError: it cannot be written.
@@ -44,6 +49,10 @@ def require_writable(
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        here = path.resolve()
+        for one in inputs:
+            if path.exists() and one.resolve() in (here, *here.parents):
+                raise OSError(f"it is {one}, which is read, or a file in it")
         if path.exists() and not path.is_file():
             if devices:
                 return

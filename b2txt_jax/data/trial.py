@@ -189,8 +189,7 @@ class Reader(ABC):
         if found < wanted:
             warnings.warn(
                 f"there are {found} {what} trials, and {FILE_NAME} counts {wanted}: a file may "
-                "have lost its last trials, after which ids of a submission are off; copy the files "
-                "again",
+                "have lost its last trials, after which ids of a submission are off; copy it again",
                 DataWarning,
                 stacklevel=3,
             )

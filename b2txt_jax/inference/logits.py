@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `b2txt infer`."""
-    require_writable(args.out, devices=True)
+    own = [args.workdir / name for name in ("config.json", "checkpoints")]
+    require_writable(args.out, devices=True, inputs=own)
     trained = load_run(args.workdir, args.overrides, args.weights)
     trials = trained.logits(args.split, console=Console(stderr=True))
     write_logits(args.out, trials)

@@ -23,6 +23,16 @@ from b2txt_jax.model.gru.baseline import GRUSettings
 from b2txt_jax.signal.smooth import gaussian_taps
 
 
+class _UniqueLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, as the published scripts do."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice: leave one out")
+        return super().construct_mapping(node, deep)
+
+
 def load_args(path: Path) -> dict[str, Any]:
     """Read args.yaml as `section.name` -> value, with the text `None` as None.
 
@@ -35,7 +45,7 @@ def load_args(path: Path) -> dict[str, Any]:
             f"its checkpoint: it has the model's sizes and the list of sessions"
         )
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueLoader)
         flat = _flatten(loaded) if isinstance(loaded, dict) else {}
     # Beside its own errors the library raises those of Python's numbers, dates and stack.
     except (yaml.YAMLError, ValueError, RecursionError) as error:

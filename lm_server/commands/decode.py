@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     settings = options.settings_from(args)
     words = options.hot_words_from(args)
     # The files first: a wrong one is reported at once, not after the model is read.
-    require_writable(args.out)
+    require_writable(args.out, inputs=[args.lm, args.logits])
     logits = read_logits(args.logits)
     with cleaning_up_when_terminated():
         model = load_model(args.lm, args.backend)

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if picture == args.out:
         raise SettingsError(f"--out {args.out} is where the picture goes; needed a name as x.json")
     for path in (args.out, picture):
-        require_writable(path)
+        require_writable(path, inputs=[args.lm, args.logits])
     require_writable(cache / "x", "--cache")
     if args.llm is not None:
         from lm_server.rescoring.causal_lm import find_model

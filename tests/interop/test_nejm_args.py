@@ -260,3 +260,10 @@ def test_a_recipe_that_the_published_trainer_lacks_is_noted():
     config = load_config(BASELINE, [f"--config.{key}={value}" for key, value in keys.items()])
     (note,) = recipe_notes(config)
     assert "no data.plan, signal.augment, train.ema:" in note
+
+
+def test_a_setting_given_twice_is_refused(tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text("model:\n  n_units: 3\nlr_max: 1.0\nlr_max: 2.0\n")
+    with pytest.raises(ConversionError, match="'lr_max' is given twice"):
+        load_args(path)

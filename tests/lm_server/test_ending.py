@@ -172,3 +172,14 @@ def test_a_misplaced_url_is_not_repeated_with_its_password(arguments, capsys, mo
     shown = capsys.readouterr().err
     assert "hunter2" not in shown
     assert "***" in shown
+
+
+def test_a_result_replaces_nothing_that_is_read_for_it(tmp_path):
+    read = tmp_path / "lm" / "lm.bin"
+    read.parent.mkdir()
+    read.touch()
+    (tmp_path / "same").symlink_to(read)
+    for wrong, inputs in ((read, [read.parent]), (tmp_path / "same", [read]), (read, [read])):
+        with pytest.raises(UnwritableError, match="which is read"):
+            require_writable(wrong, inputs=inputs)
+    require_writable(tmp_path / "lm" / "new.json", inputs=[read.parent])

@@ -23,7 +23,7 @@ def regular(path: Path) -> Path:
       OSError: it is a FIFO, a socket or a device, whose reading may never end.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is no regular file: remove it, or name another", str(path))
     return path
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.trial import Reader, TrialRef, listed
-from lm_server.atomic_file import replacing
+from lm_server.atomic_file import regular, replacing
 
 DATA_FILE = "data.json"
 """Name in a run's folder of the fingerprint of what it is trained on."""
@@ -76,9 +76,10 @@ def check_same_data(workdir: Path, now: dict[str, Any]) -> None:
 
     Raises:
       DataError: data differ, or the fingerprint of the run cannot be read.
+      OSError: a FIFO or a device is in its place.
     """
     path = workdir / DATA_FILE
-    if not path.is_file():
+    if not regular(path).is_file():
         return
     try:
         changed = differences(json.loads(path.read_bytes()), now)

@@ -1,5 +1,6 @@
 """A fingerprint is the same for the same data wherever they are, and names what was changed."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -97,3 +98,11 @@ def test_a_run_is_not_resumed_on_changed_data_before_the_user_says_so(
     (run / "data.json").unlink()
     assert train(config, run).finished
     assert len((run / "calls.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_fifo_in_the_place_of_the_fingerprint_is_refused_and_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    os.mkfifo(tmp_path / "data.json")
+    with pytest.raises(OSError, match="no regular file"):
+        check_same_data(tmp_path, {"dtype": "float32", "files": {}})

@@ -52,7 +52,7 @@ from b2txt_jax.training.sharding import make_mesh, sharded_state
 from b2txt_jax.training.step import TrainState, model_of
 from b2txt_jax.training.tracker import Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
-from lm_server.atomic_file import replacing
+from lm_server.atomic_file import regular, replacing
 from lm_server.ending import finishing, leave
 
 FINISHED_FILE = "finished.json"
@@ -197,7 +197,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
 
 
 def _record_call(workdir: Path, data: str) -> None:
-    with (workdir / CALLS_FILE).open("a") as file:
+    with regular(workdir / CALLS_FILE).open("a") as file:
         file.write(json.dumps({**provenance(), "data": data}) + "\n")
 
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from b2txt_jax.errors import UserError
-from lm_server.atomic_file import replacing
+from lm_server.atomic_file import regular, replacing
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ class MetricsLog:
         Raises:
           MetricsError: the file of an earlier part of the run holds something else.
         """
-        path = workdir / METRICS_FILE
+        path = regular(workdir / METRICS_FILE)
         earlier = read_metrics(path) if path.exists() else []
         self.past = kept = [line for line in earlier if line["step"] <= first_step]
         """What the earlier parts of the run wrote."""

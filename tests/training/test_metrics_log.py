@@ -1,6 +1,7 @@
 """`metrics.jsonl`: read as it was written, refused with its line where it holds junk."""
 
 import json
+import os
 
 import pytest
 
@@ -42,3 +43,9 @@ def test_junk_in_the_metrics_of_a_run_is_refused_before_it_goes_on(tmp_path, bro
     ):
         MetricsLog(tmp_path, 4)
     assert path.read_bytes() == broken
+
+
+def test_a_fifo_in_the_place_of_the_log_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="no regular file"):
+        MetricsLog(tmp_path, 0)

@@ -18,6 +18,7 @@ from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.loop import out_of_patience, train
+from b2txt_jax.training.metrics_log import mean_of_last
 from b2txt_jax.training.step import init_state
 from b2txt_jax.training.tracker import Tracker
 from b2txt_jax.training.validation import Validation
@@ -140,7 +141,7 @@ def test_only_the_last_ten_validations_count(tiny_config):
         tracker.step += 1
         improved = tracker.validated(Validation(rate, {}, {}, 1.0, 0), 0.0)
         assert improved == (["raw"] if number == 0 else [])
-    assert tracker.mean_of_last() == pytest.approx(np.mean(range(4, 14)) / 100)
+    assert mean_of_last(tracker.pers["raw"]) == pytest.approx(np.mean(range(4, 14)) / 100)
     assert (tracker.best.per, tracker.best.validations_since) == (0.0, 13)
 
 

@@ -131,6 +131,9 @@ def test_the_mean_of_the_last_validations_stands_beside_the_best_of_both_weights
     assert f"an epoch is {32 / 4:.4g} batches of 4" in said
     finished = json.loads((workdir / "finished.json").read_text())
     assert finished["per_last_ten"] == pytest.approx(mean / 100)
+    assert finished["validations"] == len(lines)
+    assert finished["ema_per_last_ten"] == pytest.approx(np.mean([one["ema_per"] for one in lines]))
+    assert f", the lowest of {len(lines)}; mean of the last ten" in said
     assert finished["best"]["ema"]["per"] == min(line["ema_per"] for line in lines)
 
 
@@ -153,6 +156,11 @@ def test_either_weights_of_a_run_can_be_used(averaged, trained):
         run = load_run(workdir, weights=weights)
         best = min(lines, key=lambda line, key=key, loss=loss: (line[key], line[loss]))
         assert (run.weights, run.step) == (weights, best["step"])
+        assert run.selection == {
+            "per": best[key],
+            "validations": len(lines),
+            "per_last_ten": lines[-1][f"{key}_last_ten"],
+        }
         trials = run.logits("val")
         rates = [error_rate(t.labels.tolist(), greedy_decode(t.logits).tolist()) for t in trials]
         assert total(rates).rate == pytest.approx(best[key])

@@ -438,7 +438,7 @@ def print_results(result: Evaluation, console: Console) -> None:
         for half in ("seen", "unseen"):
             halves = [found for kind in shown.values() if (found := getattr(kind, half))]
             if halves:
-                name = f"{half} in train\n{halves[0].trials} trials"
+                name = f"{'' if half == 'seen' else 'not '}seen in train\n{halves[0].trials} trials"
                 table.add_row(name, *map(_with_interval, halves))
         for group in ("per_corpus", "per_session"):
             table.add_section()

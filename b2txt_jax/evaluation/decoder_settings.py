@@ -99,7 +99,8 @@ def settings_in_use(run: Run, lm: Path | None, options: Sequence[str]) -> Decode
 
     These are those of `--settings` among the options, else those in WORKDIR/lm_settings that were
     tuned for these parameters, this language model, this search and this large language model (the
-    newest, if there are several), else the search's defaults.
+    newest, if there are several), else the search's defaults. Those that tuning itself expects to
+    be worse than what it began with are left out.
 
     Args:
       run: that is evaluated.
@@ -127,11 +128,13 @@ def settings_in_use(run: Run, lm: Path | None, options: Sequence[str]) -> Decode
         about = _about(path)
         made = about.get("lm_crc32"), about.get("backend"), _name(about.get("llm"))
         found = _of(path, about, run)
-        if made == wanted and found.fits:
+        worse = about.get("expected_wer", 0) > about.get("wer_before", 1)
+        if made == wanted and found.fits and not worse:
             fitting.append(found)
         else:
-            same = "" if made == wanted else ", for another decoder"
-            others.append(f"{path} ({_words(found.tuned_for)}{same})")
+            why = "" if made == wanted else ", for another decoder"
+            why += ", expected to be worse than those that tuning began with" if worse else ""
+            others.append(f"{path} ({_words(found.tuned_for)}{why})")
     if fitting:
         newest = max(fitting, key=lambda one: one.file.stat().st_mtime if one.file else 0.0)
         return DecoderSettings(**{**vars(newest), "found": True})

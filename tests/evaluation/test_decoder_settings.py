@@ -77,6 +77,16 @@ def test_settings_for_another_decoder_are_not_used(
     assert f"{path} (step 400 (raw, parameters {run.fingerprint}), for another decoder)" in notice
 
 
+def test_settings_that_tuning_expects_to_be_worse_are_not_used(tmp_path: Path, lm: Path) -> None:
+    run = run_of(tmp_path / "run", 400)
+    tuned(tmp_path / "run/lm_settings/a.json", run, lm, wer_before=0.2)
+    found = settings_in_use(run, lm, [])
+    assert found.file is None
+    assert "expected to be worse than those that tuning began with" in found.others
+    tuned(tmp_path / "run/lm_settings/a.json", run, lm, wer_before=0.3)
+    assert settings_in_use(run, lm, []).found
+
+
 def test_settings_of_another_checkpoint_are_named_with_both_steps(tmp_path: Path, lm: Path) -> None:
     now, before = run_of(tmp_path / "run", 400), run_of(tmp_path / "run", 200)
     path = tuned(tmp_path / "run/lm_settings/a.json", before, lm)

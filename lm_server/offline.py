@@ -223,7 +223,7 @@ def read_logits(path: Path) -> Logits:
                     "needed logits, frames, trial"
                 )
             logits, frames, trial = file["logits"], file["frames"], file["trial"]
-            checkpoint = {
+            checkpoint: dict[str, Any] = {
                 name: file[name].item()
                 for name in ("step", "weights", "parameters", "split")
                 if name in file.files and file[name].shape == ()

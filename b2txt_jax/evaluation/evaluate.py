@@ -242,7 +242,7 @@ def evaluate(
             )
 
     sessions = [session_of(result.name) for result in results]
-    known = [corpus or UNKNOWN_CORPUS for corpus in corpora] if any(corpora or ()) else None
+    known = [corpus or UNKNOWN_CORPUS for corpus in corpora or ()] if any(corpora or ()) else None
     seen: Sequence[bool | None] = [None] * len(results)
     if sentences is not None and train_sentences is not None:
         in_train = set(map(normalise, train_sentences))

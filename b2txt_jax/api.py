@@ -18,8 +18,10 @@ from b2txt_jax.evaluation.command import (
     check_results,
     evaluate_run,
     language_model,
+    print_origin,
     write_results,
 )
+from b2txt_jax.evaluation.decoder_settings import settings_in_use
 from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.quiet import other_libraries_quiet
@@ -119,14 +121,20 @@ def evaluate(
     if out is not None:
         check_results(Path(out))
     trained = run if isinstance(run, Run) else load_run(run)
-    with language_model(redis, folder, workers, options) as (url, name):
+    decoder = settings_in_use(trained, folder, options)
+    with language_model(redis, folder, workers, decoder.options(options)) as (url, name):
         jobs = workers is not None
-        given = {"language_model": name, "lm_options": shlex.join(options) or None}
+        given = {
+            "language_model": name,
+            "lm_settings": decoder.file and str(decoder.file),
+            "lm_options": shlex.join(options) or None,
+        }
         settings = all_settings(trained, given, url, folder, jobs)
         if out is not None:
             check_replaceable(Path(out), settings, force)
         trials = trained.logits(split, console=console)
-        result = evaluate_run(trained, trials, split, url, settings, console, jobs)
+        result = evaluate_run(trained, trials, split, url, settings, console, jobs, decoder)
     if out is not None:
         write_results(Path(out), result)
+    print_origin(trained, decoder, folder, split, console)
     return result

@@ -176,6 +176,12 @@ class TrainConfig:
     on_nonfinite: str = setting("stop", choices=("stop", "skip"), resumable=True)
     ctc_per_label: bool = setting(False, help="divide each trial's CTC loss by its label's length")
     ema: float = setting(0.0, least=0, below=1, help="decay of the averaged weights; 0: none")
+    validate_lm: str = setting(
+        "", help="model folder of `lm-server build`, for the WER of validations", resumable=True
+    )
+    validate_lm_options: str = setting(
+        "", help="further options of `lm-server score` in one text", resumable=True
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,6 +151,9 @@ def get_config() -> ConfigDict:
     config.train.ctc_per_label = False  # True divides a trial's loss by its number of labels
     # Decay of a moving average of the weights, which is validated and saved too; 0: none
     config.train.ema = 0.0
+    # Model folder of `lm-server build`: validations have a WER too. "": none
+    config.train.validate_lm = ""
+    config.train.validate_lm_options = ""  # of `lm-server score`, such as "--settings tuned.json"
 
     config.parallel = ConfigDict()
     config.parallel.model_axis = 1  # devices that split large parameters; the others split rows

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "worker": "decode jobs from Redis, shared with other workers",
     "status": "show servers, workers, sessions and jobs of a Redis",
     "decode": "decode a file of logits",
+    "score": "count the errors in decoded files of logits",
     "tune": "find settings on sentences with known transcripts",
     "prepare-llm": "make a folder with a small model for rescoring",
 }

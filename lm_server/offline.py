@@ -17,9 +17,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from rich.console import Console
@@ -162,11 +162,14 @@ class Logits:
       logits: float32 [all frames, 41] in the RNN's order.
       ends: int64 [trials], the frame after each trial's last.
       trials: names.
+      checkpoint: what made them, as far as the file says: step, weights, parameters (a
+        fingerprint), split.
     """
 
     logits: np.ndarray
     ends: np.ndarray
     trials: tuple[str, ...]
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, index: int) -> np.ndarray:
         """Return the logits of one trial, [frames, 41], in the RNN's order."""
@@ -177,7 +180,8 @@ class Logits:
         """Return some of the trials, by their indices."""
         parts = [self.of(index) for index in trials]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        return Logits(np.concatenate(parts), ends, tuple(self.trials[index] for index in trials))
+        names = tuple(self.trials[index] for index in trials)
+        return replace(self, logits=np.concatenate(parts), ends=ends, trials=names)
 
     def digest(self) -> str:
         """Return the SHA-256 of all of it."""
@@ -220,6 +224,11 @@ def read_logits(path: Path) -> Logits:
                     "needed logits, frames, trial"
                 )
             logits, frames, trial = file["logits"], file["frames"], file["trial"]
+            checkpoint: dict[str, Any] = {
+                name: file[name].item()
+                for name in ("step", "weights", "parameters", "split")
+                if name in file.files and file[name].shape == ()
+            }
     except LogitsFileError:
         raise
     except _DAMAGED as error:
@@ -257,7 +266,8 @@ def read_logits(path: Path) -> Logits:
             f"{path}: trial {twice[0]!r} is there {names.count(twice[0])} times "
             f"({len(twice)} names more than once); needed each name once"
         )
-    return Logits(logits.astype(np.float32, copy=False), np.cumsum(frames, dtype=np.int64), names)
+    ends = np.cumsum(frames, dtype=np.int64)
+    return Logits(logits.astype(np.float32, copy=False), ends, names, checkpoint)
 
 
 def decode_trial(search: Search, trial: str, logits: np.ndarray) -> Outcome:
@@ -314,7 +324,7 @@ def decode_file(
             temporary.open("w") as output,
             searched(model, settings, logits, workers, hot_words) as outcomes,
         ):
-            answers = _answers(outcomes, settings, load_scorer())
+            answers = answered(outcomes, settings, load_scorer())
             with Progress(*columns, *times, console=Console(stderr=True)) as progress:
                 for outcome, answer in progress.track(
                     answers, total=len(logits.trials), description="decoding"
@@ -335,7 +345,7 @@ def decode_file(
     return problems
 
 
-def _answers(
+def answered(
     outcomes: Iterator[Outcome], settings: Settings, scorer: SentenceScorer | None
 ) -> Iterator[tuple[Outcome, Answer | None]]:
     """Yield each outcome with its answer, in order. None: the search failed."""

@@ -213,6 +213,14 @@ def read_settings(
         raise SettingsError(f"{path}: {error}") from error
 
 
+def tuned_for(path: Path) -> dict[str, Any]:
+    """Return the checkpoint that a readable settings file was tuned for: step, weights, parameters,
+    split, as far as it names them."""
+    about = json.loads(path.read_text(encoding="utf-8")).get("about")
+    found = about.get("checkpoint") if isinstance(about, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def write_settings(path: Path, settings: Settings, about: Mapping[str, Any] | None = None) -> None:
     """Write a settings file atomically. `about` describes how the settings were found.
 

@@ -280,7 +280,8 @@ class EvaluationData(_Loader):
         """In day-index order."""
         self._day = {name: day for day, name in enumerate(sessions)}
         self.refs = self.reader.trials(sessions, split, min_bins=min_bins, labels_needed=labels)
-        self._groups = self._grouped()
+        self.groups = self._grouped()
+        """Of each batch, the indices into `refs` of all its rows."""
 
     def _grouped(self) -> list[list[int]]:
         by_bucket: dict[tuple[int, int], list[int]] = {}
@@ -296,7 +297,7 @@ class EvaluationData(_Loader):
     @property
     def batch_count(self) -> int:
         """Batches that `batches` yields."""
-        return len(self._groups)
+        return len(self.groups)
 
     def batches(self, rows: slice | None = None) -> Iterator[tuple[list[int], list[Trial], Batch]]:
         """Yield (indices into `refs`, their trials, padded batch). Further rows are zeros.
@@ -312,7 +313,7 @@ class EvaluationData(_Loader):
         wanted = range(self._data.eval_batch_size)[rows or slice(None)]
 
         def load(group: int) -> tuple[list[int], list[Trial], Batch]:
-            everything = self._groups[group]
+            everything = self.groups[group]
             bucket = bucket_of([self.refs[i] for i in everything], self.buckets)
             indices = [everything[row] for row in wanted if row < len(everything)]
             refs = [self.refs[i] for i in indices]
@@ -321,4 +322,4 @@ class EvaluationData(_Loader):
             trials, batch = self.fill(pairs, bucket, len(wanted))
             return indices, trials, batch
 
-        return read_ahead(load, range(len(self._groups)))
+        return read_ahead(load, range(len(self.groups)))

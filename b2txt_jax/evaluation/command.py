@@ -31,8 +31,9 @@ from rich.table import Table
 from b2txt_jax.data.description import corpora_of
 from b2txt_jax.data.fingerprint import fingerprint, short
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.data.trial import listed
+from b2txt_jax.data.trial import Reader, listed
 from b2txt_jax.errors import UserError
+from b2txt_jax.evaluation.decoder_settings import DecoderSettings, settings_in_use
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
     Rates,
@@ -42,6 +43,7 @@ from b2txt_jax.evaluation.evaluate import (
     submission_texts,
     write_evaluation,
 )
+from b2txt_jax.evaluation.intervals import DRAWS, LEAST_DAYS, LEVEL
 from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
 from b2txt_jax.inference.run import (
     CHANGEABLE,
@@ -90,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--settings",
         type=Path,
         metavar="FILE",
-        help="with --lm: settings of `lm-server tune` (default: the search's)",
+        help="with --lm: settings of `lm-server tune` (default: those in WORKDIR/lm_settings that "
+        "were tuned for this checkpoint, else the search's)",
     )
     parser.add_argument(
         "--lm-options",
@@ -113,6 +116,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     options = child_options(args)
     model = load_run(args.workdir, args.overrides, args.weights)
+    decoder = settings_in_use(model, args.lm, options)
+    options = decoder.options(options)
+    args.settings = decoder.file
     out = args.out or args.workdir / args.split / result_name(args)
     check_results(out)
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
@@ -126,9 +132,10 @@ def run(args: argparse.Namespace) -> int:
         settings = all_settings(model, given, url, args.lm, jobs)
         check_replaceable(out, settings, args.force)
         trials = model.logits(args.split, console=console)
-        result = evaluate_run(model, trials, args.split, url, settings, console, jobs)
+        result = evaluate_run(model, trials, args.split, url, settings, console, jobs, decoder)
     write_results(out, result)
     print_results(result, console)
+    print_origin(model, decoder, args.lm, args.split, console)
     console.print(f"written: {out / _EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
     return 1 if result.failed else 0
 
@@ -311,12 +318,18 @@ def evaluate_run(
     settings: dict[str, Any],
     console: Console,
     jobs: bool = False,
+    decoder: DecoderSettings | None = None,
 ) -> Evaluation:
     """Decode logits on the server at `url`, or with `jobs` by the workers there, and score them.
+
+    `decoder`: the settings in use, for the record.
 
     Raises:
       LanguageModelUnavailableError: the server is gone.
     """
+    checkpoint = {**model.identity, **model.selection}
+    if decoder is not None:
+        checkpoint["decoder_settings"] = decoder.to_json()
     logits = [trial.logits for trial in trials]
     names = [trial.ref.name for trial in trials]
     with Progress(console=console) as progress:
@@ -346,6 +359,8 @@ def evaluate_run(
         corpora=corpora_of(
             model.config.data.root, [(trial.ref.session, trial.ref.block) for trial in trials]
         ),
+        train_sentences=train_sentences(reader, model.sessions, console) if known else None,
+        checkpoint=checkpoint,
         settings=settings,
         made={
             **provenance(),
@@ -353,6 +368,33 @@ def evaluate_run(
             "parameters": model.fingerprint,
         },
     )
+
+
+def train_sentences(
+    reader: Reader, sessions: Sequence[str], console: Console
+) -> frozenset[str] | None:
+    """Return what is said in the train split. None, and a line why, where there is no such split.
+
+    Raises:
+      DataError: a trial cannot be read.
+    """
+    refs = reader.find_trials(sessions, "train", labels_needed=False)
+    said = [reader.sample(ref).sentence for ref in refs]
+    known = frozenset(sentence for sentence in said if sentence is not None)
+    if not known:
+        console.print(
+            f"{reader.root} has no train sentences: which sentences occur in the train split is "
+            "not known",
+            soft_wrap=True,
+        )
+        return None
+    if None in said:
+        console.print(
+            f"warning: {said.count(None)} of {len(said)} train trials have no sentence: sentences "
+            "that only they repeat count as not seen",
+            soft_wrap=True,
+        )
+    return known
 
 
 def check_results(out: Path) -> None:
@@ -380,18 +422,31 @@ def write_results(out: Path, result: Evaluation) -> None:
 
 
 def print_results(result: Evaluation, console: Console) -> None:
-    """Print the rates of all trials, per session and per corpus, and name failed trials."""
+    """Print the rates with their intervals, per session and per corpus, and name failed trials."""
+    kinds = {
+        "PER": result.per,
+        "WER": result.wer,
+        "n-best oracle": result.wer_oracle,
+        "WER without LM": result.wer_without_lm,
+    }
+    shown = {name: kind for name, kind in kinds.items() if kind}
     if result.per is not None and result.wer is not None:
         table = Table(title=f"{result.split}: {result.trials} trials")
-        for column in ("", "PER", "WER", "WER without LM"):
+        for column in ("", *shown):
             table.add_column(column, justify="left" if not column else "right")
-        kinds = (result.per, result.wer, result.wer_without_lm)
-        table.add_row("all", *(str(kind.all) if kind else "" for kind in kinds))
+        table.add_row("all", *map(_with_interval, shown.values()))
+        for half in ("seen", "unseen"):
+            halves = [found for kind in shown.values() if (found := getattr(kind, half))]
+            if halves:
+                name = f"{'' if half == 'seen' else 'not '}seen in train\n{halves[0].trials} trials"
+                table.add_row(name, *map(_with_interval, halves))
         for group in ("per_corpus", "per_session"):
             table.add_section()
             for name in getattr(result.per, group):
-                table.add_row(name, *(_rate_of(kind, group, name) for kind in kinds))
+                table.add_row(name, *(str(getattr(kind, group)[name]) for kind in shown.values()))
         console.print(table)
+        _print_halves(result.per, result.wer, console)
+        _print_intervals(result.per, console)
     if result.seconds_per_sentence is not None:
         console.print(f"{1000 * result.seconds_per_sentence:.0f} ms per sentence")
     if result.failed:
@@ -400,5 +455,64 @@ def print_results(result: Evaluation, console: Console) -> None:
             console.print(f"  {failure.trial}: {failure.reason}", soft_wrap=True)
 
 
-def _rate_of(kind: Rates | None, group: str, name: str) -> str:
-    return str(getattr(kind, group)[name]) if kind else ""
+def _with_interval(rates: Rates) -> str:
+    return f"{rates.all}\n{rates.interval}" if rates.interval else str(rates.all)
+
+
+def _print_halves(per: Rates, wer: Rates, console: Console) -> None:
+    """Print both halves per corpus and session, where both have trials."""
+    halves = {
+        f"{name} {half}": found
+        for name, kind in (("PER", per), ("WER", wer))
+        for half, found in (("seen", kind.seen), ("unseen", kind.unseen))
+        if found and found.trials
+    }
+    if len(halves) < 4:
+        return
+    table = Table("", title="sentences that occur in the train split, and the others")
+    for column in halves:
+        table.add_column(column, justify="right")
+    for group in ("per_corpus", "per_session"):
+        table.add_section()
+        for name in getattr(per, group):
+            rates = (getattr(half, group).get(name) for half in halves.values())
+            table.add_row(name, *(str(rate) if rate else "none" for rate in rates))
+    console.print(table)
+
+
+def _print_intervals(per: Rates, console: Console) -> None:
+    """Print what the intervals are of, with a warning where days are too few."""
+    found = [half.interval for half in (per, per.seen, per.unseen) if half and half.interval]
+    if not found:
+        return
+    text = (
+        f"beneath the rates: {LEVEL:.0%} intervals, by a bootstrap of {DRAWS} draws of whole "
+        "recording days"
+    )
+    few = [one for one in found if one.unit == "trials"]
+    if few:
+        text += (
+            f". Of {min(one.days for one in few)} days, fewer than {LEAST_DAYS}, single trials are "
+            "drawn instead: do not trust these intervals, they lack the differences between days"
+        )
+    console.print(text, soft_wrap=True)
+
+
+def print_origin(
+    run: Run, decoder: DecoderSettings, lm: Path | None, split: str, console: Console
+) -> None:
+    """Print how the checkpoint was chosen, and what the decoder's settings were tuned for."""
+    chosen = run.selection
+    text = f"checkpoint: step {run.step} ({run.weights})"
+    if chosen["validations"]:
+        text += (
+            f", chosen for the lowest PER of {chosen['validations']} validations, "
+            f"{100 * chosen['per']:.2f} %, which is too good; mean of the last ten "
+            f"{100 * chosen['per_last_ten']:.2f} %"
+        )
+    else:
+        text += "; of how many validations it is the best is not known"
+    console.print(text, soft_wrap=True)
+    notice = decoder.notice(run, lm, split)
+    if notice:
+        console.print(notice, soft_wrap=True, markup=False)

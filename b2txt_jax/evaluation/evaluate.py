@@ -1,5 +1,7 @@
 """From decoded trials to `evaluation.json`: what failed, PER, WER with and without language model.
 
+Every rate is also counted apart for sentences that occur in the train split and those that do not.
+
 `run_language_model` and `run_workers` alone leave this process. `evaluate` is pure.
 """
 
@@ -7,14 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from b2txt_jax.evaluation.greedy_words import greedy_words
+from b2txt_jax.evaluation.intervals import Interval, bootstrap_interval
 from b2txt_jax.metrics import (
     ErrorRate,
     error_rate,
@@ -29,7 +32,7 @@ from lm_server.client.answers import Result
 from lm_server.client.client import Client, Progress
 from lm_server.client.jobs import JobClient
 from lm_server.hypothesis import Answer
-from lm_server.text_rules import scored_words
+from lm_server.text_rules import normalise, scored_words
 
 UNKNOWN_CORPUS = "unknown"
 
@@ -44,19 +47,39 @@ class Failure:
 
 @dataclass(frozen=True)
 class Rates:
-    """One kind of error rate: of all trials, per session, per corpus (empty if none is known)."""
+    """One kind of error rate: of all trials, per session, per corpus (empty if none is known).
+
+    Attributes:
+      all, per_session, per_corpus: the rates.
+      trials: how many there are.
+      interval: of `all`. None: there is too little to draw from.
+      seen, unseen: the same of the trials whose sentence occurs in the train split, and of the
+        others. None: it is not known which do.
+    """
 
     all: ErrorRate
     per_session: Mapping[str, ErrorRate]
     per_corpus: Mapping[str, ErrorRate]
+    trials: int
+    interval: Interval | None
+    seen: Rates | None = None
+    unseen: Rates | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return {all, per_session, per_corpus}, each with errors, length and rate."""
-        return {
+        """Return {all, trials, interval, per_session, per_corpus, seen, unseen}.
+
+        Rates have errors, length and rate. The halves have no halves.
+        """
+        found = {
             "all": _rate_json(self.all),
+            "trials": self.trials,
+            "interval": self.interval and self.interval.to_json(),
             "per_session": {name: _rate_json(r) for name, r in self.per_session.items()},
             "per_corpus": {name: _rate_json(r) for name, r in self.per_corpus.items()},
         }
+        if self.seen and self.unseen:
+            found |= {"seen": self.seen.to_json(), "unseen": self.unseen.to_json()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -68,12 +91,16 @@ class Row:
       true: what was said. None: unknown.
       answer: of the language model. None: it failed.
       rate: errors against the true words. A failed trial has all of them wrong. None: unknown.
+      oracle: the same of the hypothesis in the n-best list that is nearest to the truth.
+      seen: whether the sentence occurs in the train split. None: unknown.
     """
 
     trial: str
     true: str | None
     answer: Answer | None
     rate: ErrorRate | None
+    oracle: ErrorRate | None = None
+    seen: bool | None = None
 
     @property
     def decoded(self) -> str | None:
@@ -81,13 +108,15 @@ class Row:
         return self.answer.sentence if self.answer and self.answer.hypotheses else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return {trial, true, decoded, errors, words}."""
+        """Return {trial, true, decoded, errors, oracle_errors, words, seen}."""
         return {
             "trial": self.trial,
             "true": self.true,
             "decoded": self.decoded,
             "errors": self.rate and self.rate.errors,
+            "oracle_errors": self.oracle and self.oracle.errors,
             "words": self.rate and self.rate.length,
+            "seen": self.seen,
         }
 
 
@@ -100,8 +129,12 @@ class Evaluation:
     failed: tuple[Failure, ...]
     per: Rates | None
     wer: Rates | None
+    wer_oracle: Rates | None
+    """Of each n-best list's hypothesis nearest to the truth: no re-ranking gets below it."""
     wer_without_lm: Rates | None
     seconds_per_sentence: float | None
+    checkpoint: Mapping[str, Any]
+    """Step, weights and parameters, how it was chosen, and what the decoder was tuned for."""
     settings: Mapping[str, Any]
     made: Mapping[str, Any]
     """Date, command, commit and versions, and fingerprints of the data and of the parameters."""
@@ -115,8 +148,10 @@ class Evaluation:
             "failed": [vars(failure) for failure in self.failed],
             "per": self.per and self.per.to_json(),
             "wer": self.wer and self.wer.to_json(),
+            "wer_oracle": self.wer_oracle and self.wer_oracle.to_json(),
             "wer_without_lm": self.wer_without_lm and self.wer_without_lm.to_json(),
             "seconds_per_sentence": self.seconds_per_sentence,
+            "checkpoint": dict(self.checkpoint),
             "settings": dict(self.settings),
             "made": dict(self.made),
             "sentences": [row.to_json() for row in self.sentences],
@@ -175,6 +210,8 @@ def evaluate(
     labels: Sequence[np.ndarray] | None = None,
     sentences: Sequence[str] | None = None,
     corpora: Sequence[str | None] | None = None,
+    train_sentences: Collection[str] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
     made: Mapping[str, Any] | None = None,
 ) -> Evaluation:
@@ -188,6 +225,9 @@ def evaluate(
       labels: per trial the true class ids. None: the test split.
       sentences: per trial the true sentence. None: the test split.
       corpora: per trial its corpus, None where it is unknown. None: no corpus is known.
+      train_sentences: what is said in the train split. A sentence occurs there if it equals one
+        after the normalisation of the WER. None: unknown.
+      checkpoint: that made the logits.
       settings: whatever explains the figures (checkpoint, language model, scales).
       made: the origin of the result.
 
@@ -201,27 +241,50 @@ def evaluate(
                 f"found {len(values)} {what} for {len(results)} trials; needed one each"
             )
 
+    sessions = [session_of(result.name) for result in results]
+    known = [corpus or UNKNOWN_CORPUS for corpus in corpora or ()] if any(corpora or ()) else None
+    seen: Sequence[bool | None] = [None] * len(results)
+    if sentences is not None and train_sentences is not None:
+        in_train = set(map(normalise, train_sentences))
+        seen = [normalise(sentence) in in_train for sentence in sentences]
+
+    def some(rates: Sequence[ErrorRate], trials: Sequence[int]) -> Rates:
+        chosen, days = [rates[n] for n in trials], [sessions[n] for n in trials]
+        per_corpus = total_by([known[n] for n in trials], chosen) if known else {}
+        interval = bootstrap_interval(days, chosen)
+        return Rates(total(chosen), total_by(days, chosen), per_corpus, len(trials), interval)
+
     def grouped(rates: Sequence[ErrorRate]) -> Rates:
-        known = [corpus or UNKNOWN_CORPUS for corpus in corpora or ()]
-        per_corpus = total_by(known, rates) if any(corpora or ()) else {}
-        per_session = total_by([session_of(result.name) for result in results], rates)
-        return Rates(total(rates), per_session, per_corpus)
+        found = some(rates, range(len(results)))
+        if sentences is None or train_sentences is None:
+            return found
+        return replace(
+            found,
+            seen=some(rates, [n for n, in_train in enumerate(seen) if in_train]),
+            unseen=some(rates, [n for n, in_train in enumerate(seen) if not in_train]),
+        )
 
     greedy = [greedy_decode(frames) for frames in logits]
     true: Sequence[str | None] = [None] * len(results)
     rates: Sequence[ErrorRate | None] = [None] * len(results)
-    per = wer = without_lm = None
+    oracle: Sequence[ErrorRate | None] = [None] * len(results)
+    per = wer = wer_oracle = without_lm = None
     if labels is not None:
         per = grouped(phoneme_error_rates(labels, greedy))
     if sentences is not None:
-        texts = [result.answer.sentence if result.answer else "" for result in results]
+        answers = [result.answer for result in results]
+        texts = [answer.sentence if answer else "" for answer in answers]
         word_rates = word_error_rates(sentences, texts)
+        nearest = [_oracle(said, answer) for said, answer in zip(sentences, answers, strict=True)]
         true, rates, wer = sentences, word_rates, grouped(word_rates)
+        oracle, wer_oracle = nearest, grouped(nearest)
         pairs = zip(sentences, greedy, strict=True)
         without_lm = grouped([error_rate(scored_words(s), greedy_words(g)) for s, g in pairs])
     rows = tuple(
-        Row(result.name, said, result.answer, rate)
-        for result, said, rate in zip(results, true, rates, strict=True)
+        Row(result.name, said, result.answer, rate, least, in_train)
+        for result, said, rate, least, in_train in zip(
+            results, true, rates, oracle, seen, strict=True
+        )
     )
     times = [result.seconds for result in results if result.answer is not None]
     return Evaluation(
@@ -234,12 +297,22 @@ def evaluate(
         ),
         per=per,
         wer=wer,
+        wer_oracle=wer_oracle,
         wer_without_lm=without_lm,
         seconds_per_sentence=sum(times) / len(times) if times else None,
+        checkpoint=dict(checkpoint or {}),
         settings=dict(settings or {}),
         made=dict(made or {}),
         sentences=rows,
     )
+
+
+def _oracle(sentence: str, answer: Answer | None) -> ErrorRate:
+    """Return the errors of the n-best list's hypothesis that is nearest to the truth."""
+    texts = [one.sentence for one in answer.hypotheses] if answer else []
+    words = scored_words(sentence)
+    found = [error_rate(words, scored_words(text)) for text in texts or [""]]
+    return min(found, key=lambda rate: rate.errors)
 
 
 def submission_texts(evaluation: Evaluation) -> list[str]:

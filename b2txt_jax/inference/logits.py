@@ -6,14 +6,15 @@ import argparse
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from b2txt_jax.data.description import DataWarning
+from b2txt_jax.data.logits_file import write_logits_file
 from b2txt_jax.data.trial import listed
 from b2txt_jax.inference.run import TrialLogits, add_weights_argument, load_run
-from lm_server.atomic_file import replacing, require_writable
+from lm_server.atomic_file import require_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the .npz file to write")
     parser.epilog = (
         "Writes `logits` float32 [all frames, 41] (RNN class order), `frames` int32 [N], `trial` "
-        "str [N] and, for val, `sentence` str [N]. Keys of the run's configuration can be changed: "
-        "--config.data.root=DIR, --config.signal.eval_padding=valid."
+        "str [N] and, for val, `sentence` str [N], and the `step`, `weights`, `parameters` (a "
+        "fingerprint) and `split` that the logits are of. Keys of the run's configuration can be "
+        "changed: --config.data.root=DIR, --config.signal.eval_padding=valid."
     )
 
 
@@ -37,29 +39,23 @@ def run(args: argparse.Namespace) -> int:
     require_writable(args.out, devices=True, inputs=own)
     trained = load_run(args.workdir, args.overrides, args.weights)
     trials = trained.logits(args.split, console=Console(stderr=True))
-    write_logits(args.out, trials)
+    write_logits(args.out, trials, **trained.identity, split=args.split)
     frames = sum(len(trial.logits) for trial in trials)
     print(f"{args.out}: {len(trials)} {args.split} trials, {frames} frames, step {trained.step}")
     return 0
 
 
-def write_logits(path: Path, trials: Sequence[TrialLogits]) -> None:
-    """Write the logits file, whole or not at all."""
-    arrays = {
-        "logits": np.concatenate([trial.logits for trial in trials]).astype(np.float32),
-        "frames": np.array([len(trial.logits) for trial in trials], np.int32),
-        "trial": np.array([trial.ref.name for trial in trials]),
-    }
-    without = [trial.ref.name for trial in trials if trial.sentence is None]
-    if not without:
-        arrays["sentence"] = np.array([trial.sentence for trial in trials])
-    elif len(without) < len(trials):
+def write_logits(path: Path, trials: Sequence[TrialLogits], **checkpoint: Any) -> None:
+    """Write the logits file, whole or not at all. `checkpoint`: what made them."""
+    names, logits, sentences = zip(
+        *((trial.ref.name, trial.logits, trial.sentence) for trial in trials), strict=True
+    )
+    without = [name for name, text in zip(names, sentences, strict=True) if text is None]
+    if 0 < len(without) < len(trials):
         warnings.warn(
             f"{len(without)} of {len(trials)} trials have no sentence: {listed(without)}; {path} "
             "gets no field `sentence`, so that `lm-server tune` needs --refs",
             DataWarning,
             stacklevel=2,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_logits_file(path, names, logits, sentences, **checkpoint)

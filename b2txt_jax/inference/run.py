@@ -32,6 +32,12 @@ from b2txt_jax.model.interface import Params
 from b2txt_jax.quiet import other_libraries_quiet
 from b2txt_jax.training.checkpoint import EMA, RAW, WEIGHTS, Checkpoints
 from b2txt_jax.training.checksum import checksums, text_checksum
+from b2txt_jax.training.metrics_log import (
+    METRICS_FILE,
+    mean_of_last,
+    read_metrics,
+    validation_pers,
+)
 from b2txt_jax.training.sharding import (
     DATA,
     abstract_state,
@@ -40,6 +46,7 @@ from b2txt_jax.training.sharding import (
     placement,
 )
 from b2txt_jax.training.step import EvalOutput
+from b2txt_jax.training.tracker import PER_KEYS
 
 CHANGEABLE = frozenset(
     {
@@ -77,6 +84,30 @@ class Run:
     """Optimizer step of the parameters."""
     weights: str = RAW
     """Which they are: "raw", as the optimizer left them, or "ema", their moving average."""
+    workdir: Path | None = None
+    """The run's folder, where it was read from one."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decoder settings are tuned for: step, weights, fingerprint of the parameters."""
+        return {"step": self.step, "weights": self.weights, "parameters": self.fingerprint}
+
+    @functools.cached_property
+    def selection(self) -> dict[str, Any]:
+        """How the checkpoint was chosen: `per`, the lowest of so many `validations` in the run's
+        metrics.jsonl, and `per_last_ten`. Without that file there are 0 validations.
+
+        Raises:
+          MetricsError: the file cannot be read.
+        """
+        path = self.workdir and self.workdir / METRICS_FILE
+        entries = read_metrics(path) if path and path.is_file() else []
+        pers = validation_pers(entries, PER_KEYS[self.weights])
+        return {
+            "per": min(pers, default=None),
+            "validations": len(pers),
+            "per_last_ten": mean_of_last(pers),
+        }
 
     @property
     def sessions(self) -> tuple[str, ...]:
@@ -290,7 +321,7 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     ema = weights == EMA
     with other_libraries_quiet(), Checkpoints(workdir, read_only=True, ema=ema) as checkpoints:
         params, best = checkpoints.restore_best(like, weights)
-    return Run(config, params, best.step, weights)
+    return Run(config, params, best.step, weights, workdir)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -47,11 +48,18 @@ from b2txt_jax.training.distributed import (
     wait_for_all,
 )
 from b2txt_jax.training.lock import WorkdirInUseError, locked
-from b2txt_jax.training.metrics_log import MetricsLog
+from b2txt_jax.training.metrics_log import (
+    METRICS_FILE,
+    MetricsLog,
+    mean_of_last,
+    read_metrics,
+    validation_pers,
+)
 from b2txt_jax.training.sharding import make_mesh, sharded_state
 from b2txt_jax.training.step import TrainState, model_of
-from b2txt_jax.training.tracker import Tracker, percent, progress_bar
+from b2txt_jax.training.tracker import PER_KEYS, Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
+from b2txt_jax.training.word_errors import LAST_SECONDS, Decoder, decoder_of
 from lm_server.atomic_file import regular, replacing
 from lm_server.ending import finishing, leave
 
@@ -181,10 +189,15 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
     if without:
         names = ", ".join(without)
         console.print(f"no training trials in {names}: their day layers stay untrained")
-    # Not earlier: a mistake found above leaves no folder behind.
-    workdir.mkdir(parents=True, exist_ok=True)
-    # One host holds the lock for all; the others wait for it at the first collective operation.
-    with locked(workdir) if is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        decoder = None
+        if is_first():
+            decoder = stack.enter_context(decoder_of(config, workdir, validation))
+        # Not earlier: a mistake found above leaves no folder behind.
+        workdir.mkdir(parents=True, exist_ok=True)
+        # One host holds the lock for all; the others wait for it at the first collective operation.
+        if is_first():
+            stack.enter_context(locked(workdir))
         if has_checkpoint(workdir) != resumed:
             raise WorkdirInUseError(
                 f"another training has just saved in {workdir}: start the same command again to go "
@@ -193,7 +206,9 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
         if is_first():
             write_fingerprint(workdir, data)
             _record_call(workdir, short(data))
-        return _train_in(config, workdir, console, mesh, steps, training, validation, resumed)
+        return _train_in(
+            config, workdir, console, mesh, steps, training, validation, resumed, decoder
+        )
 
 
 def _record_call(workdir: Path, data: str) -> None:
@@ -210,6 +225,7 @@ def _train_in(
     training: TrainingData,
     validation: EvaluationData,
     resumed: bool,
+    decoder: Decoder | None,
 ) -> TrainResult:
     """Run `train` in a folder that exists and is locked."""
     days = len(config.data.sessions)
@@ -270,16 +286,34 @@ def _train_in(
                 state, metrics = steps.train_step(state, batch)
                 tracker.started(metrics)
                 step = tracker.step
+                for outcome in decoder.finished() if decoder else ():
+                    tracker.decoded(outcome)
                 done = step == config.train.steps
                 if done or step % config.train.validate_every == 0:
                     tracker.drain()
                     tracker.pause()
                     started = time.monotonic()
+                    logits: dict[str, dict[int, np.ndarray]] = {}
                     results = [
-                        validate(steps.eval_step, weights, validation, steps.local_eval_rows)
-                        for weights in (state.params, state.ema)
+                        validate(
+                            steps.eval_step,
+                            weights,
+                            validation,
+                            steps.local_eval_rows,
+                            logits.setdefault(name, {}) if decoder else None,
+                        )
+                        for name, weights in ((RAW, state.params), (EMA, state.ema))
                         if weights is not None
                     ]
+                    if decoder:
+                        # Indexed by trial; batches are in another order.
+                        decoder.submit(
+                            step,
+                            {
+                                name: [some[n] for n in sorted(some)]
+                                for name, some in logits.items()
+                            },
+                        )
                     seconds = time.monotonic() - started
                     for name in tracker.validated(results[0], seconds, *results[1:]):
                         weights, score = _of_weights(name, state, tracker.best)
@@ -302,8 +336,36 @@ def _train_in(
                 f"stopped at step {tracker.step}: {config.train.patience} validations in a row "
                 "found nothing better (train.patience)"
             )
+        if decoder:
+            _last_word_errors(decoder, tracker, console, finished, stopping)
         _print_end(console, config, workdir, tracker, finished)
         return TrainResult(tracker.step, tracker.best, finished, stopped_by)
+
+
+def _last_word_errors(
+    decoder: Decoder,
+    tracker: Tracker,
+    console: Console,
+    finished: bool,
+    stopping: Callable[[int | None], int | None],
+) -> None:
+    """Log what was decoded. At the end of a complete run, wait for the last validation."""
+    until = time.monotonic() + (LAST_SECONDS if finished else 0.0)
+    done = decoder.wait(0.0)
+    if not done and finished:
+        console.print("waiting for the WER of the last validation; everything is saved")
+    while not done and time.monotonic() < until and stopping(None) is None:
+        done = decoder.wait(0.2)
+    for outcome in decoder.finished():
+        tracker.decoded(outcome)
+    missing = tracker.undecoded + decoder.replaced + (not done)
+    if missing:
+        console.print(
+            f"{missing} validations have no WER: {decoder.replaced} gave way to a newer one while "
+            f"the decoder was busy, {tracker.undecoded} failed, {int(not done)} was under way at "
+            f"the end; the decoder died {decoder.died} times",
+            soft_wrap=True,
+        )
 
 
 def _of_weights(name: str, state: TrainState, best: BestScore | None) -> tuple[Params, BestScore]:
@@ -364,11 +426,17 @@ def _write_finished(
 ) -> None:
     """Write the file of a complete run. What only the bookkeeper of its last call knows is None
     without it."""
+    metrics = workdir / METRICS_FILE
+    entries = read_metrics(metrics) if metrics.is_file() else []
+    pers = validation_pers(entries)
     values: dict[str, Any] = {
         "step": step,
         "skipped_steps": tracker and tracker.skipped,
-        "per_last_ten": tracker and tracker.mean_of_last(),
+        "validations": len(pers),
+        "per_last_ten": mean_of_last(pers),
     }
+    if best is not None and best.ema is not None:
+        values["ema_per_last_ten"] = mean_of_last(validation_pers(entries, PER_KEYS[EMA]))
     if best is not None:
         values["best"] = dataclasses.asdict(best)
     with replacing(workdir / FINISHED_FILE) as unfinished:
@@ -393,6 +461,9 @@ def _print_end(
 
 
 def _scores(weights: str, tracker: Tracker, best: BestScore) -> str:
-    mean = tracker.mean_of_last(weights)
+    pers = tracker.pers[weights]
+    mean = mean_of_last(pers)
     last = "" if mean is None else f"; mean of the last ten validations {100 * mean:.2f} %"
-    return f"best validation PER {percent(best)} at step {best.step}{last}"
+    return (
+        f"best validation PER {percent(best)} at step {best.step}, the lowest of {len(pers)}{last}"
+    )

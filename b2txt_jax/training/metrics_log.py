@@ -8,10 +8,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from b2txt_jax.errors import UserError
 from lm_server.atomic_file import regular, replacing
@@ -37,6 +39,8 @@ with _hidden("torch"):
     from tensorboardX import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+LAST = 10
+"""Validations whose mean PER is logged. The minimum of many validations is too good."""
 _NEEDED = (
     "needed lines of JSON with `step` and `kind`: restore the file, remove the line, or move the "
     "file away (the run goes on without its past metrics)"
@@ -111,7 +115,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`: entries with `step`, `kind` (train, val or skipped) and their values.
+    """Read `metrics.jsonl`: entries with `step`, `kind` (train, val, val_words, skipped), values.
 
     A last line that is not finished yet is left out: the run is still writing, or was killed.
 
@@ -137,3 +141,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise MetricsError(f"{path} line {number} is {line[:80]!r}; {_NEEDED}")
         entries.append(entry)
     return entries
+
+
+def validation_pers(entries: Iterable[Mapping[str, Any]], key: str = "per") -> list[float]:
+    """Return the PER of each validation, or with "ema_per" of each of the averaged weights."""
+    return [float(one[key]) for one in entries if one["kind"] == "val" and one.get(key) is not None]
+
+
+def mean_of_last(pers: Sequence[float]) -> float | None:
+    """Return the mean PER of the last ten validations, or of all if there were fewer. None without
+    any."""
+    return float(np.mean(pers[-LAST:])) if pers else None

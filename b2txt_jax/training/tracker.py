@@ -22,14 +22,13 @@ from b2txt_jax.config import Config
 from b2txt_jax.data.loader import TrainingData
 from b2txt_jax.errors import UserError
 from b2txt_jax.training.checkpoint import EMA, RAW, BestScore
-from b2txt_jax.training.metrics_log import MetricsLog
+from b2txt_jax.training.metrics_log import MetricsLog, mean_of_last, validation_pers
 from b2txt_jax.training.step import StepMetrics
 from b2txt_jax.training.validation import Validation
+from b2txt_jax.training.word_errors import WordErrors
 
 _STEPS_IN_FLIGHT = 2
 _STEPS_BEFORE_ESTIMATE = 4
-_LAST = 10
-"""Validations whose mean PER is logged. The minimum of many validations is too good."""
 
 
 class TrainingError(UserError, RuntimeError):
@@ -50,17 +49,15 @@ class Tracker:
     ):
         self.step = first
         self.best = best
-        self.skipped = 0
+        self.skipped = self.undecoded = 0
         self._skipped_in_window = 0
         self._config = config
         self._training = training
         self._log = log
         self._progress = progress
-        past = [line for line in log.past if line["kind"] == "val"] if log else []
-        self._last = {
-            weights: deque([line[key] for line in past if key in line], _LAST)
-            for weights, key in _PER.items()
-        }
+        past = log.past if log else []
+        self.pers = {weights: validation_pers(past, key) for weights, key in PER_KEYS.items()}
+        """PER of every validation, by weights."""
         self._pending: deque[tuple[int, StepMetrics]] = deque()
         self._window: list[tuple[float, float, int, dict[str, float]]] = []
         self._window_seconds = 0.0
@@ -169,12 +166,6 @@ class Tracker:
         self._progress.update(self._task, rate=f"{rate:.2f}")
         self._window, self._window_seconds, self._skipped_in_window = [], 0.0, 0
 
-    def mean_of_last(self, weights: str = RAW) -> float | None:
-        """Return the mean PER of the last ten validations, or of all if there were fewer. None
-        without any."""
-        last = self._last[weights]
-        return float(np.mean(last)) if last else None
-
     def validated(
         self, result: Validation, seconds: float, averaged: Validation | None = None
     ) -> list[str]:
@@ -187,11 +178,11 @@ class Tracker:
         self._validation_seconds += seconds
         rate = result.per.rate
         assert rate is not None  # the split has labels, as was checked before the first step
-        self._last[RAW].append(rate)
+        self.pers[RAW].append(rate)
         values: dict[str, Any] = {
             "loss": result.loss,
             "per": rate,
-            "per_last_ten": self.mean_of_last(),
+            "per_last_ten": mean_of_last(self.pers[RAW]),
             "errors": result.per.errors,
             "length": result.per.length,
             "infeasible": result.infeasible,
@@ -205,10 +196,10 @@ class Tracker:
         best = _better(self.best, BestScore(rate, result.loss, self.step))
         improved = [RAW] if best.step == self.step else []
         if averaged is not None and averaged.per.rate is not None:
-            self._last[EMA].append(averaged.per.rate)
+            self.pers[EMA].append(averaged.per.rate)
             values |= {
                 "ema_per": averaged.per.rate,
-                "ema_per_last_ten": self.mean_of_last(EMA),
+                "ema_per_last_ten": mean_of_last(self.pers[EMA]),
                 "ema_loss": averaged.loss,
             }
             aux += f"  averaged PER {100 * averaged.per.rate:6.2f} %"
@@ -227,6 +218,33 @@ class Tracker:
         self._window_start = time.monotonic()
         return improved
 
+    def decoded(self, outcome: WordErrors) -> None:
+        """Log the word errors of a validation, which may be of an earlier step."""
+        values: dict[str, Any] = {}
+        for weights, counts in outcome.counts.items():
+            prefix = "" if weights == RAW else f"{weights}_"
+            names = ("wer", "oracle_wer", "errors", "words", "failed")
+            values |= {f"{prefix}{name}": counts[name] for name in names}
+        if values:
+            self._write("val_words", outcome.step, values)
+            rates = "".join(
+                f"  {name} {100 * values[key]:6.2f} %"
+                for name, key in (
+                    ("WER", "wer"),
+                    ("n-best oracle", "oracle_wer"),
+                    ("averaged WER", "ema_wer"),
+                )
+                if values.get(key) is not None
+            )
+            self._progress.console.print(f"step {outcome.step:>6}  val{rates}")
+        if outcome.problem:
+            self.undecoded += not values
+            self._progress.console.print(
+                f"warning: WER of the validation at step {outcome.step}: {outcome.problem}",
+                style="yellow",
+                soft_wrap=True,
+            )
+
 
 def time_left(training: float, validations: int, seconds: float | None) -> str:
     """Format seconds of training and of `validations` that take `seconds` each.
@@ -238,7 +256,7 @@ def time_left(training: float, validations: int, seconds: float | None) -> str:
     return f"{at_least}{datetime.timedelta(seconds=total)}"
 
 
-_PER = {RAW: "per", EMA: "ema_per"}
+PER_KEYS = {RAW: "per", EMA: "ema_per"}
 """Keys of validation lines."""
 _BEST_SO_FAR = {
     (RAW,): "  best so far",

@@ -34,6 +34,7 @@ def validate(
     params: Params,
     data: EvaluationData,
     rows: slice | None = None,
+    keep: dict[int, np.ndarray] | None = None,
 ) -> Validation:
     """Greedy-decode every trial.
 
@@ -43,6 +44,7 @@ def validate(
       data: the split.
       rows: of each batch that this host reads. None: all. The result covers all trials, and is the
         same on every host and for any number of hosts.
+      keep: receives the valid logits [frames, 41] of each trial, by its index in `data.refs`.
 
     Raises:
       DataError: a trial cannot be read.
@@ -51,12 +53,14 @@ def validate(
     days: list[str] = []
     losses: list[float] = []
     aux: dict[str, list[ErrorRate]] = {}
-    for _, _, batch in data.batches(rows):
+    for indices, (_, _, batch) in zip(data.groups, data.batches(rows), strict=True):
         output = jax.tree.map(np.asarray, eval_step(params, batch))
         for row in np.flatnonzero(output.rows.bins):
             labels = output.rows.labels[row, : output.rows.label_length[row]].tolist()
             frames = output.frames[row]
             rates.append(_rate(output.logits[row, :frames], labels))
+            if keep is not None:
+                keep[indices[row]] = output.logits[row, :frames].copy()
             for name, logits in output.aux.items():
                 aux.setdefault(name, []).append(_rate(logits[row, :frames], labels))
             days.append(data.sessions[output.rows.day[row]])

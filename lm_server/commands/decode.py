@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     # The files first: a wrong one is reported at once, not after the model is read.
     require_writable(args.out, inputs=[args.lm, args.logits])
     logits = read_logits(args.logits)
+    options.warn_of_another_checkpoint(args, logits.checkpoint)
     with cleaning_up_when_terminated():
         model = load_model(args.lm, args.backend)
         problems = decode_file(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_server import settings
 from lm_server.atomic_file import regular
@@ -129,6 +130,21 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if reason is not None:
             print(f"warning: --{name.replace('_', '-')} is given, but {reason}", file=sys.stderr)
     return chosen
+
+
+def warn_of_another_checkpoint(args: argparse.Namespace, made_by: Mapping[str, Any]) -> None:
+    """Name the steps where --settings was tuned for another checkpoint than that of the logits."""
+    if args.settings is None or not made_by:
+        return
+    tuned = settings.tuned_for(args.settings)
+    if tuned.get("parameters") != made_by.get("parameters"):
+        of = f"step {tuned['step']} ({tuned.get('weights')})" if "step" in tuned else "no step"
+        print(
+            f"warning: {args.settings} was tuned for {of}, and the logits are of step "
+            f"{made_by.get('step')} ({made_by.get('weights')}): errors may be more for that reason "
+            "alone. Tune again",
+            file=sys.stderr,
+        )
 
 
 def add_ceiling_option(parser: argparse._ActionsContainer) -> None:

@@ -3,14 +3,17 @@ that `serve`, `worker` and `decode` (--settings) and `b2txt evaluate` read.
 
 acoustic_scale, blank_penalty, word_bonus, with --llm alpha, and the temperature of the confidences
 are tuned. Every other setting is as the options set it. Results are cached in a folder beside the
-file, so an interrupted tuning resumes.
+file, so an interrupted tuning resumes. The file names the checkpoint that made the logits. With
+--out WORKDIR/lm_settings/NAME.json, `b2txt evaluate` finds the settings of its checkpoint there.
 """
 
 from __future__ import annotations
 
 import argparse
+import zlib
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from lm_server.atomic_file import require_writable
 from lm_server.commands import options
@@ -91,8 +94,12 @@ def run(args: argparse.Namespace) -> int:
         model = load_model(args.lm, args.backend)
         tuner = Tuner(model, logits, references, cache, workers, args.seed)
         result = tuner.run(base, args.searches, load)
-        facts = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
+        facts: dict[str, Any] = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
         facts["backend"] = args.backend
+        described = args.lm / "lm.json"
+        facts["lm_crc32"] = zlib.crc32(described.read_bytes()) if described.is_file() else None
+        facts["checkpoint"] = dict(logits.checkpoint)
+        facts["logits_sha256"] = logits.digest()
         write_settings(args.out, result.settings, {**facts, **about(result)})
         write_picture(result, picture)
     print(as_text(result))

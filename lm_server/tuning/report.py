@@ -65,7 +65,9 @@ def as_text(result: Result) -> str:
         "",
         "found: " + ", ".join(f"{name} {getattr(result.settings, name):g}" for name in _TUNED),
         f"WER on these {found['sentences']} sentences: {found['wer_before']:.2%} -> "
-        f"{found['wer']:.2%}" + (" with rescoring" if found["rescored"] else ""),
+        f"{found['wer']:.2%}"
+        + (" with rescoring" if found["rescored"] else "")
+        + f", n-best oracle {found['oracle_wer']:.2%}",
         f"WER to expect of other sentences (chosen on one half, counted on the other): "
         f"{found['expected_wer']:.2%}",
         f"log loss of the sentence confidence: {before:.3f} -> {after:.3f}",

@@ -114,13 +114,76 @@ def test_failing_never_improves_the_rate() -> None:
 def test_the_test_split_has_sentences_and_no_rates() -> None:
     written = evaluated(split="test", labels=None, sentences=None, corpora=None).to_json()
     assert written["per"] is written["wer"] is written["wer_without_lm"] is None
+    assert written["wer_oracle"] is None
     assert written["sentences"][1] == {
         "trial": NAMES[1],
         "true": None,
         "decoded": "how old are you",
         "errors": None,
+        "oracle_errors": None,
         "words": None,
+        "seen": None,
     }
+
+
+def test_sentences_of_the_train_split_are_counted_apart_by_the_rules_of_the_wer() -> None:
+    result = evaluated(train_sentences=["the cat -- sat!", "YES", "how are you now"])
+    assert result.wer is not None
+    assert result.per is not None
+    # "the cat - sat" has a dash of its own by the published rules, so it is another sentence.
+    assert [row.seen for row in result.sentences] == [False, False, True]
+    seen, unseen = result.wer.seen, result.wer.unseen
+    assert seen is not None
+    assert unseen is not None
+    assert (seen.all, seen.trials) == (ErrorRate(1, 1), 1)
+    assert (unseen.all, unseen.trials) == (ErrorRate(1, 6), 2)
+    assert unseen.per_session == {"t15.2023.08.13": ErrorRate(1, 6)}
+    assert unseen.per_corpus == {"Random": ErrorRate(0, 3), "Harvard": ErrorRate(1, 3)}
+    assert result.per.seen is not None
+    assert result.per.seen.all == ErrorRate(0, len(sentence_to_ids(["yes"])))
+    written = result.to_json()
+    for kind in ("per", "wer", "wer_oracle", "wer_without_lm"):
+        halves = written[kind]["seen"], written[kind]["unseen"]
+        assert [half["trials"] for half in halves] == [1, 2]
+        for part in ("errors", "length"):
+            assert sum(half["all"][part] for half in halves) == written[kind]["all"][part]
+
+
+def test_without_train_sentences_the_halves_are_unknown_and_none_is_seen_of_an_empty_split() -> (
+    None
+):
+    unknown, none = evaluated().wer, evaluated(train_sentences=[]).wer
+    assert unknown is not None
+    assert none is not None
+    assert unknown.seen is unknown.unseen is None
+    assert "seen" not in unknown.to_json()
+    assert none.seen is not None
+    assert (none.seen.all, none.seen.trials, none.seen.interval) == (ErrorRate(0, 0), 0, None)
+
+
+def test_the_oracle_is_the_hypothesis_of_the_list_that_is_nearest_to_the_truth() -> None:
+    answers = results("the cat sat", None, "no")
+    better = Hypothesis(("yes",), -9.0, -9.0, total=-18.0)
+    assert answers[2].answer is not None
+    best = answers[2].answer.hypotheses
+    answers[2] = Result(NAMES[2], Answer((*best, better)), None, 0.25)
+    result = evaluated(results=answers)
+    assert result.wer is not None
+    assert result.wer_oracle is not None
+    # The failed trial has no list: all of its three words stay wrong.
+    assert [row.oracle and row.oracle.errors for row in result.sentences] == [0, 3, 0]
+    assert (result.wer.all, result.wer_oracle.all) == (ErrorRate(4, 7), ErrorRate(3, 7))
+
+
+def test_intervals_of_few_days_are_of_trials_in_all_and_in_the_halves() -> None:
+    wer = evaluated(train_sentences=["yes"]).wer
+    assert wer is not None
+    assert wer.interval is not None
+    assert (wer.interval.unit, wer.interval.units, wer.interval.days) == ("trials", 3, 2)
+    written = wer.to_json()["interval"]
+    assert (written["level"], written["draws"], written["low"]) == (0.95, 2000, 0.0)
+    assert wer.seen is not None
+    assert wer.seen.interval is None  # one trial
 
 
 def test_unknown_corpora_are_told_apart_and_no_corpora_make_no_groups() -> None:
@@ -147,7 +210,9 @@ def test_the_file_holds_errors_length_and_rate_of_each_group(tmp_path: Path) -> 
         "true": "Yes!",
         "decoded": "no",
         "errors": 1,
+        "oracle_errors": 1,
         "words": 1,
+        "seen": None,
     }
     assert list(path.parent.iterdir()) == [path]
 

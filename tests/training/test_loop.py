@@ -18,6 +18,7 @@ from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import ErrorRate, error_rate, greedy_decode, total
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.loop import out_of_patience, train
+from b2txt_jax.training.metrics_log import mean_of_last
 from b2txt_jax.training.step import init_state
 from b2txt_jax.training.tracker import Tracker
 from b2txt_jax.training.validation import Validation
@@ -130,6 +131,9 @@ def test_the_mean_of_the_last_validations_stands_beside_the_best_of_both_weights
     assert f"an epoch is {32 / 4:.4g} batches of 4" in said
     finished = json.loads((workdir / "finished.json").read_text())
     assert finished["per_last_ten"] == pytest.approx(mean / 100)
+    assert finished["validations"] == len(lines)
+    assert finished["ema_per_last_ten"] == pytest.approx(np.mean([one["ema_per"] for one in lines]))
+    assert f", the lowest of {len(lines)}; mean of the last ten" in said
     assert finished["best"]["ema"]["per"] == min(line["ema_per"] for line in lines)
 
 
@@ -140,7 +144,7 @@ def test_only_the_last_ten_validations_count(tiny_config):
         tracker.step += 1
         improved = tracker.validated(Validation(rate, {}, {}, 1.0, 0), 0.0)
         assert improved == (["raw"] if number == 0 else [])
-    assert tracker.mean_of_last() == pytest.approx(np.mean(range(4, 14)) / 100)
+    assert mean_of_last(tracker.pers["raw"]) == pytest.approx(np.mean(range(4, 14)) / 100)
     assert (tracker.best.per, tracker.best.validations_since) == (0.0, 13)
 
 
@@ -152,6 +156,11 @@ def test_either_weights_of_a_run_can_be_used(averaged, trained):
         run = load_run(workdir, weights=weights)
         best = min(lines, key=lambda line, key=key, loss=loss: (line[key], line[loss]))
         assert (run.weights, run.step) == (weights, best["step"])
+        assert run.selection == {
+            "per": best[key],
+            "validations": len(lines),
+            "per_last_ten": lines[-1][f"{key}_last_ten"],
+        }
         trials = run.logits("val")
         rates = [error_rate(t.labels.tolist(), greedy_decode(t.logits).tolist()) for t in trials]
         assert total(rates).rate == pytest.approx(best[key])

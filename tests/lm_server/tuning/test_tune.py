@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -284,6 +285,60 @@ def test_the_command_writes_settings_that_decode_reads(
         for sentence, line in zip(SENTENCES * 2, lines, strict=True)
     )
     assert errors == round(about["wer"] * about["words"])
+
+
+def test_settings_name_the_checkpoint_of_their_logits_and_decode_warns_of_another(
+    model_folder: Path, logits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made_by(step: int, parameters: str) -> Path:
+        path = tmp_path / f"{step}.npz"
+        with np.load(logits_file) as file:
+            np.savez(path, **file, step=step, weights="raw", parameters=parameters, split="val")
+        return path
+
+    first, second = made_by(200, "aa"), made_by(400, "bb")
+    out = tmp_path / "settings.json"
+    common = ["--lm", str(model_folder), "--workers", "1"]
+    tune = ["tune", *common, "--logits", str(first), "--out", str(out), "--searches", "1"]
+    assert main(tune) == 0
+    assert "n-best oracle" in capsys.readouterr().out
+    about = json.loads(out.read_text())["about"]
+    assert about["checkpoint"] == {
+        **{"step": 200, "weights": "raw"},
+        **{"parameters": "aa", "split": "val"},
+    }
+    assert about["lm_crc32"] == zlib.crc32((model_folder / "lm.json").read_bytes())
+    for logits, warned in ((first, False), (second, True), (logits_file, False)):
+        decode = ["decode", *common, "--logits", str(logits), "--out", str(tmp_path / "x.jsonl")]
+        assert main([*decode, "--settings", str(out)]) == 0
+        text = "was tuned for step 200 (raw), and the logits are of step 400 (raw)"
+        assert (text in capsys.readouterr().err) is warned
+
+
+def test_score_counts_what_decode_finds_and_the_nearest_of_each_list(
+    model_folder: Path, logits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoded = tmp_path / "decoded.jsonl"
+    lm = ["--lm", str(model_folder), "--acoustic-scale", "0.05"]
+    decode = ["decode", *lm, "--logits", str(logits_file), "--out", str(decoded), "--workers", "1"]
+    assert main(decode) == 0
+    lines = [json.loads(line) for line in decoded.read_text().splitlines()]
+    lists = [[one["sentence"] for one in line["nbest"]] for line in lines]
+    errors = [
+        [word_errors(tuple(sentence.split()), text) for text in texts]
+        for sentence, texts in zip(SENTENCES * 2, lists, strict=True)
+    ]
+    capsys.readouterr()
+    none = tmp_path / "none.npz"
+    assert main(["score", *lm, "--logits", str(logits_file), str(none)]) == 1
+    found, missing = map(json.loads, capsys.readouterr().out.splitlines())
+    assert found["errors"] == sum(one[0] for one in errors) > 0
+    assert found["oracle_errors"] == sum(map(min, errors)) < found["errors"]
+    assert found["words"] == sum(len(sentence.split()) for sentence in SENTENCES * 2)
+    assert found["wer"] == found["errors"] / found["words"]
+    assert (found["trials"], found["failed"], found["first_problem"]) == (16, 0, None)
+    assert missing["file"] == str(none)
+    assert "there is no logits file" in missing["error"]
 
 
 def test_settings_that_are_expected_to_be_worse_than_before_are_reported_as_such(

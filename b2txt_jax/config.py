@@ -79,6 +79,13 @@ class DataConfig:
         choices=("days", "epochs"),
         help="days: as above; epochs: every trial once per epoch, shuffled over all days",
     )
+    packing: str = setting(
+        "auto",
+        choices=("auto", "on", "off"),
+        help="whether short trials share a row of a training batch; auto: where model and "
+        "augmentations can and it saves work",
+        resumable=True,
+    )
 
     @property
     def batch_rows(self) -> int:

@@ -33,7 +33,8 @@ from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import TrialRef, frames_needed
 from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.metrics import error_rate, greedy_decode, total
-from b2txt_jax.signal.augment import augment, inside
+from b2txt_jax.segments import inside
+from b2txt_jax.signal.augment import augment
 from b2txt_jax.training import step as step_module
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.step import make_eval_step, model_of, step_keys
@@ -54,7 +55,7 @@ def augment_like_nejm(
     bins = jnp.maximum(bins - (length - kept), 0)
     # NEJM: batches are padded to their longest trial, not to a bucket. No noise follows that trial.
     longest = jnp.full_like(bins, bins.max())
-    return jnp.where(inside(longest, length), noisy, 0), bins
+    return jnp.where(inside(None, longest, length)[..., None], noisy, 0), bins
 
 
 def train_run(config: Config, workdir: Path, like_nejm: bool) -> None:
@@ -111,7 +112,9 @@ def print_padding(model: Run, seed: int) -> None:
         wide = np.pad(np.asarray(batch.features), ((0, 0), (0, max(PADDINGS)), (0, 0)))
         everywhere = np.full(len(wide), length, np.int32)
         noisy = add_noise(jax.random.fold_in(jax.random.key(seed), index), wide, everywhere)
-        masks = {p: inside(jnp.asarray(batch.bins) + p, length) for p in (0, *PADDINGS)}
+        masks = {
+            p: inside(None, jnp.asarray(batch.bins) + p, length)[..., None] for p in (0, *PADDINGS)
+        }
         cases = {"zeros": jnp.where(masks[0], noisy, 0)[:, :narrow]}
         cases["more zeros"] = jnp.where(masks[0], noisy, 0)
         cases |= {f"{p} of noise": jnp.where(masks[p], noisy, 0) for p in PADDINGS}

@@ -42,27 +42,20 @@ from b2txt_jax.data.pack import PackSettings, write_manifest, write_split
 from b2txt_jax.data.packed import DTYPES
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import Trial, TrialRef
+from b2txt_jax.data.typical import BINS_PER_LABEL, SESSIONS, typical_bins
 
 FEATURES = 512
-SESSIONS = 45
 _GROUPS = Path("/sys/fs/cgroup/memory")
 """Control groups of version 1. With version 2 use `systemd-run --scope -p MemoryMax=2G`."""
-
-
-def lengths(trials: int, day: int) -> np.ndarray:
-    """Draw the bins of a day's trials: 100 to 2,500, about 800 on average, different per day."""
-    random = np.random.default_rng([1, day])
-    drawn = np.exp(random.normal(np.log(random.uniform(600, 900)), 0.4, trials))
-    return np.clip(drawn, 100, 2500).astype(int)
 
 
 def trials_of(session: str, day: int, count: int) -> Iterator[Trial]:
     """Yield trials of noise with labels of a fitting length."""
     random = np.random.default_rng([2, day])
     noise = random.standard_normal((5000, FEATURES), dtype=np.float32)
-    for number, bins in enumerate(lengths(count, day)):
+    for number, bins in enumerate(typical_bins(count, day)):
         start = random.integers(0, len(noise) - bins)
-        labels = random.integers(1, 41, int(bins) // 9).astype(np.int32)
+        labels = random.integers(1, 41, int(bins) // BINS_PER_LABEL).astype(np.int32)
         key = f"trial_{number:04d}"
         ref = TrialRef(session, key, Path(session), int(bins), len(labels), 1, number)
         yield Trial(ref, noise[start : start + bins], labels, "a sentence")

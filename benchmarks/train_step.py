@@ -84,7 +84,7 @@ class Peer:
     def step(self, batch: Batch) -> float:
         """Run one optimizer step and return the loss."""
         model, signal = self.config.model, self.config.signal
-        x, bins, day, labels, length = (torch.from_numpy(np.asarray(a)) for a in batch)
+        x, bins, day, labels, length = (torch.from_numpy(np.asarray(a)) for a in batch[:5])
         x = x + torch.randn_like(x) * signal.white_noise_std
         x = x + torch.randn(len(x), 1, 512) * signal.constant_offset_std
         cut = int(torch.randint(0, signal.random_cut, ()))

@@ -240,10 +240,15 @@ def training_padding(
     """
     days = [list(bins) for bins in bins_of_day if bins]
     drawn = _share_of_plan(plan, days, days_per_batch, trials_per_day)
+    return _padding(buckets, drawn, mean_bins(days, plan))
+
+
+def mean_bins(bins_of_day: Sequence[Sequence[int]], plan: str) -> float:
+    """Return the expected bins of a trial that a plan draws. Days without trials do not count."""
+    days = [bins for bins in bins_of_day if len(bins)]
     # A day counts as often as its trials are drawn.
     weights = None if plan == "days" else [len(bins) for bins in days]
-    mean = float(np.average([np.mean(bins) for bins in days], weights=weights))
-    return _padding(buckets, drawn, mean)
+    return float(np.average([np.mean(bins) for bins in days], weights=weights))
 
 
 def _padding(

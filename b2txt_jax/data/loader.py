@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from b2txt_jax.config import DataConfig
-from b2txt_jax.data.buckets import buckets_of_data, training_padding
+from b2txt_jax.data.buckets import buckets_of_data, mean_bins, training_padding
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.plan import epoch_plan, plan
+from b2txt_jax.data.layout import Rules, Shape
 from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.shapes import Shapes, choose, drawn_trials
 from b2txt_jax.data.trial import SPLITS, Reader, Trial, TrialRef, frames_needed
 
 MUCH_PADDING = 0.6
@@ -33,18 +34,29 @@ _Loaded = TypeVar("_Loaded")
 
 
 class Batch(NamedTuple):
-    """Trials padded with zeros to one bucket's shape. The loader fills it with numpy arrays."""
+    """Trials padded with zeros to one bucket's shape. The loader fills it with numpy arrays.
+
+    Packed, B rows hold several trials each, at most S. Their labels come in G groups of at most N
+    trials, one group for each device that shares the rows.
+    """
 
     features: jax.Array
     """[B, T, D], one row per 20 ms bin: float32, or float16 or bfloat16, which steps cast."""
     bins: jax.Array
-    """int32 [B], valid bins. 0 marks a row without a trial."""
+    """int32 [B], valid bins. 0 marks a row without a trial. Packed [B, S]."""
     day: jax.Array
     """int32 [B], index of the session in the configured list."""
     labels: jax.Array
-    """int32 [B, L], class ids padded with 0."""
+    """int32 [B, L], class ids padded with 0. Packed [G, N, L]."""
     label_length: jax.Array
-    """int32 [B]."""
+    """int32 [B]. Packed [G, N]."""
+    start: Any = None
+    """Packed int32 [B, S], first bin of each trial, the row's length for none. Else None."""
+    trial: Any = None
+    """Packed int32 [B, S], number of the trial in the plan's batch. Else None."""
+    slot: Any = None
+    """Packed int32 [G, N], the trial's place in its group's part of `bins`, flat. -1 for none. Else
+    None."""
 
 
 def configured_sessions(data: DataConfig) -> tuple[str, ...]:
@@ -157,17 +169,23 @@ class _Loader:
         trials = []
         for row, (day, ref) in enumerate(rows):
             trial = self.reader.read_into(ref, features[row])
-            label = trial.labels if trial.labels is not None else np.zeros(0, np.int32)
-            if len(label) > label_count:
-                raise DataError(
-                    f"trial {ref.name} has {len(label)} labels, {ref.label_length} when it was "
-                    "listed: the file changed; start again"
-                )
+            label = self._label(trial, ref, label_count)
             labels[row, : len(label)] = label
             counts[:, row] = len(trial.features), day, len(label)
             trials.append(trial)
         arrays: Any = (features, counts[0], counts[1], labels, counts[2])
         return trials, Batch(*arrays)
+
+    @staticmethod
+    def _label(trial: Trial, ref: TrialRef, most: int) -> np.ndarray:
+        """Return a trial's labels, none without."""
+        label = trial.labels if trial.labels is not None else np.zeros(0, np.int32)
+        if len(label) > most:
+            raise DataError(
+                f"trial {ref.name} has {len(label)} labels, {ref.label_length} when it was "
+                "listed: the file changed; start again"
+            )
+        return label
 
 
 class TrainingData(_Loader):
@@ -179,14 +197,19 @@ class TrainingData(_Loader):
         sessions: Sequence[str],
         min_bins: int,
         frames_of_bins: Callable[[int], int],
+        rules: Rules | None = None,
+        sample: tuple[int, int] | None = None,
     ):
-        """List the trials.
+        """List the trials, and choose the shapes of their batches.
 
         Args:
           data: where they are and how batches are drawn.
           sessions: in day-index order.
           min_bins: fewest bins that give a frame. A trial must have them.
           frames_of_bins: how many frames the model makes of so many bins.
+          rules: by which trials may share a row. None: they may not.
+          sample: the run's seed and steps, whose batches decide the shapes. None: all buckets, and
+            no trial shares a row.
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
@@ -201,13 +224,25 @@ class TrainingData(_Loader):
             self._check_alignable(ref, ref.label_length)
         self.refs_of_day = [[ref for ref in refs if ref.session == name] for name in sessions]
         self.rows(0, 0)  # Data that cannot fill a batch are an error here.
+        lengths = [[(ref.bins, ref.label_length) for ref in day] for day in self.refs_of_day]
+        self.shapes = Shapes({Shape(data.batch_rows, *one): 0.0 for one in self.buckets}, None)
+        if sample is not None:
+            self.shapes = choose(data, self.buckets, lengths, rules, *sample)
+        """Shapes that batches have. A batch that fits none of them has one of its own."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether trials share rows."""
+        return self.shapes.rules is not None
 
     @property
     def padding(self) -> float:
         """Expected share of padding among the bins of a batch, 0 to 1."""
         data, bins = self._data, [[ref.bins for ref in refs] for refs in self.refs_of_day]
         rows = data.days_per_batch, data.trials_per_day
-        return training_padding(self.buckets, bins, *rows, data.plan)
+        if not self.packed:
+            return training_padding(self.buckets, bins, *rows, data.plan)
+        return 1 - data.batch_rows * mean_bins(bins, data.plan) / self.shapes.computed
 
     def _check_alignable(self, ref: TrialRef, needed: int) -> None:
         frames = self._frames_of_bins(ref.bins)
@@ -221,11 +256,7 @@ class TrainingData(_Loader):
     def rows(self, seed: int, step: int) -> list[tuple[int, TrialRef]]:
         """Return the (day, trial) rows of one batch, a function of (seed, step) alone."""
         counts = [len(refs) for refs in self.refs_of_day]
-        data = self._data
-        if data.plan == "epochs":
-            drawn = epoch_plan(seed, step, counts, data.batch_rows)
-        else:
-            drawn = plan(seed, step, counts, data.days_per_batch, data.trials_per_day)
+        drawn = drawn_trials(self._data, counts, seed, step)
         return [(int(day), self.refs_of_day[day][trial]) for day, trial in drawn]
 
     def batch(self, seed: int, step: int, rows: slice | None = None) -> Batch:
@@ -234,20 +265,59 @@ class TrainingData(_Loader):
         Args:
           seed: of the run.
           step: of the optimizer, from 0.
-          rows: of the global batch, those of this host. None: all. The batch is always padded to
-            the bucket of the global batch, so that all hosts have the same shape.
+          rows: of the global batch, those of this host. None: all. The batch always has the shape
+            of the global batch, so that all hosts have the same. Packed, other rows stand for the
+            same share of it.
 
         Raises:
           DataError: a trial cannot be read. The text names it.
         """
         drawn = self.rows(seed, step)
-        bucket = bucket_of([ref for _, ref in drawn], self.buckets)
-        mine = drawn if rows is None else drawn[rows]
-        trials, batch = self.fill(mine, bucket, len(mine))
+        if not self.packed:
+            used = [shape.bucket for shape in self.shapes.share]
+            larger = [one for one in self.buckets if one > used[-1]]
+            bucket = bucket_of([ref for _, ref in drawn], used + larger)
+            mine = drawn if rows is None else drawn[rows]
+            trials, batch = self.fill(mine, bucket, len(mine))
+        else:
+            trials, batch = self._fill_shared(drawn, rows)
         for trial in trials:
             if trial.labels is not None:
                 self._check_alignable(trial.ref, frames_needed(trial.labels))
         return batch
+
+    def _fill_shared(
+        self, drawn: list[tuple[int, TrialRef]], rows: slice | None
+    ) -> tuple[list[Trial], Batch]:
+        """Read trials into the rows that they share."""
+        layout = self.shapes.lay_out([ref.bins for _, ref in drawn], [day for day, _ in drawn])
+        shape, groups = layout.shape, len(layout.slot)
+        first, stop, _ = (rows or slice(None)).indices(len(drawn))
+        mine = slice(first * groups // len(drawn), stop * groups // len(drawn))
+        per_group = shape.rows // groups
+        trial, start = (
+            one[mine.start * per_group : mine.stop * per_group]
+            for one in (layout.trial, layout.start)
+        )
+        slot = layout.slot[mine]
+        features = np.zeros((len(trial), shape.bins, self.reader.feature_count), self.reader.dtype)
+        bins, day = np.zeros_like(start), np.zeros(len(trial), np.int32)
+        labels = np.zeros((*slot.shape, shape.labels), np.int32)
+        length = np.zeros(slot.shape, np.int32)
+        self.reader.will_need([drawn[index][1] for index in trial[trial >= 0]])
+        read = []
+        for group, place in np.argwhere(slot >= 0):
+            row, segment = divmod(int(slot[group, place]), shape.segments)
+            row += group * per_group
+            day[row], ref = drawn[trial[row, segment]]
+            at = start[row, segment]
+            one = self.reader.read_into(ref, features[row, at : at + ref.bins])
+            label = self._label(one, ref, shape.labels)
+            bins[row, segment] = len(one.features)
+            labels[group, place, : len(label)], length[group, place] = label, len(label)
+            read.append(one)
+        arrays: Any = (features, bins, day, labels, length, start, trial, slot)
+        return read, Batch(*arrays)
 
     def batches(
         self, seed: int, start: int, stop: int, rows: slice | None = None
@@ -256,7 +326,9 @@ class TrainingData(_Loader):
 
         def load(step: int) -> Batch:
             if step + _DISK_AHEAD < stop:
-                later = self.rows(seed, step + _DISK_AHEAD)[rows or slice(None)]
+                later = self.rows(seed, step + _DISK_AHEAD)
+                if not self.packed:
+                    later = later[rows or slice(None)]
                 self.reader.will_need([ref for _, ref in later])
             return self.batch(seed, step, rows)
 

@@ -248,11 +248,13 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
         configured_sessions,
         resolve_buckets,
     )
-    from b2txt_jax.training.step import model_of
+    from b2txt_jax.training.step import model_of, packing_rules
 
     sessions = configured_sessions(config.data)
     least, frames = config.model.least_bins, model_of(config, len(sessions)).frames
-    training = TrainingData(config.data, sessions, least, frames)
+    rules = packing_rules(config, len(sessions), 1)
+    sample = config.train.seed, config.train.steps
+    training = TrainingData(config.data, sessions, least, frames, rules, sample)
     validation = EvaluationData(config.data, sessions, "val", least, labels=True)
     with training.reader as reader:
         for refs in training.refs_of_day:
@@ -265,8 +267,9 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
         f"{len(sessions)} sessions, {trials} training and {len(validation.refs)} validation trials "
         f"in {config.data.root}, one read of each session; buckets {shapes}, "
         f"{training.padding:.0%} of a training batch is padding"
+        f"{' (trials share rows)' if training.packed else ''}"
     )
-    if training.padding > MUCH_PADDING:
+    if training.padding > MUCH_PADDING and not training.packed:
         advice = "--config.data.buckets='()' chooses buckets from the trials' lengths"
         return Finding("data", "warning", found, advice), buckets, len(sessions)
     without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]

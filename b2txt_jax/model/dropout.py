@@ -1,21 +1,42 @@
-"""Dropout with few random numbers."""
+"""Dropout with few random numbers, which depend on a frame's trial and its place there."""
 
 from __future__ import annotations
 
-import jax
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
+from b2txt_jax.segments import words
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
+
+def dropout(x: Array, rate: float, key: Array | None, label: Array | None = None) -> Array:
     """Zero values with probability `rate` and scale the others. The identity without a key.
 
-    One random word of 32 bits serves two channels, half the width apart: random numbers are a
-    tenth of a step. `rate` is rounded to 1/65536.
+    Args:
+      x: [..., C].
+      rate: rounded to 1/65536.
+      key: random key.
+      label: of each frame (see segments.labels), broadcast to [...]. By default its position.
     """
     if key is None or rate == 0:
         return x
-    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)))
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., : x.shape[-1]]
-    dropped = round(rate * 65536)
-    return jnp.where(halves >= dropped, x * (65536 / (65536 - dropped)), 0).astype(x.dtype)
+    if label is None:
+        label = jnp.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-1])
+    channels = x.shape[-1]
+    drawn = quarters(key, label[..., None], jnp.arange(-(-channels // 4)), axis=-1)
+    return dropped(x, rate, drawn[..., :channels])
+
+
+def quarters(key: Array, label: Array, channel: Array, axis: int) -> Array:
+    """Return four random numbers below 65536 for each (label, channel), along `axis`: random
+    numbers are a tenth of a step."""
+    one, two = words(key, label, channel)
+    parts = [one & 0xFFFF, one >> 16, two & 0xFFFF, two >> 16]
+    return jnp.concatenate(parts, axis=axis)
+
+
+def dropped(x: Array, rate: float, drawn: Array) -> Array:
+    """Zero the values whose random number, below 65536, falls below `rate`."""
+    least = round(rate * 65536)
+    return jnp.where(drawn >= least, x * (65536 / (65536 - least)), 0).astype(x.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from b2txt_jax.config import ConfigError, ModelSettings, model_class
+from b2txt_jax.segments import Segments
 
 Params = dict[str, Any]
 """Nested dict of float32 arrays."""
 Bins = TypeVar("Bins", int, Array)
 MeanCTC = Callable[[Array, Array], Array]
-"""(logits [B, P, C], frames [B]) -> the mean CTC loss (ln) of the rows that can be aligned."""
+"""(logits [B, P, C], frames [B], or [B, S] of rows of several trials) -> the mean CTC loss (ln) of
+the trials that can be aligned."""
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 """(regular expression for the end of a parameter's path such as `head/weight`, axes that it is
@@ -40,7 +43,7 @@ class Output(NamedTuple):
     logits: Array
     """float32 [B, P, C]."""
     frames: Array
-    """int32 [B], valid frames."""
+    """int32 [B], valid frames. [B, S] of rows of several trials."""
     aux: dict[str, Array] = {}  # noqa: RUF012
     """What the model's own loss needs besides, or, from `validate`, further logits by name."""
 
@@ -67,6 +70,9 @@ class Model(abc.ABC):
     """Which parameters devices share. One without a rule is whole on every device."""
     variant: str = "auto"
     """Which of `variants` the settings ask for."""
+    frame_bins: int = 0
+    """Bins from frame to frame, for a model that takes rows of several trials: `apply` and `loss`
+    then have an argument `segments`. 0: one trial a row."""
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
         """`settings`: of the class `Settings`; `features`: per bin. `days`: recording days."""
@@ -100,6 +106,7 @@ class Model(abc.ABC):
         ctc: MeanCTC,
         key: Array | None = None,
         progress: Array | float = 1.0,
+        segments: Segments | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """Return the training loss, and scalars to log by name; arguments as of `apply`.
 
@@ -111,10 +118,12 @@ class Model(abc.ABC):
           ctc: of logits and frames.
           key: for dropout.
           progress: of the training, from 0 to 1.
+          segments: where the trials of each row begin, with `frame_bins`. Bins are then [B, S].
         """
+        more = {} if segments is None else {"segments": segments}
         # The name tells the model's part from others in a compiled program and in a profile.
         with jax.named_scope("model"):
-            output = self.apply(params, x, bins, day, key)
+            output = self.apply(params, x, bins, day, key, **more)
         return ctc(output.logits, output.frames), {}
 
     def validate(self, params: Params, x: Array, bins: Array, day: Array) -> Output:
@@ -158,6 +167,17 @@ class Model(abc.ABC):
             if re.search(rf"(^|/)({pattern})$", path):
                 return spec
         return PartitionSpec()
+
+
+def takes_segments(model: Model) -> bool:
+    """Return whether training may put several trials into a row of the model's batches.
+
+    A model that inherits `frame_bins` may have methods of its own that know nothing of segments.
+    """
+    methods = (model.apply, model.loss)
+    return model.frame_bins > 0 and all(
+        "segments" in inspect.signature(method).parameters for method in methods
+    )
 
 
 @functools.cache

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import ModelSettings, setting
 from b2txt_jax.model.day_layer import day_layer
-from b2txt_jax.model.dropout import dropout
+from b2txt_jax.model.dropout import dropout, dropped, quarters
 from b2txt_jax.model.interface import (
     MODEL,
     Bins,
@@ -47,6 +47,7 @@ from b2txt_jax.model.interface import (
     compute_dtype,
 )
 from b2txt_jax.model.product import contract, linear
+from b2txt_jax.segments import Segments, inside, labels, owner, whole
 
 BLOCK = 128
 """Queries that are computed together."""
@@ -143,6 +144,8 @@ def attention(
     rate: float = 0.0,
     dropout_key: Array | None = None,
     block: int = BLOCK,
+    label: Array | None = None,
+    segment: Array | None = None,
 ) -> Array:
     """Attend to oneself and to the `context` frames before: float32 [B, P, H, E].
 
@@ -157,7 +160,11 @@ def attention(
       rate: of dropout of the attention weights, with a key.
       dropout_key: random key.
       block: queries that are computed together.
+      label: of each frame, [B, P], for dropout.
+      segment: of each frame, [B, P]. A frame sees none of another segment.
     """
+    if label is None:
+        label = labels(whole(query.shape[0]), query.shape[1])
     parts = []
     for first in range(0, query.shape[1], block):
         end = min(first + block, query.shape[1])
@@ -166,10 +173,17 @@ def attention(
         scores = contract("bqhe,bkhe->bhqk", query[:, first:end], key[:, seen], dtype)
         distance = columns - rows + jnp.arange(rows)[:, None] - jnp.arange(columns)
         scores = scores / math.sqrt(query.shape[-1]) + by_distance(relative, rows, columns)
-        scores = jnp.where((distance >= 0) & (distance <= context), scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1)
-        if dropout_key is not None:
-            weights = dropout(weights, rate, jax.random.fold_in(dropout_key, first))
+        sees = (distance >= 0) & (distance <= context)
+        if segment is not None:
+            same = segment[:, first:end, None] == segment[:, None, seen]
+            sees = (sees & same)[:, None]
+        weights = jax.nn.softmax(jnp.where(sees, scores, -jnp.inf), axis=-1)
+        if dropout_key is not None and rate > 0:
+            # By query and distance, so that a trial's draws do not depend on its place in a row.
+            heads = -(-weights.shape[1] // 4)
+            channel = jnp.abs(distance) * heads + jnp.arange(heads)[:, None, None]
+            drawn = quarters(dropout_key, label[:, None, first:end, None], channel, axis=1)
+            weights = dropped(weights, rate, drawn[:, : weights.shape[1]])
         parts.append(contract("bhqk,bkhe->bqhe", weights, value[:, seen], dtype))
     return jnp.concatenate(parts, axis=1)
 
@@ -199,6 +213,10 @@ class Transformer(Model):
         (r"day/weight", P(None, None, MODEL)),
         (r"day/bias", P(None, MODEL)),
     )
+
+    def __init__(self, settings: Any, features: int, days: int) -> None:
+        super().__init__(settings, features, days)
+        self.frame_bins = settings.patch_size
 
     def init(self, key: Array) -> Params:
         """Return fresh parameters: PyTorch's, and scalars of distances from N(0, 1)."""
@@ -261,9 +279,9 @@ class Transformer(Model):
         dtype = compute_dtype(self.settings)
         return day_layer(x, day, params["day"]["weight"], params["day"]["bias"], dtype)
 
-    def padded(self, x: Array, bins: Array) -> Array:
+    def padded(self, x: Array, bins: Array, segments: Segments | None = None) -> Array:
         """Set what is after `bins` to zero, and append zeros until patches are whole."""
-        x = jnp.where((jnp.arange(x.shape[1]) < bins[:, None])[..., None], x, 0)
+        x = jnp.where(inside(segments, bins, x.shape[1])[..., None], x, 0)
         return jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.settings.patch_size), (0, 0)))
 
     def apply(
@@ -274,6 +292,7 @@ class Transformer(Model):
         day: Array,
         key: Array | None = None,
         noise: Array | None = None,
+        segments: Segments | None = None,
     ) -> Output:
         """Compute logits, of each patch of which the `noise` [B, P, I] is subtracted, if any.
 
@@ -294,31 +313,57 @@ class Transformer(Model):
             relative, own = params[f"layer{layer}"]["attention"]["relative"], keys[2 + layer]
             dropout_key = None if own is None else jax.random.fold_in(own, 0)
             return attention(
-                query, key, value, relative, context, longest, dtype, s.dropout, dropout_key
+                query,
+                key,
+                value,
+                relative,
+                context,
+                longest,
+                dtype,
+                s.dropout,
+                dropout_key,
+                label=label,
+                segment=segment,
             )
 
-        x = self.padded(self._aligned(params, x, day), bins)
-        x = self._embedded(params, x, noise, keys[0])
-        return Output(self._decoded(params, x, attend, keys[2:]), self.frames(bins))
+        x = self.padded(self._aligned(params, x, day), bins, segments)
+        frames = x.shape[1] // s.patch_size
+        segment = owner(segments, frames, s.patch_size) if segments is not None else None
+        label = labels(segments or whole(x.shape[0]), frames, s.patch_size)
+        x = self._embedded(params, x, noise, keys[0], label)
+        return Output(self._decoded(params, x, attend, keys[2:], label), self.frames(bins))
 
-    def _embedded(self, params: Params, x: Array, noise: Array | None, key: Array | None) -> Array:
+    def _embedded(
+        self,
+        params: Params,
+        x: Array,
+        noise: Array | None,
+        key: Array | None,
+        label: Array | None = None,
+    ) -> Array:
         """Embed whole patches of bins: x [B, T, D] -> float32 [B, P, W]."""
         s, embed = self.settings, params["embed"]
         x = x.astype(jnp.float32).reshape(x.shape[0], -1, s.patch_size * self.features)
         x = normalise(x if noise is None else x - noise, embed["patch_norm"])
         x = affine(x, embed["linear"], compute_dtype(s))
-        return dropout(normalise(x, embed["norm"]), s.input_dropout, key)
+        return dropout(normalise(x, embed["norm"]), s.input_dropout, key, label)
 
-    def _decoded(self, params: Params, x: Array, attend: Attend, keys: list[Array | None]) -> Array:
+    def _decoded(
+        self,
+        params: Params,
+        x: Array,
+        attend: Attend,
+        keys: list[Array | None],
+        label: Array | None = None,
+    ) -> Array:
         """Run the layers and the head: [B, P, W] -> logits, float32 [B, P, C]."""
         s, dtype = self.settings, compute_dtype(self.settings)
         for number in range(s.layers):
             one, key = params[f"layer{number}"], keys[number]
 
-            def dropped(x: Array, place: int, key: Array | None = key) -> Array:
-                return dropout(
-                    x, s.dropout, None if key is None else jax.random.fold_in(key, place)
-                )
+            def thinned(x: Array, place: int, key: Array | None = key) -> Array:
+                own = None if key is None else jax.random.fold_in(key, place)
+                return dropout(x, s.dropout, own, label)
 
             part = one["attention"]
             qkv = linear(normalise(x, part["norm"]), part["qkv"]["weight"], dtype)
@@ -326,11 +371,11 @@ class Transformer(Model):
                 qkv.reshape(*x.shape[:2], 3, s.heads, s.head_width), 2, 0
             )
             mixed = attend(number, query, key_, value).reshape(*x.shape[:2], -1)
-            x = x + dropped(affine(mixed, part["out"], dtype), 1)
+            x = x + thinned(affine(mixed, part["out"], dtype), 1)
             part = one["feedforward"]
             hidden = affine(normalise(x, part["norm"]), part["up"], dtype)
-            hidden = dropped(jax.nn.gelu(hidden, approximate=False), 2)
-            x = x + dropped(affine(hidden, part["down"], dtype), 3)
+            hidden = thinned(jax.nn.gelu(hidden, approximate=False), 2)
+            x = x + thinned(affine(hidden, part["down"], dtype), 3)
         return affine(normalise(x, params["norm"]), params["head"], dtype)
 
     def stream(self) -> Stream:

@@ -299,7 +299,7 @@ class AdversarialModel(Model):
         output = self.full(params, x, bins, day)
         return output._replace(aux={"noisy": output.aux["noisy"]})
 
-    def loss(
+    def loss(  # type: ignore[override]  # one trial a row: no segments
         self,
         params: Params,
         x: Array,

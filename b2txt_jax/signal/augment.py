@@ -4,6 +4,9 @@ and masks.
 An augmentation is a pure function (key, features [B, T, D], bins [B]) -> (features, bins) of the
 same shapes. `signal.augment` lists them in order: those below by name, others as
 `package.module:function` or `package.module:function(setting=value)`.
+
+Those below also take rows of several trials, then with bins [B, S] and `segments`. Their draws are
+a function of the key and of a bin's trial and place in it.
 """
 
 from __future__ import annotations
@@ -18,37 +21,69 @@ import jax.numpy as jnp
 import numpy as np
 
 from b2txt_jax.config import ConfigError, SignalConfig, imported
+from b2txt_jax.segments import (
+    Segments,
+    inside,
+    labels,
+    normal,
+    owner,
+    places,
+    spread,
+    whole,
+    words,
+)
 
 Augmented = tuple[jax.Array, jax.Array]
 Augmentation = Callable[[jax.Array, jax.Array, jax.Array], Augmented]
 
 
-def static_gain(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
-    """Mix the channels by a random matrix near the identity, one per trial."""
+def static_gain(
+    key: jax.Array, x: jax.Array, bins: jax.Array, std: float, segments: Segments | None = None
+) -> Augmented:
+    """Mix the channels by a random matrix near the identity, one per trial. Rows of several trials
+    are not taken (see `takes_segments`)."""
     noise = jax.random.normal(key, (x.shape[0], x.shape[2], x.shape[2]), x.dtype)
     return x + jnp.einsum("btd,bdk->btk", x, std * noise), bins
 
 
-def white_noise(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
+def _noise(key: jax.Array, x: jax.Array, segments: Segments | None) -> jax.Array:
+    label = labels(segments or whole(x.shape[0]), x.shape[1])
+    return normal(key, label, x.shape[2]).astype(x.dtype)
+
+
+def white_noise(
+    key: jax.Array, x: jax.Array, bins: jax.Array, std: float, segments: Segments | None = None
+) -> Augmented:
     """Add noise to every value."""
-    return x + std * jax.random.normal(key, x.shape, x.dtype), bins
+    return x + std * _noise(key, x, segments), bins
 
 
-def constant_offset(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
+def constant_offset(
+    key: jax.Array, x: jax.Array, bins: jax.Array, std: float, segments: Segments | None = None
+) -> Augmented:
     """Add an offset per trial and channel."""
-    return x + std * jax.random.normal(key, (x.shape[0], 1, x.shape[2]), x.dtype), bins
+    segments = segments or whole(x.shape[0])
+    offset = normal(key, segments.trial, x.shape[2]).astype(x.dtype)
+    return x + std * spread(offset, owner(segments, x.shape[1])), bins
 
 
-def random_walk(key: jax.Array, x: jax.Array, bins: jax.Array, std: float) -> Augmented:
+def random_walk(
+    key: jax.Array, x: jax.Array, bins: jax.Array, std: float, segments: Segments | None = None
+) -> Augmented:
     """Add a random walk over channels.
 
     NEJM: its axis setting is -1, so that the walk runs over channels, not over time.
     """
-    return x + std * jnp.cumsum(jax.random.normal(key, x.shape, x.dtype), axis=-1), bins
+    return x + std * jnp.cumsum(_noise(key, x, segments), axis=-1), bins
 
 
-def random_cut(key: jax.Array, x: jax.Array, bins: jax.Array, below: int) -> Augmented:
-    """Cut 0 .. below - 1 bins from the start, the same for every trial of the batch."""
+def random_cut(
+    key: jax.Array, x: jax.Array, bins: jax.Array, below: int, segments: Segments | None = None
+) -> Augmented:
+    """Cut 0 .. below - 1 bins from the start, the same for every trial of the batch.
+
+    A trial still begins where it began. What follows moves up.
+    """
     cut = jax.random.randint(key, (), 0, below)
     extended = jnp.pad(x, ((0, 0), (0, below - 1), (0, 0)))
     x = jax.lax.dynamic_slice_in_dim(extended, cut, x.shape[1], axis=1)
@@ -56,7 +91,13 @@ def random_cut(key: jax.Array, x: jax.Array, bins: jax.Array, below: int) -> Aug
 
 
 def time_mask(
-    key: jax.Array, x: jax.Array, bins: jax.Array, spans: int, fraction: float, patch: int
+    key: jax.Array,
+    x: jax.Array,
+    bins: jax.Array,
+    spans: int,
+    fraction: float,
+    patch: int,
+    segments: Segments | None = None,
 ) -> Augmented:
     """Set spans of whole patches to zero, as masking a model's patches of `patch` bins does.
 
@@ -64,26 +105,45 @@ def time_mask(
     its start is uniform among the places where it fits. Spans may overlap. A last patch that the
     trial fills in part counts as one.
     """
-    of_length, of_start = jax.random.split(key)
-    shape = (x.shape[0], spans)
-    patches = -(-bins // patch)[:, None]
+    segments = segments or whole(x.shape[0])
+    patches = -(-bins.reshape(segments.trial.shape) // patch)
     # By a table of exact integers: a product of floats could fall just below one.
     longest = np.array(
         [int(Fraction(str(fraction)) * n) for n in range(-(-x.shape[1] // patch) + 1)]
     )
-    length = jax.random.randint(of_length, shape, 0, jnp.asarray(longest)[patches] + 1)
-    start = jax.random.randint(of_start, shape, 0, patches - length + 1)[:, None]
-    place = (jnp.arange(x.shape[1]) // patch)[:, None]
-    masked = ((start <= place) & (place < start + length[:, None])).any(-1)
+
+    def drawn(trial: jax.Array, patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_length, of_start = jax.random.split(jax.random.fold_in(key, trial))
+        length = jax.random.randint(of_length, (spans,), 0, jnp.asarray(longest)[patches] + 1)
+        start = jax.random.randint(of_start, (spans,), 0, patches - length + 1)
+        return start, start + length
+
+    index = owner(segments, x.shape[1])
+    first, end = (spread(one, index) for one in jax.vmap(jax.vmap(drawn))(segments.trial, patches))
+    place = (places(segments, x.shape[1]) // patch)[..., None]
+    masked = ((first <= place) & (place < end)).any(-1)
     return jnp.where(masked[..., None], 0, x), bins
 
 
-def speckle(key: jax.Array, x: jax.Array, bins: jax.Array, rate: float) -> Augmented:
+def _kept(
+    key: jax.Array, x: jax.Array, rate: float, channels: int, segments: Segments | None
+) -> jax.Array:
+    """Return which channels of each bin's trial are kept: bool [B, T or 1, channels]."""
+    segments = segments or whole(x.shape[0])
+    word = words(key, segments.trial[..., None], jnp.arange(channels))[0]
+    return spread(word, owner(segments, x.shape[1])) >= np.uint32(rate * 2**32)
+
+
+def speckle(
+    key: jax.Array, x: jax.Array, bins: jax.Array, rate: float, segments: Segments | None = None
+) -> Augmented:
     """Set each feature of a trial to zero with probability `rate`, in all of its bins."""
-    return jnp.where(jax.random.bernoulli(key, rate, (x.shape[0], 1, x.shape[2])), 0, x), bins
+    return jnp.where(_kept(key, x, rate, x.shape[2], segments), x, 0), bins
 
 
-def channel_mask(key: jax.Array, x: jax.Array, bins: jax.Array, rate: float) -> Augmented:
+def channel_mask(
+    key: jax.Array, x: jax.Array, bins: jax.Array, rate: float, segments: Segments | None = None
+) -> Augmented:
     """Set each channel of a trial to zero with probability `rate`: both of its features, threshold
     crossings and band power, which are the two halves of the features.
 
@@ -95,17 +155,30 @@ def channel_mask(key: jax.Array, x: jax.Array, bins: jax.Array, rate: float) -> 
             f"signal.augment lists 'channel_mask' and data.feature_count is {x.shape[2]}; needed "
             "two features per channel: list 'speckle', which masks single features, instead"
         )
-    masked = jax.random.bernoulli(key, rate, (x.shape[0], 1, x.shape[2] // 2))
-    return jnp.where(jnp.tile(masked, (1, 1, 2)), 0, x), bins
+    kept = _kept(key, x, rate, x.shape[2] // 2, segments)
+    return jnp.where(jnp.tile(kept, (1, 1, 2)), x, 0), bins
 
 
 _AFTER_SMOOTHING = frozenset({"time_mask"})
 """What acts on smoothed features wherever it is listed. Smoothing would fill what it masked."""
+_SEGMENTED = frozenset(
+    one.__name__
+    for one in (
+        white_noise,
+        constant_offset,
+        random_walk,
+        random_cut,
+        time_mask,
+        speckle,
+        channel_mask,
+    )
+)
 
 
-def inside(bins: jax.Array, length: int) -> jax.Array:
-    """Return True where a bin belongs to the trial: [B] -> [B, length, 1]."""
-    return (jnp.arange(length) < bins[:, None])[..., None]
+def takes_segments(signal: SignalConfig) -> bool:
+    """Return whether all listed augmentations take rows of several trials: ours, but the gain."""
+    listed = zip(signal.augment, augmentations(signal), strict=True)
+    return all(one is None or name in _SEGMENTED for name, one in listed)
 
 
 @functools.cache
@@ -164,8 +237,11 @@ def augment(
     bins: jax.Array,
     signal: SignalConfig,
     smoothed: bool = False,
+    segments: Segments | None = None,
 ) -> Augmented:
     """Apply the configured augmentations: features [B, T, D], bins [B] -> the same shapes.
+
+    With `segments`, of which signal.augment must allow it (see `takes_segments`), bins are [B, S].
 
     Call it twice with the same key, before smoothing, and after it with `smoothed` for the
     augmentations that act there.
@@ -177,7 +253,9 @@ def augment(
     keys = jax.random.split(key, len(functions) or 1)
     for name, one, own_key in zip(signal.augment, functions, keys, strict=False):
         if one is not None and (name in _AFTER_SMOOTHING) == smoothed:
-            features, bins = one(own_key, features, bins)
+            more = {"segments": segments} if segments is not None else {}
+            features, bins = one(own_key, features, bins, **more)
     if smoothed:  # Smoothing has carried the trial's end into the padding, as in evaluation.
         return features, bins
-    return jnp.where(inside(bins, features.shape[1]), features, 0), bins
+    belongs = inside(segments, bins, features.shape[1])
+    return jnp.where(belongs[..., None], features, 0), bins

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -22,15 +23,20 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.data.loader import configured_sessions
+from b2txt_jax.data.buckets import buckets_of_data
+from b2txt_jax.data.layout import Shape
+from b2txt_jax.data.loader import configured_sessions, resolve_buckets
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.shapes import Shapes, choose
+from b2txt_jax.data.typical import typical_lengths
 from b2txt_jax.errors import UserError
 from b2txt_jax.tpu.hlo_cost import program_cost
-from b2txt_jax.tpu.report import Memory, Result, compared, described
+from b2txt_jax.tpu.report import Memory, Result, compared, described, weighed
 from b2txt_jax.tpu.roofline import step_time
 from b2txt_jax.tpu.topologies import Topology, known_topologies, parse_topology, topology_devices
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
-from b2txt_jax.training.step import model_of
+from b2txt_jax.training.step import model_of, packing_rules
 from lm_server.atomic_file import replacing, require_writable
 
 TYPICAL_BUCKET = (1000, 100)
@@ -57,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--per-device-batch", type=_positive, metavar="N", help=rows)
     axis = "devices that share the large parameters (default: parallel.model_axis)"
     option("--model-axis", type=_positive, metavar="M", help=axis)
-    shape = "padded shape of the batch, e.g. 2560x500 (default: a middle bucket)"
+    shape = (
+        "padded shape of the batch, e.g. 2560x500 (default: all shapes that batches have, by the "
+        "lengths of the data, or without data by lengths like the published recordings')"
+    )
     option("--bucket", metavar="BINSxLABELS", help=shape)
     days = "number of sessions, if the configuration names none and has no data"
     option("--days", type=_positive, help=days)
@@ -81,6 +90,17 @@ def run(args: argparse.Namespace) -> int:
             f"--bucket has {bucket[0]} bins; the model needed at least {config.model.least_bins}"
         )
     days = args.days or session_count(config)
+    model_axis = args.model_axis or config.parallel.model_axis
+    used: dict[Shape | None, float] = {None: 1.0}  # none: the bucket's
+    if args.bucket is None and args.per_device_batch is None and not args.compare:
+        groups, left = divmod(topology.devices, model_axis)
+        if not left:  # else compiling refuses it
+            batch_rows(config, groups, None)
+            shapes, lengths = used_shapes(config, days, groups)
+            used = {one: share for one, share in shapes.share.items() if share}
+            console.print(f"shapes of batches, by {lengths}:", highlight=False, soft_wrap=True)
+            for one, share in used.items():
+                console.print(f"  {share:6.1%}  {one}", highlight=False)
     if args.json:
         require_writable(args.json, "--json", devices=True)  # not after minutes of compiling
     settings = [config.model]
@@ -89,20 +109,25 @@ def run(args: argparse.Namespace) -> int:
         if not settings:
             raise CompileError(f"--compare: model {config.model.name!r} has no variants to compare")
     results = []
-    for model in settings:
+    for model, (batch_shape, share) in itertools.product(settings, used.items()):
         changed = dataclasses.replace(config, model=model)
         result = compile_step(
             changed,
             topology,
             days=days,
             bucket=bucket,
+            shape=batch_shape,
+            share=share,
             per_device_batch=args.per_device_batch,
-            model_axis=args.model_axis or config.parallel.model_axis,
+            model_axis=model_axis,
             console=console,
         )
         for line in described(result):
             console.print(line, highlight=False, soft_wrap=True)
         results.append(result)
+    if None not in used:
+        for line in weighed(results):
+            console.print(line, highlight=False, soft_wrap=True)
     if args.compare:
         for line in compared(results):
             console.print(line, highlight=False, soft_wrap=True)
@@ -118,6 +143,8 @@ def compile_step(
     *,
     days: int,
     bucket: tuple[int, int],
+    shape: Shape | None = None,
+    share: float = 1.0,
     per_device_batch: int | None = None,
     model_axis: int = 1,
     console: Console | None = None,
@@ -129,6 +156,8 @@ def compile_step(
       topology: the slice.
       days: number of sessions, one input layer each.
       bucket: padded shape of the batch, (bins of 20 ms, labels).
+      shape: of the batch, in place of `bucket`, such as one of rows of several trials.
+      share: of the batches that have it.
       per_device_batch: rows per device of the data axis. None shares the configured batch.
       model_axis: devices that share the large parameters.
       console: where progress is shown, None for nowhere.
@@ -142,10 +171,13 @@ def compile_step(
     mesh = make_mesh(model_axis, devices)
     shards = len(devices) // model_axis
     rows, per_device = batch_rows(config, shards, per_device_batch)
+    trials = rows
+    shape = shape or Shape(rows, *bucket)
+    rows, per_device, bucket = shape.rows, shape.rows // shards, shape.bucket
     config = as_on_tpu(config)
     step = jit_train_step(config, days, mesh)
     placed = abstract_state(config, days, mesh)
-    batch = abstract_batch(rows, bucket, config.data.feature_count, np.float32, mesh)
+    batch = abstract_batch(shape, config.data.feature_count, np.float32, mesh)
     model = model_of(config, days)
     kind = f", recurrence {model.variant}" if model.variants() else ""
     label = f"compiling for {topology.name}, {rows} x {bucket[0]} bins{kind}"
@@ -175,6 +207,8 @@ def compile_step(
         per_device_batch=per_device,
         rows=rows,
         bucket=bucket,
+        trials=trials,
+        share=share,
         days=days,
         dtype=config.model.dtype,
         wanted=model.variant,
@@ -212,6 +246,25 @@ def as_on_tpu(config: Config) -> Config:
     if config.model.dtype != "auto":
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+
+
+def used_shapes(config: Config, days: int, groups: int) -> tuple[Shapes, str]:
+    """Return the shapes that a run's batches have on `groups` devices of the data axis, and whose
+    lengths they are by: those of the configured data, or without any like the published."""
+    data, known = config.data, "the lengths of the training trials in " + config.data.root
+    try:
+        sessions = configured_sessions(data)
+        with open_folder(data.root, data.feature_count) as reader:
+            lengths = reader.lengths(sessions, "train")
+            buckets = resolve_buckets(data, sessions, reader)
+    except UserError:
+        lengths, known = typical_lengths(days), "lengths like the published recordings'"
+        buckets = data.buckets
+        if not buckets:
+            choice = buckets_of_data(lengths, [], data.days_per_batch, data.trials_per_day)
+            buckets = choice.buckets
+    rules = packing_rules(config, days, groups)
+    return choose(data, buckets, lengths, rules, config.train.seed, config.train.steps), known
 
 
 def typical_bucket(config: Config) -> tuple[int, int]:

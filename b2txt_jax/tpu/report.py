@@ -62,6 +62,10 @@ class Result:
     time: StepTime
     steps: int
     """Steps of the whole recipe."""
+    trials: int = 0
+    """Of the whole batch, more than rows where trials share them."""
+    share: float = 1.0
+    """Of the recipe's batches that have this shape."""
 
     @property
     def batches_per_hour(self) -> float:
@@ -97,9 +101,10 @@ def described(result: Result) -> Iterator[str]:
         f"{result.compile_seconds:.0f} s"
     )
     yield (
-        f"  step     {result.rows} rows of {result.bucket[0]} bins ({result.per_device_batch} a "
-        f"device), up to {result.bucket[1]} labels, {result.days} days, products in "
-        f"{result.dtype}{f', recurrence {result.recurrence}' if result.recurrence else ''}"
+        f"  step     {_trials(result)}{result.rows} rows of {result.bucket[0]} bins "
+        f"({result.per_device_batch} a device), up to {result.bucket[1]} labels, {result.days} "
+        f"days, products in {result.dtype}"
+        f"{f', recurrence {result.recurrence}' if result.recurrence else ''}"
     )
     yield (
         f"  memory   per device: parameters {_mb(memory.parameters)}, optimizer "
@@ -153,6 +158,23 @@ def _of_kernels(result: Result) -> str:
     if not cost.kernels:
         return ""
     return f", {_gflop(cost.kernel_flops)} of it declared by {cost.kernels} kernel runs"
+
+
+def weighed(results: Sequence[Result]) -> Iterator[str]:
+    """Yield the lines about the whole recipe, whose batches have these shapes."""
+    steps, share = results[0].steps, sum(result.share for result in results)
+    hours = sum(result.share * result.hours for result in results) / share
+    least = "at least " if any(result.at_best for result in results) else ""
+    frames = sum(result.share * result.rows * result.bucket[0] for result in results) / share
+    yield (
+        f"all shapes by how often batches have them: {least}{hours:.2f} hours for {steps:,} steps, "
+        f"{frames:,.0f} bins computed for {results[0].trials} trials of a step; without reading, "
+        "validation, saving and compiling"
+    )
+
+
+def _trials(result: Result) -> str:
+    return f"{result.trials} trials in " if result.trials > result.rows else ""
 
 
 def compared(results: Sequence[Result]) -> Iterator[str]:

@@ -13,10 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from b2txt_jax.config import Config
+from b2txt_jax.data.layout import Shape
 from b2txt_jax.data.loader import Batch, bucket_of
 from b2txt_jax.data.trial import TrialRef
 from b2txt_jax.model.interface import Params
 from b2txt_jax.training.sharding import (
+    DATA,
     abstract_state,
     batch_shardings,
     check_rows,
@@ -31,16 +33,20 @@ _PLACED_AHEAD = 2
 _STOPPED_SECONDS = 0.1
 
 
-def abstract_batch(
-    rows: int, bucket: tuple[int, int], features: int, dtype: Any, mesh: Mesh
-) -> Batch:
+def abstract_batch(shape: Shape, features: int, dtype: Any, mesh: Mesh) -> Batch:
     """Return the shapes of a batch with their placement."""
-    bins, labels = bucket
-    shapes = ((rows, bins, features), (rows,), (rows,), (rows, labels), (rows,))
-    dtypes = (dtype, *[np.int32] * 4)
+    rows: tuple[int, ...] = (shape.rows,)
+    groups = segments = rows
+    shared: tuple[tuple[int, ...] | None, ...] = (None, None, None)
+    if shape.segments:
+        segments, groups = (shape.rows, shape.segments), (mesh.shape[DATA], shape.trials)
+        shared = (segments, segments, groups)
+    shapes = ((*rows, shape.bins, features), segments, rows, (*groups, shape.labels), groups)
     arrays: Any = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-        for shape, kind, sharding in zip(shapes, dtypes, batch_shardings(mesh), strict=True)
+        size and jax.ShapeDtypeStruct(size, kind, sharding=sharding)
+        for size, kind, sharding in zip(
+            shapes + shared, (dtype, *[np.int32] * 7), batch_shardings(mesh), strict=True
+        )
     )
     return Batch(*arrays)
 
@@ -48,18 +54,8 @@ def abstract_batch(
 def used_buckets(
     refs: Iterable[TrialRef], buckets: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Return the buckets that batches drawn from these trials can fall into.
-
-    A batch's bucket is the largest of its trials' own, or, where a longer bucket holds fewer
-    labels, one beyond it.
-    """
-    own = sorted({buckets.index(bucket_of([ref], buckets)) for ref in refs})
-    if not own:
-        return []
-    labels = [count for _, count in buckets]
-    if labels == sorted(labels):
-        return [buckets[index] for index in own]
-    return list(buckets[own[0] :])
+    """Return the buckets of batches of evaluation, each of trials of one bucket."""
+    return sorted({bucket_of([ref], buckets) for ref in refs})
 
 
 class CompiledSteps:
@@ -85,20 +81,20 @@ class CompiledSteps:
         self._state = abstract_state(config, days, mesh)
         self._train_step = jit_train_step(config, days, mesh)
         self._eval_step = jit_eval_step(config, days, mesh, validating=True)
-        self._train: dict[tuple[int, int], Any] = {}
-        self._eval: dict[tuple[int, int], Any] = {}
+        self._train: dict[Shape, Any] = {}
+        self._eval: dict[Shape, Any] = {}
 
     def compile(
         self,
-        train: Sequence[tuple[int, int]],
-        evaluate: Sequence[tuple[int, int]],
+        train: Iterable[Shape],
+        evaluate: Iterable[tuple[int, int]],
         compiled: Callable[[], None] = lambda: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Compile these buckets' programs, several at a time.
+        """Compile these shapes' programs, several at a time.
 
         Args:
-          train: buckets of training batches.
+          train: shapes of training batches.
           evaluate: buckets of evaluation batches.
           compiled: called after each program.
           stopped: asked several times a second whether to give up.
@@ -106,26 +102,21 @@ class CompiledSteps:
         Returns:
           Whether all are compiled. If not, threads go on with some until the process ends.
         """
-        state, data = self._state, self._data
-
-        def batch(rows: int, bucket: tuple[int, int]) -> Batch:
-            return abstract_batch(rows, bucket, data.feature_count, self._dtype, self.mesh)
-
         # Tracing is Python and one at a time; the compiler uses all the cores.
         lowered = []
-        for bucket in train:
+        for shape in train:
             if stopped():
                 return False
-            program = self._train_step.lower(state, batch(self.train_rows, bucket))
-            lowered.append((self._train, bucket, program))
+            lowered.append((self._train, shape, self._lowered(shape)))
         for bucket in evaluate:
             if stopped():
                 return False
-            program = self._eval_step.lower(state.params, batch(data.eval_batch_size, bucket))
-            lowered.append((self._eval, bucket, program))
+            shape = Shape(self._data.eval_batch_size, *bucket)
+            program = self._eval_step.lower(self._state.params, self._batch(shape))
+            lowered.append((self._eval, shape, program))
 
-        def finish(programs: dict[tuple[int, int], Any], bucket: tuple[int, int], it: Any) -> None:
-            programs[bucket] = it.compile()
+        def finish(programs: dict[Shape, Any], shape: Shape, it: Any) -> None:
+            programs[shape] = it.compile()
             compiled()
 
         # With several processes every one must compile in the same order.
@@ -141,15 +132,28 @@ class CompiledSteps:
             pool.shutdown(wait=False, cancel_futures=True)
         return not under_way
 
+    def _batch(self, shape: Shape) -> Batch:
+        return abstract_batch(shape, self._data.feature_count, self._dtype, self.mesh)
+
+    def _lowered(self, shape: Shape) -> Any:
+        return self._train_step.lower(self._state, self._batch(shape))
+
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Run one step on a placed batch. The state is donated."""
-        result: tuple[TrainState, StepMetrics] = self._train[_bucket(batch)](state, batch)
+        """Run one step on a placed batch. The state is donated.
+
+        A shape that no batch of the sample had, and that no compiled one stands in for, compiles
+        now.
+        """
+        shape = _shape(batch)
+        if shape not in self._train:
+            self._train[shape] = self._lowered(shape).compile()
+        result: tuple[TrainState, StepMetrics] = self._train[shape](state, batch)
         return result
 
     def eval_step(self, params: Params, batch: Batch) -> EvalOutput:
         """Compute logits and losses of all rows of a batch from this host's rows."""
-        placed = place(batch, self.mesh, self._data.eval_batch_size)
-        output: EvalOutput = self._eval[_bucket(batch)](params, placed)
+        placed = place(batch, self.mesh)
+        output: EvalOutput = self._eval[_shape(placed)](params, placed)
         return output
 
     def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -157,11 +161,14 @@ class CompiledSteps:
         use."""
         waiting: deque[Batch] = deque()
         for batch in batches:
-            waiting.append(place(batch, self.mesh, self.train_rows))
+            waiting.append(place(batch, self.mesh))
             if len(waiting) > _PLACED_AHEAD:
                 yield waiting.popleft()
         yield from waiting
 
 
-def _bucket(batch: Batch) -> tuple[int, int]:
-    return batch.features.shape[1], batch.labels.shape[1]
+def _shape(batch: Batch) -> Shape:
+    rows, bins, _ = batch.features.shape
+    if batch.slot is None:
+        return Shape(rows, bins, batch.labels.shape[1])
+    return Shape(rows, bins, batch.labels.shape[2], batch.bins.shape[1], batch.slot.shape[1])

@@ -162,6 +162,17 @@ def _ctc_backward(
 ctc_loss.defvjp(_ctc_forward, _ctc_backward)
 
 
+def segment_logits(logits: jax.Array, first: jax.Array) -> jax.Array:
+    """Cut trials out of the rows that they share: logits [R, P, C], first frame of each trial in
+    the rows one after another [N], any for none -> [N, P, C].
+
+    A trial's frames are followed by those of others, and at the end of the rows by zeros.
+    """
+    rows, frames, classes = logits.shape
+    joined = jnp.pad(logits.reshape(rows * frames, classes), ((0, frames), (0, 0)))
+    return jax.vmap(lambda at: jax.lax.dynamic_slice_in_dim(joined, at, frames))(first)
+
+
 def greedy_ids(logits: jax.Array) -> jax.Array:
     """Return the best class of each frame: [B, P, C] -> int32 [B, P]."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

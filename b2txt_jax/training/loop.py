@@ -55,8 +55,8 @@ from b2txt_jax.training.metrics_log import (
     read_metrics,
     validation_pers,
 )
-from b2txt_jax.training.sharding import make_mesh, sharded_state
-from b2txt_jax.training.step import TrainState, model_of
+from b2txt_jax.training.sharding import DATA, make_mesh, sharded_state
+from b2txt_jax.training.step import TrainState, model_of, packing_rules
 from b2txt_jax.training.tracker import PER_KEYS, Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
 from b2txt_jax.training.word_errors import LAST_SECONDS, Decoder, decoder_of
@@ -171,14 +171,21 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
         )
     sessions, days = config.data.sessions, len(config.data.sessions)
     least, frames = config.model.least_bins, model_of(config, days).frames
-    training = TrainingData(config.data, sessions, least, frames)
+    mesh = make_mesh(config.parallel.model_axis)
+    training = TrainingData(
+        config.data,
+        sessions,
+        least,
+        frames,
+        packing_rules(config, days, mesh.shape[DATA]),
+        (config.train.seed, config.train.steps),
+    )
     validation = EvaluationData(config.data, sessions, "val", least, labels=True)
     if not any(ref.label_length for ref in validation.refs):
         raise DataError(
             f"the {len(validation.refs)} validation trials in {config.data.root} have no phoneme "
             "in any label; needed labels to score against: check data.root"
         )
-    mesh = make_mesh(config.parallel.model_axis)
     steps = CompiledSteps(config, days, mesh, training.features_dtype)
 
     trained_on = [ref for refs in training.refs_of_day for ref in refs]
@@ -397,14 +404,18 @@ def _compile(
 
     Return whether all are compiled. A signal ends it earlier.
     """
-    trials = [ref for refs in training.refs_of_day for ref in refs]
-    train = used_buckets(trials, config.data.buckets)
+    train = training.shapes.share
     evaluate = used_buckets(validation.refs, config.data.buckets)
     programs = len(train) + len(evaluate)
-    shown = ", ".join(f"{bins} x {labels}" for bins, labels in train)
+    shown = ", ".join(f"{shape} ({share:.0%})" for shape, share in train.items())
     started = time.monotonic()
     console.print(f"compiling {programs} programs, for batches of (bins x labels) {shown} ...")
-    if training.padding > MUCH_PADDING:
+    if training.packed:
+        console.print(
+            f"short trials share rows (data.packing): {training.padding:.0%} of a batch's bins are "
+            "padding"
+        )
+    elif training.padding > MUCH_PADDING:
         console.print(
             f"warning: {training.padding:.0%} of a batch's bins are padding, since data.buckets do "
             "not suit these trials: leave it empty (data.buckets = ()) and they are chosen from "

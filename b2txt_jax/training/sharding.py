@@ -103,11 +103,17 @@ def local_rows(rows: int, mesh: Mesh) -> slice:
     return slice(first, last)
 
 
-def place(batch: Batch, mesh: Mesh, rows: int) -> Batch:
-    """Put this host's rows of a batch of `rows` rows on its devices, as global arrays."""
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """Put this host's share of a batch on its devices, as global arrays."""
+    shares = mesh.shape[DATA]
+    mine = local_rows(shares, mesh)
     arrays: Any = (
-        jax.make_array_from_process_local_data(
-            sharding, np.asarray(value), (rows, *np.shape(value)[1:])
+        None
+        if value is None
+        else jax.make_array_from_process_local_data(
+            sharding,
+            np.asarray(value),
+            (len(value) * shares // (mine.stop - mine.start), *np.shape(value)[1:]),
         )
         for sharding, value in zip(batch_shardings(mesh), batch, strict=True)
     )

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from b2txt_jax.config import Config
+from b2txt_jax.config import Config, ConfigError
+from b2txt_jax.data.layout import Rules
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.interface import Model, Params, make_model
+from b2txt_jax.model.interface import Model, Params, make_model, takes_segments
+from b2txt_jax.segments import Segments
 from b2txt_jax.signal.augment import augment, augmentations
+from b2txt_jax.signal.augment import takes_segments as augment_takes_segments
 from b2txt_jax.signal.smooth import gaussian_taps, smooth
-from b2txt_jax.training.ctc import ctc_loss, frames_needed
+from b2txt_jax.training.ctc import ctc_loss, frames_needed, segment_logits
 from b2txt_jax.training.optimizer import make_optimizer
 
 
@@ -89,6 +92,32 @@ def model_of(config: Config, days: int) -> Model:
     return make_model(config.model, config.data.feature_count, days)
 
 
+def packing_rules(config: Config, days: int, groups: int) -> Rules | None:
+    """Return how trials of a training batch may share rows on `groups` devices. None where they
+    may not.
+
+    Raises:
+      ConfigError: data.packing is "on" and the model or an augmentation cannot.
+    """
+    model, signal = model_of(config, days), config.signal
+    if config.data.packing == "off":
+        return None
+    needed = []
+    if not takes_segments(model):
+        needed.append(f"model {config.model.name!r} takes one trial a row")
+    if not augment_takes_segments(signal):
+        needed.append(f"an augmentation of {signal.augment} takes one trial a row")
+    if needed and config.data.packing == "on":
+        raise ConfigError(
+            f"configuration key data.packing is 'on', but {' and '.join(needed)}; needed 'auto' or "
+            "'off', another model, or of augmentations ours without static_gain_std"
+        )
+    if needed:
+        return None
+    taps = len(gaussian_taps(signal.smooth_std, signal.smooth_size)) if signal.smooth_std else 1
+    return Rules(model.frame_bins, taps // 2, config.model.days_differ, groups)
+
+
 def init_state(config: Config, days: int) -> TrainState:
     """Return fresh parameters and optimizer state. Parameters are a function of the seed."""
     model = model_of(config, days)
@@ -118,6 +147,51 @@ def averaged(ema: Params | None, params: Params, step: jax.Array, decay: float) 
     return new
 
 
+class _Apart(NamedTuple):
+    """The N trials of a batch one by one, where rows hold one each or share them."""
+
+    labels: jax.Array
+    """int32 [N, L]."""
+    label_length: jax.Array
+    """int32 [N]."""
+    there: jax.Array | bool
+    """bool [N], False for a place without a trial."""
+    frames_of_rows: Callable[[jax.Array], jax.Array]
+    """Frames by row and segment -> by trial [N]."""
+    of_rows: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    """Logits [B, P, C] and frames by row and segment -> logits [N, P, C], frames [N]."""
+
+
+def _apart(batch: Batch, model: Model) -> _Apart:
+    """Return the trials of a batch one by one.
+
+    Every device takes the trials of its own rows: groups are an axis of their own.
+    """
+    if batch.slot is None:
+        return _Apart(batch.labels, batch.label_length, True, lambda f: f, lambda x, f: (x, f))
+    groups, trials = batch.slot.shape
+    there, slot = batch.slot >= 0, jnp.maximum(batch.slot, 0)
+
+    def of_slots(values: jax.Array) -> jax.Array:
+        found: jax.Array = jnp.take_along_axis(values.reshape(groups, -1), slot, axis=1)
+        return found
+
+    def frames_of_rows(frames: jax.Array) -> jax.Array:
+        return jnp.where(there, of_slots(frames), 0).reshape(-1)
+
+    def of_rows(logits: jax.Array, frames: jax.Array) -> tuple[jax.Array, jax.Array]:
+        length = logits.shape[1]
+        row = slot // batch.start.shape[1]
+        first = jnp.where(there, row * length + of_slots(batch.start) // model.frame_bins, 0)
+        by_group = logits.reshape(groups, -1, *logits.shape[1:])
+        cut = jax.vmap(segment_logits)(by_group, first)
+        return cut.reshape(-1, *logits.shape[1:]), frames_of_rows(frames)
+
+    labels = batch.labels.reshape(groups * trials, -1)
+    length = batch.label_length.reshape(-1)
+    return _Apart(labels, length, there.reshape(-1), frames_of_rows, of_rows)
+
+
 def make_train_step(
     config: Config, days: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -138,23 +212,29 @@ def make_train_step(
     ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
         # Float32 whatever the features are stored as: noise and smoothing need its digits.
         x = jnp.asarray(batch.features, jnp.float32)
-        x, bins = augment(keys.augment, x, batch.bins, signal)
+        segments = None if batch.slot is None else Segments(batch.start, batch.trial)
+        x, bins = augment(keys.augment, x, batch.bins, signal, segments=segments)
         if signal.smooth_std > 0:
             x = smooth(x, signal.smooth_std, signal.smooth_size)
-        x, bins = augment(keys.augment, x, bins, signal, smoothed=True)
-        needed = frames_needed(batch.labels, batch.label_length)
+        x, bins = augment(keys.augment, x, bins, signal, smoothed=True, segments=segments)
+        apart = _apart(batch, model)
+        needed = frames_needed(apart.labels, apart.label_length)
 
         def mean_ctc(logits: jax.Array, frames: jax.Array) -> jax.Array:
             with jax.named_scope("ctc"):
-                losses = ctc_loss(logits, frames, batch.labels, batch.label_length)
+                logits, frames = apart.of_rows(logits, frames)
+                losses = ctc_loss(logits, frames, apart.labels, apart.label_length)
             if config.train.ctc_per_label:
-                losses = losses / jnp.maximum(batch.label_length, 1)
-            feasible = needed <= frames
+                losses = losses / jnp.maximum(apart.label_length, 1)
+            feasible = apart.there & (needed <= frames)
             return jnp.where(feasible, losses, 0.0).sum() / jnp.maximum(feasible.sum(), 1)
 
         progress = step.astype(jnp.float32) / config.train.steps
-        loss, parts = model.loss(params, x, bins, batch.day, mean_ctc, keys.dropout, progress)
-        return loss, ((needed > model.frames(bins)).sum(), parts)
+        more: dict[str, Any] = {} if segments is None else {"segments": segments}
+        arguments = params, x, bins, batch.day, mean_ctc, keys.dropout, progress
+        loss, parts = model.loss(*arguments, **more)
+        frames = apart.frames_of_rows(model.frames(bins))
+        return loss, ((apart.there & (needed > frames)).sum(), parts)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = step_keys(config.train.seed, state.step)

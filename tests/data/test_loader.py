@@ -10,6 +10,7 @@ import pytest
 
 from b2txt_jax.config import load_config
 from b2txt_jax.data.description import DataError
+from b2txt_jax.data.layout import Rules
 from b2txt_jax.data.loader import (
     EvaluationData,
     TrainingData,
@@ -22,6 +23,11 @@ from b2txt_jax.data.packed import read_manifest
 from b2txt_jax.data.reader import open_folder
 from tests.conftest import REPOSITORY
 from tests.data.packing import packed
+
+
+def filled(batch):
+    """The arrays of a batch. Those of rows that trials share are None in others."""
+    return [value for value in batch if value is not None]
 
 
 def frames_of_bins(bins):
@@ -76,7 +82,7 @@ def test_a_batch_holds_its_trials_as_they_stand_in_the_files(tiny_config):
 def test_reading_ahead_gives_the_batches_of_the_same_steps_in_order(tiny_config):
     data = training(tiny_config)
     for step, batch in zip(range(3, 8), data.batches(seed=2, start=3, stop=8), strict=True):
-        for got, expected in zip(batch, data.batch(seed=2, step=step), strict=True):
+        for got, expected in zip(filled(batch), filled(data.batch(2, step)), strict=True):
             np.testing.assert_array_equal(got, expected)
 
 
@@ -208,9 +214,40 @@ def rows_of_hosts(rows, hosts):
 
 
 def assert_concatenation(parts, whole):
-    for pieces, expected in zip(zip(*parts, strict=True), whole, strict=True):
+    by_field = zip(*map(filled, parts), strict=True)
+    for pieces, expected in zip(by_field, filled(whole), strict=True):
         np.testing.assert_array_equal(np.concatenate(pieces), expected)
         assert {piece.dtype for piece in pieces} == {expected.dtype}
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_the_hosts_batches_of_shared_rows_are_the_global_batch_in_pieces(tiny_config, hosts):
+    stored = dataclasses.replace(
+        tiny_config.data, days_per_batch=2, trials_per_day=16, buckets=(), packing="on"
+    )
+    sessions, rules = find_sessions(stored.root), Rules(4, 4, True, 4)
+
+    def batches(rows=None):
+        data = TrainingData(stored, sessions, 14, frames_of_bins, rules, (3, 12))
+        assert data.packed
+        return data.batches(3, 5, 12, rows)
+
+    parts = [batches(rows) for rows in rows_of_hosts(32, hosts)]
+    data = TrainingData(stored, sessions, 14, frames_of_bins)
+    for step, (expected, *pieces) in enumerate(zip(batches(), *parts, strict=True), start=5):
+        assert_concatenation(pieces, expected)
+        assert (expected.trial >= 0).sum(1).max() > 1
+        alone = data.batch(3, step)  # the same trials, labels and days, one a row
+        for row, segment in np.argwhere(expected.trial >= 0):
+            trial, first = expected.trial[row, segment], expected.start[row, segment]
+            bins = expected.bins[row, segment]
+            assert (bins, expected.day[row]) == (alone.bins[trial], alone.day[trial])
+            np.testing.assert_array_equal(
+                expected.features[row, first : first + bins], alone.features[trial, :bins]
+            )
+        found = expected.label_length[expected.slot >= 0]
+        assert sorted(found) == sorted(alone.label_length)
+        assert np.count_nonzero(expected.features.any(-1)) == alone.bins.sum()
 
 
 @pytest.mark.parametrize("plan", ["days", "epochs"])
@@ -248,7 +285,7 @@ def test_packed_float32_gives_the_batches_of_hdf5_bit_for_bit(tiny_config, tmp_p
     out = packed(tiny_config.data.root, tmp_path / "out")
     both = [training(tiny_config, root) for root in (tiny_config.data.root, out)]
     for step in range(12):
-        for got, expected in zip(*(data.batch(1, step) for data in both), strict=True):
+        for got, expected in zip(*(filled(data.batch(1, step)) for data in both), strict=True):
             assert (got.dtype, got.tobytes()) == (expected.dtype, expected.tobytes())
     held_out = [
         EvaluationData(
@@ -261,7 +298,7 @@ def test_packed_float32_gives_the_batches_of_hdf5_bit_for_bit(tiny_config, tmp_p
         for root in (tiny_config.data.root, out)
     ]
     for (_, _, got), (_, _, expected) in zip(*(data.batches() for data in held_out), strict=True):
-        for a, b in zip(got, expected, strict=True):
+        for a, b in zip(filled(got), filled(expected), strict=True):
             assert a.tobytes() == b.tobytes()
 
 

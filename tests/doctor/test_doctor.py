@@ -478,7 +478,8 @@ def test_packages_that_decoding_lacks_are_a_problem_with_the_extra_that_brings_t
 def test_much_padding_and_sessions_too_few_for_a_batch_are_found(capsys, simulated, tiny_overrides):
     config = ("--config", str(REPOSITORY / "configs/demo.py"))
     wide = "--config.data.buckets=((3000,80),)"
-    status, findings, _ = diagnose(capsys, *config, overrides=(*tiny_overrides, wide))
+    alone = "--config.data.packing=off"
+    status, findings, _ = diagnose(capsys, *config, overrides=(*tiny_overrides, wide, alone))
     assert (status, findings["data"]["status"]) == (0, "warning")
     assert "96% of a training batch is padding" in findings["data"]["found"]
     assert "--config.data.buckets='()'" in findings["data"]["advice"]

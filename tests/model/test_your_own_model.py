@@ -15,6 +15,7 @@ import pytest
 
 from b2txt_jax.cli import main
 from b2txt_jax.config import ConfigError, load_config, with_overrides
+from b2txt_jax.data.layout import Shape
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
 from b2txt_jax.training.step import model_of
@@ -95,7 +96,7 @@ def test_train_infer_and_evaluate_use_it(my_models: Path, simulated: Path, tmp_p
 def test_its_step_is_lowered_and_compiled_for_a_slice(my_models: Path) -> None:
     config = load_config(DEMO, [*SMALL, "--config.data.feature_count=16"])
     mesh = make_mesh(1, jax.devices()[:1])
-    batch = abstract_batch(16, (40, 8), 16, np.float32, mesh)
+    batch = abstract_batch(Shape(16, 40, 8), 16, np.float32, mesh)
     lowered = jit_train_step(config, 3, mesh).lower(abstract_state(config, 3, mesh), batch)
     assert "convolution" in lowered.as_text()
     if importlib.util.find_spec("libtpu") is None:

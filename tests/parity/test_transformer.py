@@ -12,6 +12,7 @@ from transformer import TorchTransformer, largest_difference
 
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
+from b2txt_jax.model.dropout import quarters as drawn_quarters
 from b2txt_jax.model.interface import make_model
 from b2txt_jax.model.transformer import Transformer, TransformerSettings, attention, by_distance
 from b2txt_jax.training.optimizer import make_optimizer
@@ -205,18 +206,28 @@ def test_the_context_of_a_training_step_is_uniform_and_compiles_once(monkeypatch
 
 
 def test_dropout_is_at_each_of_its_places_with_its_rate(monkeypatch):
-    found = []
+    places, used = [], []
 
-    def recorded(x, rate, key):
-        found.append((x.shape, rate, key))
+    def dropped(x, rate, drawn):
+        assert drawn.shape == x.shape
+        places.append((x.shape, rate))
         return x
 
-    monkeypatch.setattr("b2txt_jax.model.transformer.dropout", recorded)
+    def dropout(x, rate, key, label):
+        places.append((x.shape, rate))
+        used.append(key)
+        return x
+
+    def quarters(key, *others, **axis):
+        used.append(key)
+        return drawn_quarters(key, *others, **axis)
+
+    for recorded in (dropped, dropout, quarters):
+        monkeypatch.setattr(f"b2txt_jax.model.transformer.{recorded.__name__}", recorded)
     settings = dataclasses.replace(SMALL, layers=1)
     model, x = make_model(settings, FEATURES, DAYS), np.zeros((2, 40, FEATURES), np.float32)
     params = model.init(jax.random.key(0))
     model.apply(params, x, np.full(2, 40), np.zeros(2, int), jax.random.key(1))
-    places = [(shape, rate) for shape, rate, _ in found]
     assert places == [
         ((2, 10, 24), 0.2),  # embedded patches
         ((2, 3, 10, 10), 0.35),  # attention weights
@@ -224,7 +235,7 @@ def test_dropout_is_at_each_of_its_places_with_its_rate(monkeypatch):
         ((2, 10, 40), 0.35),  # hidden
         ((2, 10, 24), 0.35),  # feed-forward
     ]
-    keys = {tuple(np.asarray(jax.random.key_data(key))) for *_, key in found}
+    keys = {tuple(np.asarray(jax.random.key_data(key))) for key in used}
     assert len(keys) == 5
 
 

@@ -85,6 +85,31 @@ def test_the_bucket_is_a_middle_one_or_as_asked(baseline: Config) -> None:
             command.parse_bucket(wrong)
 
 
+def test_without_data_shapes_are_weighed_by_lengths_like_the_recordings(baseline: Config) -> None:
+    shapes, lengths = command.used_shapes(baseline, 45, 16)
+    assert "like the published" in lengths
+    assert sum(shapes.share.values()) == pytest.approx(1)
+    assert all(shape.rows % 16 == 0 and shape.segments for shape in shapes.share)
+    data = dataclasses.replace(baseline.data, packing="off")
+    whole, _ = command.used_shapes(dataclasses.replace(baseline, data=data), 45, 16)
+    used = {shape.bucket: share for shape, share in whole.share.items() if share}
+    assert used.keys() == {(1600, 160), (2560, 500)}
+    assert used[2560, 500] > 0.8
+
+
+def test_hours_are_weighed_by_the_share_of_each_shape() -> None:
+    cost = dataclasses.replace(NOTHING, flops=10**12)
+    two = [
+        dataclasses.replace(result(cost), share=0.25, trials=64),
+        dataclasses.replace(
+            result(dataclasses.replace(cost, flops=2 * 10**12)), share=0.75, trials=64
+        ),
+    ]
+    (line,) = command.weighed(two)
+    hours = 0.25 * two[0].hours + 0.75 * two[1].hours
+    assert f"{hours:.2f} hours for 120,000 steps, 64,000 bins computed for 64 trials" in line
+
+
 def test_sessions_that_cannot_be_counted_ask_for_days(baseline: Config) -> None:
     assert command.session_count(baseline) == 45
     data = dataclasses.replace(baseline.data, sessions=(), root="no/such/folder")

@@ -24,8 +24,11 @@ from b2txt_jax.training.sharding import make_mesh
 pytestmark = pytest.mark.timeout(900)
 
 
-def compiled(topology: str, frames: int, rows: int, hidden: int, dtype: jnp.dtype) -> str:
-    """The optimised program of a gradient, `rows` on each device, its mesh the surrounding one."""
+def compiled(
+    topology: str, frames: int, rows: int, hidden: int, dtype: jnp.dtype, shared: bool = False
+) -> str:
+    """The optimised program of a gradient, `rows` on each device, its mesh the surrounding one.
+    `shared`: of several trials each."""
     mesh = make_mesh(devices=topology_devices(parse_topology(topology)))
     batch = rows * mesh.shape["data"]
 
@@ -37,10 +40,14 @@ def compiled(topology: str, frames: int, rows: int, hidden: int, dtype: jnp.dtyp
         shape(P("data"), batch, hidden),
         shape(P(), 3 * hidden, hidden),
         shape(P(), 3 * hidden),
+        *([shape(P(None, "data"), frames, batch)] if shared else []),
     )
 
-    def loss(projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        states = recurrence(projected.astype(dtype), h0, weight, bias, dtype, "auto")
+    def loss(
+        projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, *marks: jax.Array
+    ) -> jax.Array:
+        begins = marks[0] > 0 if marks else None
+        states = recurrence(projected.astype(dtype), h0, weight, bias, dtype, "auto", begins)
         return jnp.square(states.astype(jnp.float32)).sum()
 
     def gradient(*arguments: jax.Array) -> tuple[jax.Array, ...]:
@@ -52,14 +59,19 @@ def compiled(topology: str, frames: int, rows: int, hidden: int, dtype: jnp.dtyp
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v4:2x2x1"])
 @pytest.mark.parametrize(
-    ("rows", "hidden", "dtype"),
-    [(8, 256, jnp.bfloat16), (3, 130, jnp.float32)],
-    ids=["whole tiles", "odd sizes"],
+    ("rows", "hidden", "dtype", "shared"),
+    [
+        (8, 256, jnp.bfloat16, False),
+        (3, 130, jnp.float32, False),
+        (16, 256, jnp.bfloat16, True),
+        (3, 130, jnp.float32, True),
+    ],
+    ids=["whole tiles", "odd sizes", "whole tiles, shared", "odd sizes, shared"],
 )
 def test_both_kernels_compile_and_gradients_are_summed_once(
-    topology: str, rows: int, hidden: int, dtype: jnp.dtype
+    topology: str, rows: int, hidden: int, dtype: jnp.dtype, shared: bool
 ) -> None:
-    program = compiled(topology, 20, rows, hidden, dtype)
+    program = compiled(topology, 20, rows, hidden, dtype, shared)
     kernels = re.findall(r"(gru_\w+ward)[.\d]* = [^\n]*tpu_custom_call", program)
     assert sorted(kernels) == ["gru_backward", "gru_forward"]
     collectives = re.findall(r" (all-\w+|reduce-\w+|collective-\w+)\(", program)

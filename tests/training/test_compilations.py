@@ -79,6 +79,7 @@ def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up
     assert wanted == {"train_step": {140, 320}, "eval_step": {140}}
     keys = {
         "data.buckets": BUCKETS,
+        "data.packing": "off",
         "data.plan": "epochs",
         "signal.augment": ("white_noise", "speckle", "channel_mask", "random_cut", "time_mask"),
         "optimizer.schedule": "steps",

@@ -39,6 +39,7 @@ from b2txt_jax.model.interface import (
 from b2txt_jax.model.orthogonal import orthogonal
 from b2txt_jax.model.patches import frame_count, project_patches
 from b2txt_jax.model.product import linear
+from b2txt_jax.segments import Segments, labels, places, whole
 
 xavier = jax.nn.initializers.glorot_uniform(in_axis=-1, out_axis=-2)
 
@@ -139,10 +140,19 @@ class GRUStack(nnx.Module):
         return linear(x, self._parameters(0)[0], dtype)
 
     def __call__(
-        self, projected: Array, h0: Array, dtype: jnp.dtype, dropout_key: Array | None
+        self,
+        projected: Array,
+        h0: Array,
+        dtype: jnp.dtype,
+        dropout_key: Array | None,
+        segments: Segments | None = None,
     ) -> Array:
         """Run the layers: projected input [P, B, 3H], h0 [1, 1, H] -> the last one's states
-        [P, B, H]."""
+        [P, B, H]. The trials of a row each begin from h0."""
+        frames, rows, _ = projected.shape
+        stride = self.model.patching[1]
+        label = labels(segments or whole(rows), frames, stride).T
+        begins = None if segments is None else places(segments, frames, stride).T == 0
         first = jnp.broadcast_to(h0[0], (projected.shape[1], self.model.units))
         # Time-major: the recurrence slices frames.
         x = projected
@@ -151,10 +161,16 @@ class GRUStack(nnx.Module):
             if layer:
                 if dropout_key is not None:
                     key = jax.random.fold_in(dropout_key, layer)
-                    x = dropout(x, self.model.rnn_dropout, key)
+                    x = dropout(x, self.model.rnn_dropout, key, label)
                 x = linear(x, weight_ih, dtype)
             x = recurrence(
-                (x + bias_ih).astype(dtype), first, weight_hh, bias_hh, dtype, self.model.recurrence
+                (x + bias_ih).astype(dtype),
+                first,
+                weight_hh,
+                bias_hh,
+                dtype,
+                self.model.recurrence,
+                begins,
             )
         return x
 
@@ -210,7 +226,12 @@ class Decoder(nnx.Module):
         return projected if noise is None else projected - self.gru.project_frames(noise, dtype)
 
     def __call__(
-        self, x: Array, day: Array, dropout_key: Array | None = None, noise: Array | None = None
+        self,
+        x: Array,
+        day: Array,
+        dropout_key: Array | None = None,
+        noise: Array | None = None,
+        segments: Segments | None = None,
     ) -> Array:
         """Compute logits, one frame per 80 ms: smoothed features x [B, T, D], day index [B] ->
         float32 [B, P, C].
@@ -222,8 +243,10 @@ class Decoder(nnx.Module):
         x = self.day(x, day, dtype)
         if dropout_key is not None:
             input_key, dropout_key = jax.random.split(dropout_key)
-            x = dropout(x, self.model.input_dropout, input_key)
-        states = self.gru(self._project(x, noise, dtype), self.h0[...], dtype, dropout_key)
+            label = labels(segments or whole(x.shape[0]), x.shape[1])
+            x = dropout(x, self.model.input_dropout, input_key, label)
+        projected = self._project(x, noise, dtype)
+        states = self.gru(projected, self.h0[...], dtype, dropout_key, segments)
         return self.head(states.swapaxes(0, 1), dtype)
 
     def first_states(self, rows: int) -> Array:
@@ -341,13 +364,24 @@ class PatchedModel(Model):
 class GRU(PatchedModel):
     """The published baseline."""
 
+    def __init__(self, settings: Any, features: int, days: int) -> None:
+        super().__init__(settings, features, days)
+        self.frame_bins = settings.patching[1]
+
     def module(self, key: Array) -> Decoder:
         """Return a fresh decoder."""
         return Decoder(self.settings, self.features, self.days, key)
 
     def apply(
-        self, params: Params, x: Array, bins: Array, day: Array, key: Array | None = None
+        self,
+        params: Params,
+        x: Array,
+        bins: Array,
+        day: Array,
+        key: Array | None = None,
+        segments: Segments | None = None,
     ) -> Output:
         """Decode the patches. A state never depends on later bins, so that padding needs no
         mask."""
-        return Output(self.bound(params)(x, day, key), self.frames(bins))
+        logits = self.bound(params)(x, day, key, segments=segments)
+        return Output(logits, self.frames(bins))

@@ -43,11 +43,19 @@ def _split(values: jax.Array, parts: int) -> list[jax.Array]:
 
 
 def _forward_kernel(
-    projected: Any, h0: Any, weight_t: Any, bias: Any, *refs: Any, length: int, save: bool
+    projected: Any,
+    h0: Any,
+    weight_t: Any,
+    bias: Any,
+    *refs: Any,
+    length: int,
+    save: bool,
+    shared: bool,
 ) -> None:
-    """Compute one block: projected [F, R, 3H], h0 [R, H], weight_t [H, 3H], bias [1, 3H] -> states
-    [F, R, H], and with `save` the states before [F, R, H] and r, z, n, W_hn h + b_hn side by side
-    [F, R, 4H]."""
+    """Compute one block: projected [F, R, 3H], h0 [R, H], weight_t [H, 3H], bias [1, 3H], and with
+    `shared` where trials begin [F, R, 1] -> states [F, R, H], and with `save` the states before
+    [F, R, H] and r, z, n, W_hn h + b_hn side by side [F, R, 4H]."""
+    begins, refs = (refs[0], refs[1:]) if shared else (None, refs)
     states, *saved, carry = refs
     block = pl.program_id(1)
 
@@ -57,6 +65,8 @@ def _forward_kernel(
 
     def frame(k: jax.Array, _: None) -> None:
         h = carry[...]
+        if begins is not None:
+            h = jnp.where(begins[k] > 0, h0[...], h)
         gates = jnp.dot(h.astype(weight_t.dtype), weight_t[...], preferred_element_type=jnp.float32)
         h_r, h_z, h_n = _split(gates + bias[...], 3)
         x_r, x_z, x_n = _split(projected[k].astype(jnp.float32), 3)
@@ -80,18 +90,16 @@ def _backward_kernel(
     before: Any,
     gates: Any,
     weight: Any,
-    d_projected: Any,
-    d_new: Any,
-    d_bias: Any,
-    d_h0: Any,
-    carry: Any,
-    *,
+    *refs: Any,
     length: int,
+    shared: bool,
 ) -> None:
     """Compute one block, last first: cotangent of each state and the state before [F, R, H], saved
-    gates [F, R, 4H], weight [3H, H] -> cotangents of the input projection [F, R, 3H], of the
-    recurrent one where it differs, in W_hn h + b_hn [F, R, H], of bias by eighths of the rows
-    [8, 3H], of h0 [R, H]."""
+    gates [F, R, 4H], weight [3H, H], and with `shared` where trials begin [F, R, 1] -> cotangents
+    of the input projection [F, R, 3H], of the recurrent one where it differs, in W_hn h + b_hn
+    [F, R, H], of bias by eighths of the rows [8, 3H], of h0 [R, H]."""
+    begins, refs = (refs[0], refs[1:]) if shared else (None, refs)
+    d_projected, d_new, d_bias, d_h0, carry = refs
     step, size = pl.program_id(1), d_states.shape[0]
     block = pl.num_programs(1) - 1 - step
     dtype = d_projected.dtype
@@ -100,6 +108,7 @@ def _backward_kernel(
     def _() -> None:
         carry[...] = jnp.zeros_like(carry)
         d_bias[...] = jnp.zeros_like(d_bias)
+        d_h0[...] = jnp.zeros_like(d_h0)
 
     frames = jnp.minimum(size, length - block * size)
 
@@ -116,13 +125,18 @@ def _backward_kernel(
         d_bias[...] += exact.reshape(-1, 8, exact.shape[-1]).sum(0)
         both = exact.astype(dtype)
         d_new[k] = both[..., -h.shape[-1] :]
-        carry[...] = d_h * z + jnp.dot(both, weight[...], preferred_element_type=jnp.float32)
+        d_before = d_h * z + jnp.dot(both, weight[...], preferred_element_type=jnp.float32)
+        if begins is not None:
+            first = begins[k] > 0
+            d_h0[...] += jnp.where(first, d_before, 0.0)
+            d_before = jnp.where(first, 0.0, d_before)
+        carry[...] = d_before
 
     jax.lax.fori_loop(0, frames, frame, None)
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _() -> None:
-        d_h0[...] = carry[...]
+        d_h0[...] += carry[...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +247,19 @@ def _pad_weight(weight: jax.Array, width: int, dtype: jnp.dtype) -> jax.Array:
     return _pad_gates(_pad_gates(weight.astype(dtype), 1, width).T, 3, width).T
 
 
+def _marks(begins: jax.Array | None, rows: int) -> list[tuple[jax.Array, str]]:
+    """Return where trials begin as an array of a kernel, float32 [P, B, 1], if it needs one."""
+    if begins is None:
+        return []
+    return [(_pad_rows(begins.astype(jnp.float32)[..., None], rows, 1), "stream")]
+
+
 def _rows_forward(
     projected: jax.Array,
     h0: jax.Array,
     weight: jax.Array,
     bias: jax.Array,
+    begins: jax.Array | None = None,
     *,
     plan: Plan,
     save: bool,
@@ -251,11 +273,12 @@ def _rows_forward(
         (_pad_rows(_pad_gates(h0.astype(jnp.float32), 1, width), rows, 0), "rows"),
         (_pad_weight(weight, width, plan.dtype).T, "whole"),
         (_pad_gates(bias.astype(jnp.float32), 3, width)[None], "whole"),
+        *_marks(begins, rows),
     ]
     results: list[tuple[int, Any, str]] = [(width, plan.dtype, "stream")]
     if save:
         results += [(width, plan.dtype, "stream"), (4 * width, plan.dtype, "stream")]
-    kernel = functools.partial(_forward_kernel, length=length, save=save)
+    kernel = functools.partial(_forward_kernel, length=length, save=save, shared=begins is not None)
     shapes = length, up(batch, rows), width
     *states, last = _call(kernel, plan, shapes, arrays, results, reverse=False)
     if not save:
@@ -264,7 +287,13 @@ def _rows_forward(
 
 
 def _rows_backward(
-    d_states: jax.Array, before: jax.Array, gates: jax.Array, weight: jax.Array, *, plan: Plan
+    d_states: jax.Array,
+    before: jax.Array,
+    gates: jax.Array,
+    weight: jax.Array,
+    begins: jax.Array | None = None,
+    *,
+    plan: Plan,
 ) -> tuple[jax.Array, ...]:
     """Run one device's rows backward: cotangents of the input projection [P, B, 3H], of W_hn h +
     b_hn [P, B, H], of bias in parts [_, 3H], of h0 [B, H]."""
@@ -275,6 +304,7 @@ def _rows_backward(
         (_pad_rows(_pad_gates(before, 1, width), rows, 1), "stream"),
         (gates, "stream"),
         (_pad_weight(weight, width, plan.dtype), "whole"),
+        *_marks(begins, rows),
     ]
     results = [
         (3 * width, plan.dtype, "stream"),
@@ -282,7 +312,7 @@ def _rows_backward(
         (3 * width, jnp.float32, "parts"),
         (width, jnp.float32, "rows"),
     ]
-    kernel = functools.partial(_backward_kernel, length=length)
+    kernel = functools.partial(_backward_kernel, length=length, shared=begins is not None)
     shapes = length, up(batch, rows), width
     d_projected, d_new, d_bias, d_h0 = _call(kernel, plan, shapes, arrays, results, reverse=True)
     return (
@@ -315,28 +345,40 @@ def _over_rows(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _recurrence(
-    projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, plan: Plan
+    projected: jax.Array,
+    h0: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    plan: Plan,
+    begins: jax.Array | None,
 ) -> jax.Array:
     function = functools.partial(_rows_forward, plan=plan, save=False)
-    return _over_rows(function, plan, "srww", "s")(projected, h0, weight, bias)[0]
+    return _over_rows(function, plan, "srwws", "s")(projected, h0, weight, bias, begins)[0]
 
 
 def _forward(
-    projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, plan: Plan
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    projected: jax.Array,
+    h0: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    plan: Plan,
+    begins: jax.Array | None,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     function = functools.partial(_rows_forward, plan=plan, save=True)
-    states, before, gates = _over_rows(function, plan, "srww", "sss")(projected, h0, weight, bias)
-    return states, (before, gates, weight, projected[:0])
+    states, before, gates = _over_rows(function, plan, "srwws", "sss")(
+        projected, h0, weight, bias, begins
+    )
+    return states, (before, gates, weight, projected[:0], begins)
 
 
 def _backward(
-    plan: Plan, kept: tuple[jax.Array, ...], d_states: jax.Array
-) -> tuple[jax.Array, ...]:
-    before, gates, weight, projected_like = kept
+    plan: Plan, kept: tuple[Any, ...], d_states: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    before, gates, weight, projected_like, begins = kept
     hidden = before.shape[-1]
     function = functools.partial(_rows_backward, plan=plan)
-    d_projected, d_new, d_bias, d_h0 = _over_rows(function, plan, "sssw", "ssrr")(
-        d_states, before, gates, weight
+    d_projected, d_new, d_bias, d_h0 = _over_rows(function, plan, "sssws", "ssrr")(
+        d_states, before, gates, weight, begins
     )
     d_weight = jnp.concatenate(
         [
@@ -344,7 +386,7 @@ def _backward(
             contract("pbk,pbh->kh", d_new, before, plan.dtype),
         ]
     )
-    return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias.sum(0)
+    return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias.sum(0), None
 
 
 _recurrence.defvjp(_forward, _backward)
@@ -399,6 +441,7 @@ def gru_recurrence_pallas(
     weight: jax.Array,
     bias: jax.Array,
     dtype: jnp.dtype,
+    begins: jax.Array | None = None,
     *,
     interpret: bool = False,
     mesh: AbstractMesh | Mesh | None = None,
@@ -413,6 +456,7 @@ def gru_recurrence_pallas(
       bias: recurrent bias, float32 [3H].
       dtype: of the recurrent products' operands and of the result. Gates and state stay float32.
         Float32 operands are multiplied at `jax_default_matmul_precision`, as in the scan.
+      begins: frames at which a trial begins, from `h0`, bool [P, B]. None: one trial a row.
       interpret: run the kernels as ordinary operations, slowly, on any platform.
       mesh: whose axis "data" the rows B are divided over, weights being whole on every device.
         Without it the surrounding one (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`).
@@ -426,4 +470,4 @@ def gru_recurrence_pallas(
     """
     batch, hidden = h0.shape
     plan = plan_for(batch, hidden, dtype, mesh=mesh, core=core, interpret=interpret)
-    return _recurrence(projected, h0, weight, bias, plan)
+    return _recurrence(projected, h0, weight, bias, plan, begins)

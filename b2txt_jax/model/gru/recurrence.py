@@ -10,6 +10,8 @@ training step, in `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ def recurrence(
     bias: jax.Array,
     dtype: jnp.dtype,
     kind: str = "auto",
+    begins: jax.Array | None = None,
 ) -> jax.Array:
     """Run the recurrence over time, time first. All kinds compute the same values and gradients.
 
@@ -40,6 +43,7 @@ def recurrence(
       kind: 'scan'; 'pallas', which outside a TPU is Pallas's interpreter, slow and meant for tests;
         or 'auto': Pallas on a TPU when the weight fits VMEM and the devices share the rows evenly,
         else the scan.
+      begins: frames at which a trial begins, from `h0`, bool [P, B]. None: one trial a row.
 
     Returns:
       States after each frame, [P, B, H] of `dtype`.
@@ -49,20 +53,34 @@ def recurrence(
     """
     # Also for a state or parameters kept in bfloat16, gates and the carried state are float32.
     h0, weight, bias = (value.astype(jnp.float32) for value in (h0, weight, bias))
-    arguments = projected, h0, weight, bias
-    scan = functools.partial(gru_recurrence, dtype=dtype)
+    arguments = projected, h0, weight, bias, dtype, begins
     if kind == "scan":
-        return gru_recurrence(*arguments, dtype)
-    compiled = functools.partial(gru_recurrence_pallas, dtype=dtype)
+        return gru_recurrence(*arguments)
     if kind == "pallas":
-        default = functools.partial(gru_recurrence_pallas, dtype=dtype, interpret=True)
+        default = functools.partial(_bound, gru_recurrence_pallas, dtype, interpret=True)
     elif kind == "auto":
         try:
             plan_for(h0.shape[0], h0.shape[1], dtype)
         except UserError:
-            return gru_recurrence(*arguments, dtype)
-        default = scan
+            return gru_recurrence(*arguments)
+        default = functools.partial(_bound, gru_recurrence, dtype)
     else:
         raise UserError(f"model.recurrence is {kind!r}; needed one of {', '.join(KINDS)}")
-    states: jax.Array = jax.lax.platform_dependent(*arguments, tpu=compiled, default=default)
+    states: jax.Array = jax.lax.platform_dependent(
+        projected,
+        h0,
+        weight,
+        bias,
+        begins,
+        tpu=functools.partial(_bound, gru_recurrence_pallas, dtype),
+        default=default,
+    )
     return states
+
+
+def _bound(
+    function: Callable[..., jax.Array], dtype: jnp.dtype, *arrays: Any, **settings: Any
+) -> jax.Array:
+    """Call a recurrence with arrays alone as arguments, which `platform_dependent` needs."""
+    *inputs, begins = arrays
+    return function(*inputs, dtype, begins, **settings)

@@ -11,6 +11,7 @@ the loop: one large product over all frames instead of one small one per frame.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,19 @@ def _gates(
     return r, z, n, h_n
 
 
+def _at(begins: jax.Array | None, first: jax.Array, h: jax.Array) -> jax.Array:
+    """Return `first` in the rows where a trial begins, and `h` in the others."""
+    return h if begins is None else jnp.where(begins[:, None], first, h)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def gru_recurrence(
-    projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
+    projected: jax.Array,
+    h0: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    dtype: jnp.dtype,
+    begins: jax.Array | None = None,
 ) -> jax.Array:
     """Run the recurrence over time, time first.
 
@@ -44,42 +55,59 @@ def gru_recurrence(
       weight: recurrent weight, PyTorch's `weight_hh`, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
       dtype: of the recurrent products' operands and of the result. Gates and state stay float32.
+      begins: frames at which a trial begins, from `h0`, bool [P, B]. None: one trial a row.
 
     Returns:
       States after each frame, [P, B, H] of `dtype`.
     """
 
-    def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(
+        h: jax.Array, frame: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, jax.Array]:
+        x, new = frame
+        h = _at(new, h0, h)
         _, z, n, _ = _gates(x, h, weight, bias, dtype)
         h = (1 - z) * n + z * h
         return h, h.astype(dtype)
 
-    return jax.lax.scan(step, h0, projected)[1]
+    return jax.lax.scan(step, h0, (projected, begins))[1]
 
 
 def _forward(
-    projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    projected: jax.Array,
+    h0: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array,
+    dtype: jnp.dtype,
+    begins: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    def step(
+        h: jax.Array, frame: tuple[jax.Array, jax.Array | None]
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        x, new = frame
+        h = _at(new, h0, h)
         r, z, n, h_n = _gates(x, h, weight, bias, dtype)
         after = (1 - z) * n + z * h
         return after, tuple(value.astype(dtype) for value in (after, r, z, n, h_n))
 
-    states, r, z, n, h_n = jax.lax.scan(step, h0, projected)[1]
-    return states, (states, r, z, n, h_n, h0, weight, projected[:0])
+    states, r, z, n, h_n = jax.lax.scan(step, h0, (projected, begins))[1]
+    return states, (states, r, z, n, h_n, h0, weight, projected[:0], begins)
 
 
 def _backward(
-    dtype: jnp.dtype, saved: tuple[jax.Array, ...], d_states: jax.Array
-) -> tuple[jax.Array, ...]:
-    states, r, z, n, h_n, h0, weight, projected_like = saved
+    dtype: jnp.dtype, saved: tuple[Any, ...], d_states: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    states, r, z, n, h_n, h0, weight, projected_like, begins = saved
     before = jnp.concatenate([h0[None].astype(dtype), states[:-1]])
+    if begins is not None:
+        before = jnp.where(begins[..., None], h0.astype(dtype), before)
     weight_t = transposed(weight.astype(dtype))
 
     def step(
-        d_h: jax.Array, frame: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        d_out, *values = frame
+        carry: tuple[jax.Array, jax.Array], frame: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        d_h, d_first = carry
+        new, d_out, *values = frame
         h, r_t, z_t, n_t, h_n_t = (value.astype(jnp.float32) for value in values)
         d_h = d_h + d_out.astype(jnp.float32)
         d_n = d_h * (1 - z_t) * (1 - n_t * n_t)
@@ -87,17 +115,21 @@ def _backward(
         d_r = d_n * h_n_t * r_t * (1 - r_t)
         d_recurrent = jnp.concatenate([d_r, d_z, d_n * r_t], axis=-1)
         d_h = d_h * z_t + recurrent(d_recurrent, weight_t, dtype)
-        return d_h, (d_n.astype(dtype), d_recurrent.astype(dtype))
+        if new is not None:
+            d_first, d_h = _at(new, d_first + d_h, d_first), _at(new, jnp.zeros_like(d_h), d_h)
+        return (d_h, d_first), (d_n.astype(dtype), d_recurrent.astype(dtype))
 
-    d_h0, (d_n, d_recurrent) = jax.lax.scan(
-        step, jnp.zeros_like(h0), (d_states, before, r, z, n, h_n), reverse=True
+    zero = jnp.zeros_like(h0)
+    (d_h0, d_first), (d_n, d_recurrent) = jax.lax.scan(
+        step, (zero, zero), (begins, d_states, before, r, z, n, h_n), reverse=True
     )
     hidden = h0.shape[-1]
     d_projected = jnp.concatenate([d_recurrent[..., : 2 * hidden], d_n], axis=-1)
     flat = d_recurrent.reshape(-1, 3 * hidden)
     d_weight = contract("nk,nh->kh", flat, before.reshape(-1, hidden), dtype)
     d_bias = flat.sum(0, dtype=jnp.float32)
-    return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias
+    d_projected = d_projected.astype(projected_like.dtype)
+    return d_projected, d_h0 + d_first, d_weight, d_bias, None
 
 
 gru_recurrence.defvjp(_forward, _backward)

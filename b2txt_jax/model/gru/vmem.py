@@ -58,12 +58,13 @@ def vmem_needed(blocks: Blocks, hidden: int, dtype: jnp.dtype) -> int:
     """Return an upper bound of the VMEM, in bytes, of the larger kernel (backward).
 
     The weight is held once. Blocks of frames are held twice: one is filled while the other is
-    computed. Sums, gates and states of one frame are float32.
+    computed. The mark of a row where a trial begins takes a whole row of a tile. Sums, gates and
+    states of one frame are float32.
     """
     width, item = up(hidden, LANES), jnp.dtype(dtype).itemsize
     rows = up(blocks.rows, 16)
     weight = 3 * width * width * item
-    streamed = 2 * 12 * blocks.frames * rows * width * item
+    streamed = 2 * blocks.frames * rows * (12 * width * item + 4 * LANES)
     one_frame = 16 * rows * width * 4
     return weight + streamed + one_frame + (1 << 20)
 

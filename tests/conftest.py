@@ -34,15 +34,7 @@ LONGEST_FIRST = ("training", "serving", "client", "evaluation", "launch", "parit
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest first and keep the tests of a file in one worker.
-
-    No worker is left with a long file at the end, and what a file's tests share is made once.
-    The tests of launch/ share nothing.
-    """
-    for item in items:
-        parts = item.path.parts
-        if "launch" not in parts and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("/".join(parts[-2:])))
+    """Start the longest first: no worker is left with a long file at the end."""
     rank = {folder: index for index, folder in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: min(rank.get(part, len(rank)) for part in item.path.parts))
 

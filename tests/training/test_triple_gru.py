@@ -20,7 +20,6 @@ from b2txt_jax.training.loop import out_of_patience, train
 from b2txt_jax.training.sharding import abstract_state
 from b2txt_jax.training.step import model_of
 
-pytestmark = pytest.mark.xdist_group("triple")  # one run for all
 STEPS = 4
 
 

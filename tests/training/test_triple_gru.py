@@ -32,8 +32,7 @@ def config(tiny_config):
     schedule = dataclasses.replace(
         tiny_config.train, steps=STEPS, log_every=1, validate_every=2, save_every=2
     )
-    data = dataclasses.replace(tiny_config.data, buckets=((320, 80),))
-    return dataclasses.replace(tiny_config, data=data, train=schedule)
+    return dataclasses.replace(tiny_config, train=schedule)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ from b2txt_jax.inference.run import load_run
 from b2txt_jax.training.loop import train
 from tests.data.packing import packed
 
-pytestmark = pytest.mark.xdist_group("packed")  # one run to compare with
-
 
 def on(config, root):
     return dataclasses.replace(

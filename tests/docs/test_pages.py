@@ -40,8 +40,6 @@ from b2txt_jax import cli
 from b2txt_jax.config import load_config
 from lm_server import __main__ as lm_server_command
 
-pytestmark = pytest.mark.xdist_group("docs")
-
 SIMULATION = {"sessions": 4, "train": 8, "val": 4, "test": 3, "min_words": 3, "max_words": 4}
 SPEAKING_RATE = 2.0
 TRAINING = (

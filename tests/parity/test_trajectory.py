@@ -38,6 +38,7 @@ CONFIG = dataclasses.replace(
         rnn_dropout=0.0,
         patch_size=6,
         dtype="float32",
+        recurrence="scan",
     ),
     optimizer=dataclasses.replace(
         BASELINE.optimizer,

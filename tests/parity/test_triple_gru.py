@@ -25,6 +25,7 @@ SMALL = dataclasses.replace(
     patch_size=4,
     patch_stride=2,
     dtype="float32",
+    recurrence="scan",
 )
 BOTTLENECK = dataclasses.replace(SMALL, noise_units=7)
 MODELS = {"full": SMALL, "bottleneck": BOTTLENECK}
@@ -216,7 +217,13 @@ def test_the_modes_do_not_retrace_each_other(model):
 PATCHES = {"patches": {}, "no patches": {"patch_size": 0}}
 KINDS = {
     "baseline": GRUSettings(
-        units=10, layers=2, patch_size=4, patch_stride=2, dtype="float32", name="gru"
+        name="gru",
+        units=10,
+        layers=2,
+        patch_size=4,
+        patch_stride=2,
+        dtype="float32",
+        recurrence="scan",
     ),
     "full": dataclasses.replace(SMALL, noise_layers=1),
     "bottleneck": dataclasses.replace(BOTTLENECK, noise_layers=1),
@@ -242,8 +249,17 @@ def test_chunk_by_chunk_equals_the_whole_trial(kind, patches):
     np.testing.assert_allclose(streamed, whole, atol=3e-6)
 
 
-@pytest.mark.parametrize("patches", PATCHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "patches"),
+    [
+        ("baseline", "patches"),
+        ("full", "no patches"),
+        ("bottleneck", "patches"),
+        pytest.param("baseline", "no patches", marks=pytest.mark.slow),
+        pytest.param("full", "patches", marks=pytest.mark.slow),
+        pytest.param("bottleneck", "no patches", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_goes_through_every_path_and_stays_near_float32(kind, patches):
     exact = dataclasses.replace(KINDS[kind], **PATCHES[patches])
     half = dataclasses.replace(exact, dtype="bfloat16")

@@ -36,16 +36,10 @@ def latest_params(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def said():
-    """What the run of `trained` printed."""
-    return io.StringIO()
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_config, said, tmp_path_factory):
+def trained(tiny_config, tmp_path_factory):
     """A run of six steps, uninterrupted."""
     workdir = tmp_path_factory.mktemp("trained")
-    assert train(tiny_config, workdir, Console(file=said, width=1000)).finished
+    assert train(tiny_config, workdir).finished
     return workdir
 
 
@@ -252,7 +246,7 @@ def test_a_call_that_failed_on_the_data_leaves_nothing_in_the_way_of_the_next(
     wrong = with_overrides(tiny_config, ["--config.data.sessions=('t15.2023.08.11','x')"])
     with pytest.raises(DataError, match="'x'"):
         train(wrong, tmp_path / "run")
-    short = with_overrides(tiny_config, ["--config.train.steps=2"])
+    short = with_overrides(tiny_config, ["--config.train.steps=1"])
     assert train(short, tmp_path / "run").finished
     assert len(load_run(tmp_path / "run").config.data.sessions) == 4
 
@@ -301,6 +295,9 @@ def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp
     assert train(more, tmp_path).step == 8
 
 
-def test_buckets_that_do_not_suit_the_trials_are_told(trained, said):
+def test_buckets_that_do_not_suit_the_trials_are_told(tiny_config, tmp_path):
     """That those chosen from the trials are not is in test_faults.py."""
+    said = io.StringIO()
+    large = ["--config.data.buckets=((320, 80),)", "--config.train.steps=1"]
+    train(with_overrides(tiny_config, large), tmp_path, Console(file=said, width=1000))
     assert "data.buckets do not suit these trials" in " ".join(said.getvalue().split())

@@ -22,8 +22,7 @@ from b2txt_jax.training.sharding import (
 )
 from b2txt_jax.training.step import model_of
 
-# One group, so that one worker makes the run that the others are compared with.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("sharding")]
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = 6
 

@@ -19,7 +19,12 @@ DAYS = 2
 def small():
     return load_config(
         "configs/demo.py",
-        ["--config.model.units=8", "--config.model.layers=1", "--config.data.feature_count=5"],
+        [
+            "--config.model.units=8",
+            "--config.model.layers=1",
+            "--config.model.recurrence=scan",
+            "--config.data.feature_count=5",
+        ],
     )
 
 

@@ -17,7 +17,6 @@ from b2txt_jax.signal.smooth import smooth
 from b2txt_jax.training.sharding import abstract_state
 from b2txt_jax.training.step import model_of
 
-pytestmark = pytest.mark.xdist_group("transformer")  # one run for all
 SMALL = {
     "name": "transformer",
     "width": 16,

@@ -20,7 +20,6 @@ from b2txt_jax.training.loop import out_of_patience, train
 from b2txt_jax.training.sharding import abstract_state
 from b2txt_jax.training.step import model_of
 
-pytestmark = pytest.mark.xdist_group("triple")  # one run for all
 STEPS = 4
 
 
@@ -33,8 +32,7 @@ def config(tiny_config):
     schedule = dataclasses.replace(
         tiny_config.train, steps=STEPS, log_every=1, validate_every=2, save_every=2
     )
-    data = dataclasses.replace(tiny_config.data, buckets=((320, 80),))
-    return dataclasses.replace(tiny_config, data=data, train=schedule)
+    return dataclasses.replace(tiny_config, train=schedule)
 
 
 @pytest.fixture(scope="module")

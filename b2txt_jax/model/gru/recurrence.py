@@ -4,7 +4,8 @@
 The choice is made for the platform that a program is lowered for, not for the machine that lowers
 it, so that compiling for a TPU topology on a CPU gives the program that the TPU would run. The
 chip and the division of the batch come from the surrounding mesh: wrap the call, or all of a
-training step, in `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`.
+training step, in `jax.sharding.use_abstract_mesh(mesh.abstract_mesh)`. Where that names another
+platform, the kernels are not even traced.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ def recurrence(
     if kind == "pallas":
         default = functools.partial(_bound, gru_recurrence_pallas, dtype, interpret=True)
     elif kind == "auto":
+        known = jax.sharding.get_abstract_mesh().abstract_device
+        if known is not None and known.platform != "tpu":
+            return gru_recurrence(*arguments, dtype)  # tracing the kernels takes seconds
         try:
             plan_for(h0.shape[0], h0.shape[1], dtype)
         except UserError:

@@ -62,7 +62,7 @@ def recurrence(
     elif kind == "auto":
         known = jax.sharding.get_abstract_mesh().abstract_device
         if known is not None and known.platform != "tpu":
-            return gru_recurrence(*arguments, dtype)  # tracing the kernels takes seconds
+            return gru_recurrence(*arguments)  # tracing the kernels takes seconds
         try:
             plan_for(h0.shape[0], h0.shape[1], dtype)
         except UserError:

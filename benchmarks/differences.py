@@ -3,7 +3,7 @@
 Trains, for each seed, as this package does (own_SEED) and with noise in the padding as in NEJM
 (noise_SEED), and prints
 
-- padding: loss and logits of validation trials by how far they are padded; PER of both trainings,
+- padding: loss and logits of validation trials by how far they are padded, PER of both trainings,
 - smoothing: PER with "same" and "valid" padding in evaluation,
 - alignment: trials that CTC cannot align, and draws that a random cut makes impossible,
 - validation loss: mean over trials, and means over batches of their means,

@@ -14,8 +14,8 @@ part, and the limit. `cached` reads few enough trials to stay in the page cache,
 speed of the loader without the disk.
 
 Measured on 2 cores of a cloud Xeon with a disk of 1.0 GB/s, 8 GB (HDF5: 3 GB), limit 2 GB, in
-batches per second from disk / cached, and ms of CPU per batch from disk: float16 20.2 / 34.9, 64;
-bfloat16 19.0 / 28.8, 71; float32 10.1 / 20.6, 112 (the disk is the limit); HDF5 3.5 / 5.4, 232.
+batches per second from disk / cached, and ms of CPU per batch from disk: float16 20.2 / 34.9, 64,
+bfloat16 19.0 / 28.8, 71, float32 10.1 / 20.6, 112 (the disk is the limit), HDF5 3.5 / 5.4, 232.
 Resident 0.7 GB (16 bits) to 1.4 GB (float32), mostly the six batches read ahead.
 """
 

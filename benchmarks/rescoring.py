@@ -65,7 +65,7 @@ def prepare(
     scorer: SentenceScorer,
     timed: int,
 ) -> Task:
-    """Augments and scores; the time of each list length is taken on the first `timed` sentences."""
+    """Augment and score. Take the time of each list length on the first `timed` sentences."""
     settings = Settings()
     lists = {count: [augmented(one[:count], settings) for one in found] for count in _LISTS}
     scores: list[dict[str, float]] = [{} for _ in truth]

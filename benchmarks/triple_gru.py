@@ -2,8 +2,8 @@
 
 Trains on simulated sessions with movement-like bursts that channels share, for each seed:
 
-- baseline: the decoder of configs/demo.py, as large as the triple GRU's clean path;
-- wide: the same with as many units as give it the triple GRU's number of parameters;
+- baseline: the decoder of configs/demo.py, as large as the triple GRU's clean path,
+- wide: the same with as many units as give it the triple GRU's number of parameters,
 - triple: configs/triple_gru_small.py.
 
 Prints the validation PER of each with a 95 % confidence interval (bootstrap over seeds and trials)

@@ -2,7 +2,7 @@
 
 Run:       b2txt train --config configs/nejm_baseline.py --workdir runs/baseline
              --config.data.root=PATH/hdf5_data_final
-Hardware:  made for one TPU chip or GPU; the published PyTorch run took about 3.5 hours on one RTX
+Hardware:  made for one TPU chip or GPU. The published PyTorch run took about 3.5 hours on one RTX
   4090.
 Result:    published validation PER 10.1 % (PyTorch, T15 data). Not yet run by us on the published
   data.

@@ -4,7 +4,7 @@
 Run:       b2txt train --config configs/transformer.py --workdir runs/transformer
              --config.data.root=PATH/hdf5_data_final
 Before:    b2txt compile --topology v5e:2x4 --config configs/transformer.py   (memory, step time)
-Hardware:  one TPU chip or GPU; docs/tpu_table.md has hours by the compiler.
+Hardware:  one TPU chip or GPU. docs/tpu_table.md has hours by the compiler.
 Result:    published validation PER 8.2 % (PyTorch, mean of ten seeds, T15 data). Not yet run by us
   on the published data.
 

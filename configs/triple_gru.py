@@ -2,17 +2,17 @@
 
 Run:       b2txt train --config configs/triple_gru.py --workdir runs/triple --distributed
              --config.data.root=PATH/hdf5_data_final
-           (on a slice; launch/tpu.sh does it for you with CONFIG=configs/triple_gru.py)
+           (on a slice, launch/tpu.sh does it for you with CONFIG=configs/triple_gru.py)
 Before:    b2txt compile --topology v5e:2x2 --config configs/triple_gru.py    (memory, step time)
-Hardware:  see docs/triple_gru.md for the smallest slices; `parallel.model_axis` devices share the
+Hardware:  see docs/triple_gru.md for the smallest slices. `parallel.model_axis` devices share the
   noise model.
-Result:    not yet trained on the published data; in docs/triple_gru.md a small one does not help on
+Result:    not yet trained on the published data. In docs/triple_gru.md a small one does not help on
   simulated sessions.
 
 Watch:     `clean_loss` falls as the baseline's does. `noisy_loss` falls at first, while lambda is
-  small, and should rise again as lambda grows; the validation's `noisy_per` should stay near chance
+  small, and should rise again as lambda grows. The validation's `noisy_per` should stay near chance
   (100 %): then the noise holds no speech. If the clean loss stalls, lower model.reversal or
-  model.noisy_weight; if noisy_per falls well below chance, raise them. A `noise_rms` that goes
+  model.noisy_weight. If noisy_per falls well below chance, raise them. A `noise_rms` that goes
   to 0 means that the noise model has found nothing worth taking away.
 """
 

@@ -2,7 +2,7 @@
 
 Run:       b2txt train --config configs/triple_gru_small.py --workdir runs/triple_small
              --config.data.root=runs/demo/data/hdf5_data_final      (after `make demo`)
-Hardware:  2 CPU cores, 3 GB of memory; about half as fast as configs/demo.py.
+Hardware:  2 CPU cores, 3 GB of memory, about half as fast as configs/demo.py.
 Result:    docs/triple_gru.md, with the baseline beside it.
 
 See configs/triple_gru.py for what to watch.
@@ -16,7 +16,7 @@ from b2txt_jax.config import read_config_file
 
 
 def get_config() -> ConfigDict:
-    """The demo's recipe; the clean decoder is as large as the demo's whole decoder."""
+    """The demo's recipe. The clean decoder is as large as the demo's whole decoder."""
     config = read_config_file(Path(__file__).with_name("demo.py"))
     config.model.name = "triple_gru"
     config.model.noise_units = 64  # a bottleneck; 0 would be 7168

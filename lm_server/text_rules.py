@@ -16,7 +16,7 @@ _REPLACEMENTS = (("- ", " "), ("--", ""), (" '", "'"))
 
 
 def normalise(sentence: str) -> str:
-    """Keeps letters, hyphen, space and apostrophe; tidies dashes; lower case; single spaces.
+    """Keep letters, hyphen, space and apostrophe, lower case, tidy dashes, single spaces.
 
     Characters outside ASCII, digits, tabs and line ends are removed without a space in their place.
     """

@@ -13,11 +13,11 @@ streams, the others in sessions), half are jobs. Meanwhile faults happen, in tur
 Entries that cannot be used are sent in the middle of a sentence, which must not be harmed by them.
 "Killed" is SIGKILL: Redis is started again on its file, a worker by its supervisor, the server by
 this script. Every answer is compared with the offline decoder's, scores included. A client whose
-own command to Redis fails does not know whether it was carried out; it gives that attempt up and
+own command to Redis fails does not know whether it was carried out. It gives that attempt up and
 says the sentence again under another request id. An accepted sentence (Redis took its finalize)
-without an answer is lost; a second answer to one request id is a duplicate.
+without an answer is lost. A second answer to one request id is a duplicate.
 
-Writes soak.json and soak.md into --out, prints the latter; exit code 1 if anything was lost,
+Writes soak.json and soak.md into --out, prints the latter. Exit code 1 if anything was lost,
 doubled or wrong.
 """
 

@@ -38,7 +38,7 @@ _BATCH = 50
 
 @dataclass
 class Tally:
-    """What happened; threads share it."""
+    """What happened. Threads share it."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, what: str, detail: str = "") -> None:
-        """Add one; the first fifty details are kept."""
+        """Add one. The first fifty details are kept."""
         with self.lock:
             self.counts[what] += 1
             if detail and len(self.details) < 50:
@@ -119,7 +119,7 @@ class Speaker:
         self._redis.xadd(self.names.finalize, {"done": 0, "request_id": mark})
 
     def _misbehave(self, kind: str, mark: str) -> None:
-        """Misbehave in the middle of a sentence; an error must be the answer."""
+        """Misbehave in the middle of a sentence. An error must be the answer."""
         self.tally.fault(kind)
         if kind == "slow client":
             time.sleep(1.5)
@@ -186,7 +186,7 @@ class Speaker:
 
 
 def request(client: Any, action: str, session: str, **fields: Any) -> None:
-    """Open or close a session; one that is open or closed already is accepted."""
+    """Open or close a session. One that is open or closed already is accepted."""
     mark = f"{action}-{session}-{time.monotonic_ns()}"
     given = {"action": action, "session": session, "request_id": mark, **fields}
     newest = client.xrevrange(REGISTRY.answers, count=1)
@@ -269,7 +269,7 @@ def _first_entry(client: Any, stream: str) -> dict[bytes, bytes] | None:
 
 
 def _job_client(url: str) -> JobClient:
-    """Connect as soon as Redis is there; at the start of a batch it may just have been killed."""
+    """Connect as soon as Redis is there. At the start of a batch it may just have been killed."""
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:

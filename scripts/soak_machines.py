@@ -219,7 +219,7 @@ def _pid(worker: str) -> int:
 
 
 def _state(pid: int) -> str:
-    """Return the state letter of a process, `T` for a stopped one; empty where there is none."""
+    """Return the state letter of a process, `T` for a stopped one, empty where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except (FileNotFoundError, ProcessLookupError):

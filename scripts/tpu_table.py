@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
     topology: str
     scaling: str
-    """'weak': WEAK_ROWS rows per device; 'strong': the configured batch, shared."""
+    """'weak': WEAK_ROWS rows per device. 'strong': the configured batch, shared."""
     recurrence: str
     """'scan' or 'pallas'. Empty for a model without any."""
     recipe: str = ""

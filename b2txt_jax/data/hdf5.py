@@ -117,9 +117,9 @@ class Hdf5Reader(Reader):
         """Read and check one trial.
 
         Raises:
-          DataError: unreadable file; missing dataset or attribute; wrong shape or type; NaN or
-            infinite features; a label id outside 1..40; `seq_len` or `n_time_steps` beyond the
-            data; no labels where they are needed.
+          DataError: an unreadable file, a missing dataset or attribute, a wrong shape or type, NaN
+            or infinite features, a label id outside 1..40, `seq_len` or `n_time_steps` beyond the
+            data, or no labels where they are needed.
         """
         with self._lock:
             file = self._file(ref.path)
@@ -134,7 +134,7 @@ class Hdf5Reader(Reader):
                 return self._read(ref, file, sampled(ref))
 
     def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
-        """As in `Reader`; raises what `read` raises."""
+        """Read as `Reader` says, and raise what `read` raises."""
         trial = self.read(ref)
         if len(trial.features) > len(out):
             raise DataError(

@@ -110,8 +110,8 @@ def prepare(
     """Pack the HDF5 sessions in `root` into `out`, continuing an earlier call that was interrupted.
 
     Raises:
-      DataError: a trial cannot be used; `out` holds something else; the disk is full; another call
-        is writing there.
+      DataError: a trial cannot be used, `out` holds something else, the disk is full, or another
+        call is writing there.
     """
     root, out = Path(root), Path(out)
     reader = Hdf5Reader(root, settings.feature_count)

@@ -159,7 +159,7 @@ class Reader(ABC):
         """Return what `find_trials` returns, at least one trial. Warn of what seems to be missing.
 
         Raises:
-          DataError: as `find_trials`; or there is no trial at all.
+          DataError: as `find_trials`, or there is no trial at all.
         """
         refs = self.find_trials(sessions, split, min_bins=min_bins, labels_needed=labels_needed)
         if not refs:

@@ -1,6 +1,6 @@
 """Score a trained run: PER, and WER through the language-model server.
 
-Writes evaluation.json and submission.csv (id,text; sessions in order, then trials) into --out, by
+Writes evaluation.json and submission.csv (id,text by session and trial) into --out, by
 default WORKDIR/SPLIT/NAME, where NAME is that of the language model, with _ema for averaged
 weights. A result that other settings gave is not replaced.
 With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is

@@ -149,7 +149,7 @@ class Run:
         other lengths compile nothing new. All devices share the trials.
 
         Args:
-          trials: features [T, 512], z-scored, one row per 20 ms bin; or a list of such arrays; or
+          trials: features [T, 512], z-scored, one row per 20 ms bin, or a list of such arrays, or
             "train", "val" or "test": every trial of that split in `config.data.root`.
           day: the name of the recording day that the features are from, such as
             "t15.2023.08.13", one of `sessions`. With a list also one name per array. Optional where
@@ -157,11 +157,11 @@ class Run:
           console: shows the progress of a split.
 
         Returns:
-          float32 [P, 41] in the RNN's class order (blank, 39 phonemes, silence), one row per 80 ms;
-          or a list of them; or for a split one `TrialLogits` per trial, by session and trial.
+          float32 [P, 41] in the RNN's class order (blank, 39 phonemes, silence), one row per 80 ms,
+          or a list of them, or for a split one `TrialLogits` per trial, by session and trial.
 
         Raises:
-          DataError: an unknown day or split; features of a wrong shape, too few bins, or NaN; or a
+          DataError: an unknown day or split, features of a wrong shape, too few bins, NaN, or a
             trial of the split cannot be read.
         """
         if isinstance(trials, str):

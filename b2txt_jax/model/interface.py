@@ -75,7 +75,7 @@ class Model(abc.ABC):
     then have an argument `segments`. 0: one trial a row."""
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
-        """`settings`: of the class `Settings`; `features`: per bin. `days`: recording days."""
+        """`settings`: of the class `Settings`. `features`: per bin. `days`: recording days."""
         self.settings = settings
         self.features = features
         self.days = days
@@ -108,7 +108,7 @@ class Model(abc.ABC):
         progress: Array | float = 1.0,
         segments: Segments | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        """Return the training loss, and scalars to log by name; arguments as of `apply`.
+        """Return the training loss, and scalars to log by name. Arguments as of `apply`.
 
         Args:
           params: of the model.
@@ -192,7 +192,7 @@ def make_model(settings: ModelSettings, features: int, days: int) -> Model:
 
 
 def compute_dtype(settings: ModelSettings) -> jnp.dtype:
-    """Return the dtype of matrix products; 'auto' is bfloat16 on an accelerator and float32 on a
+    """Return the dtype of matrix products. 'auto' is bfloat16 on an accelerator and float32 on a
     CPU, where bfloat16 is slow."""
     name = settings.dtype
     if name == "auto":

@@ -15,7 +15,7 @@ _MARGIN = 1.05
 
 
 def orthogonal(key: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Draw a matrix uniformly from those with orthonormal columns (Saxe et al. 2014; what
+    """Draw a matrix uniformly from those with orthonormal columns (Saxe et al. 2014, what
     `torch.nn.init.orthogonal_` draws), float32 [rows, columns], rows >= columns."""
     if columns <= _QR_COLUMNS:
         made: jax.Array = jax.nn.initializers.orthogonal()(key, (rows, columns), jnp.float32)

@@ -9,7 +9,7 @@ model is reversed, so that the noise comes to hold no speech (gradient reversal:
 2015). Noise model and clean decoder have day layers of their own.
 
 Parameters: `noise.day`, `noise.gru` (gates on an axis of their own, see gru/wide.py), `noise.out`
-with a bottleneck, `noise.h0`; `clean.day`, `clean.gru`, `clean.head`, `clean.h0`; `noisy.gru`,
+with a bottleneck, `noise.h0`, `clean.day`, `clean.gru`, `clean.head`, `clean.h0`, `noisy.gru`,
 `noisy.head`, `noisy.h0`.
 """
 

@@ -19,8 +19,8 @@ LATENTS: tuple[str, ...] = (
     *("voiced", "vowel", "high", "back", "rounded", "tense"),
     *("activity", "onset"),
 )
-"""Dimensions of a trajectory: place, manner and voicing of consonants; height, backness, rounding
-and tenseness of vowels; whether speech is attempted; a pulse at the begin of each phoneme."""
+"""Dimensions of a trajectory: place, manner and voicing of consonants, height, backness, rounding
+and tenseness of vowels, whether speech is attempted, a pulse at the begin of each phoneme."""
 LATENT_COUNT = len(LATENTS)
 TUNED_COUNT = LATENT_COUNT - 2
 """The first `TUNED_COUNT` dimensions are articulatory. Activity and onset follow."""

@@ -8,7 +8,7 @@ Modelled:
   kinematics (Bouchard et al. 2013, Chartier et al. 2018).
 - Threshold crossings and spike band power, with private, shared and slow noise, z-scored per block.
 - Changes between sessions: a rotation of the tuning, other gains and baselines, dying channels. One
-  linear map per day can mostly undo them (Degenhart et al. 2020, Gallego et al. 2020; per-day
+  linear map per day can mostly undo them (Degenhart et al. 2020, Gallego et al. 2020, per-day
   layers: Card et al. 2024).
 - On request, bursts of activity that many channels share, as other movements make them.
 
@@ -88,7 +88,7 @@ def simulate(
       The folder of the sessions, for `data.root`.
 
     Raises:
-      DataError: `out` holds data that was not simulated, or simulated with other settings; or the
+      DataError: `out` holds data that was not simulated, or simulated with other settings, or the
         corpora have too few sentences.
     """
     out = Path(out)

@@ -199,7 +199,7 @@ def read_words(
     known: Collection[str] = frozenset(),
     progress: Callable[[int], None] = lambda size: None,
 ) -> Iterator[tuple[tuple[str, ...] | None, Counts]]:
-    """Read text files (.txt, .gz, .xz; UTF-8; one or more sentences per line).
+    """Read text files (.txt, .gz, .xz in UTF-8, one or more sentences per line).
 
     Args:
       paths: the files, read in this order.

@@ -65,7 +65,7 @@ def choose_vocabulary(
     Args:
       seen: frequency of each word in the text.
       lexicon: the known pronunciations.
-      wanted: a number of words, taken from the text by frequency; a list of words; or None for the
+      wanted: a number of words, taken from the text by frequency, a list of words, or None for the
         whole lexicon and, with `guess`, the frequent other words of the text.
       guess: whether words outside the lexicon get guessed pronunciations (`g2p`). They are left out
         otherwise.

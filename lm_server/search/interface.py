@@ -1,6 +1,6 @@
 """The interface of every search: read a model folder, then begin, step(frames), finish.
 
-A backend is a module of this folder that declares `BACKEND` and has `load(folder) -> SearchModel`;
+A backend is a module of this folder that declares `BACKEND` and has `load(folder) -> SearchModel`.
 `lm_server.search.load` names them.
 """
 

@@ -150,7 +150,7 @@ class LanguageModel(AbstractLanguageModel):
         return max(known, self._hot_ahead.get(partial_token, IMPOSSIBLE))
 
     def score(self, prev_state: Any, word: str, is_last_word: bool = False) -> tuple[float, Any]:
-        """Return the score (ln) that a spelling adds and the state after it; "" only ends."""
+        """Return the score (ln) that a spelling adds and the state after it. "" only ends."""
         histories = list(prev_state)
         if word:
             choices = dict.fromkeys(self._lexicon.homophones(word), 0.0) | self._hot.get(word, {})

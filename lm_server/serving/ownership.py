@@ -146,7 +146,7 @@ class OwnedSession:
     """
 
     def __init__(self, session: Session, idle_seconds: float | None = None) -> None:
-        """Begin at the start of all streams; `idle_seconds` None: never close it as idle."""
+        """Begin at the start of all streams. `idle_seconds` None: never close it as idle."""
         self.session = session
         self.idle_seconds = idle_seconds
         names = session.streams
@@ -677,7 +677,7 @@ class OwnedSessions:
 
 
 def newest_ids(client: redis.Redis, streams: Sequence[str]) -> tuple[list[EntryId], list[int]]:
-    """Return each stream's last id ever and its length; (0, 0) and 0 where there is no stream."""
+    """Return each stream's last id ever and its length, (0, 0) and 0 where there is no stream."""
     with client.pipeline(transaction=False) as pipeline:
         for stream in streams:
             pipeline.xinfo_stream(stream)

@@ -12,7 +12,7 @@ from lm_server.settings import NAMES, NOT_NEEDED, Settings, changed
 NO_CEILINGS: Mapping[str, float] = {}
 
 OURS = NAMES
-"""Parameters that are settings here; `NOT_NEEDED` are accepted beside them."""
+"""Parameters that are settings here. `NOT_NEEDED` are accepted beside them."""
 _OTHERS = (REQUEST_ID, CLIENT)
 
 

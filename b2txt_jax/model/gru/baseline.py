@@ -60,7 +60,7 @@ class GRUSettings(ModelSettings):
 
     @property
     def patching(self) -> tuple[int, int]:
-        """(size, stride) of patches in bins; (1, 1) without patches."""
+        """(size, stride) of patches in bins, (1, 1) without patches."""
         return (self.patch_size, self.patch_stride) if self.patch_size else (1, 1)
 
     @property

@@ -327,7 +327,7 @@ def _over_rows(
     function: Callable[..., tuple[jax.Array, ...]], plan: Plan, inputs: str, outputs: str
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """Return `function` on each device's rows: the axis "data" is axis 1 at 'stream' (s), axis 0 at
-    'rows' (r); 'whole' (w) is on every device. Nothing in it sums over rows, and it is never
+    'rows' (r), and 'whole' (w) is on every device. Nothing in it sums over rows, and it is never
     differentiated."""
     if plan.mesh is None:
         return function

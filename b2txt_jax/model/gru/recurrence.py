@@ -41,7 +41,7 @@ def recurrence(
       weight: recurrent weight, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
       dtype: of the recurrent products' operands and of the result. Gates and state stay float32.
-      kind: 'scan'; 'pallas', which outside a TPU is Pallas's interpreter, slow and meant for tests;
+      kind: 'scan', or 'pallas', which outside a TPU is Pallas's slow interpreter, meant for tests,
         or 'auto': Pallas on a TPU when the weight fits VMEM and the devices share the rows evenly,
         else the scan.
       begins: frames at which a trial begins, from `h0`, bool [P, B]. None: one trial a row.
@@ -50,7 +50,7 @@ def recurrence(
       States after each frame, [P, B, H] of `dtype`.
 
     Raises:
-      UserError: an unknown kind; 'pallas' where 'auto' would run the scan on a TPU.
+      UserError: an unknown kind, or 'pallas' where 'auto' would run the scan on a TPU.
     """
     # Also for a state or parameters kept in bfloat16, gates and the carried state are float32.
     h0, weight, bias = (value.astype(jnp.float32) for value in (h0, weight, bias))

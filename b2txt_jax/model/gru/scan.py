@@ -3,7 +3,7 @@
     r = sigmoid(x_r + W_hr h + b_hr)     z = sigmoid(x_z + W_hz h + b_hz)
     n = tanh(x_n + r * (W_hn h + b_hn))  h' = (1 - z) * n + z * h
 
-Gate order r, z, n (Cho et al. 2014; torch.nn.GRU). The input projection x_r, x_z, x_n is one large
+Gate order r, z, n (Cho et al. 2014, torch.nn.GRU). The input projection x_r, x_z, x_n is one large
 product outside the loop. The backward pass keeps the gates and leaves the weights' gradient out of
 the loop: one large product over all frames instead of one small one per frame.
 """

@@ -4,7 +4,7 @@ No wheel contains KenLM's own `build_binary`. KenLM's readers (the `kenlm` modul
 memory-map the file, so all processes that read it share its memory. The layout, little-endian:
 
     header     magic, test values, order, kind, number of n-grams of each order
-    words      number of words, then their 64-bit hashes sorted; a word's id is its rank + 1, and
+    words      number of words, then their 64-bit hashes sorted. A word's id is its rank + 1, and
                <unk> is 0
     tables     bins of the quantised kinds (`quantise`)
     1-grams    by id: probability, back-off, first child (16 bytes each)

@@ -1,8 +1,8 @@
 """The recurrence of a GRU layer that is too wide for one device: its units are shared by the mesh's
 `model` axis (tensor parallel), and its memory over time can be traded for work.
 
-Gates stand on an axis of their own, weight [3, H, H] (gates r, z, n), so that every device holds all
-three gates of its units. A frame gathers the state of B x H values over `model`,
+Gates stand on an axis of their own, weight [3, H, H] (gates r, z, n), so that every device holds
+all three gates of its units. A frame gathers the state of B x H values over `model`,
 multiplies it with the device's rows of the weight, and keeps its units of the new state. The
 backward pass sums the state's gradient over `model`. Equations and gate order are those of scan.py.
 

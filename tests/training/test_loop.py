@@ -298,6 +298,7 @@ def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp
 def test_buckets_that_do_not_suit_the_trials_are_told(tiny_config, tmp_path):
     """That those chosen from the trials are not is in test_faults.py."""
     said = io.StringIO()
-    large = ["--config.data.buckets=((320, 80),)", "--config.train.steps=1"]
-    train(with_overrides(tiny_config, large), tmp_path, Console(file=said, width=1000))
+    large = ["data.buckets=((320, 80),)", "data.packing=off", "train.steps=1"]
+    config = with_overrides(tiny_config, [f"--config.{pair}" for pair in large])
+    train(config, tmp_path, Console(file=said, width=1000))
     assert "data.buckets do not suit these trials" in " ".join(said.getvalue().split())

@@ -19,9 +19,7 @@ from b2txt_jax.training.step import make_eval_step
 
 FEATURES, DAYS = 6, 4
 BASELINE = load_config("configs/nejm_baseline.py")
-SMALL = dataclasses.replace(
-    BASELINE.model, units=16, layers=3, dtype="float32", recurrence="scan"
-)
+SMALL = dataclasses.replace(BASELINE.model, units=16, layers=3, dtype="float32", recurrence="scan")
 DAY = np.array([0, 2, 1, 1, 0])  # the last day has no trial
 
 

@@ -32,13 +32,14 @@ class Resumable:
     def __init__(self, path: Path, file: BinaryIO, inputs: Mapping[str, str]) -> None:
         self.path, self._file = path, file
         self._places: dict[str, int] = {}
-        header, end = None, 0
+        header: dict[str, str] = {}
+        end = 0
         file.seek(0)
         for line in file:
             if not line.endswith(b"\n"):
                 break  # cut by a power failure or SIGKILL
             found = _object(path, line)
-            if header is None:
+            if not end:
                 header = found.get("inputs", {})
             elif found.get("problem") is None:
                 self._places[found["trial"]] = end

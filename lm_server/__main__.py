@@ -14,6 +14,7 @@ from lm_server.processes import version
 
 COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",
+    "adapt": "add a person's sentences and words to a model folder, mix it with others",
     "import-kaldi": "make a model folder of a Kaldi language model (G.fst or ARPA)",
     "serve": "answer clients through Redis streams",
     "worker": "decode jobs from Redis, shared with other workers",

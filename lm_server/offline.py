@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
 import sys
+import time
 import tokenize
 import zipfile
 import zlib
@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -32,13 +34,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lm_server.atomic_file import replacing
 from lm_server.errors import UserError
 from lm_server.hypothesis import Answer, Hypothesis
 from lm_server.protocol import CLASS_COUNT, ProtocolError, check_logits, to_lm_order
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.rescoring.load import load_scorer
 from lm_server.rescoring.scorer import SentenceScorer
+from lm_server.resumable import resumable
 from lm_server.search.hot_words import HotWord
 from lm_server.search.interface import NO_HOT_WORDS, NoSentenceError, Search, SearchModel
 from lm_server.search.load import default_settings, load_model
@@ -50,6 +52,8 @@ _worker: tuple[Search, Logits] | None = None
 """What a worker process searches with. Set before the fork, so that all share one memory."""
 _AHEAD = 64
 """Sentences that may wait for their rescoring."""
+_LINE_EVERY = 30.0
+"""Seconds between lines of progress where no terminal shows a bar."""
 _DAMAGED = (
     *(ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error),
     # An array's header is read as Python. A zip's flags may demand a password or an unknown
@@ -178,8 +182,8 @@ class Logits:
 
     def select(self, trials: Sequence[int]) -> Logits:
         """Return some of the trials, by their indices."""
-        parts = [self.of(index) for index in trials]
-        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        parts = [self.of(index) for index in trials] or [self.logits[:0]]
+        ends = np.cumsum([len(self.of(index)) for index in trials], dtype=np.int64)
         names = tuple(self.trials[index] for index in trials)
         return replace(self, logits=np.concatenate(parts), ends=ends, trials=names)
 
@@ -198,6 +202,9 @@ class Outcome:
     trial: str
     hypotheses: tuple[Hypothesis, ...]
     problem: str | None
+
+
+_Found = tuple[Outcome, Answer | None]
 
 
 def read_logits(path: Path) -> Logits:
@@ -288,12 +295,15 @@ def decode_file(
     workers: int,
     load_scorer: Callable[[], SentenceScorer | None] = lambda: None,
     hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
+    inputs: Mapping[str, str] = MappingProxyType({}),
+    restart: bool = False,
 ) -> int:
     """Decode a logits file to JSON lines: trial, and the fields of `Answer.as_json`.
 
-    Trials stand in the order of the file. A trial that cannot be decoded is named on the error
-    output and left out. The output appears whole at the end. Sentences are rescored beside the
-    search of the next ones.
+    Every answer is written at once (`lm_server.resumable`), and an interrupted run is resumed. The
+    output appears whole at the end, in the order of the file. A trial that cannot be decoded is
+    named on the error output and left out. Sentences are rescored beside the search of the next
+    ones.
 
     Args:
       model: a model folder in memory.
@@ -304,45 +314,71 @@ def decode_file(
       load_scorer: loads the large language model that rescores, if any. Called once, when the
         processes are forked.
       hot_words: words to favour.
+      inputs: fingerprints of all that the answers depend on. Only a run with the same is resumed.
+      restart: decode all trials again.
 
     Returns:
       Number of trials that could not be decoded, or not rescored although they should.
 
     Raises:
       LogitsFileError: the output cannot be written.
+      ResumeError: an interrupted run had other inputs.
     """
     if out.exists() and not out.is_file():
         raise LogitsFileError(
             f"cannot write {out}: it is there and is no regular file: choose another place"
         )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    problems = 0
+    trials, problems, total = logits.trials, 0, len(logits.trials)
     try:
-        with (
-            replacing(out) as temporary,
-            temporary.open("w") as output,
-            searched(model, settings, logits, workers, hot_words) as outcomes,
-        ):
-            answers = answered(outcomes, settings, load_scorer())
-            with Progress(*columns, *times, console=Console(stderr=True)) as progress:
-                for outcome, answer in progress.track(
-                    answers, total=len(logits.trials), description="decoding"
-                ):
-                    problem = outcome.problem
-                    if answer is not None:
-                        line = {"trial": outcome.trial, **answer.as_json()}
-                        output.write(json.dumps(line) + "\n")
-                        if answer.problem:
-                            problem = f"trial {outcome.trial} is not rescored: {answer.problem}"
-                    if problem is not None:
-                        problems += 1
-                        print(f"warning: {problem}", file=sys.stderr)
+        with resumable(out, inputs, restart) as answers:
+            left = [i for i, trial in enumerate(logits.trials) if trial not in answers.done]
+            if answers.done:
+                print(
+                    f"resuming: {total - len(left)} of {total} trials are in {answers.path}",
+                    file=sys.stderr,
+                )
+                logits = logits.select(left)
+            try:
+                with searched(model, settings, logits, workers, hot_words) as outcomes:
+                    found = answered(outcomes, settings, load_scorer() if left else None)
+                    for outcome, answer in _shown(found, total, total - len(left)):
+                        problem = outcome.problem
+                        if answer is not None:
+                            answers.add({"trial": outcome.trial, **answer.as_json()})
+                            if answer.problem:
+                                problem = f"trial {outcome.trial} is not rescored: {answer.problem}"
+                        if problem is not None:
+                            problems += 1
+                            print(f"warning: {problem}", file=sys.stderr)
+            except BaseException:
+                answers.interrupted()
+                raise
+            answers.finish(out, trials)
     except OSError as error:
         raise LogitsFileError(
             f"cannot write {out} ({error}): choose a place that you may write to"
         ) from error
     return problems
+
+
+def _shown(found: Iterator[_Found], total: int, done: int) -> Iterator[_Found]:
+    """Yield everything, and show the progress with the time left, as lines where no terminal is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    began = shown = time.monotonic()
+    with Progress(*columns, *times, console=console) as progress:
+        task = progress.add_task("decoding", total=total, completed=done)
+        for number, one in enumerate(found, 1):
+            yield one
+            progress.advance(task)
+            now = time.monotonic()
+            if not console.is_terminal and now - shown >= _LINE_EVERY:
+                shown, left = now, (now - began) / number * (total - done - number)
+                print(
+                    f"decoding: {done + number} of {total}, {timedelta(seconds=round(left))} left",
+                    file=sys.stderr,
+                )
 
 
 def answered(

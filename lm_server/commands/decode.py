@@ -1,21 +1,26 @@
 """Decode a logits file to JSON lines {trial, sentence, confidence, word_confidences, rescored,
 problem, nbest: [{sentence, acoustic, ngram, bonus, llm, total}]}.
 
-The exit code is 1 if some trials could not be decoded, or not rescored although --llm is given. The
-others are written, and so is the n-gram model's answer of those that are not rescored.
+Every answer is kept in OUT.unfinished at once. After an interruption the same command decodes the
+trials that are left. The exit code is 1 if some trials could not be decoded, or not rescored
+although --llm is given. The others are written, and so is the n-gram model's answer of those that
+are not rescored.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from lm_server.atomic_file import require_writable
 from lm_server.commands import options
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.processes import cleaning_up_when_terminated, version
 from lm_server.rescoring.load import llm_from_options
+from lm_server.search.hot_words import HotWord
 from lm_server.search.load import load_model, need_packages
+from lm_server.settings import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="JSON lines to write"
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="drop what an interrupted run to --out has decoded"
     )
     options.add_workers_option(parser)
     options.add_search_options(parser)
@@ -46,7 +54,15 @@ def run(args: argparse.Namespace) -> int:
     with cleaning_up_when_terminated():
         model = load_model(args.lm, args.backend)
         problems = decode_file(
-            model, settings, logits, args.out, workers, lambda: llm_from_options(args), words
+            model,
+            settings,
+            logits,
+            args.out,
+            workers,
+            lambda: llm_from_options(args),
+            words,
+            _fingerprints(args, settings, logits.digest(), words),
+            args.restart,
         )
     if not logits.trials:
         print(f"warning: {args.logits} holds 0 trials: {args.out} is empty", file=sys.stderr)
@@ -54,3 +70,26 @@ def run(args: argparse.Namespace) -> int:
         what = "decoded" if args.llm is None else "decoded and rescored"
         print(f"error: {problems} trials could not be {what} (named above)", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _fingerprints(
+    args: argparse.Namespace, settings: Settings, logits: str, words: Mapping[str, HotWord]
+) -> dict[str, str]:
+    """Return fingerprints of all that the answers depend on, by the name of what it is."""
+    from lm_server.tuning.cache import digest
+
+    lexicon = args.lm / "lexicon.txt"
+    found = {
+        "version of lm-server": version(),
+        "--lm": digest(args.lm) + (digest(lexicon) if lexicon.is_file() else ""),
+        "--logits": logits,
+        "--backend": args.backend,
+        **{name: str(value) for name, value in vars(settings).items()},
+        "--hot-words": str(sorted(words.items())),
+    }
+    if args.llm is not None:
+        from lm_server.rescoring.causal_lm import find_model
+
+        model = digest(find_model(args.llm))
+        found["--llm"] = f"{model} {args.llm_device} {args.llm_dtype} {args.llm_text}"
+    return found

@@ -14,6 +14,8 @@ import numpy as np
 from lm_server.lexicon.text import UNKNOWN
 
 BEGIN, END = "<s>", "</s>"
+LEAST = 1e-12
+"""Least probability of all unseen words after a history. Rounding could make it negative."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,30 @@ def find_rows(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         return np.full(len(wanted), -1, np.int64)
     rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[rows] == wanted, rows, -1)
+
+
+def normalising_backoffs(
+    longer: SortedOrder, lower: SortedOrder, context: np.ndarray
+) -> np.ndarray:
+    """Return the back-off weights of one order with which every history's probabilities sum to 1.
+
+    Args:
+      longer: n-grams of the order above.
+      lower: the n-grams whose back-offs are wanted.
+      context: the rows in `lower` of the contexts of `longer`.
+
+    Returns:
+      float32 [N], zeros signed as `SortedOrder` defines them.
+    """
+    size = len(lower)
+    p = np.bincount(context, 10.0 ** longer.log10.astype(np.float64), size)
+    below = np.bincount(context, 10.0 ** lower.log10[longer.parent].astype(np.float64), size)
+    weight = np.log10(np.maximum(1.0 - p, LEAST)) - np.log10(np.maximum(1.0 - below, LEAST))
+    backoff: np.ndarray = weight.astype(np.float32)
+    has_longer = np.bincount(context, minlength=size) > 0
+    zero = backoff == 0
+    backoff[zero] = np.where(has_longer[zero], np.float32(0.0), np.float32(-0.0))
+    return backoff
 
 
 def mark_contexts(model: SortedModel) -> SortedModel:

@@ -13,10 +13,12 @@ import pytest
 from processes import ROOT
 from small_model import say
 
+from lm_server import offline
 from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.offline import Logits, LogitsFileError, read_logits, searched
 from lm_server.protocol import to_rnn_order
+from lm_server.resumable import ResumeError, resumable
 from lm_server.search.flashlight import BeamSearch, LanguageModel
 from lm_server.settings import Settings, SettingsError, write_settings
 
@@ -240,3 +242,90 @@ def test_when_a_worker_is_killed_the_rest_is_decoded_all_the_same(capsys):
         found = [(one.trial, one.hypotheses[0].sentence) for one in outcomes]
     assert found == [(str(n), str(n)) for n in range(20)]
     assert "fewer --workers" in capsys.readouterr().err
+
+
+@pytest.fixture
+def interrupted(model_folder, tmp_path, monkeypatch):
+    """A run that ended at its eighth trial, and the trials that are searched from then on."""
+    write(tmp_path / "logits.npz")
+    searched, search = [], offline.decode_trial
+
+    def ended_at_the_eighth(*arguments):
+        if len(searched) == 7:
+            raise KeyboardInterrupt
+        searched.append(arguments[1])
+        return search(*arguments)
+
+    monkeypatch.setattr(offline, "decode_trial", ended_at_the_eighth)
+    assert run(model_folder, tmp_path, "--workers", "1") == 130
+    searched.clear()
+    monkeypatch.setattr(offline, "decode_trial", lambda *a: searched.append(a[1]) or search(*a))
+    return searched
+
+
+def answers_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_written_as_they_come_and_an_interrupted_run_goes_on_from_them(
+    model_folder, tmp_path, capsys, interrupted
+):
+    unfinished = tmp_path / "out.jsonl.unfinished"
+    assert [one["sentence"] for one in answers_of(unfinished)[1:]] == SENTENCES[:7]
+    assert "7 answers are in" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    with unfinished.open("ab") as file:  # as a power failure leaves it
+        file.write(b'{"trial": "t15.2023.08.13/trial_0007", "sent')
+    assert run(model_folder, tmp_path, "--workers", "1") == 0
+    assert "resuming: 7 of 20 trials" in capsys.readouterr().err
+    assert len(interrupted) == 13
+    assert interrupted[0].endswith("0007")
+    resumed = (tmp_path / "out.jsonl").read_text()
+    assert run(model_folder, tmp_path) == 0
+    assert (tmp_path / "out.jsonl").read_text() == resumed
+    assert not unfinished.exists()
+
+
+def test_a_run_with_other_inputs_is_not_resumed(model_folder, tmp_path, capsys, interrupted):
+    assert run(model_folder, tmp_path, "--workers", "1", "--beam", "9") == 2
+    assert "7 answers of an interrupted run with another beam" in capsys.readouterr().err
+    write(tmp_path / "logits.npz", SENTENCES[::-1])
+    assert run(model_folder, tmp_path, "--workers", "1") == 2
+    assert "another --logits: repeat the command" in capsys.readouterr().err
+    assert run(model_folder, tmp_path, "--workers", "1", "--restart") == 0
+    assert len(interrupted) == 20
+    found = [one["sentence"] for one in answers_of(tmp_path / "out.jsonl")]
+    assert found == SENTENCES[::-1]
+
+
+def test_a_sentence_that_was_not_rescored_is_tried_again(tmp_path):
+    inputs = {"--llm": "x"}
+    with resumable(tmp_path / "out", inputs) as first:
+        first.add({"trial": "a", "problem": "out of memory"})
+        first.add({"trial": "b", "problem": None})
+    with resumable(tmp_path / "out", inputs) as second:
+        assert second.done == {"b"}
+        second.add({"trial": "a", "problem": None})
+        second.finish(tmp_path / "out", ["a", "b", "failed"])
+    assert [one["trial"] for one in answers_of(tmp_path / "out")] == ["a", "b"]
+
+
+def test_two_runs_never_write_the_same_answers(tmp_path):
+    with resumable(tmp_path / "out", {}), pytest.raises(ResumeError, match="another process"):
+        resumable(tmp_path / "out", {}).__enter__()
+
+
+def test_a_file_that_is_no_interrupted_run_is_kept(tmp_path):
+    (tmp_path / "out.unfinished").write_text("[1]\n")
+    with pytest.raises(ResumeError, match="is no file of an interrupted run"):
+        resumable(tmp_path / "out", {}).__enter__()
+    assert (tmp_path / "out.unfinished").read_text() == "[1]\n"
+
+
+def test_the_time_that_is_left_is_printed_where_no_terminal_is(
+    model_folder, tmp_path, capsys, monkeypatch
+):
+    write(tmp_path / "logits.npz")
+    monkeypatch.setattr(offline, "_LINE_EVERY", 0.0)
+    assert run(model_folder, tmp_path) == 0
+    assert "decoding: 19 of 20, 0:00:0" in capsys.readouterr().err

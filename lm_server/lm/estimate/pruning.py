@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm_server.lm.sorted_ngrams import SortedModel, SortedOrder, contexts_of
-
-_LEAST = 1e-12
-"""Least probability of all unseen words after a history. Rounding could make it negative."""
+from lm_server.lm.sorted_ngrams import (
+    LEAST,
+    SortedModel,
+    SortedOrder,
+    contexts_of,
+    normalising_backoffs,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def _costs(
     p, below = np.exp(log_p), np.exp(log_lower)
     left = 1.0 - np.bincount(context, p, len(lower))[context]
     left_below = 1.0 - np.bincount(context, below, len(lower))[context]
-    left, left_below = np.maximum(left, _LEAST), np.maximum(left_below, _LEAST)
+    left, left_below = np.maximum(left, LEAST), np.maximum(left_below, LEAST)
     log_new = np.log(left + p) - np.log(left_below + below)
     change = p * (log_lower + log_new - log_p) + left * (log_new - log_backoff)
     cost: np.ndarray = -frequency[context] * change
@@ -123,13 +126,4 @@ def _backoffs(scored: Scored, level: int, threshold: float) -> np.ndarray:
     """Return the back-off weights of one order for the n-grams kept in the order above."""
     longer, order = scored.model.orders[level], scored.model.orders[level - 1]
     rows = np.flatnonzero(scored.costs[level] >= threshold)
-    context, parent = scored.contexts[level - 1][rows], longer.parent[rows]
-    size = len(order)
-    p = np.bincount(context, 10.0 ** longer.log10[rows].astype(np.float64), size)
-    below = np.bincount(context, 10.0 ** order.log10[parent].astype(np.float64), size)
-    weight = np.log10(np.maximum(1.0 - p, _LEAST)) - np.log10(np.maximum(1.0 - below, _LEAST))
-    backoff = weight.astype(np.float32)
-    has_longer = np.bincount(context, minlength=size) > 0
-    zero = backoff == 0
-    backoff[zero] = np.where(has_longer[zero], np.float32(0.0), np.float32(-0.0))
-    return backoff
+    return normalising_backoffs(longer.select(rows), order, scored.contexts[level - 1][rows])

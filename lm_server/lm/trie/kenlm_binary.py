@@ -1,4 +1,4 @@
-"""Writes an n-gram model as a KenLM binary file (format version 5, all four kinds of trie).
+"""Writes and reads KenLM binary files (format version 5, all four kinds of trie).
 
 No wheel contains KenLM's own `build_binary`. KenLM's readers (the `kenlm` module, flashlight-text)
 memory-map the file, so all processes that read it share its memory. The layout, little-endian:
@@ -36,6 +36,7 @@ from lm_server.lm.trie.quantise import MAX_BITS, Tables, train
 
 _MAGIC = b"mmap lm http://kheafield.com/code format version 5\n\0\0"
 _TRIE, _QUANTISED, _COMPRESSED = 2, 1, 2
+_TRIES = range(_TRIE, _TRIE + 4)
 _SEARCH_VERSION = 1
 _QUANTISATION_VERSION = 2
 _ARRAY_VERSION, _ARRAY_BITS = 0, 255
@@ -249,6 +250,154 @@ def _write_order(
     file.write(bytes(layout.packed_bytes(level) - written))
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a KenLM binary file says of itself.
+
+    Attributes:
+      kind: KenLM's number of the data structure. 2 to 5 are tries.
+      counts: numbers of n-grams per order.
+      bytes: of the header.
+    """
+
+    kind: int
+    counts: Sequence[int]
+    bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a KenLM binary file.
+
+    Raises:
+      ValueError: it is none, or was made for other machines, or is cut short.
+    """
+    start = len(_MAGIC) + -len(_MAGIC) % 8 + 32
+    with path.open("rb") as file:
+        data = file.read(start + 20 + 8 * 16)
+    if not data.startswith(_MAGIC) or len(data) < start + 20:
+        raise ValueError("it does not begin as a KenLM binary file of format version 5 does")
+    order, kind, version = struct.unpack_from("<B7xI4xI", data, start)[:3]
+    known = _Layout([0] * max(order, 2), PLAIN)
+    if data[:start] != _header(known)[:start] or not 1 <= order <= 16:
+        raise ValueError("it was written on another kind of machine, or is damaged")
+    if kind in _TRIES and version != _SEARCH_VERSION:
+        raise ValueError(f"its trie has version {version}; needed {_SEARCH_VERSION}")
+    if len(data) < start + 20 + 8 * order:
+        raise ValueError("it is cut short")
+    counts = struct.unpack_from(f"<{order}Q", data, start + 20)
+    size = start + 20 + 8 * order
+    return Header(kind, counts, size + -size % 8)
+
+
+def read_trie(path: Path) -> SortedModel:
+    """Read all n-grams of a trie.
+
+    Raises:
+      ValueError: the file is no KenLM trie with its words in it, or is cut short.
+    """
+    header = read_header(path)
+    if header.kind not in _TRIES:
+        raise ValueError(
+            "its n-grams cannot be listed, since it is a hash table ('probing'): needed a trie, or "
+            "the ARPA file that it was made of"
+        )
+    file = np.memmap(path, np.uint8, "r")
+    # In order of the file. The words' hashes are made again from the words.
+    place = header.bytes + 8 + 8 * header.counts[0]
+    bits = None
+    if header.kind - _TRIE & _QUANTISED:
+        version, bits, of_backoffs = file[place : place + 3].tolist()
+        if (version, bits) != (_QUANTISATION_VERSION, of_backoffs):
+            raise ValueError(f"it has {bits} bits a probability and {of_backoffs} a back-off")
+    form = TrieForm(bits, bool(header.kind - _TRIE & _COMPRESSED))
+    layout = _Layout(header.counts, form)
+    tables = _read_tables(file, place, layout)
+    place += layout.table_bytes
+    count = header.counts[0]
+    record = np.frombuffer(_part(file, place, 16 * (count + 2)), dtype="<f4, <f4, <u8")
+    place += 16 * (count + 2)
+    ids, parents = np.arange(count, dtype=np.uint32), np.zeros(count, np.int64)
+    orders = [SortedOrder(ids, parents, record["f0"][:count], record["f1"][:count])]
+    children = record["f2"][: count + 1].astype(np.int64)
+    for level in range(1, len(header.counts)):
+        order, children, place = _read_order(file, place, level, layout, tables, children)
+        orders.append(order)
+    words = file[place:].tobytes().decode().split("\0")[:-1]
+    if len(words) != count:
+        raise ValueError(f"it has {count} words, but the spellings of {len(words)}")
+    if len(orders) > 1 and not len(orders[-1]):
+        orders.pop()
+    return SortedModel(words, orders)
+
+
+def _part(file: np.ndarray, place: int, size: int) -> bytes:
+    data = file[place : place + size].tobytes()
+    if len(data) < size:
+        raise ValueError("it is cut short")
+    return data
+
+
+def _read_tables(file: np.ndarray, place: int, layout: _Layout) -> list[np.ndarray]:
+    """Return the bins of a quantised trie: probabilities and back-offs of every order in turn."""
+    if layout.form.bits is None:
+        return []
+    values = np.frombuffer(_part(file, place, layout.table_bytes)[8:], "<f4")
+    return list(values.reshape(-1, 1 << layout.form.bits))
+
+
+def _read_order(
+    file: np.ndarray,
+    place: int,
+    level: int,
+    layout: _Layout,
+    tables: Sequence[np.ndarray],
+    children: np.ndarray,
+) -> tuple[SortedOrder, np.ndarray, int]:
+    """Return an order, the first children of its rows, and the place in the file after it.
+
+    `children` are the first children of the order before.
+    """
+    count, last = layout.counts[level], layout.is_last(level)
+    child_bits = 0 if last else layout.child_bits(level)
+    high: np.ndarray | int = 0
+    if layout.compressed and not last:
+        length = layout.array_length(level)
+        start = -(-place // 8) * 8 + 8
+        array = np.frombuffer(_part(file, start, 8 * length), "<u8").astype(np.int64)
+        high = np.searchsorted(array[1:], np.arange(count + 1), "right") << child_bits
+        place += 8 * (1 + length) + 7
+    size = layout.packed_bytes(level)
+    data = _part(file, place, size)
+    if layout.form.bits is None:
+        widths = [layout.word_bits, 31, *(() if last else (32, child_bits))]
+    else:
+        bits = layout.form.bits
+        widths = [
+            layout.word_bits,
+            *(() if last else (bits,)),
+            bits,
+            *(() if last else (child_bits,)),
+        ]
+    fields = unpack_bits(data, widths, count + (not last))
+    parent = np.repeat(np.arange(len(children) - 1), np.diff(children))
+    if len(parent) != count:
+        raise ValueError(f"its {level + 1}-grams are damaged")
+    if tables:
+        own = tables[2 * (level - 1) :]
+        log10 = own[0][fields[-1 if last else 2][:count]]
+        backoff = np.zeros(count, np.float32) if last else own[1][fields[1][:count]]
+    else:
+        log10 = (fields[1][:count].astype("<u4") | np.uint32(1 << 31)).view("<f4")
+        backoff = (
+            np.full(count, -0.0, np.float32)
+            if last
+            else fields[2][:count].astype("<u4").view("<f4")
+        )
+    order = SortedOrder(fields[0][:count].astype(np.uint32), parent, log10, backoff)
+    following = children if last else fields[-1].astype(np.int64) + high
+    return order, following, place + size
+
+
 def _first_children(below: SortedOrder, start: int, end: int) -> np.ndarray:
     """Return where the children of rows `start` to `end` begin in the order below."""
     return np.searchsorted(below.parent, np.arange(start, end), "left").astype(np.uint64)
@@ -301,3 +450,17 @@ def pack_bits(fields: Sequence[tuple[np.ndarray, int]]) -> bytes:
         offset += bits
     data = np.ascontiguousarray(packed.T).astype("<u8", copy=False).tobytes()
     return data[: (rows * width + 7) // 8]
+
+
+def unpack_bits(data: bytes, widths: Sequence[int], rows: int) -> list[np.ndarray]:
+    """Return the fields of rows that `pack_bits` packed, uint64 [rows] each."""
+    whole = np.frombuffer(data + bytes(16 + -len(data) % 8), "<u8")
+    at = np.arange(rows, dtype=np.int64) * sum(widths)
+    found = []
+    for bits in widths:
+        word, shift = at >> 6, (at & 63).astype(np.uint64)
+        # A shift by 64 is undefined, therefore in two steps.
+        above = (whole[word + 1] << (np.uint64(63) - shift)) << np.uint64(1)
+        found.append((whole[word] >> shift | above) & np.uint64((1 << bits) - 1))
+        at = at + bits
+    return found

@@ -20,6 +20,8 @@ from lm_server.lm.trie.kenlm_binary import (
     PLAIN,
     TrieForm,
     pack_bits,
+    read_header,
+    read_trie,
     trie_bytes,
     write_trie,
 )
@@ -247,3 +249,47 @@ def reference_murmur(key: bytes) -> int:
             h *= m
         h = (h ^ (h >> np.uint64(47))) * m
         return int(h ^ (h >> np.uint64(47)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", [1, 2, 4])
+def test_every_n_gram_is_read_back_from_every_kind_of_trie(tmp_path, form, order):
+    tokens, words = encode(zipf_text(1, 400))
+    model = estimate(tokens, words, order, MEGABYTE, tmp_path).model
+    write_trie(tmp_path / "lm.bin", model, form)
+    assert read_header(tmp_path / "lm.bin").kind == form.kind
+    found = read_trie(tmp_path / "lm.bin")
+    assert list(found.words) == list(model.words)
+    assert found.counts == model.counts
+    write_trie(tmp_path / "again.bin", found)
+    there, again = quiet(tmp_path / "lm.bin"), quiet(tmp_path / "again.bin")
+    for sentence in zipf_text(2, 50):
+        text = " ".join(sentence)
+        assert list(there.full_scores(text)) == list(again.full_scores(text))
+    for own, there in zip(found.orders, model.orders, strict=True):
+        np.testing.assert_array_equal(own.word, there.word)
+        np.testing.assert_array_equal(own.parent, there.parent)
+        if form.bits is None:
+            np.testing.assert_array_equal(own.log10, np.minimum(there.log10, 0))
+            np.testing.assert_array_equal(own.backoff.view("u4"), there.backoff.view("u4"))
+
+
+def test_what_is_no_trie_is_refused_with_what_was_found(tmp_path):
+    write_trie(tmp_path / "lm.bin", sort_model(read_arpa(written(tmp_path))))
+    whole = (tmp_path / "lm.bin").read_bytes()
+    for data, message in [
+        (b"\\data\\\n", "does not begin as a KenLM binary file"),
+        (whole[:60], "does not begin as a KenLM binary file"),
+        (whole[:260], "cut short"),
+        (whole[:-9], "spellings of"),
+        (whole[:96] + b"\0" + whole[97:], "hash table"),
+        (whole[:60] + b"\7" + whole[61:], "another kind of machine"),
+    ]:
+        (tmp_path / "bad.bin").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            read_trie(tmp_path / "bad.bin")
+
+
+def written(folder):
+    (folder / "lm.arpa").write_text(ARPA)
+    return folder / "lm.arpa"

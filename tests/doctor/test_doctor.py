@@ -364,7 +364,7 @@ def test_a_run_that_can_start_has_no_problem(capsys, simulated, tiny_overrides, 
     train, val = (count_trials(simulated / "hdf5_data_final", split) for split in ("train", "val"))
     found = findings["data"]["found"]
     assert f"4 sessions, {train} training and {val} validation trials" in found
-    assert "buckets 320x80" in findings["data"]["found"]
+    assert "buckets 180x40" in findings["data"]["found"]
     assert findings["memory"]["status"] == "ok"
     assert not workdir.exists()
 

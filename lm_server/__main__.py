@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",
     "adapt": "add a person's sentences and words to a model folder, mix it with others",
     "import-kaldi": "make a model folder of a Kaldi language model (G.fst or ARPA)",
+    "import": "use a KenLM binary file with its lexicon, or read pickled logits",
     "serve": "answer clients through Redis streams",
     "worker": "decode jobs from Redis, shared with other workers",
     "status": "show servers, workers, sessions and jobs of a Redis",
@@ -64,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     for name, text in COMMANDS.items():
         # The modules import the server's packages only when they run: `--help` needs none.
-        module = importlib.import_module(f"lm_server.commands.{name.replace('-', '_')}")
+        file = name.replace("-", "_") + "_" * keyword.iskeyword(name)
+        module = importlib.import_module(f"lm_server.commands.{file}")
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -150,8 +150,9 @@ def write_model(
     trie = folder / TRIE
     write_trie(trie, model, form, lambda rows: stages.advance(stage, rows, total))
     stages.finish(stage)
-    _write_lexicon(folder / LEXICON, lexicon, model)
-    quality = _measure(trie, held_out, lexicon.entries)
+    likely = dict(zip(model.words, model.orders[0].log10.tolist(), strict=True))
+    write_lexicon(folder / LEXICON, lexicon, likely, likely[UNKNOWN])
+    quality = measure(kenlm.Model(str(trie)), held_out, lexicon.entries)
     stages.finish("measuring on held-out sentences")
     return {
         "order": len(model.orders),
@@ -166,21 +167,18 @@ def write_model(
     }
 
 
-def _write_lexicon(path: Path, lexicon: Lexicon, model: SortedModel) -> None:
+def write_lexicon(path: Path, lexicon: Lexicon, log10: Mapping[str, float], unseen: float) -> None:
     """Write the words, likelier ones first. The search tries homophones in this order."""
-    log10 = dict(zip(model.words, model.orders[0].log10.tolist(), strict=True))
-    unseen = log10[UNKNOWN]
     by_probability = sorted(lexicon.entries, key=lambda word: -log10.get(word, unseen))
     ordered = Lexicon({word: lexicon.entries[word] for word in by_probability})
     with path.open("w") as file:
         file.writelines(format_lexicon(ordered))
 
 
-def _measure(
-    trie: Path, sentences: Iterable[Sequence[str]], known: Collection[str]
+def measure(
+    model: kenlm.Model, sentences: Iterable[Sequence[str]], known: Collection[str]
 ) -> dict[str, float | int | None]:
     """Return the perplexity per lexicon word and sentence end, and the rate of other words."""
-    model = kenlm.Model(str(trie))
     log10, scored, words, outside, count = 0.0, 0, 0, 0, 0
     for sentence in sentences:
         count += 1

@@ -19,6 +19,7 @@ FORMAT = 1
 DESCRIPTION, TRIE, LEXICON = "lm.json", "lm.bin", "lexicon.txt"
 _CLASS = {name: LM_CLASSES.index(name) for name in PHONEMES}
 _REMEDY = "build the model again"
+_LINKED = "bring it back, or import it again with `lm-server import --kenlm`"
 
 
 class ModelFolderError(UserError, ValueError):
@@ -45,6 +46,8 @@ def read_description(folder: Path) -> dict[str, object]:
     if not folder.is_dir():
         raise fault(f"there is no model folder {folder}")
     path, trie = folder / DESCRIPTION, folder / TRIE
+    if trie.is_symlink() and not trie.exists():
+        raise fault(f"{trie} is a link to {trie.readlink()}, which is not there", _LINKED)
     for name in (DESCRIPTION, TRIE, LEXICON):
         if not (folder / name).is_file():
             raise fault(f"{folder} is no model folder, {name} is missing in it")

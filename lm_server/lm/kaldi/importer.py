@@ -187,12 +187,12 @@ def _read_lexicons(
     """Return CMU's pronunciations, overridden by those of the model's own lexicon."""
     said = dict(read_lexicon("cmudict").entries)
     if path is not None:
-        said |= _read_own_lexicon(path, dropped)
+        said |= read_own_lexicon(path, dropped)
     stages.finish("reading lexicons")
     return said
 
 
-def _read_own_lexicon(path: Path, dropped: Dropped) -> dict[str, tuple[Pronunciation, ...]]:
+def read_own_lexicon(path: Path, dropped: Dropped) -> dict[str, tuple[Pronunciation, ...]]:
     """Read a lexicon in Kaldi's format.
 
     Raises:

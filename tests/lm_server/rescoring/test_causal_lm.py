@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tokenizers import (
     trainers,
 )
 
+from lm_server import offline
 from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.protocol import to_rnn_order
@@ -377,8 +379,12 @@ def test_a_gpu_that_is_not_there_is_an_error(opt: Path) -> None:
         load_scorer(opt, "cuda")
 
 
-def test_decode_rescores_a_file(
-    opt: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_decode_rescores_a_file_and_resumes_with_the_same_model_only(
+    opt: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     logits = [say(one.split(), strength=3.0) for one in ("the cat sat", "the dog ran")]
     file, out = tmp_path / "logits.npz", tmp_path / "out.jsonl"
@@ -402,3 +408,24 @@ def test_decode_rescores_a_file(
             )
     assert main([*command, "--llm", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err
+
+    whole, search = out.read_text(), offline.decode_trial
+
+    def interrupted_at_the_second(*arguments: Any) -> offline.Outcome:
+        if arguments[1] == "b":
+            raise KeyboardInterrupt
+        return search(*arguments)
+
+    monkeypatch.setattr(offline, "_AHEAD", 0)  # each is rescored before the next is searched
+    monkeypatch.setattr(offline, "decode_trial", interrupted_at_the_second)
+    assert main([*command, "--llm", str(opt)]) == 130
+    monkeypatch.setattr(offline, "decode_trial", search)
+    assert main(command) == 2
+    assert "1 answers of an interrupted run with another --llm" in capsys.readouterr().err
+    assert main([*command, "--llm", str(opt)]) == 0
+    assert "resuming: 1 of 2 trials" in capsys.readouterr().err
+    found, before = (
+        [json.loads(line) for line in text.splitlines()] for text in (out.read_text(), whole)
+    )
+    assert [one["sentence"] for one in found] == [one["sentence"] for one in before]
+    assert [one["rescored"] for one in found] == [True, True]

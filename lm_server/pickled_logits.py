@@ -1,0 +1,164 @@
+"""Pickled logits of phoneme-to-words-lm -> a logits file as `b2txt infer` writes it.
+
+A pickle can run code as it is read. This reader admits nothing but numbers, texts, containers and
+numpy arrays.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_server.atomic_file import regular, replacing
+from lm_server.offline import LogitsFileError
+from lm_server.protocol import CLASSES, ProtocolError, check_logits
+
+_BUILTINS = ("set", "frozenset", "bytearray", "complex", "slice", "range")
+_NUMPY = {
+    ("multiarray", "_reconstruct"),
+    ("multiarray", "scalar"),
+    ("numeric", "_frombuffer"),
+    ("", "ndarray"),
+    ("", "dtype"),
+}
+_NEEDED = "needed a pickle of {logits, adjusted_len, transcription}, each with one entry per trial"
+_USED = ("logits", "adjusted_len", "transcription")
+
+
+class _OnlyArrays(pickle.Unpickler):
+    """Unpickles numpy arrays and plain values, and refuses everything else by its name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        room = module.removeprefix("numpy").removeprefix("._core").removeprefix(".core").lstrip(".")
+        ours = module.partition(".")[0] == "numpy" and (room, name) in _NUMPY
+        scalar = module in ("numpy", "numpy.dtypes") and _is_scalar_type(module, name)
+        plain = module in ("builtins", "__builtin__") and name in _BUILTINS
+        # As protocols below 3 write bytes.
+        if ours or scalar or plain or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which may run code")
+
+
+def _is_scalar_type(module: str, name: str) -> bool:
+    room = np if module == "numpy" else np.dtypes
+    found = getattr(room, name, None)
+    return isinstance(found, type) and issubclass(found, np.generic | np.dtype)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    logits: list[np.ndarray]
+    sentences: list[str] | None
+    ignored: tuple[str, ...]
+
+
+def convert(path: Path, out: Path, tokens: Sequence[str] = CLASSES) -> tuple[int, list[str]]:
+    """Write an .npz file with `logits`, `frames`, `trial` and, where known, `sentence`.
+
+    Args:
+      path: the pickle.
+      out: the file to write.
+      tokens: the classes of the logits' columns, by default in the RNN's order, from which the
+        package's own scripts reorder them.
+
+    Returns:
+      The number of trials, and the fields of the pickle that have no place in the file.
+
+    Raises:
+      LogitsFileError: the pickle cannot be read, holds other objects, or a field is not as needed.
+    """
+    trials = _trials(path, _read(path))
+    order = [list(tokens).index(name) for name in CLASSES]
+    fields = {
+        "logits": np.concatenate([one[:, order] for one in trials.logits]),
+        "frames": np.array([len(one) for one in trials.logits], np.int32),
+        "trial": np.array([f"trial_{i:05d}" for i in range(len(trials.logits))]),
+    }
+    if trials.sentences is not None:
+        fields["sentence"] = np.array(trials.sentences)
+    with replacing(out) as temporary, temporary.open("wb") as file:
+        np.savez(file, **fields)  # type: ignore[arg-type]
+    return len(trials.logits), list(trials.ignored)
+
+
+def _read(path: Path) -> Any:
+    try:
+        with regular(path).open("rb") as file:
+            return _OnlyArrays(file).load()
+    except FileNotFoundError as error:
+        raise LogitsFileError(f"there is no {path}; {_NEEDED}") from error
+    except pickle.UnpicklingError as error:
+        raise LogitsFileError(
+            f"{path} cannot be read: {error}; needed arrays of numpy, texts and numbers only: "
+            "where it was made, turn tensors into arrays (`.cpu().float().numpy()`) and pickle anew"
+        ) from error
+    # A damaged pickle fails in any way.
+    except Exception as error:
+        raise LogitsFileError(f"{path} is no readable pickle ({error!r}); {_NEEDED}") from error
+
+
+def _trials(path: Path, found: Any) -> _Trials:
+    if isinstance(found, list | tuple) and found and all(isinstance(x, Mapping) for x in found):
+        names = set(found[0])
+        if any(set(one) != names for one in found):
+            raise LogitsFileError(f"{path} has trials with different fields; {_NEEDED}")
+        found = {name: [one[name] for one in found] for name in names}
+    if not isinstance(found, Mapping) or "logits" not in found:
+        what = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
+        raise LogitsFileError(f"{path} holds {what}; {_NEEDED}")
+    if "adjusted_lens" in found and "adjusted_len" not in found:
+        found = {**found, "adjusted_len": found["adjusted_lens"]}
+        del found["adjusted_lens"]
+    count = _length(path, "logits", found["logits"])
+    for name in ("adjusted_len", "transcription"):
+        if name in found and (other := _length(path, name, found[name])) != count:
+            raise LogitsFileError(f"{path} has {count} logits and {other} of {name}; {_NEEDED}")
+    if not count:
+        raise LogitsFileError(f"{path} has no trial; {_NEEDED}")
+    logits = []
+    for i in range(count):
+        one = np.asarray(found["logits"][i])
+        if one.ndim == 3 and len(one) == 1:
+            one = one[0]
+        try:
+            frames = int(found["adjusted_len"][i]) if "adjusted_len" in found else len(one)
+            if one.ndim == 2 and not 0 <= frames <= len(one):
+                raise ProtocolError(f"adjusted_len is {frames}, but there are {len(one)} frames")
+            logits.append(check_logits(one[:frames] if one.ndim == 2 else one))
+        except (ProtocolError, ValueError, TypeError) as error:
+            raise LogitsFileError(f"{path}, trial {i}: {error}") from error
+    sentences = None
+    if "transcription" in found:
+        sentences = [_text(path, i, found["transcription"][i]) for i in range(count)]
+    ignored = sorted(str(name) for name in set(found) - set(_USED))
+    return _Trials(logits, sentences, tuple(ignored))
+
+
+def _length(path: Path, name: str, value: Any) -> int:
+    if (
+        isinstance(value, str | bytes)
+        or not hasattr(value, "__len__")
+        or isinstance(value, Mapping)
+    ):
+        raise LogitsFileError(f"{path} has {name} of type {type(value).__name__}; {_NEEDED}")
+    return len(value)
+
+
+def _text(path: Path, trial: int, value: Any) -> str:
+    """Return a sentence, given as a text or as codes of characters with zeros after them."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return str(value)
+    codes = np.asarray(value)
+    if codes.ndim == 1 and codes.dtype.kind in "iu" and ((codes >= 0) & (codes < 0x110000)).all():
+        return "".join(map(chr, codes[: int(np.argmin(codes)) if 0 in codes else None]))
+    raise LogitsFileError(
+        f"{path}, trial {trial}: the transcription is {type(value).__name__}; needed a text or "
+        "codes of characters"
+    )

@@ -49,9 +49,9 @@ lint: setup
 test: setup
 	@$(MAKE) --no-print-directory -j 2 lint pytest
 
-# By file: what a file's tests share is made once.
+# By file: what a file's tests share is made once. With bytecode: tests start a hundred processes.
 pytest: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 test-slow: setup setup-tpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow

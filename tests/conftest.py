@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Tests and the processes that they start compile the same small programs: once is enough.
 os.environ.setdefault(
@@ -27,6 +28,10 @@ from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
 
 REPOSITORY = Path(__file__).parents[1]
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 
 LONGEST_FIRST = ("training", "serving", "client", "evaluation", "launch", "parity", "interop")

@@ -93,7 +93,7 @@ def label_41(trial):
 
 
 def long_label(trial):
-    trial.attrs["seq_len"] = 70
+    trial.attrs["seq_len"] = 38
     trial["seq_class_ids"][:] = 3
 
 
@@ -112,7 +112,7 @@ def truncate(path):
         (edit(shrink_features), ["trial_0000", "input_features", "needed [T, 512]"]),
         (edit(poison), ["trial_0000", "NaN", "bin 5, feature 7"]),
         (edit(label_41), ["trial_0000", "the id 41", "needed 1 to 40"]),
-        (edit(long_label), ["trial_0000", "label of 70 phonemes", "drop the trial"]),
+        (edit(long_label), ["trial_0000", "label of 38 phonemes", "drop the trial"]),
         (edit(cut_trial), ["trial_0000", "9 bins", "the model needs 14"]),
     ],
     ids=["truncated", "feature count", "NaN", "label 41", "long label", "short trial"],

@@ -35,7 +35,6 @@ def smallest_expectation(bins, weights, count, multiple):
     )
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5), st.sampled_from([1, 3, 8]), st.data())
 def test_no_set_of_buckets_has_less_padding(lengths, count, multiple, data):
     bins = sorted(n for n, _ in lengths)
@@ -52,7 +51,6 @@ def test_no_set_of_buckets_has_less_padding(lengths, count, multiple, data):
     assert got == pytest.approx(smallest_expectation(bins, weights, count, multiple))
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5), st.sampled_from([1, 3, 8]))
 def test_buckets_ascend_in_multiples_and_a_label_never_forces_a_larger_one(
     lengths, count, multiple
@@ -75,7 +73,7 @@ def test_buckets_that_would_save_nothing_are_not_made():
     assert everything_is_longest == ((48, 16),)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=4),
     st.integers(1, 3),

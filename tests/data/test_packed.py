@@ -57,7 +57,7 @@ def test_features_are_those_of_hdf5_rounded_to_the_packed_type(root, tmp_path, d
         assert reader.read(new).features.tobytes() == expected.astype(np.float32).tobytes()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_one_wrong_bit_is_refused_naming_file_and_trial_and_other_trials_are_read(copy_once, data):
     refs = refs_of(copy_once)
@@ -129,7 +129,7 @@ def test_a_missing_or_damaged_index_is_refused_naming_it(copy):
         refs_of(copy)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_damaged_manifest_is_refused_or_means_the_same(whole, tmp_path_factory, data):
     octets = bytearray((whole / packed.MANIFEST).read_bytes())

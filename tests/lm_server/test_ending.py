@@ -62,7 +62,9 @@ def test_an_interrupt_of_work_that_runs_no_python_is_acknowledged_and_ends_it():
 
 
 def test_an_interrupt_lets_a_command_clean_up():
-    process = running("try: ready(); time.sleep(100)", "finally: print('cleaned')")
+    process = running(
+        "try:", "    ready()", "    while True: time.sleep(0.05)", "finally: print('cleaned')"
+    )
     process.send_signal(signal.SIGINT)
     output, error = process.communicate(timeout=20)
     assert (process.returncode, output) == (130, "cleaned\n")
@@ -86,7 +88,9 @@ def test_an_interrupt_of_a_forked_process_is_not_taken_for_the_parents():
     process = running(
         "reading, writing = os.pipe()",
         "child = os.fork()",
-        "if not child: os.write(writing, b'x'); time.sleep(100)",
+        "if not child: os.write(writing, b'x')",
+        # Not one long sleep: a signal just before it would not end it.
+        "while not child: time.sleep(0.05)",
         "ready(); os.read(reading, 1); os.kill(child, signal.SIGINT)",
         "os.waitpid(child, 0); time.sleep(0.3)",
     )

@@ -51,7 +51,7 @@ def compare(logits, frames, labels, label_length, atol=2e-5):
         np.testing.assert_allclose(np.asarray(gradient)[feasible], theirs, atol=atol)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1))
 def test_losses_and_gradients_equal_torch(seed):
     rng = np.random.default_rng(seed)

@@ -8,8 +8,16 @@ from lm_server.lexicon.pronunciations import LexiconError, read_lexicon
 from lm_server.lm.estimate.g2p_training import align, errors, train
 from lm_server.protocol import PHONEMES
 
-CMU = read_lexicon("cmudict").entries
-SAMPLE = sorted(CMU)[::37]
+
+@pytest.fixture(scope="module")
+def cmu():
+    """The dictionary: word -> pronunciations."""
+    return read_lexicon("cmudict").entries
+
+
+@pytest.fixture(scope="module")
+def sample(cmu):
+    return sorted(cmu)[::37]
 
 
 def edit_distance(one, other):
@@ -31,45 +39,45 @@ def edit_distance(one, other):
         ("chatbots", "CH AE T B AA T S"),
     ],
 )
-def test_new_words_are_said_as_people_say_them(word, phones):
-    assert word not in CMU
+def test_new_words_are_said_as_people_say_them(word, phones, cmu):
+    assert word not in cmu
     assert tuple(phones.split()) in pronounce(word, 5)
 
 
-def test_the_shipped_model_knows_the_words_that_it_was_made_of():
-    words = SAMPLE[::12]
+def test_the_shipped_model_knows_the_words_that_it_was_made_of(cmu, sample):
+    words = sample[::12]
     said = {word: pronounce(word, 3) for word in words}
-    wrong, phone_errors = errors(said, {word: CMU[word] for word in words})
+    wrong, phone_errors = errors(said, {word: cmu[word] for word in words})
     # On words that it has not seen it is wrong three times in ten (`scripts/make_g2p.py`).
     assert wrong < 0.2
     assert phone_errors < 0.06
 
 
-def test_a_model_of_some_words_says_others_far_better_than_chance(tmp_path):
-    seen = [(word, one) for word in SAMPLE for one in CMU[word]]
+def test_a_model_of_some_words_says_others_far_better_than_chance(tmp_path, cmu, sample):
+    seen = [(word, one) for word in sample for one in cmu[word]]
     figures = train(seen, tmp_path / "small.bin", 4, 50_000, tmp_path)
     assert figures["words"] > 0.95 * len(seen)
     model = read_model(tmp_path / "small.bin")
-    others = sorted(CMU)[5::1700]
+    others = sorted(cmu)[5::1700]
     said = {word: pronounce(word, 3, model) for word in others}
-    wrong, phone_errors = errors(said, {word: CMU[word] for word in others})
+    wrong, phone_errors = errors(said, {word: cmu[word] for word in others})
     # By 3,400 words; letters alone would not get a third of the phonemes right.
     assert phone_errors < 0.3
     assert wrong < 0.9
 
 
-def test_letters_are_aligned_with_what_they_say():
+def test_letters_are_aligned_with_what_they_say(cmu):
     words = ["box", "fox", "ox", "see", "bee", "sob", "fib", "if", "six"]
-    aligned = dict(align([(word, CMU[word][0]) for word in words], rounds=20))
+    aligned = dict(align([(word, cmu[word][0]) for word in words], rounds=20))
     assert aligned["box"] == (("B",), ("AA",), ("K", "S"))
     assert aligned["fib"] == (("F",), ("IH",), ("B",))
     for word, parts in aligned.items():
         assert len(parts) == len(word)
-        assert tuple(phone for part in parts for phone in part) == CMU[word][0]
+        assert tuple(phone for part in parts for phone in part) == cmu[word][0]
 
 
-def test_words_with_more_phonemes_than_letters_can_say_are_not_aligned():
-    assert align([("w", CMU["w"][0])]) == []
+def test_words_with_more_phonemes_than_letters_can_say_are_not_aligned(cmu):
+    assert align([("w", cmu["w"][0])]) == []
 
 
 def test_pronunciations_are_distinct_and_no_more_than_wanted():

@@ -131,7 +131,7 @@ def test_every_ngram_has_the_values_of_the_definition(tmp_path, order, prune):
     st.integers(1, 5),
     st.sampled_from([[0], [0, 1], [0, 0, 1, 2]]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_small_texts_have_the_values_of_the_definition(tmp_path_factory, sentences, order, prune):
     check(sentences, order, prune[:order], tmp_path_factory.mktemp("small"))
 

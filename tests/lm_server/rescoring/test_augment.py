@@ -105,7 +105,7 @@ def lists(draw: st.DrawFn) -> list[Hypothesis]:
 
 
 @given(lists(), st.integers(0, 6), st.sampled_from([0.0, 0.01, 0.5]))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_it_makes_what_the_plain_version_makes(
     hypotheses: list[Hypothesis], top: int, penalty: float
 ) -> None:
@@ -117,7 +117,7 @@ def test_it_makes_what_the_plain_version_makes(
 
 
 @given(lists())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_old_candidates_keep_their_scores_and_the_best_stays_the_best(
     hypotheses: list[Hypothesis],
 ) -> None:

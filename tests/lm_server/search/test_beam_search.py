@@ -91,7 +91,7 @@ def some_logits(rng, frames):
     st.lists(st.integers(0, 9), max_size=6),
     st.integers(0, 40),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_frames_in_any_chunks_give_the_same_answer(tiny, seed, cuts, frames):
     logits = some_logits(np.random.default_rng(seed), frames)
     search = BeamSearch(tiny, Settings())

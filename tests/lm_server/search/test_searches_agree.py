@@ -14,7 +14,7 @@ from lm_server.search.load import load_model
 from lm_server.settings import Settings
 
 EXACT = {"beam": 1000.0, "max_active": 10_000, "nbest": 10_000, "max_classes": 41}
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=15, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

@@ -119,7 +119,7 @@ def test_from_nejm_train_and_back(small, tmp_path, capsys):
     folder, theirs = small
     workdir = tmp_path / "run"
     command = ["convert", "--from-nejm", str(folder), "--workdir", str(workdir)]
-    assert main([*command, "--config.data.buckets=((160, 40), (320, 80))"]) == 0
+    assert main([*command, "--config.data.buckets=((180, 40),)"]) == 0
     printed = capsys.readouterr()
     assert "4 sessions, step 2, validation PER 25.00 %" in printed.out
     assert "left out, without effect here: batches_per_save, checkpoint_dir" in printed.err

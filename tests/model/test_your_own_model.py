@@ -56,7 +56,7 @@ def overrides_of(simulated: Path) -> list[str]:
         "data.root": simulated / "hdf5_data_final",
         "data.trials_per_day": 1,
         "data.eval_batch_size": 4,
-        "data.buckets": ((320, 80),),
+        "data.buckets": ((180, 40),),
         "train.steps": 4,
         "train.validate_every": 2,
         "train.log_every": 1,

@@ -16,7 +16,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from devices import TRAIN, losses, start, train_here
+from devices import TRAIN, finish, losses, start, train_here
 from rich.console import Console
 
 from b2txt_jax.config import with_overrides
@@ -27,29 +27,60 @@ from b2txt_jax.training.tracker import TrainingError
 
 pytestmark = pytest.mark.timeout(900)  # several runs each, on a machine that others may use
 
-STEPS = 12
+STEPS = 5
 MORE = [
-    "--config.data.trials_per_day=1",
     f"--config.train.steps={STEPS}",
     "--config.train.log_every=1",
     "--config.train.validate_every=5",
     "--config.train.save_every=1",
 ]
+# Never done before the signal.
+ENDLESS = 1_000_000
+SELDOM = [
+    "--config.train.log_every=1",
+    f"--config.train.steps={ENDLESS}",
+    f"--config.train.validate_every={ENDLESS}",
+    f"--config.train.save_every={ENDLESS}",
+]
+
+
+def steps_of(count):
+    return f"--config.train.steps={count}"
+
+
+def rows_for(devices):
+    """Overrides that give each device a row."""
+    if devices == 1:
+        return []
+    return ["--config.data.trials_per_day=2", "--config.data.eval_batch_size=8"]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_overrides, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    train_here(workdir, [*tiny_overrides, *MORE])
-    assert json.loads((workdir / FINISHED_FILE).read_text())["step"] == STEPS
-    return losses(workdir)
+    """Losses of the first so many steps, never interrupted by anything."""
+    folders = {}
+
+    def of_steps(steps, devices=1, processes=1):
+        asked = -(-steps // 8) * 8  # few, and most often enough for the next call too
+        key = (devices, processes, asked)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("uninterrupted")
+            more = [*tiny_overrides, *rows_for(devices * processes), *SELDOM, steps_of(asked)]
+            if devices * processes == 1:
+                train_here(folders[key], more)
+            else:
+                finish(start(folders[key], more, devices, processes))
+            assert json.loads((folders[key] / FINISHED_FILE).read_text())["step"] == asked
+        return losses(folders[key])[:steps]
+
+    return of_steps
 
 
 @pytest.fixture(scope="module")
 def two_steps(tiny_overrides, tmp_path_factory):
     """The run after two of its steps; copy it, do not change it."""
     workdir = tmp_path_factory.mktemp("two_steps")
-    train_here(workdir, [*tiny_overrides, *MORE, "--config.train.steps=2"])
+    train_here(workdir, [*tiny_overrides, *MORE, steps_of(2)])
     return workdir
 
 
@@ -71,15 +102,92 @@ def test_killed_in_the_middle_of_saves_a_run_ends_bit_identical(
     """Each kill is sent in the middle of a save, once so many are complete."""
     latest = tmp_path / "checkpoints" / "latest"
     for fewest in kills:
-        [run] = start(tmp_path, [*tiny_overrides, *MORE])
+        [run] = start(tmp_path, [*tiny_overrides, *MORE, steps_of(ENDLESS)])
         wait_for(lambda n=fewest: any(p.name == str(n) for p in latest.glob("*")), run)
         # A folder of this name exists only while a save is on its way.
         wait_for(lambda: any(latest.glob("*orbax-checkpoint-tmp*")), run)
         run.send_signal(signal.SIGKILL)
         run.communicate()
         assert not (tmp_path / FINISHED_FILE).exists()
-    assert "going on from step" in train_here(tmp_path, [*tiny_overrides, *MORE])
-    assert losses(tmp_path) == uninterrupted
+    saved = max(int(path.name) for path in latest.glob("*") if path.name.isdigit())
+    said = train_here(tmp_path, [*tiny_overrides, *MORE, steps_of(saved + 3)])
+    assert f"going on from step {saved} of {saved + 3}" in said
+    assert losses(tmp_path) == uninterrupted(saved + 3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "told"),
+    [
+        pytest.param(1, 1, [0], id="one process"),
+        pytest.param(4, 2, [0, 1], id="both of two", marks=pytest.mark.slow),
+        pytest.param(4, 2, [1], id="only the second of two", marks=pytest.mark.slow),
+    ],
+)
+def test_preemption_saves_says_so_exits_0_and_goes_on_bit_identical(
+    devices, processes, told, tiny_overrides, uninterrupted, tmp_path
+):
+    more = [*tiny_overrides, *rows_for(devices * processes), *SELDOM]
+    runs = start(tmp_path, more, devices, processes)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    try:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert [run.poll() for run in runs] == [None] * processes, "ended before the signal"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for index in told:
+            runs[index].send_signal(signal.SIGTERM)
+        outputs = finish(runs)  # asserts that all exit 0
+    finally:
+        for run in runs:
+            run.kill()  # it would never end by itself
+    said = " ".join(outputs[0].split())
+    found = re.search(r"stopped at step (\d+) of 1000000; it is saved: the same command goes", said)
+    assert found, said
+    stopped = int(found[1])
+    assert not (tmp_path / FINISHED_FILE).exists()
+
+    more.append(steps_of(stopped + 3))
+    if devices * processes == 1:
+        said = train_here(tmp_path, more)
+    else:
+        said = finish(start(tmp_path, more, devices, processes))[0]
+    assert f"going on from step {stopped} of {stopped + 3}" in " ".join(said.split())
+    assert losses(tmp_path) == uninterrupted(stopped + 3, devices, processes)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_during_compilation_ends_training_without_waiting_for_the_compiler(
+    number, status, tiny_overrides, tmp_path
+):
+    # With all optimisations and without a cache, it takes much longer than what is allowed here.
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    larger = ["--config.model.units=256", "--config.model.layers=5"]
+    # Where tests run in the background it is ignored, and a process inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    run = subprocess.Popen(
+        [*TRAIN, "--workdir", str(tmp_path), *tiny_overrides, *larger],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    signal.signal(signal.SIGINT, before)
+    try:
+        while "compiling" not in run.stdout.readline():
+            assert run.poll() is None
+        run.send_signal(number)
+        sent = time.monotonic()
+        said, _ = run.communicate(timeout=120)
+        seconds = time.monotonic() - sent
+    finally:
+        run.kill()
+    assert run.returncode == status, said
+    assert "stopped before step 1: the same command starts again there" in said
+    assert "2 of 2 after" not in said
+    assert seconds < 20  # on a machine with other work
+    assert ("interrupted: stopping" in said) == (number == signal.SIGINT)
+    assert "Traceback" not in said
 
 
 def no_large_file():
@@ -143,7 +251,7 @@ def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
     assert "Make room, then start the same command" in message
     (small_disk / "filling").unlink()
     train_here(workdir, [*tiny_overrides, *MORE])
-    assert losses(workdir) == uninterrupted
+    assert losses(workdir) == uninterrupted(STEPS)
 
 
 def test_a_save_that_the_system_refuses_names_the_step_and_what_is_left(

@@ -29,10 +29,9 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def overrides(tiny_overrides):
-    """Eight rows per batch, one per device; every step logged; with dropout and augmentation."""
+    """Rows for up to eight devices; every step logged; with dropout and augmentation."""
     return [
         *tiny_overrides,
-        "--config.data.buckets=((160, 40), (320, 80))",
         "--config.data.trials_per_day=2",
         "--config.data.eval_batch_size=8",
         f"--config.train.steps={STEPS}",
@@ -70,23 +69,38 @@ def assert_same_validations(workdir, expected):
     assert found == wanted
 
 
+@pytest.fixture(scope="module")
+def shared(overrides, tmp_path_factory):
+    """Folder and outputs of the run on a number of devices."""
+    runs = {}
+
+    def run(devices, processes, model_axis):
+        key = (devices, processes, model_axis)
+        if key not in runs:
+            workdir = tmp_path_factory.mktemp("shared")
+            more = [*overrides, f"--config.parallel.model_axis={model_axis}"]
+            runs[key] = workdir, finish(start(workdir, more, devices, processes))
+        return runs[key]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("devices", "processes", "model_axis"),
     [
         pytest.param(8, 1, 1, id="8 devices", marks=pytest.mark.slow),
-        # Half of such a run is in `..._saved_on_eight_devices_...`.
         pytest.param(8, 1, 2, id="4 x 2 devices", marks=pytest.mark.slow),
-        pytest.param(4, 2, 1, id="2 processes of 4 devices"),
+        pytest.param(4, 2, 1, id="2 processes of 4 devices", marks=pytest.mark.slow),
+        pytest.param(2, 2, 2, id="2 processes of 2 devices"),
     ],
 )
 def test_the_losses_are_those_of_one_device(
-    devices, processes, model_axis, overrides, alone, alone_in, tmp_path
+    devices, processes, model_axis, shared, alone, alone_in
 ):
-    more = [*overrides, f"--config.parallel.model_axis={model_axis}"]
-    outputs = finish(start(tmp_path, more, devices, processes))
+    workdir, outputs = shared(devices, processes, model_axis)
     assert f"on {devices * processes} cpu" in " ".join(outputs[0].split())
-    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
-    assert_same_validations(tmp_path, alone_in)
+    np.testing.assert_allclose(losses(workdir), alone, rtol=1e-5)
+    assert_same_validations(workdir, alone_in)
     for silent in outputs[1:]:
         assert "sessions" not in silent  # one process speaks for all
 
@@ -145,11 +159,12 @@ def test_each_of_two_processes_reads_only_its_rows_in_validation_and_gets_the_re
     assert_same_validations(tmp_path / "run", alone_in)
 
 
-def test_a_run_saved_on_eight_devices_goes_on_with_one(overrides, alone, tmp_path):
-    half = [*overrides, f"--config.train.steps={STEPS // 2}", "--config.parallel.model_axis=2"]
-    finish(start(tmp_path, half, devices=8))
-    assert f"going on from step {STEPS // 2}" in train_here(tmp_path, overrides)
-    np.testing.assert_allclose(losses(tmp_path), alone, rtol=1e-5)
+def test_a_run_saved_on_four_devices_goes_on_with_one(overrides, shared, alone, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(shared(2, 2, 2)[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "latest" / str(STEPS))
+    assert f"going on from step {STEPS // 2}" in train_here(workdir, overrides)
+    np.testing.assert_allclose(losses(workdir), alone, rtol=1e-5)
 
 
 def test_the_day_layers_are_split_and_everything_else_is_on_every_device():

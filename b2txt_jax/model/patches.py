@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from b2txt_jax.model.interface import Bins
+from b2txt_jax.model.mesh import data_devices, devices_mesh
+
+_CONVOLVED_ROWS = 8
+"""Rows per device from which on the features' gradient is a convolution."""
 
 
 def frame_count(bins: Bins, size: int, stride: int) -> Bins:
@@ -76,7 +80,8 @@ def _backward(
     cotangent = cotangent.astype(dtype)
     unused = (x.shape[1] - size) % stride  # bins after the last patch
     # Each is again one convolution (Dumoulin and Visin 2016, section 4): over the frames for the
-    # weight, over the spread-out frames with the kernel reversed for the features.
+    # weight, over the spread-out frames with the kernel reversed for the features. Few rows leave
+    # most of a TPU's product unit idle in the latter.
     d_weight = _convolve(
         x,
         cotangent,
@@ -84,16 +89,36 @@ def _backward(
         padding=[(0, -unused)],
         rhs_dilation=(stride,),
     )
-    d_x = _convolve(
-        cotangent,
-        _kernel(x, weight, size, dtype)[:, ::-1],
-        ("NTC", "ITO", "NTC"),
-        padding=[(size - 1, size - 1 + unused)],
-        lhs_dilation=(stride,),
-    )
+    if x.shape[0] // data_devices(devices_mesh()) < _CONVOLVED_ROWS:
+        d_x = _overlapping(cotangent, weight.astype(dtype), x.shape, size, stride)
+    else:
+        d_x = _convolve(
+            cotangent,
+            _kernel(x, weight, size, dtype)[:, ::-1],
+            ("NTC", "ITO", "NTC"),
+            padding=[(size - 1, size - 1 + unused)],
+            lhs_dilation=(stride,),
+        )
     # Laid out once: else clipping and each moment of the optimizer would read it across the grain.
     d_weight = jax.lax.optimization_barrier(d_weight.reshape(weight.shape))
     return d_x.astype(x_like.dtype), d_weight
+
+
+def _overlapping(
+    cotangent: jax.Array, weight: jax.Array, shape: tuple[int, ...], size: int, stride: int
+) -> jax.Array:
+    """Compute the features' gradient as one product, a patch for each frame, and add the patches
+    where they overlap: [B, P, K], [K, size * D] -> float32 [B, T, D] of this shape."""
+    rows, bins, width = shape
+    frames, strides = cotangent.shape[1], -(-size // stride)  # strides: that a patch reaches over
+    whole = jnp.pad(weight, ((0, 0), (0, (strides * stride - size) * width)))
+    parts = jnp.einsum("bpk,ki->bpi", cotangent, whole, preferred_element_type=jnp.float32)
+    parts = parts.reshape(rows, frames, strides, stride * width)
+    added = sum(
+        jnp.pad(parts[:, :, at], ((0, 0), (at, strides - 1 - at), (0, 0))) for at in range(strides)
+    )
+    added = jnp.asarray(added).reshape(rows, -1, width)[:, :bins]
+    return jnp.pad(added, ((0, 0), (0, bins - added.shape[1]), (0, 0)))
 
 
 project_patches.defvjp(_forward, _backward)

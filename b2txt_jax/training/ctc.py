@@ -2,19 +2,28 @@
 (Graves et al. 2006).
 
 Automatic differentiation of the forward recursion would run a second, larger loop. Instead the
-backward recursion runs as the forward recursion of the reversed problem, stacked beside the first.
-One loop of P steps computes both, and the gradient is a closed form: softmax minus the posterior of
-each class in each frame. Everything is float32: bfloat16 has too few digits for sums of
-log-probabilities.
+gradient is a closed form: softmax minus the posterior of each class in each frame. On a TPU both
+recursions are Pallas kernels (ctc_pallas.py). Elsewhere the backward recursion runs as the forward
+recursion of the reversed problem, stacked beside the first, so that one loop of P steps computes
+both. Everything is float32: bfloat16 has too few digits for sums of log-probabilities.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from b2txt_jax.errors import UserError
+from b2txt_jax.model.interface import DATA
+from b2txt_jax.model.mesh import data_devices, devices_mesh
+from b2txt_jax.training import ctc_pallas
+from b2txt_jax.training.ctc_pallas import LOG_ZERO as _LOG_ZERO
 
 BLANK = 0
-_LOG_ZERO = -1e30
+KINDS = ("auto", "scan", "pallas")
 
 
 def frames_needed(labels: jax.Array, label_length: jax.Array) -> jax.Array:
@@ -25,9 +34,13 @@ def frames_needed(labels: jax.Array, label_length: jax.Array) -> jax.Array:
     return label_length + repeats.sum(1)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def ctc_loss(
-    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array
+    logits: jax.Array,
+    frames: jax.Array,
+    labels: jax.Array,
+    label_length: jax.Array,
+    kind: str = "auto",
 ) -> jax.Array:
     """Return the negative log-likelihood (ln) of each label: [B].
 
@@ -36,15 +49,18 @@ def ctc_loss(
       frames: valid frames per row, int [B]. Later frames are ignored.
       labels: class ids, int [B, L], padded with anything.
       label_length: int [B].
+      kind: of the recursions. 'scan'; 'pallas', which outside a TPU is Pallas's interpreter, slow
+        and meant for tests; or 'auto': Pallas on a TPU when the devices share the rows evenly, else
+        the scan.
 
     Rows that no alignment can spell (fewer frames than `frames_needed`) have loss +inf and a zero
     gradient. The caller counts and excludes them. Zero frames with an empty label have loss 0.
     """
-    return _loss_and_posterior(logits, frames, labels, label_length)[0]
+    return _loss_and_posterior(logits, frames, labels, label_length, kind)[0]
 
 
 def _loss_and_posterior(
-    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array
+    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array, kind: str
 ) -> tuple[jax.Array, jax.Array]:
     logits = logits.astype(jnp.float32)
     length = logits.shape[1]
@@ -55,21 +71,8 @@ def _loss_and_posterior(
     one_hot = jax.nn.one_hot(states, logits.shape[2], dtype=jnp.float32)
     emissions = jnp.einsum("bpc,bsc->bps", log_probs, one_hot, precision="highest")
 
-    reversed_frames = _reversal(frames, length)
     state_length = 2 * label_length + 1
-    reversed_states = _reversal(state_length, states.shape[1])
-    mirrored = jnp.take_along_axis(emissions, reversed_frames[:, :, None], axis=1)
-    mirrored = jnp.take_along_axis(mirrored, reversed_states[:, None, :], axis=2)
-    mirrored_ids = jnp.take_along_axis(states, reversed_states, axis=1)
-
-    # On a new axis: appended rows would have to move between the devices that share the batch.
-    alphas, betas = jax.vmap(_alphas)(
-        jnp.stack([emissions, mirrored]),
-        jnp.stack([states, mirrored_ids]),
-        jnp.stack([state_length, state_length]),
-    )
-    betas = jnp.take_along_axis(betas, reversed_states[:, None, :], axis=2)
-    betas = jnp.take_along_axis(betas, reversed_frames[:, :, None], axis=1)
+    alphas, joint = _recursions(emissions, states, frames, state_length, kind)
 
     log_likelihood = _last_alpha(alphas, frames, state_length)
     feasible = log_likelihood > _LOG_ZERO / 2
@@ -80,7 +83,7 @@ def _loss_and_posterior(
     occupied = in_frames[:, :, None] & in_states[:, None, :] & feasible[:, None, None]
     # Each frame's joint sums to the likelihood. Normalising per frame instead of dividing by it
     # removes the rounding error that the two recursions have accumulated.
-    joint = jnp.where(occupied, alphas + betas - emissions, _LOG_ZERO)
+    joint = jnp.where(occupied, joint, _LOG_ZERO)
     gamma = jnp.where(occupied, jax.nn.softmax(joint, axis=-1), 0.0)
     posterior = jnp.einsum("bps,bsc->bpc", gamma, one_hot, precision="highest")
     counted = (in_frames & feasible[:, None])[:, :, None]
@@ -106,15 +109,77 @@ def _reversal(valid: jax.Array, size: int) -> jax.Array:
     return jnp.where(index < valid[:, None], valid[:, None] - 1 - index, index)
 
 
+def _recursions(
+    emissions: jax.Array, states: jax.Array, frames: jax.Array, state_length: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array]:
+    """Return the forward variables, and the ln probability of each state in each frame together
+    with the label, where both are within the row's lengths: [B, P, S] both."""
+    if kind not in KINDS:
+        raise UserError(f"the kind of CTC recursion is {kind!r}; needed one of {', '.join(KINDS)}")
+    arguments = emissions, states, frames, state_length
+    mesh = devices_mesh()
+    known = jax.sharding.get_abstract_mesh().abstract_device
+    elsewhere = known is not None and known.platform != "tpu"
+    uneven = emissions.shape[0] % data_devices(mesh) > 0 or 0 in emissions.shape
+    if kind == "scan" or (kind == "auto" and (elsewhere or uneven)):
+        return _scanned(*arguments)
+
+    def kernels(*arguments: jax.Array, interpret: bool = False) -> tuple[jax.Array, ...]:
+        emissions, states, frames, state_length = arguments
+        cost = _skip_cost(states)
+        run = functools.partial(ctc_pallas.recursions, interpret=interpret)
+        if mesh is not None:
+            # A kernel cannot be partitioned. Its rows are independent.
+            rows = P(DATA if DATA in mesh.axis_names else None)
+            run = jax.shard_map(
+                run, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False
+            )
+        return run(emissions, cost, frames, state_length)
+
+    interpreted = functools.partial(kernels, interpret=True)
+    other = interpreted if kind == "pallas" else _scanned
+    both: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(
+        *arguments, tpu=kernels, default=other
+    )
+    return both
+
+
+def _scanned(
+    emissions: jax.Array, states: jax.Array, frames: jax.Array, state_length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compute _recursions as one scan."""
+    reversed_frames = _reversal(frames, emissions.shape[1])
+    reversed_states = _reversal(state_length, states.shape[1])
+    mirrored = jnp.take_along_axis(emissions, reversed_frames[:, :, None], axis=1)
+    mirrored = jnp.take_along_axis(mirrored, reversed_states[:, None, :], axis=2)
+    mirrored_ids = jnp.take_along_axis(states, reversed_states, axis=1)
+
+    # On a new axis: appended rows would have to move between the devices that share the batch.
+    alphas, betas = jax.vmap(_alphas)(
+        jnp.stack([emissions, mirrored]),
+        jnp.stack([states, mirrored_ids]),
+        jnp.stack([state_length, state_length]),
+    )
+    betas = jnp.take_along_axis(betas, reversed_states[:, None, :], axis=2)
+    betas = jnp.take_along_axis(betas, reversed_frames[:, :, None], axis=1)
+    return alphas, alphas + betas - emissions
+
+
+def _skip_cost(states: jax.Array) -> jax.Array:
+    """Return 0 where a state may follow the one two before it, else LOG_ZERO: [B, S] -> [B, S].
+
+    It may when it is a label that differs from the label before it.
+    """
+    index = jnp.arange(states.shape[1])
+    before = jnp.pad(states[:, :-2], ((0, 0), (2, 0)), constant_values=BLANK)
+    may_skip = (index % 2 == 1) & (index >= 2) & (states != before)
+    return jnp.where(may_skip, 0.0, _LOG_ZERO)
+
+
 def _alphas(emissions: jax.Array, states: jax.Array, state_length: jax.Array) -> jax.Array:
     """Compute the forward variables, ln: emissions [B, P, S], states [B, S] -> [B, P, S]."""
-    size = states.shape[1]
-    index = jnp.arange(size)
-    before = jnp.pad(states[:, :-2], ((0, 0), (2, 0)), constant_values=BLANK)
-    # A state may be reached by skipping a blank when it is a label that differs from the label
-    # before it.
-    may_skip = (index % 2 == 1) & (index >= 2) & (states != before)
-    skip_cost = jnp.where(may_skip, 0.0, _LOG_ZERO)
+    index = jnp.arange(states.shape[1])
+    skip_cost = _skip_cost(states)
     start = jnp.where((index < 2) & (index < state_length[:, None]), 0.0, _LOG_ZERO)
 
     def step(alpha: jax.Array, frame: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,14 +210,14 @@ def _last_alpha(alphas: jax.Array, frames: jax.Array, state_length: jax.Array) -
 
 
 def _ctc_forward(
-    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array
+    logits: jax.Array, frames: jax.Array, labels: jax.Array, label_length: jax.Array, kind: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    loss, gradient = _loss_and_posterior(logits, frames, labels, label_length)
+    loss, gradient = _loss_and_posterior(logits, frames, labels, label_length, kind)
     return loss, (gradient, logits[:0])
 
 
 def _ctc_backward(
-    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+    kind: str, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     gradient, logits_like = saved
     # A row that is left out has a zero cotangent and a zero gradient, not 0 * inf = NaN.

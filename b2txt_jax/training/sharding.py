@@ -1,7 +1,8 @@
 """Where arrays live: one mesh of devices with named axes, and the model's rules for parameters.
 
-`data` splits the rows of a batch. `model` splits large parameters. What is split changes no result
-but for the order of sums: random numbers are functions of (seed, step) and position.
+`data` splits the rows of a batch, and the optimizer's moments: each device updates its share of the
+parameters (ZeRO-1, Rajbhandari et al. 2020). `model` splits large parameters. What is split changes
+no result but for the order of sums: random numbers are functions of (seed, step) and position.
 """
 
 from __future__ import annotations
@@ -62,9 +63,23 @@ def state_shardings(state: TrainState, mesh: Mesh, model: Model) -> Any:
                     f"configuration key parallel.model_axis is {mesh.shape[axis]}; {name} has "
                     f"{size} columns: needed a divisor of them"
                 )
+        if name.startswith("optimizer/"):
+            spec = _shared(spec, leaf.shape, mesh.shape[DATA])
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _shared(spec: P, shape: tuple[int, ...], devices: int) -> P:
+    """Split also over `data`, by the first dimension of a matrix that this is possible for.
+
+    The last one lies across a TPU's tiles. Vectors are too small to gain.
+    """
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    for at, size in enumerate(shape[:-1]):
+        if devices > 1 and axes[at] is None and size % devices == 0:
+            return P(*axes[:at], DATA, *axes[at + 1 :])
+    return spec
 
 
 def batch_shardings(mesh: Mesh) -> Batch:

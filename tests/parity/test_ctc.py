@@ -1,4 +1,6 @@
-"""CTC against torch.nn.CTCLoss in float64: values and gradients."""
+"""CTC against torch.nn.CTCLoss in float64: values and gradients, of the scan and of the kernels."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,10 @@ from hypothesis import strategies as st
 from b2txt_jax.training.ctc import ctc_loss, frames_needed
 
 
-@jax.jit
-def loss_and_gradient(logits, frames, labels, label_length, counted):
+@functools.partial(jax.jit, static_argnums=5)
+def loss_and_gradient(logits, frames, labels, label_length, counted, kind):
     def summed(values):
-        losses = ctc_loss(values, frames, labels, label_length)
+        losses = ctc_loss(values, frames, labels, label_length, kind)
         return jnp.where(counted, losses, 0).sum(), losses
 
     (_, losses), gradient = jax.value_and_grad(summed, has_aux=True)(logits)
@@ -38,17 +40,20 @@ def compare(logits, frames, labels, label_length, atol=2e-5):
     feasible = np.isfinite(expected.detach().numpy())
     needed = np.asarray(frames_needed(jnp.asarray(labels), jnp.asarray(label_length)))
     np.testing.assert_array_equal(needed <= frames, feasible)
-    losses, gradient = loss_and_gradient(logits, frames, labels, label_length, feasible)
-    np.testing.assert_array_equal(np.isfinite(losses), feasible)
-    np.testing.assert_allclose(
-        np.asarray(losses)[feasible], expected.detach().numpy()[feasible], rtol=1e-5, atol=1e-4
-    )
-    assert not np.asarray(gradient)[~feasible].any()
+    wanted = expected.detach().numpy()
     if feasible.any():
         # torch's gradient of a row that cannot be aligned is NaN
         expected[torch.tensor(feasible)].sum().backward()
-        theirs = mirror.grad.numpy()[feasible]
-        np.testing.assert_allclose(np.asarray(gradient)[feasible], theirs, atol=atol)
+    for kind in ("scan", "pallas"):
+        losses, gradient = loss_and_gradient(logits, frames, labels, label_length, feasible, kind)
+        np.testing.assert_array_equal(np.isfinite(losses), feasible)
+        np.testing.assert_allclose(
+            np.asarray(losses)[feasible], wanted[feasible], rtol=1e-5, atol=1e-4
+        )
+        assert not np.asarray(gradient)[~feasible].any()
+        if feasible.any():
+            theirs = mirror.grad.numpy()[feasible]
+            np.testing.assert_allclose(np.asarray(gradient)[feasible], theirs, atol=atol)
 
 
 @settings(max_examples=40)

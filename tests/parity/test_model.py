@@ -139,12 +139,13 @@ def test_day_layers_of_mixed_days_equal_a_linear_layer_per_trial():
     assert not np.asarray(gradients[2])[3].any()
 
 
+@pytest.mark.parametrize("rows", [2, 8], ids=["few rows", "rows enough for a convolution"])
 @pytest.mark.parametrize(
     ("bins", "size", "stride"), [(30, 14, 4), (14, 14, 4), (31, 4, 3), (9, 1, 1), (20, 5, 7)]
 )
-def test_patches_and_their_projection_equal_torch_unfold(bins, size, stride):
+def test_patches_and_their_projection_equal_torch_unfold(bins, size, stride, rows):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, bins, 5)).astype(np.float32)
+    x = rng.normal(size=(rows, bins, 5)).astype(np.float32)
     weight = rng.normal(size=(7, size * 5)).astype(np.float32)
     x64, weight64 = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (x, weight))
     unfolded = x64.unfold(1, size, stride).transpose(2, 3).flatten(2)

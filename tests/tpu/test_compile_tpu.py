@@ -90,12 +90,14 @@ def test_every_slice_that_is_listed_can_be_compiled_for() -> None:
         assert len(topology_devices(topology)) == topology.devices
 
 
-def test_the_step_fits_and_holds_parameters_and_two_moments(small: Config, on_v5e: Result) -> None:
+def test_the_step_fits_and_holds_parameters_and_its_share_of_two_moments(
+    small: Config, on_v5e: Result
+) -> None:
     memory = on_v5e.memory
     assert memory.fits
     count = parameter_count(abstract_state(small, DAYS).params)
     assert memory.parameters == 4 * count
-    assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-3)
+    assert memory.optimizer == pytest.approx(2 * memory.parameters / 4, rel=0.03)
     held = memory.parameters + memory.optimizer + memory.batch
     assert held <= memory.arguments < 1.5 * held
     assert memory.outputs < 10_000  # the state takes the place of the old one
@@ -129,12 +131,13 @@ def test_the_model_axis_shares_the_day_layers(on_v5e: Result, on_v4: Result) -> 
 def test_auto_takes_the_kernels_on_a_tpu_and_they_declare_their_products(
     on_v5e: Result, on_v4: Result
 ) -> None:
-    assert (on_v5e.recurrence, on_v5e.cost.kernels) == ("scan", 0)
+    assert (on_v5e.recurrence, on_v5e.cost.kernels) == ("scan", 2)  # those of the CTC loss
     assert on_v4.recurrence == "pallas"
-    assert on_v4.cost.kernels == 2 * LAYERS  # forward and backward
+    assert on_v4.cost.kernels == 2 * (LAYERS + 1)  # forward and backward
     assert on_v4.cost.undeclared_kernels == 0
     frame = 2 * ROWS * UNITS * 3 * UNITS
-    assert on_v4.cost.kernel_flops == 2 * LAYERS * FRAMES * frame
+    ctc = 2 * 10 * FRAMES * ROWS * 128  # 41 states, padded
+    assert on_v4.cost.kernel_flops == 2 * LAYERS * FRAMES * frame + ctc
 
 
 def test_too_large_a_step_is_refused_with_what_to_change(small: Config) -> None:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from b2txt_jax.model.gru.recurrence import recurrence
 from b2txt_jax.model.gru.vmem import choose_blocks, core_of
 from b2txt_jax.tpu.topologies import parse_topology, topology_devices
+from b2txt_jax.training.ctc import ctc_loss
 from b2txt_jax.training.sharding import make_mesh
 
 pytestmark = pytest.mark.timeout(900)
@@ -65,8 +66,9 @@ def compiled(
         (3, 130, jnp.float32, False),
         (16, 256, jnp.bfloat16, True),
         (3, 130, jnp.float32, True),
+        (2, 256, jnp.bfloat16, True),
     ],
-    ids=["whole tiles", "odd sizes", "whole tiles, shared", "odd sizes, shared"],
+    ids=["whole tiles", "odd sizes", "whole tiles, shared", "odd sizes, shared", "few rows"],
 )
 def test_both_kernels_compile_and_gradients_are_summed_once(
     topology: str, rows: int, hidden: int, dtype: jnp.dtype, shared: bool
@@ -84,3 +86,27 @@ def test_the_published_width_compiles_in_the_smallest_memory() -> None:
     mesh = make_mesh(devices=topology_devices(parse_topology("v4:2x2x1")))
     assert choose_blocks(64, 768, jnp.dtype(jnp.bfloat16), core_of(mesh.abstract_mesh)) is not None
     assert "gru_backward" in compiled("v4:2x2x1", 9, 64, 768, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("topology", "rows"), [("v5e:2x2", 3), ("v4:2x2x1", 64)])
+def test_the_kernels_of_the_ctc_loss_compile_for_each_device_s_rows(
+    topology: str, rows: int
+) -> None:
+    mesh = make_mesh(devices=topology_devices(parse_topology(topology)))
+    batch, frames, classes, labels = rows * mesh.shape["data"], 20, 41, 500
+
+    def shape(dtype: jnp.dtype, *sizes: int) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, P("data"))
+        return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=sharding)
+
+    def gradient(logits: jax.Array, *others: jax.Array) -> jax.Array:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.grad(lambda x: ctc_loss(x, *others).sum())(logits)
+
+    whole = jnp.int32
+    arguments = shape(jnp.float32, frames, classes), shape(whole), shape(whole, labels)
+    program = jax.jit(gradient).lower(*arguments, shape(whole)).compile().as_text()
+    kernels = re.findall(r"(ctc_\w+ward)[.\d]* = [^\n]*tpu_custom_call", str(program))
+    assert sorted(kernels) == ["ctc_backward", "ctc_forward"]
+    assert not re.findall(r" (all-\w+|reduce-scatter|collective-\w+)\(", str(program))
+    assert "while(" not in str(program)

@@ -1,14 +1,17 @@
 """The same run on other numbers of devices and hosts; where every parameter lives."""
 
 import dataclasses
+import json
 import shutil
+import subprocess
+import sys
 
 import h5py
 import jax
 import numpy as np
 import pytest
-from devices import finish, losses, start, train_here, validations
-from jax.sharding import PartitionSpec
+from devices import environment, finish, losses, start, train_here, validations
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from b2txt_jax.config import ConfigError, load_config, with_overrides
 from b2txt_jax.data.loader import EvaluationData, configured_sessions
@@ -105,6 +108,49 @@ def test_the_losses_are_those_of_one_device(
         assert "sessions" not in silent  # one process speaks for all
 
 
+TWENTY_STEPS = """
+import json
+import jax, numpy as np
+from b2txt_jax.config import load_config
+from b2txt_jax.data.loader import Batch
+from b2txt_jax.training.sharding import jit_train_step, make_mesh, place, sharded_state
+
+values = {"model.units": 16, "model.layers": 2, "data.feature_count": 8, "train.steps": 20}
+values["optimizer.warmup_steps"] = 2
+config = load_config("configs/demo.py", [f"--config.{k}={v}" for k, v in values.items()])
+rng = np.random.default_rng(0)
+batches = [
+    Batch(
+        rng.normal(size=(8, 60, 8)).astype(np.float32),
+        rng.integers(40, 61, 8).astype(np.int32),
+        rng.integers(0, 3, 8).astype(np.int32),
+        rng.integers(1, 41, (8, 6)).astype(np.int32),
+        rng.integers(1, 7, 8).astype(np.int32),
+    )
+    for _ in range(20)
+]
+for devices in (1, 8):
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    state, step, losses = sharded_state(config, 3, mesh), jit_train_step(config, 3, mesh), []
+    for batch in batches:
+        state, metrics = step(state, place(batch, mesh))
+        losses.append(float(metrics.loss))
+    moments = jax.tree.leaves(state.optimizer)
+    held = sum(leaf.addressable_shards[0].data.size for leaf in moments)
+    print(json.dumps([losses, held / sum(leaf.size for leaf in moments)]))
+"""
+
+
+def test_twenty_steps_on_eight_devices_that_share_the_moments_have_the_losses_of_one():
+    command = [sys.executable, "-c", TWENTY_STEPS]
+    found = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=True)
+    (alone, whole), (shared, share) = map(json.loads, found.stdout.splitlines())
+    assert len(alone) == 20
+    np.testing.assert_allclose(shared, alone, rtol=1e-5)
+    assert whole == 1
+    assert share < 0.25
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise_units", "patch"), [(0, 0), (16, 4)], ids=["as wide as a patch", "bottleneck"]
@@ -180,6 +226,24 @@ def test_the_day_layers_are_split_and_everything_else_is_on_every_device():
     # The day layers and their two moments; everything else is on every device.
     assert split == {name for name in by_name if "day/weight" in name or "day/bias" in name}
     assert len(split) == 6
+
+
+@pytest.mark.parametrize(("devices", "model_axis"), [(16, 1), (4, 2)])
+def test_each_device_holds_its_share_of_the_moments_and_all_parameters(devices, model_axis):
+    config = load_config("configs/nejm_baseline.py")
+    state = abstract_state(config, 45)
+    mesh = AbstractMesh((devices, model_axis), ("data", "model"))
+    shardings = state_shardings(state, mesh, model_of(config, 45))
+
+    def held(leaves, placed):
+        """Scalars on one device."""
+        pairs = zip(jax.tree.leaves(leaves), jax.tree.leaves(placed), strict=True)
+        return sum(int(np.prod(where.shard_shape(leaf.shape))) for leaf, where in pairs)
+
+    assert "data" not in {axis for one in jax.tree.leaves(shardings.params) for axis in one.spec}
+    parameters = held(state.params, shardings.params)
+    moments = held(state.optimizer, shardings.optimizer)
+    assert moments == pytest.approx(2 * parameters / devices, rel=0.05)  # vectors are whole
 
 
 def test_rows_that_the_devices_cannot_share_are_refused():

@@ -10,9 +10,10 @@ Rows of a batch are independent, so the kernels run on each device's rows under 
 Everything that sums over rows (gradients of weight and bias) stays outside: the partitioner sums it
 over the devices exactly once, and no shard_map is differentiated.
 
-Sizes that do not fill a tile (hidden units in 128s, rows in 8s or 16s) are padded with zeros, which
-is exact: a padded unit starts at 0, stays 0 (z = 1/2, n = 0) and has no weight to the others. The
-last block of frames is cut short by the loop over its frames, not padded.
+Sizes that do not fill a tile (hidden units in 128s, more than 8 rows in 8s or 16s) are padded with
+zeros, which is exact: a padded unit starts at 0, stays 0 (z = 1/2, n = 0) and has no weight to the
+others. Fewer rows stay as they are: what surrounds the kernels would grow severalfold. The last
+block of frames is cut short by the loop over its frames, not padded.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 from b2txt_jax.errors import UserError
 from b2txt_jax.model.gru.vmem import LANES, Blocks, Core, choose_blocks, core_of, up, vmem_needed
 from b2txt_jax.model.gru.vmem import fits_vmem as fits_vmem
+from b2txt_jax.model.mesh import data_devices, devices_mesh
 from b2txt_jax.model.product import contract
 
 # ------------------------------------------------------------------------------------- kernels
@@ -122,7 +124,10 @@ def _backward_kernel(
         d_r = d_n * h_n * r * (1 - r)
         d_projected[k] = jnp.concatenate([d_r, d_z, d_n], axis=-1).astype(dtype)
         exact = jnp.concatenate([d_r, d_z, d_n * r], axis=-1)
-        d_bias[...] += exact.reshape(-1, 8, exact.shape[-1]).sum(0)
+        if exact.shape[0] < 8:
+            d_bias[: exact.shape[0]] += exact
+        else:
+            d_bias[...] += exact.reshape(-1, 8, exact.shape[-1]).sum(0)
         both = exact.astype(dtype)
         d_new[k] = both[..., -h.shape[-1] :]
         d_before = d_h * z + jnp.dot(both, weight[...], preferred_element_type=jnp.float32)
@@ -203,7 +208,8 @@ def _call(
             vmem_limit_bytes=vmem_needed(plan.blocks, hidden, plan.dtype),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=6 * length * batch * hidden * hidden,
+            # A product of few rows takes as long as one of a tile: its weight is loaded as often.
+            flops=6 * length * up(batch, 16) * hidden * hidden,
             transcendentals=0 if reverse else 3 * length * batch * hidden,
             bytes_accessed=streamed,
         ),
@@ -392,15 +398,6 @@ def _backward(
 _recurrence.defvjp(_forward, _backward)
 
 
-def devices_mesh(mesh: AbstractMesh | Mesh | None) -> AbstractMesh | Mesh | None:
-    """Return the mesh that a call must be divided over: `mesh`, else that of the surrounding
-    `jax.sharding.use_abstract_mesh` or `jax.set_mesh`. None inside a shard_map, and without any."""
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual in mesh.axis_types
-    return None if mesh.empty or manual else mesh
-
-
 def plan_for(
     batch: int,
     hidden: int,
@@ -417,7 +414,7 @@ def plan_for(
     """
     mesh = devices_mesh(mesh)
     core = core or core_of(mesh or jax.sharding.get_abstract_mesh())
-    devices = dict(mesh.shape).get("data", 1) if mesh is not None else 1
+    devices = data_devices(mesh)
     if batch % devices:
         raise UserError(
             f"the Pallas recurrence got {batch} rows for {devices} devices on the mesh's axis "

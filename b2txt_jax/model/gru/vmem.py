@@ -75,10 +75,10 @@ def choose_blocks(
     """Return the largest blocks that fit. None when not even the smallest do.
 
     Fewest blocks of rows first, since each goes through all frames by itself. Cores that share a
-    program take one each.
+    program take one each. Up to 8 rows are a block as they are, more are padded to whole tiles.
     """
     unit = 8 * 4 // jnp.dtype(dtype).itemsize
-    rows = up(batch, unit)
+    rows = batch if batch <= 8 else up(batch, unit)
     if core.count > 1 and rows > unit:
         rows = up(-(-rows // core.count), unit)
     while True:

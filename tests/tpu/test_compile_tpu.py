@@ -161,5 +161,5 @@ def test_the_command_prints_the_verdict(capsys: pytest.CaptureFixture[str], tmp_
     printed = capsys.readouterr().out
     assert "fits" in printed
     assert "hours for 120,000 steps" in printed
-    assert "by 2 kernel runs" in printed
+    assert "by 4 kernel runs" in printed  # recurrence and CTC, forward and backward
     assert '"fits": true' in (tmp_path / "out.json").read_text()

@@ -59,8 +59,11 @@ def _without_logins(message: str) -> str:
     """Mask the command's arguments that may hold a password, where a message repeats them.
 
     A URL in the place of a path is repeated as `redis:/`, and one in an option's value without it.
+    A URL without a login stays: it is what the message is about.
     """
-    for word in filter(_LOGIN.search, " ".join(sys.argv[1:]).replace("=", " ").split()):
+    for word in " ".join(sys.argv[1:]).replace("=", " ").split():
+        if "@" not in word:
+            continue
         for form in (word, os.path.normpath(word)):
             message = message.replace(form, "***")
     return message

@@ -24,6 +24,7 @@ _INTERRUPTED, _PIPE_CLOSED = 130, 141  # as shells report SIGINT and SIGPIPE
 _SHOW_CURSOR = b"\x1b[?25h"
 _LOGIN = re.compile(r"\S*(:/|@)\S*")
 """A word of a command line that may be a URL with a password."""
+_OPTION = re.compile(r"^--[\w.-]+=")
 _finishing: list[str] = []
 
 
@@ -61,11 +62,11 @@ def _without_logins(message: str) -> str:
     A URL in the place of a path is repeated as `redis:/`, and one in an option's value without it.
     A URL without a login stays: it is what the message is about.
     """
-    for word in " ".join(sys.argv[1:]).replace("=", " ").split():
-        if "@" not in word:
-            continue
-        for form in (word, os.path.normpath(word)):
-            message = message.replace(form, "***")
+    for word in " ".join(sys.argv[1:]).split():
+        value = _OPTION.sub("", word)
+        if "@" in value:
+            for form in (value, os.path.normpath(value)):
+                message = message.replace(form, "***")
     return message
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 from b2txt_jax.config import Config, load_config
+from b2txt_jax.phonemes import pronunciations
 from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
 
@@ -79,3 +83,21 @@ def tiny_overrides(simulated: Path) -> list[str]:
 def tiny_config(tiny_overrides: list[str]) -> Config:
     """configs/demo.py, tiny."""
     return load_config(REPOSITORY / "configs/demo.py", tiny_overrides)
+
+
+@pytest.fixture(scope="session")
+def build_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[str]], Path]:
+    """Return the function that builds a 2-gram model folder of sentences, by the command."""
+
+    def build(sentences: Sequence[str]) -> Path:
+        folder = tmp_path_factory.mktemp("lm")
+        words = sorted({word for sentence in sentences for word in sentence.split()})
+        lexicon = [f"{word} {' '.join(pronunciations()[word][0])}" for word in words]
+        (folder / "lexicon.txt").write_text("\n".join(lexicon) + "\n")
+        (folder / "text.txt").write_text("\n".join([*sentences] * 5) + "\n")
+        command = [sys.executable, "-m", "lm_server", "build", "--order", "2"]
+        command += ["--text", str(folder / "text.txt"), "--lexicon", str(folder / "lexicon.txt")]
+        subprocess.run([*command, "--out", str(folder / "lm")], check=True, capture_output=True)
+        return folder / "lm"
+
+    return build

@@ -99,13 +99,14 @@ def _table(root: Path | str) -> Path | None:
 
 
 def trials_of(root: Path | str, sessions: Sequence[str], split: str) -> tuple[int, bool] | None:
-    """Return how many trials of a split the table counts, and whether val and test together.
+    """Return how many trials of a split the table counts, and whether val and test together. None:
+    the table has no such number.
+
+    The published table counts 162 train and 52 val and test sentences that are in no file. So its
+    numbers are used for all of its sessions together.
 
     Raises:
       DataError: as `read_description`.
-
-    The published table counts 162 train and 52 val and test sentences that are in no file. So its
-    numbers are used for all of its sessions together. None: the table has no such number.
     """
     path = _table(root)
     if path is None:

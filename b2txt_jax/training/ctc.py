@@ -49,9 +49,9 @@ def ctc_loss(
       frames: valid frames per row, int [B]. Later frames are ignored.
       labels: class ids, int [B, L], padded with anything.
       label_length: int [B].
-      kind: of the recursions. 'scan'; 'pallas', which outside a TPU is Pallas's interpreter, slow
-        and meant for tests; or 'auto': Pallas on a TPU when the devices share the rows evenly, else
-        the scan.
+      kind: of the recursions. 'scan', or 'pallas', which outside a TPU is Pallas's slow
+        interpreter, meant for tests, or 'auto': Pallas on a TPU when the devices share the rows
+        evenly, else the scan.
 
     Rows that no alignment can spell (fewer frames than `frames_needed`) have loss +inf and a zero
     gradient. The caller counts and excludes them. Zero frames with an empty label have loss 0.

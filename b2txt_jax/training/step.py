@@ -75,7 +75,7 @@ class EvalOutput(NamedTuple):
     frames: jax.Array
     """int32 [B], valid frames of 80 ms."""
     loss: jax.Array
-    """float32 [B], CTC loss (ln); +inf where no alignment can spell the label."""
+    """float32 [B], CTC loss (ln), +inf where no alignment can spell the label."""
     rows: Rows
     aux: dict[str, jax.Array]
     """Further logits of the model, float32 [B, P, C] by name, in validation."""

@@ -42,14 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the person's words, such as names, or files of lines `WORD [PH PH ...]`; without "
         "phonemes the pronunciations are guessed from the spelling",
     )
-    parser.add_argument(
-        "--held-out",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="text to choose the weights on (default: the sentences of --text, each scored by a "
-        "model of the others)",
+    options.add_held_out_option(
+        parser,
+        "text to choose the weights on (default: the sentences of --text, each scored by a model "
+        "of the others)",
     )
     parser.add_argument(
         "--weights",

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from lm_server.atomic_file import require_writable
+from lm_server.commands import options
 from lm_server.errors import UserError
 from lm_server.processes import cleaning_up_when_terminated
 
@@ -34,14 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the classes in their order, one a line (default for --logits: BLANK, AA to ZH, SIL: "
         "the RNN's)",
     )
-    parser.add_argument(
-        "--held-out",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="PATH",
-        help="with --kenlm: text to measure the model on",
-    )
+    options.add_held_out_option(parser, "with --kenlm: text to measure the model on")
     parser.add_argument(
         "--out",
         type=Path,

@@ -65,10 +65,15 @@ def add_build_options(parser: argparse.ArgumentParser, held_out: str) -> None:
     parser.add_argument(
         "--compress", action="store_true", help="compress pointers: smaller, a little slower"
     )
-    parser.add_argument(
-        "--held-out", type=Path, nargs="+", default=(), metavar="PATH", help=held_out
-    )
+    add_held_out_option(parser, held_out)
     add_out_option(parser)
+
+
+def add_held_out_option(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Add --held-out, text."""
+    parser.add_argument(
+        "--held-out", type=Path, nargs="+", default=(), metavar="PATH", help=meaning
+    )
 
 
 def add_out_option(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ import pytest
 from b2txt_jax.evaluation.command import OptionsError, child_options, language_model
 from b2txt_jax.evaluation.evaluate import evaluate, run_language_model, run_workers
 from b2txt_jax.metrics import ErrorRate
-from b2txt_jax.phonemes import pronunciations, sentence_to_ids
+from b2txt_jax.phonemes import sentence_to_ids
 from lm_server.client.client import (
     Client,
     LanguageModelError,
@@ -34,16 +34,8 @@ def logits_of(sentence: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lm")
-    words = sorted({word for sentence in SAID for word in sentence.split()})
-    lexicon = [f"{word} {' '.join(pronunciations()[word][0])}" for word in words]
-    (folder / "lexicon.txt").write_text("\n".join(lexicon) + "\n")
-    (folder / "text.txt").write_text("\n".join(SAID * 5) + "\n")
-    command = [sys.executable, "-m", "lm_server", "build", "--order", "2"]
-    command += ["--text", str(folder / "text.txt"), "--lexicon", str(folder / "lexicon.txt")]
-    subprocess.run([*command, "--out", str(folder / "model")], check=True, capture_output=True)
-    return folder / "model"
+def model(build_lm) -> Path:
+    return build_lm(SAID)
 
 
 def test_sentences_come_back_and_are_scored(model: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from b2txt_jax.cli import main as b2txt
 from lm_server.atomic_file import UnwritableError, require_writable
+from lm_server.ending import exit_status
+from lm_server.errors import UserError
 
 # Work in C that lasts minutes, during which Python runs no handler of a signal.
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'x', b'x', 2**31 - 1)"
@@ -151,7 +153,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-SECRET = "redis://:hunter2@host:1/0"
+SECRET = "redis://:hunter2=hunter2@host:1/0"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,17 @@ def test_a_misplaced_url_is_not_repeated_with_its_password(arguments, capsys, mo
     shown = capsys.readouterr().err
     assert "hunter2" not in shown
     assert "***" in shown
+
+
+def test_a_url_without_a_login_is_named_in_the_error_about_it(capsys, monkeypatch):
+    url = "redis://127.0.0.1:1/0"
+    monkeypatch.setattr("sys.argv", ["lm-server", "status", f"--redis={url}"])
+
+    def run() -> int:
+        raise UserError(f"no Redis answers at {url}")
+
+    assert exit_status(run) == 2
+    assert url in capsys.readouterr().err
 
 
 def test_a_result_replaces_nothing_that_is_read_for_it(tmp_path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -66,17 +64,9 @@ def overrides_of(simulated: Path) -> list[str]:
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
-def small_lm(folder: Path) -> Path:
-    """Two words are enough: what is claimed is that the logits arrive."""
-    (folder / "lexicon.txt").write_text("the DH AH\ncat K AE T\n")
-    (folder / "text.txt").write_text("the cat\n" * 5)
-    command = [sys.executable, "-m", "lm_server", "build", "--order", "2"]
-    command += ["--text", str(folder / "text.txt"), "--lexicon", str(folder / "lexicon.txt")]
-    subprocess.run([*command, "--out", str(folder / "lm")], check=True, capture_output=True)
-    return folder / "lm"
-
-
-def test_train_infer_and_evaluate_use_it(my_models: Path, simulated: Path, tmp_path: Path) -> None:
+def test_train_infer_and_evaluate_use_it(
+    my_models: Path, simulated: Path, build_lm, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     train = ["train", "--config", DEMO, "--workdir", str(run)]
     assert main([*train, *SMALL, *overrides_of(simulated)]) == 0
@@ -89,7 +79,7 @@ def test_train_infer_and_evaluate_use_it(my_models: Path, simulated: Path, tmp_p
     assert main(["infer", "--workdir", str(run), "--out", str(out)]) == 0
     logits = np.load(out)
     assert logits["logits"].shape == (logits["frames"].sum(), 41)
-    assert main(["evaluate", "--workdir", str(run), "--lm", str(small_lm(tmp_path))]) == 0
+    assert main(["evaluate", "--workdir", str(run), "--lm", str(build_lm(["the cat"]))]) == 0
     assert json.loads((run / "val/lm/evaluation.json").read_text())["per"]
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from b2txt_jax.config import ConfigError, with_overrides
-from b2txt_jax.phonemes import pronunciations, sentence_to_ids
+from b2txt_jax.phonemes import sentence_to_ids
 from b2txt_jax.training import word_errors
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.metrics_log import read_metrics
@@ -35,16 +35,8 @@ SPOKEN = [logits_of(sentence) for sentence in SAID]
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("lm")
-    words = sorted({word for sentence in SAID for word in sentence.split()})
-    lexicon = [f"{word} {' '.join(pronunciations()[word][0])}" for word in words]
-    (folder / "lexicon.txt").write_text("\n".join(lexicon) + "\n")
-    (folder / "text.txt").write_text("\n".join(SAID * 5) + "\n")
-    command = [sys.executable, "-m", "lm_server", "build", "--order", "2"]
-    command += ["--text", str(folder / "text.txt"), "--lexicon", str(folder / "lexicon.txt")]
-    subprocess.run([*command, "--out", str(folder / "lm")], check=True, capture_output=True)
-    return str(folder / "lm")
+def lm(build_lm) -> str:
+    return str(build_lm(SAID))
 
 
 @pytest.fixture

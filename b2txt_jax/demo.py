@@ -21,7 +21,7 @@ from rich.table import Table
 
 from b2txt_jax import __version__
 from b2txt_jax.config import find_config_file, load_config
-from b2txt_jax.data.plan import plan
+from b2txt_jax.data.batches.plan import plan
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import (
     all_settings,

@@ -27,8 +27,8 @@ import numpy as np
 from rich.console import Console
 
 from b2txt_jax.config import Config, SignalConfig, load_config
+from b2txt_jax.data.batches.plan import plan
 from b2txt_jax.data.loader import EvaluationData
-from b2txt_jax.data.plan import plan
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import TrialRef, frames_needed
 from b2txt_jax.inference.run import Run, load_run

@@ -27,9 +27,9 @@ import jax
 from input import write
 
 from b2txt_jax.config import Config, load_config
+from b2txt_jax.data.batches.shapes import choose, drawn_trials
 from b2txt_jax.data.loader import TrainingData
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.data.shapes import choose, drawn_trials
 from b2txt_jax.data.typical import SESSIONS, typical_lengths
 from b2txt_jax.training.step import init_state, make_train_step, model_of, packing_rules
 

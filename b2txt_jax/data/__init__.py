@@ -1,1 +1,1 @@
-"""Sessions on disk to batches: readers of formats, plan, buckets, loader, packing."""
+"""Sessions on disk to batches: readers of formats, loader, packing of files."""

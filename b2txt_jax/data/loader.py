@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from b2txt_jax.config import DataConfig
-from b2txt_jax.data.buckets import buckets_of_data, mean_bins, training_padding
+from b2txt_jax.data.batches.buckets import buckets_of_data, mean_bins, training_padding
+from b2txt_jax.data.batches.layout import Rules, Shape
+from b2txt_jax.data.batches.shapes import Shapes, choose, drawn_trials
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.layout import Rules, Shape
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.data.shapes import Shapes, choose, drawn_trials
 from b2txt_jax.data.trial import SPLITS, Reader, Trial, TrialRef, frames_needed
 
 MUCH_PADDING = 0.6

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from b2txt_jax.data.buckets import BucketChoice, buckets_of_data
+from b2txt_jax.data.batches.buckets import BucketChoice, buckets_of_data
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.packed import (
     DTYPES,

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from b2txt_jax.config import ConfigError, load_config
-from b2txt_jax.data.buckets import BucketChoice
+from b2txt_jax.data.batches.buckets import BucketChoice
 from b2txt_jax.data.description import FILE_NAME, DataError
 from b2txt_jax.data.hdf5 import Hdf5Reader, session_file
 from b2txt_jax.data.pack import PackSettings as PackSettings

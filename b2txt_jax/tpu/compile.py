@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from b2txt_jax.config import Config, load_config
-from b2txt_jax.data.buckets import buckets_of_data
-from b2txt_jax.data.layout import Shape
+from b2txt_jax.data.batches.buckets import buckets_of_data
+from b2txt_jax.data.batches.layout import Shape
+from b2txt_jax.data.batches.shapes import Shapes, choose
 from b2txt_jax.data.loader import configured_sessions, resolve_buckets
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.data.shapes import Shapes, choose
 from b2txt_jax.data.typical import typical_lengths
 from b2txt_jax.errors import UserError
 from b2txt_jax.tpu.hlo_cost import program_cost

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from b2txt_jax.config import Config
-from b2txt_jax.data.layout import Shape
+from b2txt_jax.data.batches.layout import Shape
 from b2txt_jax.data.loader import Batch, bucket_of
 from b2txt_jax.data.trial import TrialRef
 from b2txt_jax.model.interface import Params

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from b2txt_jax.config import Config, ConfigError
-from b2txt_jax.data.layout import Rules
+from b2txt_jax.data.batches.layout import Rules
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.model.interface import Model, Params, make_model, takes_segments
 from b2txt_jax.segments import Segments

@@ -170,8 +170,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
     from lm_server.client.connection import connect, mask_password, redis_errors
     from lm_server.rescoring.answering import Answering
+    from lm_server.serving.keys.rights import check_rights, server_needs
     from lm_server.serving.ownership import Limits
-    from lm_server.serving.rights import check_rights, server_needs
     from lm_server.serving.server import Server
     from lm_server.serving.session import Session
     from lm_server.serving.status import new_name

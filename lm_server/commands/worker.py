@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         redis_errors,
     )
     from lm_server.rescoring.answering import Answering
-    from lm_server.serving.rights import check_rights, worker_needs
+    from lm_server.serving.keys.rights import check_rights, worker_needs
     from lm_server.serving.status import STUCK_SECONDS, Report, new_name, report_of_children
     from lm_server.serving.supervisor import Busy, supervise
     from lm_server.serving.worker import Terms, Worker

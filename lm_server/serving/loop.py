@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable
 
 from lm_server.client.connection import LOST, Backoff
-from lm_server.serving.key_types import wrong_type
-from lm_server.serving.rights import RightsError, lasting
+from lm_server.serving.keys.key_types import wrong_type
+from lm_server.serving.keys.rights import RightsError, lasting
 
 _log = logging.getLogger(__name__)
 

@@ -30,16 +30,16 @@ from lm_server.protocol import (
     session_streams,
     state_key,
 )
-from lm_server.serving import scripts
-from lm_server.serving.dead_letters import KEPT, dead_letter
-from lm_server.serving.key_types import (
+from lm_server.serving.keys import scripts
+from lm_server.serving.keys.dead_letters import KEPT, dead_letter
+from lm_server.serving.keys.key_types import (
     registry_keys,
     session_keys,
     set_aside,
     set_field_aside,
     wrong_type,
 )
-from lm_server.serving.saved_state import (
+from lm_server.serving.keys.saved_state import (
     SavedState,
     SavedStateError,
     read_description,

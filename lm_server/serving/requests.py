@@ -22,9 +22,9 @@ from lm_server.protocol import (
     state_key,
 )
 from lm_server.search.hot_words import guess_ahead, parse_hot_words
-from lm_server.serving import scripts
+from lm_server.serving.keys import scripts
+from lm_server.serving.keys.rights import lasting
 from lm_server.serving.ownership import OwnedSession, OwnedSessions, newest_ids
-from lm_server.serving.rights import lasting
 from lm_server.serving.session import Entry
 from lm_server.sliced import Sliced
 

@@ -29,7 +29,7 @@ from lm_server.protocol import (
     owner_key,
     process_key,
 )
-from lm_server.serving.key_types import set_aside, wrong_type
+from lm_server.serving.keys.key_types import set_aside, wrong_type
 
 STUCK_SECONDS = 60.0
 """A main loop without a sign of life for so long counts as stuck."""

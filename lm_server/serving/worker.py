@@ -39,9 +39,9 @@ from lm_server.protocol import (
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.search.hot_words import HotWord, parse_hot_words
 from lm_server.search.interface import NO_HOT_WORDS, Search, SearchModel
-from lm_server.serving import scripts
-from lm_server.serving.dead_letters import KEPT, dead_letter
-from lm_server.serving.key_types import set_aside, wrong_type
+from lm_server.serving.keys import scripts
+from lm_server.serving.keys.dead_letters import KEPT, dead_letter
+from lm_server.serving.keys.key_types import set_aside, wrong_type
 from lm_server.serving.loop import run_rounds
 from lm_server.serving.parameters import NO_CEILINGS, changed_settings, idle_settings
 from lm_server.serving.session import check_length, final_fields, logits_of, slices

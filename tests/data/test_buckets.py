@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from b2txt_jax.data.buckets import (
+from b2txt_jax.data.batches.buckets import (
     buckets_of_data,
     choose_buckets,
     share_of_batches,
     share_of_epochs,
 )
-from b2txt_jax.data.plan import epoch_plan, plan
+from b2txt_jax.data.batches.plan import epoch_plan, plan
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), min_size=1, max_size=9)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from b2txt_jax.config import load_config
+from b2txt_jax.data.batches.layout import Rules
 from b2txt_jax.data.description import DataError
-from b2txt_jax.data.layout import Rules
 from b2txt_jax.data.loader import (
     EvaluationData,
     TrainingData,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from b2txt_jax.data.plan import PlanError, epoch_plan, plan
+from b2txt_jax.data.batches.plan import PlanError, epoch_plan, plan
 
 
 @given(

@@ -13,7 +13,7 @@ import pytest
 
 from b2txt_jax.cli import main
 from b2txt_jax.config import ConfigError, load_config, with_overrides
-from b2txt_jax.data.layout import Shape
+from b2txt_jax.data.batches.layout import Shape
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
 from b2txt_jax.training.step import model_of

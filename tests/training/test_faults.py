@@ -21,7 +21,7 @@ from rich.console import Console
 
 from b2txt_jax.config import with_overrides
 from b2txt_jax.data import loader
-from b2txt_jax.data.buckets import buckets_of_data
+from b2txt_jax.data.batches.buckets import buckets_of_data
 from b2txt_jax.training.loop import FINISHED_FILE, train
 from b2txt_jax.training.tracker import TrainingError
 

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from b2txt_jax.config import ConfigError, load_config
-from b2txt_jax.data.layout import (
+from b2txt_jax.data.batches.layout import (
     Rules,
     Shape,
     choose_shapes,
     lay_out,
     needed_shape,
 )
+from b2txt_jax.data.batches.shapes import choose
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.data.shapes import choose
 from b2txt_jax.data.typical import typical_lengths
 from b2txt_jax.model.gru.recurrence import recurrence
 from b2txt_jax.training.step import (

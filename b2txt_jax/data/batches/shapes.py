@@ -8,8 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from b2txt_jax.config import DataConfig
-from b2txt_jax.data.layout import Layout, Rules, Shape, choose_shapes, lay_out, needed_shape, work
-from b2txt_jax.data.plan import epoch_plan, plan
+from b2txt_jax.data.batches.layout import (
+    Layout,
+    Rules,
+    Shape,
+    choose_shapes,
+    lay_out,
+    needed_shape,
+    work,
+)
+from b2txt_jax.data.batches.plan import epoch_plan, plan
 
 SAMPLE = 200
 """Steps, from the first, whose batches are looked at."""

@@ -14,7 +14,7 @@ import redis
 
 from lm_server.client.connection import text
 from lm_server.protocol import REGISTRY, attempts_key, owner_key, session_streams, state_key
-from lm_server.serving import scripts
+from lm_server.serving.keys import scripts
 
 ASIDE = "remote_lm_set_aside:"
 """Prefix of a renamed key. A second one of the same name gets the suffix `:2`."""

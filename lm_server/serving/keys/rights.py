@@ -22,7 +22,7 @@ from lm_server.protocol import (
     session_streams,
     state_key,
 )
-from lm_server.serving.key_types import ASIDE
+from lm_server.serving.keys.key_types import ASIDE
 
 _LASTING = (
     *("NOPERM", "ACL failure in script", "The user executing the script can't"),

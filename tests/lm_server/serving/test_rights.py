@@ -15,8 +15,8 @@ from lm_server.client import Client, JobClient
 from lm_server.protocol import encode_logits, to_rnn_order
 from lm_server.search.load import load_model
 from lm_server.serving.embedded_redis import embedded_redis
+from lm_server.serving.keys.rights import RightsError, check_rights, server_needs, worker_needs
 from lm_server.serving.loop import run_rounds
-from lm_server.serving.rights import RightsError, check_rights, server_needs, worker_needs
 from lm_server.serving.server import Server
 from lm_server.serving.session import Session
 from lm_server.settings import Settings

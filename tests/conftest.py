@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,19 +35,32 @@ from b2txt_jax.simulation.write import simulate
 
 REPOSITORY = Path(__file__).parents[1]
 
+# Where tests run in the background Ctrl-C is ignored, and every process of a test inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # How long an example takes depends on what else the machine does.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
 
-LONGEST_FIRST = ("training", "serving", "client", "evaluation", "launch", "parity", "interop")
-"""Folders of tests in the order in which they are started; the others follow."""
+LONGEST_FIRST = (
+    *("training", "docs", "test_cli.py", "test_python_api.py", "parity", "interop", "serving"),
+    *("client", "evaluation", "launch"),
+)
+"""Folders and files of tests in the order in which they are started; the others follow."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest first: no worker is left with a long file at the end."""
     rank = {folder: index for index, folder in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: min(rank.get(part, len(rank)) for part in item.path.parts))
+
+
+def pytest_collection_finish() -> None:
+    """Take what the modules hold out of the collector's sight: millions of objects, which each of
+    its full passes would visit."""
+    gc.collect()
+    gc.freeze()
 
 
 SIMULATION = SimulationSettings(

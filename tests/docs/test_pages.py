@@ -270,7 +270,6 @@ def small_api(monkeypatch) -> None:
     monkeypatch.setattr(b2txt_jax, "train", small_train)
 
 
-@pytest.mark.timeout(900)  # a page is many commands, and the machine may be busy
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_their_order(page, request):
     blocks = [block for block in blocks_of(page) if block.runs]

@@ -10,8 +10,6 @@ import pytest
 from b2txt_jax.config import with_overrides
 from b2txt_jax.training.loop import train
 
-pytestmark = pytest.mark.timeout(900)
-
 # Runs the command, and says which rows of each batch's features every device held.
 PROGRAM = """
 import sys

@@ -33,14 +33,8 @@ sys.exit(ending.exit_status(run))
 
 
 def started(command, **options):
-    """Start a process as a terminal does: Ctrl-C is not ignored there."""
     return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 
 

@@ -43,11 +43,12 @@ def x():
 
 
 def test_the_noise_is_subtracted_from_the_transformer_s_patches(model, params, x):
-    full = jax.jit(model.full)(params, x, np.array([48, 30]), DAY)
+    whole = jax.jit(model.full)
+    full = whole(params, x, np.array([48, 30]), DAY)
     assert full.frames.tolist() == [12, 8]
     assert full.aux["noise"].shape == (2, 12, 4 * FEATURES)
     clean = {**params, "noise": jax.tree.map(jnp.zeros_like, params["noise"])}
-    silent = jax.jit(model.full)(clean, x, np.array([48, 30]), DAY)
+    silent = whole(clean, x, np.array([48, 30]), DAY)
     alone = jax.jit(model.clean.apply)(params["clean"], x, np.array([48, 30]), DAY)
     np.testing.assert_allclose(silent.logits, alone.logits, atol=1e-6)
     assert np.abs(np.asarray(full.logits - alone.logits)).max() > 1e-3

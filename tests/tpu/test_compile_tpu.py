@@ -26,8 +26,6 @@ DAYS, BUCKET, ROWS = 3, (122, 20), 16
 UNITS, LAYERS = 128, 2
 FRAMES = (BUCKET[0] - 14) // 4 + 1
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(scope="module")
 def small() -> Config:

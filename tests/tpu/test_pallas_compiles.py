@@ -22,8 +22,6 @@ from b2txt_jax.tpu.topologies import parse_topology, topology_devices
 from b2txt_jax.training.ctc import ctc_loss
 from b2txt_jax.training.sharding import make_mesh
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def compiled(
     topology: str, frames: int, rows: int, hidden: int, dtype: jnp.dtype, shared: bool = False

@@ -53,7 +53,7 @@ def start(
 
 def finish(runs: Sequence[subprocess.Popen[str]]) -> list[str]:
     """Waits for all; their outputs. Fails unless all exit 0."""
-    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    outputs = [run.communicate(timeout=800)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * len(runs), "\n".join(outputs)
     return outputs
 

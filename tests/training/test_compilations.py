@@ -12,8 +12,6 @@ from rich.console import Console
 from b2txt_jax.config import with_overrides
 from b2txt_jax.training.loop import train
 
-pytestmark = pytest.mark.timeout(900)
-
 BUCKETS = ((140, 40), (180, 80), (640, 160))
 SAID, LOGGED = "said", "logged"
 

@@ -25,8 +25,6 @@ from b2txt_jax.data.batches.buckets import buckets_of_data
 from b2txt_jax.training.loop import FINISHED_FILE, train
 from b2txt_jax.training.tracker import TrainingError
 
-pytestmark = pytest.mark.timeout(900)  # several runs each, on a machine that others may use
-
 STEPS = 5
 MORE = [
     f"--config.train.steps={STEPS}",
@@ -163,8 +161,6 @@ def test_a_signal_during_compilation_ends_training_without_waiting_for_the_compi
     # With all optimisations and without a cache, it takes much longer than what is allowed here.
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     larger = ["--config.model.units=256", "--config.model.layers=5"]
-    # Where tests run in the background it is ignored, and a process inherits that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     run = subprocess.Popen(
         [*TRAIN, "--workdir", str(tmp_path), *tiny_overrides, *larger],
         env=environment,
@@ -172,7 +168,6 @@ def test_a_signal_during_compilation_ends_training_without_waiting_for_the_compi
         stderr=subprocess.STDOUT,
         text=True,
     )
-    signal.signal(signal.SIGINT, before)
     try:
         while "compiling" not in run.stdout.readline():
             assert run.poll() is None

@@ -11,8 +11,6 @@ from devices import TRAIN, start
 from b2txt_jax.cli import main
 from b2txt_jax.training.lock import WorkdirInUseError, locked
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def test_a_second_training_in_a_folder_is_refused_and_a_killed_one_leaves_no_lock(
     tiny_overrides, tmp_path, capsys

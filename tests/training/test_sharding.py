@@ -25,8 +25,6 @@ from b2txt_jax.training.sharding import (
 )
 from b2txt_jax.training.step import model_of
 
-pytestmark = pytest.mark.timeout(900)
-
 STEPS = 6
 
 

@@ -283,8 +283,6 @@ def test_a_build_that_is_stopped_leaves_nothing_behind(tmp_path, how, code):
         ],
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        # Tests that run in the background of a shell inherit an ignored SIGINT; a user's has none.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Its folder appears first, and the work takes seconds.
     assert wait_until(lambda: len(list(tmp_path.iterdir())) > 1)

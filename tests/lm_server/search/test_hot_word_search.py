@@ -112,7 +112,7 @@ def test_hot_words_with_no_pronunciation_given_are_said_by_rule(model):
 
 def test_a_search_takes_its_hot_words_with_it(flashlight):
     before = set(flashlight.trie.search([]).children)
-    for _ in range(5):
+    for _ in range(3):
         hot = {"zadie": HotWord(3.0, (ZADIE,)), "zoe": HotWord(4.0, (("Z", "OW"),))}
         search = flashlight.search(Settings(), hot)
         # Every time the same numbers: the last search has given them back.

@@ -24,7 +24,7 @@ __all__ = ["Client", "Decoder", "load"]
 def load(
     folder: Path | str,
     backend: str = "flashlight",
-    settings: Settings | Mapping[str, float] | Path | str | None = None,
+    settings: Settings | Mapping[str, float | str] | Path | str | None = None,
     llm: Path | str | None = None,
 ) -> Decoder:
     """Read a model folder, made by `lm-server build`, for decoding.
@@ -32,8 +32,8 @@ def load(
     Args:
       folder: the model folder.
       backend: the search: flashlight, pyctcdecode or wfst.
-      settings: `Settings`, or some of them by name (the others keep the search's defaults), or a
-        file of `lm-server tune`. None: the search's defaults.
+      settings: `Settings`, or some of them by name (the others keep the search's defaults; "preset"
+        may be among them), or a file of `lm-server tune`. None: the search's defaults.
       llm: folder of a causal language model that rescores, or its name in the Hugging Face cache.
 
     Raises:

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = {
     "status": "show servers, workers, sessions and jobs of a Redis",
     "decode": "decode a file of logits",
     "score": "count the errors in decoded files of logits",
+    "diagnose": "find out why decoded sentences are wrong",
     "tune": "find settings on sentences with known transcripts",
     "prepare-llm": "make a folder with a small model for rescoring",
 }

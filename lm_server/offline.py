@@ -43,8 +43,15 @@ from lm_server.rescoring.scorer import SentenceScorer
 from lm_server.resumable import resumable
 from lm_server.search.hot_words import HotWord
 from lm_server.search.interface import NO_HOT_WORDS, NoSentenceError, Search, SearchModel
-from lm_server.search.load import default_settings, load_model
-from lm_server.settings import Settings, SettingsError, changed, read_settings
+from lm_server.search.load import default_settings, load_model, without_effect
+from lm_server.settings import (
+    PRESET,
+    Settings,
+    SettingsError,
+    changed,
+    preset,
+    read_settings,
+)
 
 HotWords = Mapping[str, float | HotWord]
 """Words to favour, each with its weight (ln)."""
@@ -74,17 +81,21 @@ class Decoder:
         self,
         folder: Path | str,
         backend: str = "flashlight",
-        settings: Settings | Mapping[str, float] | Path | str | None = None,
+        settings: Settings | Mapping[str, float | str] | Path | str | None = None,
         llm: Path | str | None = None,
     ) -> None:
         """Read the models. See `lm_server.load`."""
         usual = default_settings(backend)
-        if isinstance(settings, Mapping) and (unknown := settings.keys() - vars(usual).keys()):
-            raise SettingsError(
-                f"there is no setting {min(unknown)!r}; known are {', '.join(vars(usual))}"
-            )
         if settings is None or isinstance(settings, Mapping):
-            settings = changed(usual, settings or {})
+            given = dict(settings or {})
+            wide = given.pop(PRESET, None)
+            if unknown := given.keys() - vars(usual).keys():
+                raise SettingsError(
+                    f"there is no setting {min(unknown)!r}; known are {', '.join(vars(usual))}"
+                )
+            if wide is not None and without_effect(PRESET, backend) is None:
+                usual = changed(usual, preset(wide))
+            settings = changed(usual, given)  # type: ignore[arg-type]  # it checks the types
         elif not isinstance(settings, Settings):
             settings = read_settings(Path(settings), usual, backend)
         self.settings = settings

@@ -24,6 +24,9 @@ FORMAT = 1
 NOT_NEEDED: Mapping[str, str] = {"rescore": "its first pass has the whole n-gram model already"}
 """Parameters of the published server that are accepted without effect, with the reason."""
 Stage = Literal["search", "answer", "rescoring"]
+DEFAULT_PRESET = "accurate"
+PRESET = "preset"
+"""Where settings are given by name, the name under which a preset stands among them."""
 
 
 class SettingsError(UserError, ValueError):
@@ -31,7 +34,12 @@ class SettingsError(UserError, ValueError):
 
 
 def setting(
-    default: float, least: float, greatest: float, meaning: str, stage: Stage = "search"
+    default: float,
+    least: float,
+    greatest: float,
+    meaning: str,
+    stage: Stage = "search",
+    **presets: float,
 ) -> Any:
     """Declare a setting. One with a whole default must be a whole number.
 
@@ -42,8 +50,14 @@ def setting(
       meaning: its meaning and unit, for the docstring's reader and for `--help`.
       stage: what it changes: the search, the answer made of the search's hypotheses, or rescoring
         by a large language model.
+      presets: its values in other presets than the default one.
     """
-    metadata = {"limits": (float(least), float(greatest)), "meaning": meaning, "stage": stage}
+    metadata = {
+        "limits": (float(least), float(greatest)),
+        "meaning": meaning,
+        "stage": stage,
+        "presets": {DEFAULT_PRESET: default, **presets} if presets else {},
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,12 +76,24 @@ class Settings:
         8.0, 0.001, 1e6, "its ln is subtracted from the blank's log-probability in every frame"
     )
     beam: float = setting(
-        14.0, 0.001, 1000, "hypotheses worse than the best by more than this (ln) are dropped"
+        25.0,
+        0.001,
+        1000,
+        "hypotheses worse than the best by more than this (ln) are dropped",
+        balanced=18.0,
+        fast=14.0,
     )
-    max_active: int = setting(100, 1, 10_000, "hypotheses kept after each frame")
+    max_active: int = setting(
+        500, 1, 10_000, "hypotheses kept after each frame", balanced=200, fast=100
+    )
     nbest: int = setting(100, 1, 10_000, "hypotheses in an answer")
     max_classes: int = setting(
-        10, 1, 41, "number of likeliest classes of a frame that are searched; 41: all"
+        41,
+        1,
+        41,
+        "number of likeliest classes of a frame that are searched; 41: all",
+        balanced=41,
+        fast=10,
     )
     word_bonus: float = setting(0.0, -100, 100, "added to the total for every word (ln)")
     # Where no silence may be missing, max_classes must be 41: the silence is often unlikely.
@@ -127,11 +153,31 @@ LIMITS: Mapping[str, tuple[float, float]] = {
 }
 """Least and greatest value of each setting."""
 DEFAULTS = Settings()
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    name: {
+        field.name: field.metadata["presets"][name]
+        for field in fields(Settings)
+        if field.metadata["presets"]
+    }
+    for name in (DEFAULT_PRESET, "balanced", "fast")
+}
+"""How wide the search is: name -> the settings that the preset decides."""
 
 
 def names_of(stage: Stage) -> tuple[str, ...]:
     """Return the names of the settings that change one stage."""
     return tuple(field.name for field in fields(Settings) if field.metadata["stage"] == stage)
+
+
+def preset(name: object) -> Mapping[str, float]:
+    """Return the settings that a preset decides.
+
+    Raises:
+      SettingsError: there is no such preset.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise SettingsError(f"{PRESET} is {name!r}; needed one of {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
 def changed(settings: Settings, values: Mapping[str, float]) -> Settings:
@@ -160,12 +206,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="settings file of `lm-server tune`; the options below take precedence over it",
     )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default=None,
+        help=f"how wide the search is: {', '.join(PRESETS['fast'])} (default {DEFAULT_PRESET}, or "
+        "as in --settings; single options take precedence)",
+    )
     for field in fields(Settings):
+        others = "".join(
+            f"; {name} {value:g}"
+            for name, value in field.metadata["presets"].items()
+            if name != DEFAULT_PRESET
+        )
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=type(field.default),
             default=None,
-            help=f"{field.metadata['meaning']} (default {field.default:g})",
+            help=f"{field.metadata['meaning']} (default {field.default:g}{others})",
         )
 
 

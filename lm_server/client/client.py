@@ -199,8 +199,10 @@ class Client:
         self._wait(self._streams.done_finalizing, "the end of finalizing", self.timeout)
         return read_answer(answer)
 
-    def update_params(self, **params: float) -> None:
+    def update_params(self, **params: float | str) -> None:
         """Change settings of the server, such as acoustic_scale, blank_penalty, beam or nbest.
+
+        `preset="fast"` changes all those that the preset decides.
 
         Raises:
           LanguageModelUnavailableError: no answer in time.
@@ -208,7 +210,12 @@ class Client:
         """
         with self._redis_errors():
             # Whole numbers without a point: the published server reads nbest with int().
-            fields = {n: int(v) if isinstance(v, int) else float(v) for n, v in params.items()}
+            fields = {
+                name: int(value) if isinstance(value, int) else float(value)
+                for name, value in params.items()
+                if not isinstance(value, str)
+            }
+            fields |= {name: value for name, value in params.items() if isinstance(value, str)}
             self._add(self._streams.update_params, fields)
         awaited = f"the new settings {', '.join(params)} to be accepted"
         self._wait(self._streams.done_updating_params, awaited, self.timeout)

@@ -29,6 +29,25 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lm", type=Path, required=True, metavar="DIR", help="model folder")
 
 
+def add_truth_options(parser: argparse.ArgumentParser) -> None:
+    """Add --logits and --refs."""
+    parser.add_argument(
+        "--logits",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".npz of `b2txt infer --split val`",
+    )
+    parser.add_argument(
+        "--refs",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="true sentences: lines trial<TAB>sentence, JSON lines or CSV with trial and sentence "
+        "(default: those in the logits file)",
+    )
+
+
 def add_workers_option(parser: argparse.ArgumentParser) -> None:
     """Add --workers."""
     parser.add_argument(
@@ -111,7 +130,7 @@ def workers_from(args: argparse.Namespace) -> int:
 
 
 def settings_from(args: argparse.Namespace) -> Settings:
-    """Return the settings: the search's defaults, the file's values, then the options.
+    """Return the settings: the search's defaults, the file's values, the preset, the options.
 
     Every option that changes nothing is named on a line of the error output.
 
@@ -121,6 +140,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
     base = default_settings(args.backend)
     if args.settings is not None:
         base = settings.read_settings(args.settings, base, args.backend)
+    if args.preset is not None and without_effect(settings.PRESET, args.backend) is None:
+        base = settings.changed(base, settings.preset(args.preset))
     given = {
         name: getattr(args, name) for name in settings.NAMES if getattr(args, name) is not None
     }
@@ -128,7 +149,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
     of_rescoring = (*settings.names_of("rescoring"), *_OF_RESCORING)
     # "auto" is the default of the options of rescoring that are no settings.
     given |= {name: value for name in _OF_RESCORING if (value := getattr(args, name)) != "auto"}
-    for name in given:
+    for name in (*given, *([settings.PRESET] if args.preset is not None else [])):
         reason = without_effect(name, args.backend)
         if reason is None and name in of_rescoring and args.llm is None:
             reason = f"{name} has no effect without --llm: no large language model rescores"

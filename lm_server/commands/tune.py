@@ -26,21 +26,7 @@ from lm_server.settings import SettingsError, write_settings
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     options.add_model_option(parser)
-    parser.add_argument(
-        "--logits",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=".npz of `b2txt infer --split val`",
-    )
-    parser.add_argument(
-        "--refs",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="true sentences: lines trial<TAB>sentence, JSON lines or CSV with trial and sentence "
-        "(default: those in the logits file)",
-    )
+    options.add_truth_options(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="settings file (JSON) to write"
     )

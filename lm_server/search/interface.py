@@ -24,6 +24,8 @@ MAX_UTTERANCE_FRAMES = MAX_MESSAGE_FRAMES
 """Frames of 80 ms in one sentence (13 minutes): a search keeps every frame in memory."""
 ONLY_MAX_ACTIVE = "it keeps at most max_active hypotheses, all within the beam"
 """Why some searches have no min_active."""
+OWN_WIDTH = "its default width is its own"
+"""Why some searches have no presets."""
 
 
 class BackendError(UserError, ValueError):

@@ -24,18 +24,21 @@ from lm_server.search.hot_words import HotWord, check_hot_words
 from lm_server.search.interface import (
     NO_HOT_WORDS,
     ONLY_MAX_ACTIVE,
+    OWN_WIDTH,
     Backend,
     NoSentenceError,
     next_frames,
 )
-from lm_server.settings import Settings
+from lm_server.settings import PRESET, PRESETS, Settings
 
 # pyctcdecode and kenlm are imported late: BACKEND must be readable without them.
 BACKEND = Backend(
     requires=("pyctcdecode", "kenlm"),
     # Its metadata demands numpy below 2, but it works with later versions.
     install="pip install --no-deps pyctcdecode==0.5.0 pygtrie",
-    lacks={"min_active": ONLY_MAX_ACTIVE},
+    # Wider ones take seconds per sentence.
+    defaults=PRESETS["fast"],
+    lacks={"min_active": ONLY_MAX_ACTIVE, PRESET: OWN_WIDTH},
 )
 _WIDE_BEAM = 50.0
 _WIDE_ACTIVE = (100, 500)

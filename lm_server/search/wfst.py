@@ -16,8 +16,8 @@ from lm_server.hypothesis import Hypothesis
 from lm_server.lm.reader import ModelFolderError
 from lm_server.search.emissions import Emissions
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import NO_HOT_WORDS, Backend, BackendError, next_frames
-from lm_server.settings import Settings
+from lm_server.search.interface import NO_HOT_WORDS, OWN_WIDTH, Backend, BackendError, next_frames
+from lm_server.settings import PRESET, Settings
 
 # kaldifst and kaldi_decoder are imported late: BACKEND must be readable without them.
 BACKEND = Backend(
@@ -30,6 +30,7 @@ BACKEND = Backend(
         "nbest": "it finds only the best sentence",
         "lattice_beam": "it finds only the best sentence",
         "word_bonus": "its scores are those of the graph that it reads",
+        PRESET: OWN_WIDTH,
         "silence_penalty": "the graph that it reads defines where a silence may be missing",
     },
 )

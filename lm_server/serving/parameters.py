@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from lm_server.protocol import CLIENT, REQUEST_ID, ProtocolError
-from lm_server.search.load import without_effect
-from lm_server.settings import NAMES, NOT_NEEDED, Settings, changed
+from lm_server.search.load import BACKENDS, without_effect
+from lm_server.settings import NAMES, NOT_NEEDED, PRESET, Settings, changed, preset
 
 NO_CEILINGS: Mapping[str, float] = {}
 
@@ -16,19 +16,34 @@ OURS = NAMES
 _OTHERS = (REQUEST_ID, CLIENT)
 
 
+def named(fields: Mapping[str, bytes]) -> set[str]:
+    """Return the settings that an entry names, itself or through a valid preset."""
+    through = preset(fields[PRESET].decode(errors="replace")) if PRESET in fields else ()
+    return {name for name in fields if name in OURS}.union(through)
+
+
 def changed_settings(
-    settings: Settings, fields: Mapping[str, bytes], ceilings: Mapping[str, float] = NO_CEILINGS
+    settings: Settings,
+    fields: Mapping[str, bytes],
+    ceilings: Mapping[str, float] = NO_CEILINGS,
+    backend: str = BACKENDS[0],
 ) -> Settings:
-    """Return settings with the changes of an entry.
+    """Return settings with the changes of an entry: those of its preset, then those by name.
 
     Raises:
       ProtocolError: a name is unknown, or a value is no finite number or above its ceiling.
-      SettingsError: a value is outside its range.
+      SettingsError: a value is outside its range, or there is no such preset.
     """
-    values = {name: _number(name, text) for name, text in fields.items() if name not in _OTHERS}
+    values: dict[str, float] = {}
+    if PRESET in fields:
+        chosen = preset(fields[PRESET].decode(errors="replace"))
+        values |= chosen if without_effect(PRESET, backend) is None else {}
+    values |= {
+        name: _number(name, text) for name, text in fields.items() if name not in (*_OTHERS, PRESET)
+    }
     for name in values:
         if name not in OURS and name not in NOT_NEEDED:
-            known = ", ".join([*OURS, *NOT_NEEDED])
+            known = ", ".join([*OURS, PRESET, *NOT_NEEDED])
             raise ProtocolError(f"there is no parameter {name!r}; known are {known}")
     for name, ceiling in ceilings.items():
         if values.get(name, 0) > ceiling:
@@ -45,6 +60,7 @@ def idle_settings(
     """Return why the changes of an entry have no effect in a search, one text for each of these."""
     different = [name for name in OURS if getattr(after, name) != getattr(before, name)]
     different += [name for name in NOT_NEEDED if name in fields and _number(name, fields[name])]
+    different += [PRESET] if PRESET in fields else []
     reasons = (without_effect(name, backend) for name in different)
     return [reason for reason in reasons if reason is not None]
 

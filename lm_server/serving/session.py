@@ -41,6 +41,7 @@ from lm_server.serving.parameters import (
     OURS,
     changed_settings,
     idle_settings,
+    named,
 )
 from lm_server.settings import Settings, SettingsError
 from lm_server.sliced import Sliced
@@ -343,10 +344,10 @@ class Session:
           ProtocolError, SettingsError: a setting cannot be used here. Nothing has changed.
           HotWordError, BackendError: a hot word cannot be used here. Nothing has changed.
         """
-        settings = changed_settings(self._settings, fields, self._ceilings)
+        settings = changed_settings(self._settings, fields, self._ceilings, self._model.backend)
         wanted = self.hot_words if words is None else dict(words)
         self._search = self._model.search(settings, wanted)
-        self._asked |= {name for name in fields if name in OURS}
+        self._asked |= named(fields)
         self._asked_words |= words is not None
         self._settings, self.hot_words, self._description = settings, wanted, None
 
@@ -406,11 +407,11 @@ class Session:
 
     def _update(self, entry: Entry) -> list[Message]:
         before = self._settings
-        settings = changed_settings(before, entry.fields, self._ceilings)
+        settings = changed_settings(before, entry.fields, self._ceilings, self._model.backend)
         # A search with them is made first: an entry that it refuses must not change anything.
         search = self._model.search(settings, self.hot_words)
         self._settings, self._description = settings, None
-        self._asked |= {name for name in entry.fields if name in OURS}
+        self._asked |= named(entry.fields)
         if not self._search.frames:
             self._search = search
         done = self._done(self.streams.done_updating_params, entry)

@@ -351,7 +351,7 @@ class Worker:
             raise ProtocolError(
                 f"the job's settings are no JSON object ({error}): needed {{NAME: NUMBER}}"
             ) from error
-        settings = changed_settings(self._settings, fields, self._ceilings)
+        settings = changed_settings(self._settings, fields, self._ceilings, self._model.backend)
         idle = idle_settings(self._settings, settings, fields, self._model.backend)
         job.warning = "; ".join(idle)
         return settings

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,27 @@ class ReferencesError(UserError, ValueError):
 def word_errors(reference: Sequence[str], sentence: str) -> int:
     """Return the word edits between a reference (normalised words) and a decoded sentence."""
     return int(Levenshtein.distance(reference, scored_words(sentence)))
+
+
+def known_trials(trials: Sequence[str], references: Mapping[str, tuple[str, ...]]) -> list[int]:
+    """Return the indices of the trials that have a reference. Name the number of others.
+
+    Raises:
+      ReferencesError: none has.
+    """
+    known = [index for index, trial in enumerate(trials) if trial in references]
+    if not known:
+        raise ReferencesError(
+            f"none of the {len(trials)} trials of the logits (first {(*trials, '-')[0]}) is among "
+            f"the {len(references)} true sentences (first {next(iter(references), '-')}); needed "
+            "the same names: check both files"
+        )
+    if len(known) < len(trials):
+        print(
+            f"warning: {len(trials) - len(known)} trials have no true sentence: left out",
+            file=sys.stderr,
+        )
+    return known
 
 
 def read_references(path: Path) -> dict[str, tuple[str, ...]]:

@@ -27,7 +27,7 @@ from lm_server.settings import LIMITS, Settings
 from lm_server.tuning import lists as tuning
 from lm_server.tuning.cache import Cache, digest
 from lm_server.tuning.lists import Lists
-from lm_server.tuning.references import ReferencesError
+from lm_server.tuning.references import known_trials
 
 _SCALES = (0.25, 4.0)
 _BLANKS = (1.0, 150.0)
@@ -94,18 +94,8 @@ class Tuner:
         Raises:
           ReferencesError: none has.
         """
-        known = [index for index, trial in enumerate(logits.trials) if trial in references]
-        if not known:
-            raise ReferencesError(
-                f"none of the {len(logits.trials)} trials of the logits (first "
-                f"{(*logits.trials, '-')[0]}) is among the {len(references)} true sentences (first "
-                f"{next(iter(references), '-')}); needed the same names: check both files"
-            )
-        without = len(logits.trials) - len(known)
-        if without:
-            print(f"warning: {without} trials have no true sentence: left out", file=sys.stderr)
         self._model, self._workers = model, workers
-        self._logits = logits.select(known)
+        self._logits = logits.select(known_trials(logits.trials, references))
         self._references = [references[trial] for trial in self._logits.trials]
         inputs = [digest(model.folder), self._logits.digest(), type(model).__name__]
         self._cache = Cache(cache, inputs)

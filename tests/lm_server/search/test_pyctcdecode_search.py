@@ -9,7 +9,7 @@ from lm_server.lm.build import build
 from lm_server.offline import decode_trial
 from lm_server.protocol import LM_CLASSES, SILENCE, to_rnn_order
 from lm_server.search.interface import NoSentenceError
-from lm_server.search.load import load_model
+from lm_server.search.load import default_settings, load_model
 from lm_server.settings import Settings
 
 
@@ -29,7 +29,7 @@ def babble(seed):
 
 
 def test_speech_whose_hypotheses_all_die_is_searched_again_and_wider(model):
-    search = model.search(Settings())
+    search = model.search(default_settings("pyctcdecode"))
     wide = model.search(Settings(beam=50.0, max_active=100, max_classes=41))
     for one in (search, wide):
         for chunk in np.split(babble(0), [7, 30]):
@@ -45,7 +45,7 @@ def test_speech_whose_hypotheses_all_die_is_searched_again_and_wider(model):
 def test_silence_alone_stays_an_empty_sentence(model):
     silence = np.zeros((20, len(LM_CLASSES)), np.float32)
     silence[:, LM_CLASSES.index(SILENCE)] = 9.0
-    search = model.search(Settings())
+    search = model.search(default_settings("pyctcdecode"))
     search.step(silence)
     assert search.finish()[0].words == ()
     assert search.finish() == ()

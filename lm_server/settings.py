@@ -96,13 +96,15 @@ class Settings:
         fast=10,
     )
     word_bonus: float = setting(0.0, -100, 100, "added to the total for every word (ln)")
-    # Where no silence may be missing, max_classes must be 41: the silence is often unlikely.
+    # In the total's units, or sharp logits, whose acoustic scale is small, would lack every silence
+    # for next to nothing. Where none may be missing, max_classes must be 41: the silence is often
+    # unlikely.
     silence_penalty: float = setting(
-        2.5,
+        3.75,
         0,
         1000,
-        "cost (ln, before the acoustic scale) of a silence between words that a blank stands in "
-        "for; thrice that for any other frame; 1000: never, which needs --max-classes 41",
+        "subtracted from the total (ln) for a silence between words that a blank stands in for; "
+        "thrice that for any other frame; 1000: never, which needs --max-classes 41",
     )
     lattice_beam: float = setting(
         1e6, 0, 1e6, "hypotheses whose total is worse than the best by more (ln) are left out"
@@ -277,6 +279,15 @@ def tuned_for(path: Path) -> dict[str, Any]:
     about = json.loads(path.read_text(encoding="utf-8")).get("about")
     found = about.get("checkpoint") if isinstance(about, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def expected_wer(path: Path, logits_sha256: str) -> float:
+    """Return the word error rate that a readable settings file expects of other sentences, 0 unless
+    it was tuned on these logits."""
+    about = json.loads(path.read_text(encoding="utf-8")).get("about")
+    if not isinstance(about, dict) or about.get("logits_sha256") != logits_sha256:
+        return 0.0
+    return float(about.get("expected_wer") or 0.0)
 
 
 def write_settings(path: Path, settings: Settings, about: Mapping[str, Any] | None = None) -> None:

@@ -1,8 +1,10 @@
 """Find settings for a model's logits on sentences whose transcripts are known, and write a file
 that `serve`, `worker` and `decode` (--settings) and `b2txt evaluate` read.
 
-acoustic_scale, blank_penalty, word_bonus, with --llm alpha, and the temperature of the confidences
-are tuned. Every other setting is as the options set it. Results are cached in a folder beside the
+acoustic_scale, blank_penalty, silence_penalty, word_bonus, with --budget the width of the search,
+with --llm alpha, and the temperature of the confidences are tuned. Every other setting is as the
+options set it. Settings that are expected to be worse than those of the options, or of a file that
+--out has already, are not written: the better ones stay. Results are cached in a folder beside the
 file, so an interrupted tuning resumes. The file names the checkpoint that made the logits. With
 --out WORKDIR/lm_settings/NAME.json, `b2txt evaluate` finds the settings of its checkpoint there.
 """
@@ -10,6 +12,7 @@ file, so an interrupted tuning resumes. The file names the checkpoint that made 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import zlib
 from pathlib import Path
 from shlex import quote
@@ -19,8 +22,15 @@ from lm_server.atomic_file import require_writable
 from lm_server.commands import options
 from lm_server.processes import cleaning_up_when_terminated
 from lm_server.rescoring.load import llm_from_options
-from lm_server.search.load import load_model
-from lm_server.settings import SettingsError, write_settings
+from lm_server.search.load import load_model, without_effect
+from lm_server.settings import (
+    PRESET,
+    Settings,
+    SettingsError,
+    expected_wer,
+    read_settings,
+    write_settings,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--searches", type=int, default=12, metavar="N", help="number of searches (default 12)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="of CPU per sentence: choose the widest search within, such as 0.25 (default: the "
+        "preset's width)",
     )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="where results are kept (default OUT.cache)"
@@ -53,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
     workers = options.workers_from(args)
     if args.searches < 1:
         raise SettingsError(f"--searches is {args.searches}; needed at least 1")
+    if args.budget is not None and not args.budget > 0:
+        raise SettingsError(f"--budget is {args.budget:g}; needed more than 0 seconds")
+    if args.budget is not None and (reason := without_effect(PRESET, args.backend)):
+        raise SettingsError(f"--budget has no widths to choose from: {reason}")
     base = options.settings_from(args)
     logits = read_logits(args.logits)
     references = read_references(args.refs or args.logits)
@@ -63,6 +84,13 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.out, picture):
         require_writable(path, inputs=[args.lm, args.logits])
     require_writable(cache / "x", "--cache")
+    in_use: dict[Settings, float] = {}
+    # What is no settings file of this search yet is replaced.
+    for path in (args.settings, args.out):
+        with contextlib.suppress(SettingsError):
+            if path is not None:
+                there = read_settings(path, base, args.backend)
+                in_use[there] = expected_wer(path, logits.digest())
     if args.llm is not None:
         from lm_server.rescoring.causal_lm import find_model
 
@@ -79,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     with cleaning_up_when_terminated():
         model = load_model(args.lm, args.backend)
         tuner = Tuner(model, logits, references, cache, workers, args.seed)
-        result = tuner.run(base, args.searches, load)
+        result = tuner.run(base, args.searches, load, in_use, args.budget)
         facts: dict[str, Any] = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
         facts["backend"] = args.backend
         described = args.lm / "lm.json"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm_server.protocol import LM_CLASSES, SILENCE
-from lm_server.settings import Settings
+from lm_server.settings import LIMITS, Settings
 
 BLANK_ID = 0
 SILENCE_ID = LM_CLASSES.index(SILENCE)
@@ -60,13 +60,14 @@ class Emissions:
         order: float64, ln.
 
         A silence costs at most `silence_penalty` more than the blank, and at most thrice that more
-        than the likeliest class. Where the logits lack the silence between two words, a blank
-        completes the first word, or else a spare frame of a phoneme.
+        than the likeliest class, whatever the acoustic scale. Where the logits lack the silence
+        between two words, a blank completes the first word, or else a spare frame of a phoneme.
         """
         log_probabilities = _log_softmax(logits)
         settings = self.settings
         scaled = _scaled(log_probabilities, settings)
-        penalty = settings.acoustic_scale * settings.silence_penalty
+        never = settings.silence_penalty == LIMITS["silence_penalty"][1]
+        penalty = math.inf if never else settings.silence_penalty
         instead = np.maximum(scaled[:, BLANK_ID], scaled.max(axis=1, initial=-np.inf) - 2 * penalty)
         scaled[:, SILENCE_ID] = np.maximum(scaled[:, SILENCE_ID], instead - penalty)
         if settings.ctc_blank_skip_threshold >= 1.0 or not len(scaled):

@@ -34,6 +34,10 @@ class Cache:
     def _search_file(self, settings: Settings) -> Path:
         return self._file("nbest", {name: getattr(settings, name) for name in names_of("search")})
 
+    def _seconds_file(self, settings: Settings) -> Path:
+        # The scales as well, on which the number of hypotheses within the beam depends.
+        return self._file("seconds", settings)
+
     def read_search(self, settings: Settings) -> list[tuple[Hypothesis, ...]] | None:
         """Return the hypotheses of every trial under these settings. None if there are none."""
         try:
@@ -57,6 +61,18 @@ class Cache:
             for some in found:
                 rows = [(one.sentence, one.acoustic, one.ngram, one.bonus) for one in some]
                 output.write(json.dumps(rows) + "\n")
+
+    def read_seconds(self, settings: Settings) -> float | None:
+        """Return the seconds per sentence that were measured with these settings, if any."""
+        try:
+            return float(json.loads(self._seconds_file(settings).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write_seconds(self, settings: Settings, seconds: float) -> None:
+        """Keep the seconds per sentence."""
+        with replacing(self._seconds_file(settings)) as temporary:
+            temporary.write_text(json.dumps(seconds) + "\n", encoding="utf-8")
 
     def read_scores(self, model: Sequence[object]) -> dict[str, float]:
         """Return sentence -> score (ln) of this model, as far as known."""

@@ -7,9 +7,13 @@ from typing import Any
 
 from lm_server.atomic_file import replacing
 from lm_server.errors import UserError
-from lm_server.tuning.tuner import Result, curves, search_curve
+from lm_server.tuning.tuner import Result, Tried, curves, search_curve
 
-_TUNED = ("acoustic_scale", "blank_penalty", "word_bonus", "alpha", "confidence_temperature")
+_TUNED = (
+    *("acoustic_scale", "blank_penalty", "silence_penalty", "word_bonus", "max_active", "beam"),
+    *("alpha", "confidence_temperature"),
+)
+_OF_SEARCH = ("acoustic_scale", "blank_penalty", "silence_penalty", "word_bonus")
 
 
 class ReportError(UserError, OSError):
@@ -22,25 +26,31 @@ def about(result: Result) -> dict[str, Any]:
     def rate(errors: float) -> float:
         return round(float(errors) / max(result.words, 1), 6)
 
+    def search(one: Tried) -> dict[str, float]:
+        settings = one.lists.settings
+        return {
+            **{name: getattr(settings, name) for name in _OF_SEARCH},
+            "wer": one.errors / max(int(one.lists.reference_words.sum()), 1),
+            "wer_reranked": one.rate,
+        }
+
     return {
         "sentences": len(result.lists.sentences),
         "words": result.words,
         "wer": rate(result.errors),
         "expected_wer": round(result.expected, 6),
+        "kept_settings_in_use_because_expected": result.kept,
+        "abandoned": [search(one) for one in result.abandoned],
+        "seconds_per_sentence": [
+            {"max_active": active, "beam": beam, "seconds": round(seconds, 4)}
+            for active, beam, seconds in result.seconds
+        ],
         "wer_before": rate(result.default_errors),
         "oracle_wer": rate(result.lists.oracle().sum()),
         "rescored": result.lists.rescored,
         "log_loss_of_confidence": [round(one, 4) for one in result.log_loss],
         "searches": [
-            {
-                "acoustic_scale": one.lists.settings.acoustic_scale,
-                "blank_penalty": one.lists.settings.blank_penalty,
-                "word_bonus": one.lists.settings.word_bonus,
-                "wer": rate(one.errors),
-                "wer_reranked": rate(one.best_errors),
-                "oracle_wer": rate(one.lists.oracle().sum()),
-            }
-            for one in result.tried
+            {**search(one), "oracle_wer": rate(one.lists.oracle().sum())} for one in result.tried
         ],
         "curves": curves(result),
         "blank_penalty_of_searches": search_curve(result),
@@ -50,12 +60,17 @@ def about(result: Result) -> dict[str, Any]:
 def as_text(result: Result) -> str:
     """Return every search, the curves around the optimum, and the result."""
     found = about(result)
-    lines = ["acoustic scale  blank penalty  word bonus     WER  re-ranked  oracle"]
-    lines += [
-        f"{one['acoustic_scale']:14g} {one['blank_penalty']:14g} {one['word_bonus']:11g} "
-        f"{one['wer']:7.2%} {one['wer_reranked']:10.2%} {one['oracle_wer']:7.2%}"
-        for one in found["searches"]
-    ]
+    names = ("acoustic scale", "blank penalty", "silence penalty", "word bonus")
+    lines = ["  ".join(names) + "     WER  re-ranked  oracle"]
+    for one in [*found["searches"], *found["abandoned"]]:
+        oracle = f"{one['oracle_wer']:7.2%}" if "oracle_wer" in one else "abandoned"
+        numbers = zip(names, _OF_SEARCH, strict=True)
+        lines.append(
+            "  ".join(f"{one[key]:{len(name)}g}" for name, key in numbers)
+            + f" {one['wer']:7.2%} {one['wer_reranked']:10.2%} {oracle}"
+        )
+    for active, beam, seconds in result.seconds:
+        lines.append(f"max_active {active}, beam {beam:g}: {seconds:.3f} s of CPU per sentence")
     for name, points in found["curves"].items():
         lines += ["", f"WER by {name}, the rest as found:", _points(points)]
     lines += ["", "WER by blank_penalty, a search each, re-ranked without a large model:"]
@@ -68,15 +83,16 @@ def as_text(result: Result) -> str:
         f"{found['wer']:.2%}"
         + (" with rescoring" if found["rescored"] else "")
         + f", n-best oracle {found['oracle_wer']:.2%}",
-        f"WER to expect of other sentences (chosen on one half, counted on the other): "
-        f"{found['expected_wer']:.2%}",
+        "WER to expect of other sentences ("
+        + ("not chosen on these" if result.kept else "chosen on one half, counted on the other")
+        + f"): {found['expected_wer']:.2%}",
         f"log loss of the sentence confidence: {before:.3f} -> {after:.3f}",
     ]
-    if found["expected_wer"] > found["wer_before"]:
+    if result.kept is not None:
         lines.append(
-            "warning: on other sentences these settings are expected to be worse than those that "
-            f"tuning began with, {found['expected_wer']:.2%} against {found['wer_before']:.2%}: "
-            "leave them out, or tune on more sentences"
+            "note: these are the settings that were in use, with a new temperature. Others are "
+            f"expected to be worse on other sentences, {result.kept:.2%} against "
+            f"{result.expected:.2%}: tune on more sentences, or with more --searches"
         )
     return "\n".join(lines)
 

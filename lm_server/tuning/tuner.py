@@ -1,19 +1,24 @@
 """`lm-server tune`: settings for a model's logits, found on sentences with known transcripts.
 
-First come a few real searches: the defaults, points spread over acoustic scale and blank penalty,
-then points around the best so far. Each is judged by its own best re-ranking, with an acoustic
-scale and a word bonus near the search's. With a large language model, the hypotheses of the best
-searches are then scored, and alpha joins the re-ranking. A last search with the settings found
-measures their real error rate.
+First come a few real searches: the settings in use (the incumbents), then points that Optuna's
+tree-structured Parzen estimator suggests for acoustic scale, blank and silence penalty. Each is
+judged by its own best re-ranking, with an acoustic scale and a word bonus near the search's. One
+that is hopeless on the first sentences is abandoned. With a large language model, the hypotheses of
+the best searches are then scored, and alpha joins the re-ranking. With a budget, the width is the
+largest that it allows. A last search with the settings found measures their real error rate. If
+cross-validation expects no better than an incumbent's, the incumbent stays.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -23,17 +28,31 @@ from lm_server.hypothesis import Hypothesis
 from lm_server.offline import Logits, searched
 from lm_server.rescoring.scorer import SentenceScorer, checked_scores
 from lm_server.search.interface import SearchModel
-from lm_server.settings import LIMITS, Settings
+from lm_server.settings import LIMITS, PRESETS, Settings, changed
 from lm_server.tuning import lists as tuning
 from lm_server.tuning.cache import Cache, digest
 from lm_server.tuning.lists import Lists
 from lm_server.tuning.references import known_trials
 
-_SCALES = (0.25, 4.0)
-_BLANKS = (1.0, 150.0)
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import Trial
+
+# Optuna is imported late: it takes seconds.
+_SCALE_FACTOR = 4.0
+"""Acoustic scales within this factor of the incumbent's best re-ranking are searched."""
+_RANGES = {"blank_penalty": (1.0, 150.0), "silence_penalty": (1.0, 30.0)}
+_STARTUP = 3
+"""Random points before the estimator's."""
 _RESCORED = 2
-"""Searches whose hypotheses the large language model scores, besides the last one."""
+"""Searches whose hypotheses the large language model scores, besides incumbents and the last."""
 _SENTENCES_AT_ONCE = 64
+_HEAD = 0.15
+"""Share of the sentences after which a search may be abandoned."""
+_LEAST_HEAD = 20
+_WIDER: Mapping[str, float] = {"max_classes": 41, "max_active": 1500, "beam": 40.0}
+_TIMED = 12
+"""Sentences on which a width is timed."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,11 @@ class Tried:
     errors: int
     best: Settings
     best_errors: int
+
+    @property
+    def rate(self) -> float:
+        """Word error rate of the best re-ranking."""
+        return self.best_errors / max(int(self.lists.reference_words.sum()), 1)
 
 
 @dataclass(frozen=True)
@@ -56,9 +80,12 @@ class Result:
       errors: word errors with them.
       words: words of all references.
       default_errors: word errors with the settings that tuning began with, without a large model.
-      expected: expected word error rate of new sentences (cross-validation by halves).
+      expected: expected word error rate of new sentences, by halves for settings that were found.
       log_loss: of the sentence confidence with temperature 1 and with the one found (ln).
-      tried: every search, in order.
+      tried: every search of all sentences, in order.
+      abandoned: searches that were abandoned on the first sentences.
+      kept: the rate that was expected of the settings found, where an incumbent is better.
+      seconds: of every width that was timed, (max_active, beam, seconds of CPU per sentence).
     """
 
     settings: Settings
@@ -69,11 +96,23 @@ class Result:
     expected: float
     log_loss: tuple[float, float]
     tried: tuple[Tried, ...]
+    abandoned: tuple[Tried, ...] = ()
+    kept: float | None = None
+    seconds: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def wer(self) -> float:
         """Word error rate on the sentences that the settings were chosen on."""
         return self.errors / max(self.words, 1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the trials (indices), with their logits and the results on them."""
+
+    trials: np.ndarray
+    logits: Logits
+    cache: Cache
 
 
 class Tuner:
@@ -97,8 +136,18 @@ class Tuner:
         self._model, self._workers = model, workers
         self._logits = logits.select(known_trials(logits.trials, references))
         self._references = [references[trial] for trial in self._logits.trials]
-        inputs = [digest(model.folder), self._logits.digest(), type(model).__name__]
-        self._cache = Cache(cache, inputs)
+        count = len(self._references)
+        order = np.random.default_rng(seed).permutation(count)
+        head = np.sort(order[: max(_LEAST_HEAD, round(_HEAD * count))])
+        of_model = (digest(model.folder), type(model).__name__)
+
+        def part(trials: np.ndarray) -> _Part:
+            logits = self._logits.select(trials.tolist())
+            inputs = [of_model[0], logits.digest(), of_model[1]]
+            return _Part(trials, logits, Cache(cache, inputs))
+
+        self._all, self._head = part(np.arange(count)), part(head)
+        self._rest = part(np.setdiff1d(order, head))
         self._seed = seed
         self._console = console or Console(stderr=True)
         self._failed: set[str] = set()
@@ -108,87 +157,196 @@ class Tuner:
         base: Settings,
         searches: int,
         load_scorer: Callable[[], tuple[SentenceScorer, Sequence[object]] | None],
+        in_use: Mapping[Settings, float] = MappingProxyType({}),
+        budget: float | None = None,
     ) -> Result:
         """Tune.
 
         Args:
           base: settings to begin with. Those that are not tuned stay.
-          searches: number of real searches, the last one not counted.
+          searches: number of real searches, the last ones not counted.
           load_scorer: returns the large language model and its identity. Called after the searches.
+          in_use: settings that the result must not be worse than, as `base`, each with the least
+            word error rate to expect of it. This is above 0 for those chosen on the same sentences.
+          budget: seconds of CPU per sentence. The widest search within is chosen. None: that of
+            `base`.
 
         Raises:
           RescoringError: the large language model fails.
         """
-        rng = np.random.default_rng(self._seed)
-        tried: list[Tried] = []
+        incumbents: list[Tried] = []
+        abandoned: list[Tried] = []
         with self._progress() as progress:
             task = progress.add_task("searches", total=searches)
-            for number in range(searches):
-                tried.append(self._try(self._point(base, tried, number, searches, rng)))
+            for settings in dict.fromkeys([base, *in_use]):
+                incumbents.append(self._try(settings))
+                progress.advance(task)
+            tried = list(incumbents)
+            study, ranges = self._study(base, tried)
+            while len(tried) + len(abandoned) < searches:
+                trial = study.ask()
+                settings = self._point(base, trial, ranges, tried)
+                found = self._try_unless_hopeless(settings, min(tried, key=_best_first))
+                complete = len(found.lists.sentences) == len(self._references)
+                (tried if complete else abandoned).append(found)
+                study.tell(trial, found.rate)
                 progress.advance(task)
         default_errors = tried[0].errors
         loaded = load_scorer()
-        choices = sorted(tried, key=lambda one: one.best_errors)
+        choices = sorted(tried, key=_best_first)
         if loaded is not None:
             choices = [self._rescored(one, *loaded) for one in choices[:_RESCORED]]
+            incumbents = [self._rescored(one, *loaded) for one in incumbents]
         # Without the last search, which is chosen on all trials.
         expected = tuning.expected_errors([one.lists for one in choices[:4]], self._seed)
-        best = min(choices, key=lambda one: one.best_errors)
-        last = self._try(best.best)
-        tried.append(last)
-        if loaded is not None:
-            last = self._rescored(last, *loaded)
-        # The last one is really searched. A re-ranked one may look better by chance.
-        chosen, errors = last.best, last.best_errors
-        if last.errors <= errors + last.lists.reference_words.sum() / 1000:
-            chosen, errors = last.lists.settings, last.errors
-        if best.best_errors < errors:
-            best_as_searched = int(best.lists.errors_of_best(best.lists.settings).sum())
-            if best_as_searched < errors:
-                last, chosen, errors = best, best.lists.settings, best_as_searched
+        best = min(choices, key=_best_first)
+        wanted, seconds = self._widest(best.best, budget)
+        finals = [self._rescored(self._try(wanted), *loaded) if loaded else self._try(wanted)]
+        # A re-ranked one may look better by chance, so that it is really searched too.
+        if finals[0].best_errors + finals[0].lists.reference_words.sum() / 1000 < finals[0].errors:
+            further = self._try(finals[0].best)
+            finals.append(self._rescored(further, *loaded) if loaded else further)
+        tried += finals
+        if budget is None:
+            finals.append(best)
+        last = min(finals, key=lambda one: one.errors)
+        chosen, errors = last.lists.settings, last.errors
+        words = max(int(last.lists.reference_words.sum()), 1)
+
+        def rate(one: Tried) -> float:
+            return max(one.errors / words, in_use.get(one.lists.settings, 0.0))
+
+        first = min(incumbents, key=rate)
+        kept = None
+        if expected > rate(first):
+            kept, last, chosen, errors = expected, first, first.lists.settings, first.errors
+            expected = rate(first)
         temperature, before, after = tuning.calibrate(last.lists, chosen)
         return Result(
             dataclasses.replace(chosen, confidence_temperature=temperature),
             last.lists,
             errors,
-            int(last.lists.reference_words.sum()),
+            words,
             default_errors,
             expected,
             (before, after),
             tuple(tried),
+            tuple(abandoned),
+            kept,
+            seconds,
         )
+
+    def _study(
+        self, base: Settings, tried: Sequence[Tried]
+    ) -> tuple[Study, dict[str, tuple[float, float]]]:
+        """Return the estimator, which knows the incumbents, and the ranges that it searches."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        centre = min(tried, key=_best_first).best.acoustic_scale
+        least, greatest = LIMITS["acoustic_scale"]
+        ranges = {
+            "acoustic_scale": (
+                max(centre / _SCALE_FACTOR, least),
+                min(centre * _SCALE_FACTOR, greatest),
+            ),
+            **_RANGES,
+        }
+        if base.silence_penalty >= LIMITS["silence_penalty"][1]:
+            # Silences are demanded, which is no degree.
+            del ranges["silence_penalty"]
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=len(tried) + _STARTUP, multivariate=True, seed=self._seed
+        )
+        study = optuna.create_study(sampler=sampler)
+        distributions = {
+            name: optuna.distributions.FloatDistribution(*limits, log=True)
+            for name, limits in ranges.items()
+        }
+        for one in tried:
+            point = {
+                name: float(np.clip(getattr(one.lists.settings, name), *limits))
+                for name, limits in ranges.items()
+            }
+            study.add_trial(
+                optuna.trial.create_trial(params=point, distributions=distributions, value=one.rate)
+            )
+        return study, ranges
 
     def _point(
         self,
         base: Settings,
+        trial: Trial,
+        ranges: Mapping[str, tuple[float, float]],
         tried: Sequence[Tried],
-        number: int,
-        searches: int,
-        rng: np.random.Generator,
     ) -> Settings:
-        """Return the settings of the next search: the base, then spread, then near the best."""
-        if number == 0:
-            return base
-        spread = max(searches // 2, 1)
-        if number <= spread:
-            # The right scale may be far away. A low-discrepancy sequence leaves no gap.
-            u, v = (0.5 + number * 0.7548776662) % 1.0, (0.5 + number * 0.5698402910) % 1.0
-            change = {"acoustic_scale": _within(_SCALES, u), "blank_penalty": _within(_BLANKS, v)}
-            return tuning.within_limits(base, change)
-        best = min(tried, key=lambda one: one.best_errors)
-        change = {
-            "acoustic_scale": best.best.acoustic_scale * float(np.exp(rng.normal(0.0, 0.15))),
-            "blank_penalty": best.best.blank_penalty * float(np.exp(rng.normal(0.0, 0.6))),
-            "word_bonus": best.best.word_bonus,
-        }
+        """Return the settings of the next search. Re-ranking has found the word bonus."""
+        change = {name: trial.suggest_float(name, *of, log=True) for name, of in ranges.items()}
+        change["word_bonus"] = min(tried, key=_best_first).best.word_bonus
         return tuning.within_limits(base, change)
 
     def _try(self, settings: Settings) -> Tried:
-        found = self._cache.read_search(settings)
-        if found is None or len(found) != len(self._references):
-            found = self._search(settings)
-            self._cache.write_search(settings, found)
+        found = self._found(settings, self._all)
         return self._judged(tuning.make_lists(found, self._references, settings))
+
+    def _try_unless_hopeless(self, settings: Settings, best: Tried) -> Tried:
+        """Return a search of all sentences, or of the first ones if it is hopeless there."""
+        if self._all.cache.read_search(settings) is None and len(self._rest.trials):
+            head = self._found(settings, self._head)
+            references = [self._references[index] for index in self._head.trials]
+            there = self._judged(tuning.make_lists(head, references, settings))
+            least = int(best.lists.of(self._head.trials).errors_of_best(best.best).sum())
+            # Three standard deviations of a count, and as much again as the best has.
+            if there.best_errors > 1.5 * least + 3.0 * least**0.5 + 3:
+                return there
+            both = [*head, *self._found(settings, self._rest)]
+            order = np.argsort(np.concatenate([self._head.trials, self._rest.trials]))
+            self._all.cache.write_search(settings, [both[index] for index in order])
+        return self._try(settings)
+
+    def _found(self, settings: Settings, part: _Part) -> list[tuple[Hypothesis, ...]]:
+        """Return the hypotheses of some trials, searched unless the cache has them."""
+        found = part.cache.read_search(settings)
+        if found is None or len(found) != len(part.trials):
+            found = self._search(settings, part.logits)
+            part.cache.write_search(settings, found)
+        return found
+
+    def _widest(
+        self, settings: Settings, budget: float | None
+    ) -> tuple[Settings, tuple[tuple[int, float, float], ...]]:
+        """Return settings with the widest search within the budget, and what was timed."""
+        if budget is None:
+            return settings, ()
+        cache = self._all.cache
+        widths = [PRESETS["fast"], PRESETS["balanced"], PRESETS["accurate"], _WIDER]
+        timed: list[tuple[int, float, float]] = []
+        chosen = changed(settings, widths[0])
+        for width in widths:
+            one = changed(settings, width)
+            seconds = cache.read_seconds(one)
+            if seconds is None:
+                seconds = self._seconds(one)
+                cache.write_seconds(one, seconds)
+            timed.append((one.max_active, one.beam, seconds))
+            if seconds > budget:
+                break
+            chosen = one
+        if timed[0][2] > budget:
+            print(
+                f"warning: the narrowest search takes {timed[0][2]:.3g} s per sentence, more than "
+                f"the budget of {budget:g}",
+                file=sys.stderr,
+            )
+        return chosen, tuple(timed)
+
+    def _seconds(self, settings: Settings) -> float:
+        """Return seconds of CPU per sentence of this process."""
+        some = self._head.logits.select(range(min(_TIMED, len(self._head.trials))))
+        began = time.process_time()
+        with searched(self._model, settings, some, 1) as outcomes:
+            count = sum(1 for _ in outcomes)
+        return (time.process_time() - began) / count
 
     def _judged(self, lists: Lists) -> Tried:
         best, best_errors = tuning.rerank(lists, self._seed)
@@ -198,9 +356,9 @@ class Tuner:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         return Progress(*columns, TimeElapsedColumn(), console=self._console)
 
-    def _search(self, settings: Settings) -> list[tuple[Hypothesis, ...]]:
+    def _search(self, settings: Settings, logits: Logits) -> list[tuple[Hypothesis, ...]]:
         found = []
-        with searched(self._model, settings, self._logits, self._workers) as outcomes:
+        with searched(self._model, settings, logits, self._workers) as outcomes:
             for outcome in outcomes:
                 if outcome.problem and outcome.trial not in self._failed:
                     self._failed.add(outcome.trial)
@@ -212,7 +370,8 @@ class Tuner:
         """Return the same search, re-ranked with the large language model's scores."""
         settings = tried.lists.settings
         model = [*identity, settings.length_penalty]
-        scores = self._cache.read_scores(model)
+        cache = self._all.cache
+        scores = cache.read_scores(model)
         wanted = dict.fromkeys(one for some in tried.lists.sentences for one in sorted(some) if one)
         missing = [one for one in wanted if one not in scores]
         with self._progress() as progress:
@@ -220,16 +379,14 @@ class Tuner:
             for start in range(0, len(missing), _SENTENCES_AT_ONCE):
                 some = missing[start : start + _SENTENCES_AT_ONCE]
                 new = checked_scores(scorer, some, "", settings.length_penalty)
-                self._cache.add_scores(model, new)
+                cache.add_scores(model, new)
                 scores.update(new)
                 progress.advance(task, len(some))
         return self._judged(tried.lists.with_llm(scores))
 
 
-def _within(limits: tuple[float, float], share: float) -> float:
-    """Return a point between two limits, at a share of their logarithmic distance."""
-    low, high = np.log(limits)
-    return float(np.exp(low + share * (high - low)))
+def _best_first(tried: Tried) -> int:
+    return tried.best_errors
 
 
 def search_curve(result: Result) -> list[tuple[float, float]]:

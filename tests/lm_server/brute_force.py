@@ -3,8 +3,8 @@
 Scoring, as docs/search.md defines it: in every frame a path has one class. Repeats and blanks
 removed, it must spell words, each followed by at least one silence; the last may lack its own.
 acoustic = sum over frames of ln softmax, less ln(blank_penalty) for a blank; a silence scores at
-least what the blank does less silence_penalty, and what the likeliest class does less thrice that.
-total = acoustic_scale * acoustic + ngram + bonus.
+least what the blank does less silence_penalty / acoustic_scale, and what the likeliest class does
+less thrice that. total = acoustic_scale * acoustic + ngram + bonus.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def log_probabilities(logits: np.ndarray, settings: Settings) -> list[list[float
         norm = top + math.log(math.fsum(math.exp(value - top) for value in frame))
         row = [value - norm for value in frame]
         row[BLANK] -= math.log(settings.blank_penalty)
-        penalty = settings.silence_penalty
+        penalty = settings.silence_penalty / settings.acoustic_scale
         row[SIL] = max(row[SIL], row[BLANK] - penalty, max(row) - 3 * penalty)
         rows.append(row)
     return rows

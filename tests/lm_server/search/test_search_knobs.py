@@ -121,7 +121,7 @@ def test_words_without_a_silence_between_them_are_understood(model):
     found = decoded(model, logits)[0]
     assert found.words == words
     demanding = decoded(model, logits, beam=100.0, silence_penalty=1000.0, max_classes=41)[0]
-    # Two silences cost twice 2.5 and what was the blank's cost anyway; else nearly all evidence.
+    # Two silences cost twice 4 and what was the blank's cost anyway; else nearly all evidence.
     assert found.acoustic > demanding.acoustic + 30.0
     # Without a blank either, a phoneme's second frame must do.
     assert decoded(model, without_silence(words, gap=0), beam=60.0)[0].words == words
@@ -137,7 +137,7 @@ def test_a_silence_in_the_logits_costs_what_it_did():
     rows = emissions.of(logits)
     norm = math.log(math.exp(9.0) + 40)
     assert rows[0, SIL] == pytest.approx(0.5 * (9.0 - norm))
-    assert rows[1, SIL] == pytest.approx(0.5 * (9.0 - norm - 2.0))
+    assert rows[1, SIL] == pytest.approx(0.5 * (9.0 - norm) - 2.0)
     assert rows[:, 0] == pytest.approx([0.5 * (0.0 - norm), 0.5 * (9.0 - norm)])
 
 

@@ -20,9 +20,16 @@ from lm_server.offline import Logits, read_logits
 from lm_server.protocol import to_rnn_order
 from lm_server.search.interface import SearchModel
 from lm_server.search.load import default_settings, load_model
-from lm_server.settings import Settings, SettingsError, read_settings, write_settings
+from lm_server.settings import (
+    Settings,
+    SettingsError,
+    expected_wer,
+    read_settings,
+    write_settings,
+)
 from lm_server.tuning import lists as tuning
 from lm_server.tuning import report as tune_report
+from lm_server.tuning import tuner as tuner_module
 from lm_server.tuning.references import ReferencesError, read_references, word_errors
 from lm_server.tuning.tuner import Tuner
 
@@ -218,11 +225,13 @@ def test_tuning_lowers_errors_and_goes_on_from_its_cache(
     first = tuner(model, logits, logits_file, cache)
     searches = []
     search = first._search
-    monkeypatch.setattr(first, "_search", lambda one: searches.append(one) or search(one))
+    monkeypatch.setattr(
+        first, "_search", lambda one, some: searches.append(one) or search(one, some)
+    )
     result = first.run(bad, 6, lambda: (knowing, ["knowing"]))
     assert result.default_errors > 10
     assert result.errors < result.default_errors / 2
-    assert len(searches) == 7
+    assert len(searches) in (7, 8)  # the re-ranking of the last one may be searched too
     assert knowing.asked
     # What is reported is what those settings really give.
     assert result.errors == sum(
@@ -230,7 +239,7 @@ def test_tuning_lowers_errors_and_goes_on_from_its_cache(
             tuple(sentence.split()),
             answer_of(some, result.settings, knowing).sentence,
         )
-        for sentence, some in zip(SENTENCES * 2, search(result.settings), strict=True)
+        for sentence, some in zip(SENTENCES * 2, search(result.settings, logits), strict=True)
     )
     asked = knowing.asked
     again = tuner(model, logits, logits_file, cache)
@@ -341,18 +350,106 @@ def test_score_counts_what_decode_finds_and_the_nearest_of_each_list(
     assert "there is no logits file" in missing["error"]
 
 
-def test_settings_that_are_expected_to_be_worse_than_before_are_reported_as_such(
-    model: SearchModel, logits_file: Path, tmp_path: Path
+@pytest.mark.parametrize("expected", [0.9, 0.0])
+def test_settings_that_are_expected_to_be_worse_than_those_in_use_are_not_chosen(
+    model: SearchModel,
+    logits_file: Path,
+    tmp_path: Path,
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tuning, "expected_errors", lambda *_: expected)
+    base = Settings(acoustic_scale=0.7)
+    other = Settings(acoustic_scale=1.1)
     result = tuner(model, read_logits(logits_file), logits_file, tmp_path).run(
-        Settings(), 1, lambda: None
+        base, 3, lambda: None, {other: 0.0}
     )
-    for expected, warned in ((0.5, True), (0.0, False)):
-        text = tune_report.as_text(dataclasses.replace(result, expected=expected))
-        assert ("expected to be worse" in text) is warned
-    assert f"50.00% against {result.default_errors / result.words:.2%}" in tune_report.as_text(
-        dataclasses.replace(result, expected=0.5)
+    in_use = list(result.tried[:2])
+    assert [one.lists.settings for one in in_use] == [base, other]
+    text = tune_report.as_text(result)
+    if expected:
+        best = min(in_use, key=lambda one: one.errors)
+        temperature = result.settings.confidence_temperature
+        assert result.settings == dataclasses.replace(
+            best.lists.settings, confidence_temperature=temperature
+        )
+        assert result.expected == best.errors / result.words
+        assert f"90.00% against {result.expected:.2%}" in text
+    else:
+        assert "in use" not in text
+        assert result.expected == 0.0
+    about = tune_report.about(result)
+    assert about["expected_wer"] <= about["wer_before"]
+
+
+def test_a_file_that_was_tuned_on_the_same_sentences_counts_with_the_rate_that_it_expects(
+    model: SearchModel, logits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its own rate on them is luck. So it is kept only if a new one is expected to be worse.
+    path = tmp_path / "settings.json"
+    write_settings(path, Settings(), {"logits_sha256": "aa", "expected_wer": 0.3})
+    assert (expected_wer(path, "aa"), expected_wer(path, "bb")) == (0.3, 0.0)
+    lucky, bad = Settings(acoustic_scale=1.2), Settings(acoustic_scale=0.01)
+    one = tuner(model, read_logits(logits_file), logits_file, tmp_path / "cache")
+    for rate, kept in ((0.4, False), (0.6, True)):
+        monkeypatch.setattr(tuning, "expected_errors", lambda *_, rate=rate: rate)
+        result = one.run(bad, 2, lambda: None, {lucky: 0.5})
+        assert (result.kept == rate) is kept
+        assert result.expected == (0.5 if kept else rate)
+
+
+def test_a_hopeless_corner_is_abandoned_after_the_first_sentences(
+    model: SearchModel, logits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner_module, "_LEAST_HEAD", 8)
+    one = tuner(model, read_logits(logits_file), logits_file, tmp_path)
+    searched = []
+    search = one._search
+    monkeypatch.setattr(
+        one, "_search", lambda s, some: searched.append(len(some.trials)) or search(s, some)
     )
+    good = one._try(Settings())
+    corner = Settings(acoustic_scale=0.01, blank_penalty=1e6)
+    hopeless = one._try_unless_hopeless(corner, good)
+    assert searched == [16, 8]
+    assert hopeless.rate > 2 * good.rate
+    near = one._try_unless_hopeless(Settings(acoustic_scale=1.4), good)
+    assert searched == [16, 8, 8, 8]
+    # The parts together are what one search of all finds.
+    assert (
+        near.errors
+        == one._judged(
+            tuning.make_lists(
+                search(near.lists.settings, one._logits), one._references, near.lists.settings
+            )
+        ).errors
+    )
+    one._try_unless_hopeless(corner, good)
+    assert len(searched) == 4, "what is known was searched again"
+
+
+def test_the_widest_search_within_the_budget_is_chosen_and_timed_once(
+    model: SearchModel,
+    logits_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = tuner(model, read_logits(logits_file), logits_file, tmp_path)
+    timed = []
+    monkeypatch.setattr(one, "_seconds", lambda s: timed.append(s) or s.max_active / 1000)
+    base = Settings(acoustic_scale=1.3)
+    for budget, active in ((0.25, 200), (0.2, 200), (0.6, 500), (9.0, 1500)):
+        chosen, seconds = one._widest(base, budget)
+        assert (chosen.max_active, chosen.acoustic_scale) == (active, 1.3)
+        assert seconds[0] == (100, 14.0, 0.1)
+    assert len(timed) == 4
+    assert not capsys.readouterr().err
+    assert one._widest(base, 0.01)[0].max_active == 100
+    assert "more than the budget of 0.01" in capsys.readouterr().err
+    assert one._widest(base, None) == (base, ())
+    result = one.run(base, 1, lambda: None, budget=0.25)
+    assert "max_active 500, beam 25: 0.500 s of CPU per sentence" in tune_report.as_text(result)
 
 
 def test_trials_without_a_sentence_are_counted_and_none_at_all_is_an_error(

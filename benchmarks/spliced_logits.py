@@ -2,8 +2,8 @@
 
     python benchmarks/spliced_logits.py --run runs/demo/run
 
-Prints WER, n-best oracle and seconds per sentence on logits of sentences that nobody attempted,
-spliced from those of a trained model.
+Prints WER, n-best oracle, the share of wrong sentences that are search errors, and seconds per
+sentence on logits of sentences that nobody attempted, spliced from those of a trained model.
 
 Real softmax outputs have confusions, deletions and insertions of their own kind. The true labels of
 a run's validation trials are aligned to their logits (CTC, best path), and the logits are cut
@@ -28,23 +28,21 @@ from rapidfuzz.distance import Levenshtein
 from simulated_logits import greedy, held_out, label
 
 import b2txt_jax
+from lm_server.hypothesis import Hypothesis
 from lm_server.lexicon.pronunciations import read_lexicon
+from lm_server.lm.reader import find_words
 from lm_server.protocol import CLASS_COUNT, LM_CLASSES, to_lm_order
-from lm_server.search.load import load_model
-from lm_server.settings import Settings
+from lm_server.search.flashlight import LanguageModel
+from lm_server.search.forced import forced
+from lm_server.settings import PRESETS, Settings
 
 SEARCHES: dict[str, dict[str, float]] = {
-    "default": {},
-    "all classes": {"max_classes": 41},
-    "all classes, no stand-in": {"max_classes": 41, "silence_penalty": 1000},
-    "all classes, 500 within 25": {"max_classes": 41, "max_active": 500, "beam": 25},
-    "all classes, 500 within 25, no stand-in": {
-        "max_classes": 41,
-        "max_active": 500,
-        "beam": 25,
-        "silence_penalty": 1000,
-    },
+    "before presets": dict(PRESETS["fast"]),
+    **{name: dict(preset) for name, preset in PRESETS.items()},
+    "accurate, every silence demanded": {"silence_penalty": 1000},
 }
+BEFORE = "before presets"
+"""The search whose price of a missing silence shrank with the acoustic scale, as it once did."""
 TASKS = ((1.0, 0.0), (2.5, 0.0), (2.5, 0.1))
 """Factors on the logits, and shares of silences left out."""
 
@@ -168,13 +166,26 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=100, help="sentences (default 100)")
     parser.add_argument("--per", type=float, default=0.104, help="greedy PER (default 0.104)")
     args = parser.parse_args()
-    model = load_model(model_folder(args))
+    model = LanguageModel(model_folder(args))
     known, pieces = read_lexicon("cmudict").entries, pieces_of(args.run)
     dev = held_out(args.sentences // 2, args.seed, "val")
     test = held_out(args.sentences, args.seed, "test")
 
-    def found(logits: list[np.ndarray], settings: Settings) -> list[list[Words]]:
-        return [[one.words for one in some] for some in decode(model, settings, logits)]
+    known_words = find_words(model.folder, {word for one in test for word in one})
+
+    def words_of(lists: Iterable[Sequence[Hypothesis]]) -> list[list[Words]]:
+        return [[one.words for one in some] for some in lists]
+
+    def search_errors(
+        lists: Iterable[Sequence[Hypothesis]], logits: list[np.ndarray], settings: Settings
+    ) -> float:
+        """Return the share of wrong sentences whose truth has a better total than the answer."""
+        wrong = lost = 0
+        for words, one, some in zip(test, logits, lists, strict=True):
+            truth = forced(model, known_words, settings, one, words)
+            wrong += some[0].words != words
+            lost += truth is not None and (truth.total or 0.0) > (some[0].total or 0.0) + 0.01
+        return lost / max(wrong, 1)
 
     print("| search | " + " | ".join(f"x {x:g}, {y:.0%} left out" for x, y in TASKS) + " |")
     print("|---|" + "---|" * len(TASKS))
@@ -192,20 +203,23 @@ def main() -> None:
             tuned = min(
                 (
                     dataclasses.replace(
-                        Settings(),
+                        Settings(silence_penalty=2.5 * scale / sharpness)
+                        if name == BEFORE
+                        else Settings(),
                         acoustic_scale=scale / sharpness,
-                        blank_penalty=blank,
+                        blank_penalty=4.0,
                         **change,  # type: ignore[arg-type]
                     )
-                    for scale, blank in itertools.product((0.9, 1.3, 1.8), (2.0, 8.0))
+                    for scale in (0.8, 1.1, 1.5)
                 ),
-                key=lambda settings: wer(dev, found(logits, settings), False),
+                key=lambda settings: wer(dev, words_of(decode(model, settings, logits)), False),
             )
             began = time.process_time()
-            lists = found(other, tuned)
+            lists = list(decode(model, tuned, other))
             seconds = (time.process_time() - began) / len(test)
-            rates = [100 * wer(test, lists, oracle) for oracle in (False, True)]
-            cells.append(f"{rates[0]:.1f} / {rates[1]:.1f} %, {seconds:.3f} s")
+            rates = [100 * wer(test, words_of(lists), oracle) for oracle in (False, True)]
+            lost = search_errors(lists, other, tuned)
+            cells.append(f"{rates[0]:.1f} / {rates[1]:.1f} %, {lost:.0%}, {seconds:.3f} s")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

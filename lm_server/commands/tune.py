@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         scorer = llm_from_options(args)
         if scorer is None:
             return None
-        form = getattr(scorer, "text_form", "")
+        form = str([getattr(scorer, "text_form", ""), *getattr(scorer, "endings", ())])
         return scorer, [digest(find_model(args.llm)), form, args.llm_dtype, args.llm_device]
 
     with cleaning_up_when_terminated():

@@ -205,6 +205,17 @@ def test_a_model_that_cannot_do_trees_scores_whole_sentences(
     np.testing.assert_allclose(scorer.score(SENTENCES, CONTEXT), expected, atol=1e-4)
 
 
+def test_a_sentence_has_the_score_of_its_likeliest_ending(opt: Path) -> None:
+    scorer = CausalLM(opt, "cpu", "sentence")
+    for context in ("", "We talk."):
+        expected = [
+            max(naive(opt, f"{context} {one}{end}".strip()) for end in ".?!")
+            for one in ("The cat sat", "A dog")
+        ]
+        found = scorer.score(["the cat sat", "a dog"], context)
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
 def test_the_text_form_is_plain_unless_the_folder_or_the_user_says_so(copy: Path) -> None:
     assert in_form("i think i'm in italy", "plain") == "i think i'm in italy"
     assert in_form("i think i'm in italy", "sentence") == "I think I'm in italy."

@@ -210,12 +210,12 @@ class Client:
         """
         with self._redis_errors():
             # Whole numbers without a point: the published server reads nbest with int().
-            fields = {
-                name: int(value) if isinstance(value, int) else float(value)
+            fields: dict[str, int | float | str] = {
+                name: value
+                if isinstance(value, str)
+                else (int(value) if isinstance(value, int) else float(value))
                 for name, value in params.items()
-                if not isinstance(value, str)
             }
-            fields |= {name: value for name, value in params.items() if isinstance(value, str)}
             self._add(self._streams.update_params, fields)
         awaited = f"the new settings {', '.join(params)} to be accepted"
         self._wait(self._streams.done_updating_params, awaited, self.timeout)

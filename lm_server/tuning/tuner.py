@@ -259,7 +259,7 @@ class Tuner:
             n_startup_trials=len(tried) + _STARTUP, multivariate=True, seed=self._seed
         )
         study = optuna.create_study(sampler=sampler)
-        distributions = {
+        distributions: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.FloatDistribution(*limits, log=True)
             for name, limits in ranges.items()
         }

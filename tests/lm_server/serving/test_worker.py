@@ -146,7 +146,7 @@ def test_a_job_that_cannot_be_decoded_is_a_result_with_the_reason(model_folder, 
         connection.xadd("remote_lm_jobs", {**job, "job": name, "request_id": "r7", **change})
     connection.xadd("remote_lm_jobs", {"job": "without a batch"})
     stream = results_stream("b")
-    with worker(model_folder, url, "--ceiling", "max_active=400"):
+    with worker(model_folder, url, "--preset", "fast", "--ceiling", "max_active=400"):
         assert wait_until(lambda: connection.xlen(stream) == 8)
         assert wait_until(lambda: connection.xlen("remote_lm_jobs") == 0)
     results = {fields[b"job"].decode("latin-1"): fields for _, fields in connection.xrange(stream)}

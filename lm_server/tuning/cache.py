@@ -16,7 +16,7 @@ from lm_server.atomic_file import replacing
 from lm_server.hypothesis import Hypothesis
 from lm_server.settings import Settings, names_of
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Cache:

@@ -27,6 +27,8 @@ from lm_server.settings import Settings
 
 MIXTURES = ((0.0, 0.0), (0.1, 0.0), (0.5, 0.0), (0.0, 1e-3), (0.0, 1e-2))
 """Shares of the confusion, and floors."""
+SCALES = (0.3, 0.45, 0.7, 1.0, 1.5)
+"""Acoustic scales to choose from. What is mixed is softer, and needs a larger one."""
 
 
 def confusion(logits: Sequence[np.ndarray], labels: Sequence[Sequence[int]]) -> np.ndarray:
@@ -86,7 +88,7 @@ def main() -> None:
             ready = (mixed(one, matrix, share, floor) for one in logits)
             return [[one.words for one in some] for some in decode(model, settings, ready)]
 
-        best = min((0.3, 0.45, 0.7, 1.0, 1.5), key=lambda scale: wer(dev, lists(heard, scale), False))
+        best = min(SCALES, key=lambda scale: wer(dev, lists(heard, scale), False))
         found = lists(other, best)
         rates = [100 * wer(test, found, oracle) for oracle in (False, True)]
         print(f"| {share:g} | {floor:g} | {rates[0]:.1f} % | {rates[1]:.1f} % |", flush=True)

@@ -313,7 +313,7 @@ class Client:
             "has no sessions"
         )
 
-    def _add(self, stream: str, fields: Mapping[str, bytes | float]) -> None:
+    def _add(self, stream: str, fields: Mapping[str, bytes | float | str]) -> None:
         named = {CLIENT: self.name.encode()} if self.name else {}
         self._redis.xadd(stream, {**fields, **named}, maxlen=_KEPT_ENTRIES, approximate=True)
 

@@ -1,5 +1,6 @@
 """Decoding from Python answers as the command does."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import lm_server
 from lm_server.__main__ import main
 from lm_server.hypothesis import Answer, Word
 from lm_server.protocol import ProtocolError, to_lm_order, to_rnn_order
-from lm_server.settings import SettingsError
+from lm_server.settings import PRESETS, Settings, SettingsError
 
 SAID = ["the cat sat", "a dog ran"]
 
@@ -111,3 +112,10 @@ def test_decoding_prints_no_warnings_and_the_client_is_light(model_folder, tmp_p
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("the cat\n", "")
+
+
+def test_a_preset_stands_among_the_settings_by_name(model_folder):
+    decoder = lm_server.load(model_folder, settings={"preset": "fast", "beam": 15})
+    assert decoder.settings == dataclasses.replace(Settings(), **{**PRESETS["fast"], "beam": 15.0})
+    with pytest.raises(SettingsError, match="needed one of accurate, balanced, fast"):
+        lm_server.load(model_folder, settings={"preset": "slow"})

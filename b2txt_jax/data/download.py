@@ -265,7 +265,7 @@ def _get(url: str, span: tuple[int, int] | None = None) -> http.client.HTTPRespo
     if answer.status in _BROWSER or "html" in (answer.headers.get_content_type() or ""):
         answer.close()
         raise BrowserNeededError(f"{host} answers with a page for a browser instead of the file")
-    return answer  # type: ignore[no-any-return]
+    return answer
 
 
 def _json(url: str) -> Any:

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", True),
     "simulate": ("b2txt_jax.simulation.write", "write simulated sessions in the T15 layout", False),
     "download": ("b2txt_jax.data.download", "fetch the published data sets", False),
+    "import": ("b2txt_jax.data.foreign.command", "recordings of other formats", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),

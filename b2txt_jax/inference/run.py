@@ -55,6 +55,9 @@ CHANGEABLE = frozenset(
         "data.eval_batch_size",
         "model.dtype",
         "signal.eval_padding",
+        "signal.rolling_clip",
+        "signal.rolling_seconds",
+        "signal.smooth_kernel",
     }
 )
 """Keys of a run's configuration that may differ when its model is used. The others made it."""
@@ -187,7 +190,10 @@ class Run:
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
         config = replace(self.config.data, eval_batch_size=self._rows)
-        data = EvaluationData(config, self.sessions, split, self._min_bins, labels=split != "test")
+        labels = split != "test"
+        data = EvaluationData(
+            config, self.sessions, split, self._min_bins, labels, self.config.signal
+        )
         batches: Iterable[tuple[list[int], list[Trial], Batch]] = data.batches()
         if console is not None:
             batches = track(

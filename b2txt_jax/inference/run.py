@@ -180,11 +180,11 @@ class Run:
                 )
             return self._of_arrays(
                 [self._checked(one, f"trial {i}") for i, one in enumerate(trials)],
-                [self._day_index(one) for one in days],
+                [self.day_index(one) for one in days],
             )
         if day is not None and not isinstance(day, str):
             raise DataError(f"day is {day!r}; needed one name, for one trial")
-        return self._of_arrays([self._checked(trials, "the trial")], [self._day_index(day)])[0]
+        return self._of_arrays([self._checked(trials, "the trial")], [self.day_index(day)])[0]
 
     def _of_split(self, split: str, console: Console | None) -> list[TrialLogits]:
         if split not in SPLITS:
@@ -254,7 +254,13 @@ class Run:
             )
         return features
 
-    def _day_index(self, day: str | None) -> int:
+    def day_index(self, day: str | None) -> int:
+        """Return the place of a recording day among `sessions`. None will do where days do not
+        differ.
+
+        Raises:
+          DataError: the run has no such day.
+        """
         if day in self.sessions:
             return self.sessions.index(day)
         if day is None and (len(self.sessions) == 1 or not self.config.model.days_differ):

@@ -127,5 +127,5 @@ class Intake:
             by_array = self._unchanged.reshape(2, _ARRAYS, -1)
             gone = (by_array >= _DEAD_ARRAY_BINS).all(axis=(0, 2))
             self.health.dead_arrays = tuple(np.flatnonzero(gone).tolist())
-            dead |= np.broadcast_to(gone[None, :, None], by_array.shape).reshape(-1)
+            dead = dead | np.broadcast_to(gone[None, :, None], by_array.shape).reshape(-1)
         return dead

@@ -231,12 +231,12 @@ def _handler(page: Page) -> type[BaseHTTPRequestHandler]:
                 self._answer(404, b"there are /choose and /toggle\n")
 
         def _events(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            browser = page.connect()
+            browser = page.connect()  # before the answer, after which a browser misses nothing
             try:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.send_header("Cache-Control", "no-store")
+                self.end_headers()
                 while True:
                     try:
                         text = browser.get(timeout=_PING_SECONDS)

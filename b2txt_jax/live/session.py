@@ -138,9 +138,14 @@ class LiveSession:
         self._end()
 
     def inform(self, event: Happening) -> None:
-        """Inform all outputs."""
+        """Inform all outputs. One whose disk or connection fails does not stop decoding."""
         for output in self._outputs:
-            output.show(event)
+            try:
+                output.show(event)
+            except OSError as error:
+                if isinstance(event, Problem):
+                    continue  # or it would be informed of its own failure for ever
+                self.inform(Problem(f"{type(output).__name__} failed: {error}"))
 
     def _handle_commands(self) -> bool:
         """Return whether the session is to stop."""
@@ -225,7 +230,8 @@ class LiveSession:
         self._shown = words
         self.latency.partial.append(delay)
         self.latency.missed += delay > self._model.chunk_seconds
-        new = np.concatenate(self._new) if self._new else np.zeros((0, 0), np.float32)
+        # None are new where the end of a sentence completes its last frame.
+        new = np.concatenate([np.zeros((0, self._intake.features), np.float32), *self._new])
         self._new = []
         self.inform(Progress(new, logits, text, delay, self._intake.health))
 

@@ -1,5 +1,6 @@
 """The page over HTTP: events, choices, and who is let in."""
 
+import dataclasses
 import json
 import queue
 import urllib.error
@@ -74,9 +75,10 @@ def test_a_browser_receives_what_happens_and_one_that_comes_later_the_sentences(
     with urllib.request.urlopen(page.url + "events", timeout=10) as stream:
         page.show(Began("s-1", "a trial"))
         page.show(PROGRESS)
+        page.show(dataclasses.replace(PROGRESS, features=PROGRESS.features[:0]))  # at the end
         page.show(FINAL)
         page.show(Problem("the server is away"))
-        events = dict(read_events(stream, 4))
+        events = dict(read_events(stream, 5))
     assert events["progress"]["text"] == "the"
     assert events["progress"]["problems"] == {"dropped": 2}
     assert events["progress"]["delay_ms"] == 20

@@ -53,9 +53,10 @@ def message_of(event: Happening) -> tuple[str, dict[str, Any]]:
     """Return the name and the JSON of an event as the page receives it."""
     if isinstance(event, Progress):
         features, odds = event.features, np.exp(event.logits - event.logits.max(1, keepdims=True))
-        rows = min(_FEATURE_ROWS, features.shape[1]) if features.size else 1
-        cut = features[:, : features.shape[1] // rows * rows].reshape(len(features), rows, -1)
-        levels = np.clip(128 + 64 * cut.mean(2), 0, 255) if features.size else np.zeros((0, 1))
+        rows = min(_FEATURE_ROWS, features.shape[1])
+        each = features.shape[1] // rows
+        groups = features[:, : rows * each].reshape(len(features), rows, each)
+        levels = np.clip(128 + 64 * groups.mean(2), 0, 255)
         shares = 255 * odds / odds.sum(1, keepdims=True)
         return "progress", {
             "text": event.text,

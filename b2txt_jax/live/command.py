@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="with signal.rolling_seconds: read at the start and written at the end (default "
-        f"WORKDIR/{STATISTICS_FILE})",
+        f"WORKDIR/{STATISTICS_FILE}; where it is not there, those of the last recorded session)",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -175,7 +175,8 @@ def run(args: argparse.Namespace) -> int:
             threading.Thread(target=_keys, args=(commands,), name="keys", daemon=True).start()
         with _stopped_by_signals(commands):
             session.run()
-        if trained.config.signal.rolling_seconds > 0:
+        live = args.source is not None or args.statistics is not None
+        if live and trained.config.signal.rolling_seconds > 0:
             write_statistics(_statistics_file(args), intake.statistics)
     _report(args, console, session, intake, scores)
     return 0
@@ -226,6 +227,9 @@ def _source(
         stack.callback(source.close)
         if signal.rolling_seconds > 0 and path.is_file():
             statistics = read_statistics(path, data.feature_count)
+        elif signal.rolling_seconds > 0 and Path(data.root).is_dir():
+            with open_folder(data.root, data.feature_count) as recorded:
+                statistics = NormalisedReader(recorded, signal).after(trained.sessions[-1])
         return source, statistics
     reader = stack.enter_context(open_folder(data.root, data.feature_count))
     refs: list[TrialRef] = reader.trials(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -46,22 +47,37 @@ class Stop:
 Command = Toggle | Stop | Chosen
 
 
+Times = collections.deque[float]
+
+
+def _times() -> Times:
+    """Return an empty list that keeps the last two hours of chunks."""
+    return collections.deque(maxlen=100_000)
+
+
 @dataclass
 class Latency:
     """Times of a session, in seconds."""
 
-    partial: list[float] = field(default_factory=list)
+    partial: Times = field(default_factory=_times)
     """From the arrival of the last bin of a chunk to its text."""
-    final: list[float] = field(default_factory=list)
+    final: Times = field(default_factory=_times)
     """From the end of a sentence to its answer."""
-    first: list[float] = field(default_factory=list)
+    first: Times = field(default_factory=_times)
     """From the beginning of a sentence to its first word."""
+    chunks: int = 0
     missed: int = 0
     """Chunks whose text came later than the next chunk."""
     revised: int = 0
     """Words that were shown and replaced later."""
     words: int = 0
     """Of final sentences."""
+
+    def decoded(self, delay: float, period: float) -> None:
+        """Count a chunk whose text came so long after its last bin. The next is due then."""
+        self.partial.append(delay)
+        self.chunks += 1
+        self.missed += delay > period
 
     def figures(self) -> dict[str, float]:
         """Return milliseconds, and counts."""
@@ -73,9 +89,19 @@ class Latency:
                     found[f"{name}_ms_p{share}"] = round(value, 1)
         if self.first:
             found["first_word_s_p50"] = round(float(np.median(self.first)), 2)
-        found |= {"chunks": len(self.partial), "deadline_misses": self.missed}
+        found |= {"chunks": self.chunks, "deadline_misses": self.missed}
         found["revisions_per_word"] = round(self.revised / max(self.words, 1), 3)
         return found
+
+
+def replaced(shown: Sequence[str], words: Sequence[str]) -> int:
+    """Return how many of the words that were shown are not where they were.
+
+    >>> replaced(["the", "cat", "sat"], ["the", "bat", "sat", "down"])
+    2
+    """
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shown, words, strict=False))
+    return len(shown) - len(list(same))
 
 
 class LiveSession:
@@ -221,15 +247,11 @@ class LiveSession:
         text = self._words.send(logits)
         delay = time.monotonic() - arrived
         words = text.split()
-        kept = 0
-        while kept < min(len(words), len(self._shown)) and words[kept] == self._shown[kept]:
-            kept += 1
-        self.latency.revised += len(self._shown) - kept
+        self.latency.revised += replaced(self._shown, words)
         if words and not self._shown:
             self.latency.first.append(time.monotonic() - self._began)
         self._shown = words
-        self.latency.partial.append(delay)
-        self.latency.missed += delay > self._model.chunk_seconds
+        self.latency.decoded(delay, self._model.chunk_seconds)
         # None are new where the end of a sentence completes its last frame.
         new = np.concatenate([np.zeros((0, self._intake.features), np.float32), *self._new])
         self._new = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -15,7 +16,8 @@ from lm_server.client.client import Client
 from lm_server.hypothesis import Answer
 
 _TIMEOUT = 10.0
-_ATTEMPTS = 3
+_ATTEMPTS = 5
+_FIRST_PAUSE = 0.5
 Reply = TypeVar("Reply")
 
 
@@ -98,6 +100,8 @@ class Words:
             last = error
         for attempt in range(1, _ATTEMPTS + 1):
             self._on_problem(f"{last}; attempt {attempt} of {_ATTEMPTS} to find the server again")
+            if attempt > 1:
+                time.sleep(_FIRST_PAUSE * 2 ** (attempt - 2))
             try:
                 self._connect()
                 if self._frames:

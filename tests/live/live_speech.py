@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from b2txt_jax.live.events import Final
+from b2txt_jax.live.events import Final, Progress
+from b2txt_jax.live.intake import Health
 from b2txt_jax.live.sources.interface import Begin, Bin, End
 from b2txt_jax.phonemes import sentence_to_ids
 from lm_server.hypothesis import Answer, Hypothesis
@@ -88,4 +89,11 @@ FINAL = Final(
     None,
     0.1,
     *np.zeros((2, 8, 512), np.float32),
+)
+PROGRESS = Progress(
+    np.zeros((4, 512), np.float32),
+    np.eye(41, dtype=np.float32)[:1] * 9,
+    "the",
+    0.02,
+    Health(dropped=2),
 )

@@ -6,21 +6,11 @@ import queue
 import urllib.error
 import urllib.request
 
-import numpy as np
 import pytest
-from live_speech import FINAL
+from live_speech import FINAL, PROGRESS
 
-from b2txt_jax.live.events import Began, Chosen, Problem, Progress
-from b2txt_jax.live.intake import Health
+from b2txt_jax.live.events import Began, Chosen, Problem
 from b2txt_jax.live.outputs.page import Page, PageError
-
-PROGRESS = Progress(
-    np.zeros((4, 512), np.float32),
-    np.eye(41, dtype=np.float32)[:1] * 9,
-    "the",
-    0.02,
-    Health(dropped=2),
-)
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_a_server_that_is_killed_in_a_sentence_is_started_anew_and_no_word_is_lo
         ).run()
     assert [one.answer.sentence for one in heard.of(Final)] == [SAID[1]]
     assert len(servers) == 2
-    assert "attempt 1 of 3" in problems[0]
+    assert "attempt 1 of 5" in problems[0]
 
 
 def test_a_server_that_does_not_come_back_is_an_error(intake):

@@ -13,12 +13,11 @@ import functools
 import json
 import math
 import queue
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,14 @@ from b2txt_jax.live.outputs.page import Page
 from b2txt_jax.live.outputs.publish import Publisher
 from b2txt_jax.live.outputs.speech import DEFAULT_PROGRAM, Speech
 from b2txt_jax.live.outputs.terminal import Terminal
-from b2txt_jax.live.session import RULES, Command, LiveSession, Stop, Toggle
+from b2txt_jax.live.session import (
+    RULES,
+    Command,
+    LiveSession,
+    Stop,
+    Toggle,
+    stopped_by_signals,
+)
 from b2txt_jax.live.sources.choice import open_source
 from b2txt_jax.live.sources.interface import Source
 from b2txt_jax.live.sources.replay import Replay
@@ -173,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.sentences == "key" or sys.stdin.isatty():
             threading.Thread(target=_keys, args=(commands,), name="keys", daemon=True).start()
-        with _stopped_by_signals(commands):
+        with stopped_by_signals(commands):
             session.run()
         live = args.source is not None or args.statistics is not None
         if live and trained.config.signal.rolling_seconds > 0:
@@ -273,24 +279,6 @@ def _outputs(
 def _keys(commands: queue.SimpleQueue[Command]) -> None:
     for line in sys.stdin:
         commands.put(Stop() if line.strip().lower() == "q" else Toggle())
-
-
-@contextmanager
-def _stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
-    """End the session in order at the first Ctrl-C or SIGTERM. A second one interrupts."""
-    before: dict[int, Any] = {}
-
-    def stop(number: int, _: Any) -> None:
-        commands.put(Stop())
-        signal.signal(number, before[number] or signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class _Scores:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import itertools
 import queue
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,6 +47,24 @@ class Stop:
 
 
 Command = Toggle | Stop | Chosen
+
+
+@contextmanager
+def stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
+    """End the session in order at the first Ctrl-C or SIGTERM. A second one interrupts."""
+    before: dict[int, Any] = {}
+
+    def stop(number: int, _: Any) -> None:
+        commands.put(Stop())
+        signal.signal(number, before[number] or signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 Times = collections.deque[float]

@@ -34,6 +34,7 @@ from b2txt_jax.live.events import Final, Happening, Output, Problem
 from b2txt_jax.live.intake import Intake
 from b2txt_jax.live.model import LiveModel
 from b2txt_jax.live.outputs.log import SentenceLog
+from b2txt_jax.live.outputs.lsl import LslOutlet
 from b2txt_jax.live.outputs.page import Page
 from b2txt_jax.live.outputs.publish import Publisher
 from b2txt_jax.live.outputs.speech import DEFAULT_PROGRAM, Speech
@@ -75,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
     source.add_argument("--replay", metavar="SESSION", help="of the run's data, as if it were now")
     source.add_argument(
-        "--source", metavar="URL", help="stream of features: redis://HOST:PORT/0/NAME"
+        "--source",
+        metavar="URL",
+        help="stream of features: redis://HOST:PORT/0/NAME, or lsl://NAME",
     )
     replay = parser.add_argument_group("replay")
     replay.add_argument("--split", choices=SPLITS, default="val", help="(default val)")
@@ -126,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--publish",
         metavar="URL",
-        help="Redis stream for final sentences: redis://HOST:PORT/0/NAME",
+        help="where final sentences are sent: redis://HOST:PORT/0/NAME, or lsl://NAME",
     )
     output.add_argument(
         "--speak",
@@ -261,7 +264,8 @@ def _outputs(
     if args.speak is not None:
         add(Speech(args.speak))
     if args.publish is not None:
-        add(Publisher(args.publish))
+        kind = LslOutlet if args.publish.startswith("lsl://") else Publisher
+        add(kind(args.publish))
     if not args.no_record:
         add(SentenceLog(args.record or args.workdir / LOG_FOLDER))
     if args.view is not None:

@@ -29,7 +29,9 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
+    "brand-node": ("b2txt_jax.live.brand", "live decoding as a node of BRAND", False),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
+    "stream": ("b2txt_jax.live.command", "bins in, words out: decode live or replay", True),
 }
 
 

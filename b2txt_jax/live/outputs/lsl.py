@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from b2txt_jax.live.events import Chosen, Final, Happening
-from b2txt_jax.live.lsl import pylsl, split_url
+from b2txt_jax.live.sources.lsl import pylsl, split_url
 
 
 class LslOutlet:

@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
-from b2txt_jax.live.lsl import pylsl, split_url
 from b2txt_jax.live.sources.interface import Begin, Bin, End, Event, SourceError
 
 _RESOLVE_SECONDS = 10.0
 _RATE = 50.0
 """Samples a second: bins of 20 ms."""
 _MOST_SAMPLES = 256
+
+
+def pylsl() -> Any:
+    """Return the package.
+
+    Raises:
+      SourceError: it is not installed, or has no library for this machine.
+    """
+    try:
+        import pylsl as package
+    except (ImportError, RuntimeError) as error:
+        raise SourceError(
+            f"LSL needs the package pylsl, which cannot be used here ({error}); install it: "
+            "pip install '.[lsl]' -c constraints.txt"
+        ) from error
+    return package
+
+
+def split_url(url: str, option: str) -> tuple[str, str | None]:
+    """Split `lsl://NAME?marks=MARKERS` into the names of both streams.
+
+    Raises:
+      SourceError: there is no name. `option` is where the URL was given.
+    """
+    parts = urlsplit(url)
+    query = parse_qs(parts.query)
+    if not parts.netloc or parts.path.strip("/") or set(query) - {"marks"}:
+        raise SourceError(
+            f"{option} is {url}; needed lsl://NAME, or lsl://NAME?marks=MARKERS with a stream of "
+            "text that says begin and end"
+        )
+    return unquote(parts.netloc), query.get("marks", [None])[0]
 
 
 class LslStream:

@@ -38,27 +38,18 @@ import numpy as np
 
 from b2txt_jax.config import DataConfig
 from b2txt_jax.data.loader import TrainingData
-from b2txt_jax.data.pack import PackSettings, write_manifest, write_split
 from b2txt_jax.data.packed import DTYPES
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.data.trial import Trial, TrialRef
-from b2txt_jax.data.typical import BINS_PER_LABEL, SESSIONS, typical_bins
+from b2txt_jax.data.typical import (
+    FEATURES,
+    SESSIONS,
+    session_name,
+    typical_trials,
+    write_typical,
+)
 
-FEATURES = 512
 _GROUPS = Path("/sys/fs/cgroup/memory")
 """Control groups of version 1. With version 2 use `systemd-run --scope -p MemoryMax=2G`."""
-
-
-def trials_of(session: str, day: int, count: int) -> Iterator[Trial]:
-    """Yield trials of noise with labels of a fitting length."""
-    random = np.random.default_rng([2, day])
-    noise = random.standard_normal((5000, FEATURES), dtype=np.float32)
-    for number, bins in enumerate(typical_bins(count, day)):
-        start = random.integers(0, len(noise) - bins)
-        labels = random.integers(1, 41, int(bins) // BINS_PER_LABEL).astype(np.int32)
-        key = f"trial_{number:04d}"
-        ref = TrialRef(session, key, Path(session), int(bins), len(labels), 1, number)
-        yield Trial(ref, noise[start : start + bins], labels, "a sentence")
 
 
 def write(folder: Path, kind: str, gigabytes: float) -> None:
@@ -66,17 +57,15 @@ def write(folder: Path, kind: str, gigabytes: float) -> None:
     itemsize = 4 if kind == "hdf5" else DTYPES[kind].itemsize
     bins = gigabytes * 1e9 / (FEATURES * itemsize)
     per_day = max(16, round(bins / SESSIONS / 810))
-    settings = PackSettings(dtype="float32" if kind == "hdf5" else kind)
-    packed = {}
+    if kind != "hdf5":
+        print(f"{kind}: {write_typical(folder, kind, SESSIONS, per_day)}", flush=True)
+        os.sync()
+        return
     for day in range(SESSIONS):
-        session = f"t15.2023.{1 + day // 28:02d}.{1 + day % 28:02d}"
-        trials = trials_of(session, day, per_day)
-        if kind != "hdf5":
-            packed[session, "train"] = write_split(folder, session, "train", trials, settings, {})
-            continue
+        session = session_name(day)
         (folder / session).mkdir(parents=True)
         with h5py.File(folder / session / "data_train.hdf5", "w") as file:
-            for trial in trials:
+            for trial in typical_trials(session, day, per_day):
                 assert trial.labels is not None
                 group = file.create_group(trial.ref.key)
                 group["input_features"] = trial.features
@@ -84,8 +73,6 @@ def write(folder: Path, kind: str, gigabytes: float) -> None:
                 group.attrs["n_time_steps"] = len(trial.features)
                 group.attrs["seq_len"] = len(trial.labels)
                 group.attrs["block_num"], group.attrs["trial_num"] = 1, trial.ref.trial
-    if packed:
-        print(f"{kind}: {write_manifest(folder, packed, settings)}", flush=True)
     os.sync()
 
 

@@ -77,12 +77,13 @@ def run(args: argparse.Namespace) -> int:
         values = {"problems": problems, "warnings": warnings, "findings": listed}
         print(json.dumps(values, indent=2))
     else:
-        _print(findings)
+        print_findings(findings)
         print(f"{problems} problems, {warnings} warnings")
     return 1 if problems else 0
 
 
-def _print(findings: list[Finding]) -> None:
+def print_findings(findings: list[Finding]) -> None:
+    """Print one line for each finding, and its advice below."""
     out = Console(highlight=False, markup=False, soft_wrap=True)
     width = max(len(finding.name) for finding in findings)
     for finding in findings:

@@ -121,7 +121,8 @@ def get_config() -> ConfigDict:
     config.model.rnn_dropout = 0.4
     config.model.classes = 41  # NEJM: n_classes
     config.model.dtype = "auto"  # bfloat16 on a TPU or GPU, float32 on a CPU; NEJM: use_amp
-    config.model.recurrence = "auto"  # "scan", "pallas"; auto: Pallas on a TPU when it fits
+    # "scan", "pallas", "wavefront"; auto: Pallas on a TPU when it fits, the wavefront on a GPU
+    config.model.recurrence = "auto"
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.005  # NEJM: lr_max

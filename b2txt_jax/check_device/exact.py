@@ -65,6 +65,42 @@ def gru(
     return found
 
 
+def gru_stack(
+    projected: np.ndarray,
+    h0: np.ndarray,
+    weight_ih: np.ndarray,
+    bias_ih: np.ndarray,
+    weight_hh: np.ndarray,
+    bias_hh: np.ndarray,
+    begins: np.ndarray,
+    d_states: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Run L layers as `gru`: recurrent parameters of all, [L, 3H, H], and input parameters of all
+    but the first, [L - 1, 3H, H]."""
+    nothing, inputs = np.zeros(d_states.shape), [np.asarray(projected, np.float64)]
+    for layer, (weight, bias) in enumerate(zip(weight_hh, bias_hh, strict=True)):
+        states = gru(inputs[-1], h0, weight, bias, begins, nothing)["states"]
+        if layer < len(weight_ih):
+            inputs.append(states @ weight_ih[layer].T.astype(np.float64) + bias_ih[layer])
+    found: dict[str, list[np.ndarray]] = {"weight_ih": [], "bias_ih": [], "h0": []}
+    found |= {"weight_hh": [], "bias_hh": []}
+    for layer in reversed(range(len(weight_hh))):
+        one = gru(inputs[layer], h0, weight_hh[layer], bias_hh[layer], begins, d_states)
+        for name, key in (("h0", "d_h0"), ("weight_hh", "d_weight"), ("bias_hh", "d_bias")):
+            found[name].insert(0, one[key])
+        if layer:
+            below = gru(
+                inputs[layer - 1], h0, weight_hh[layer - 1], bias_hh[layer - 1], begins, nothing
+            )["states"]
+            d_projected = one["d_projected"]
+            found["weight_ih"].insert(0, np.einsum("pbk,pbh->kh", d_projected, below))
+            found["bias_ih"].insert(0, d_projected.sum((0, 1)))
+            d_states = d_projected @ weight_ih[layer - 1].astype(np.float64)
+    gradients = {f"d_{name}": np.stack(values) for name, values in found.items()}
+    gradients["d_h0"] = gradients["d_h0"].sum(0)
+    return {"states": states, "d_projected": one["d_projected"], **gradients}
+
+
 def ctc(
     logits: np.ndarray, frames: np.ndarray, labels: np.ndarray, label_length: np.ndarray
 ) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import numpy as np
 from b2txt_jax.check_device import exact
 from b2txt_jax.model.gru.pallas import gru_recurrence_pallas
 from b2txt_jax.model.gru.scan import gru_recurrence
+from b2txt_jax.model.gru.wavefront import Stack, wavefront
 from b2txt_jax.training.ctc import ctc_loss
 
 BOUNDS = {"float32": 2e-5, "bfloat16": 0.02}
@@ -56,6 +57,9 @@ def comparisons(
         how = "" if kind == "scan" or on_tpu else ", interpreted"
         name = f"recurrence {kind}{how}, {dtype}, {size} size"
         yield name, functools.partial(_recurrence, name, device, kind, dtype, shape)
+    for dtype in BOUNDS:
+        name = f"recurrence wavefront, {dtype}, odd size"
+        yield name, functools.partial(_wavefront, name, device, dtype)
     for kind in ("scan", "pallas"):
         how = "" if kind == "scan" or on_tpu else ", interpreted"
         name = f"CTC loss {kind}{how}"
@@ -78,35 +82,85 @@ def _recurrence(
     name: str, device: jax.Device, kind: str, dtype: str, shape: tuple[int, int, int]
 ) -> Comparison:
     frames, rows, hidden = shape
-    rng, compute = np.random.default_rng(0), jnp.dtype(dtype)
-
-    def rounded(*size: int, scale: float = 1.0) -> np.ndarray:
-        return (scale * rng.normal(size=size)).astype(compute).astype(np.float32)
-
+    normal, begins = _Draws(dtype), _begins(frames, rows)
     inputs = {
-        "projected": rounded(frames, rows, 3 * hidden),
-        "h0": rounded(rows, hidden, scale=0.3),
-        "weight": rounded(3 * hidden, hidden, scale=hidden**-0.5),
-        "bias": rounded(3 * hidden, scale=0.3),
+        "projected": normal(1, frames, rows, 3 * hidden),
+        "h0": normal(0.3, rows, hidden),
+        "weight": normal(hidden**-0.5, 3 * hidden, hidden),
+        "bias": normal(0.3, 3 * hidden),
     }
-    begins = rng.random((frames, rows)) < 0.1
-    begins[0] = True
-    cotangent = rounded(frames, rows, hidden)
-    wanted = exact.gru(*inputs.values(), begins, cotangent)
+    cotangent = normal(1, frames, rows, hidden)
     run = gru_recurrence
     if kind == "pallas":
         run = functools.partial(gru_recurrence_pallas, interpret=device.platform != "tpu")
 
+    def states(projected: jax.Array, *rest: jax.Array) -> jax.Array:
+        compute = jnp.dtype(dtype)
+        return run(projected.astype(compute), *rest, compute, jnp.asarray(begins))
+
+    found = _values_and_gradients(states, inputs, cotangent, device)
+    wanted = exact.gru(*inputs.values(), begins, cotangent)
+    return Comparison(name, _errors(found, wanted), BOUNDS[dtype])
+
+
+def _wavefront(name: str, device: jax.Device, dtype: str) -> Comparison:
+    (frames, rows, hidden), layers = SIZES["odd"], 3
+    normal, begins = _Draws(dtype), _begins(frames, rows)
+    inputs = {
+        "projected": normal(1, frames, rows, 3 * hidden),
+        "h0": normal(0.3, rows, hidden),
+        "weight_ih": normal(hidden**-0.5, layers - 1, 3 * hidden, hidden),
+        "bias_ih": normal(0.3, layers - 1, 3 * hidden),
+        "weight_hh": normal(hidden**-0.5, layers, 3 * hidden, hidden),
+        "bias_hh": normal(0.3, layers, 3 * hidden),
+    }
+    cotangent = normal(1, frames, rows, hidden)
+
+    def states(projected: jax.Array, h0: jax.Array, *stack: jax.Array) -> jax.Array:
+        compute = jnp.dtype(dtype)
+        first = projected.astype(compute)
+        return wavefront(first, h0, Stack(*stack), compute, begins=jnp.asarray(begins))
+
+    found = _values_and_gradients(states, inputs, cotangent, device)
+    wanted = exact.gru_stack(*inputs.values(), begins, cotangent)
+    return Comparison(name, _errors(found, wanted), BOUNDS[dtype])
+
+
+class _Draws:
+    """Normal draws that `dtype` holds without rounding."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype, self._rng = jnp.dtype(dtype), np.random.default_rng(0)
+
+    def __call__(self, scale: float, *shape: int) -> np.ndarray:
+        drawn = scale * self._rng.normal(size=shape)
+        return drawn.astype(self._dtype).astype(np.float32)
+
+
+def _begins(frames: int, rows: int) -> np.ndarray:
+    """Return where trials of rows begin, about ten frames apart."""
+    begins: np.ndarray = np.random.default_rng(1).random((frames, rows)) < 0.1
+    begins[0] = True
+    return begins
+
+
+def _values_and_gradients(
+    function: Callable[..., jax.Array],
+    inputs: dict[str, np.ndarray],
+    cotangent: np.ndarray,
+    device: jax.Device,
+) -> dict[str, Any]:
+    """Return the states and the gradients of a function of named arrays, as in `exact`."""
+
     def loss(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        projected, *rest = arrays
-        states = run(projected.astype(compute), *rest, compute, jnp.asarray(begins))
+        states = function(*arrays)
         return (states.astype(jnp.float32) * cotangent).sum(), states
 
     with jax.default_device(device), jax.default_matmul_precision("highest"):
-        gradients, states = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(*inputs.values())
-    found = {"states": states.astype(jnp.float32)}
-    found |= {f"d_{key}": value for key, value in zip(inputs, gradients, strict=True)}
-    return Comparison(name, _errors(found, wanted), BOUNDS[dtype])
+        every = tuple(range(len(inputs)))
+        gradients, states = jax.jit(jax.grad(loss, every, has_aux=True))(*inputs.values())
+    named = {f"d_{key}": value for key, value in zip(inputs, gradients, strict=True)}
+    return {"states": states.astype(jnp.float32), **named}
 
 
 def _ctc(name: str, device: jax.Device, kind: str, thorough: bool) -> Comparison:

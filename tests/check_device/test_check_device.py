@@ -43,6 +43,34 @@ def test_the_exact_recurrence_is_pytorchs_for_each_trial_of_a_row():
         np.testing.assert_allclose(ours[name], value.numpy(), rtol=1e-12, atol=1e-12, err_msg=name)
 
 
+def test_the_exact_stack_is_pytorchs():
+    rng, hidden, layers = np.random.default_rng(0), 3, 3
+    module = torch.nn.GRU(3 * hidden, hidden, layers, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight_ih_l0.copy_(torch.eye(3 * hidden))
+        module.bias_ih_l0.zero_()
+    x = torch.tensor(rng.normal(size=(5, 2, 3 * hidden)), requires_grad=True)
+    h0 = torch.tensor(rng.normal(size=(2, hidden)), requires_grad=True)
+    cotangent = rng.normal(size=(5, 2, hidden))
+    states = module(x, h0.expand(layers, 2, hidden).contiguous())[0]
+    states.backward(torch.tensor(cotangent))
+    named = dict(module.named_parameters())
+
+    def stacked(name, first, of=lambda p: p):
+        values = [of(named[f"{name}_l{layer}"]).detach() for layer in range(first, layers)]
+        return np.stack([value.numpy() for value in values])
+
+    parts = {"weight_ih": 1, "bias_ih": 1, "weight_hh": 0, "bias_hh": 0}
+    begins = np.zeros((5, 2), bool)
+    stack = [stacked(name, first) for name, first in parts.items()]
+    ours = exact.gru_stack(x.detach().numpy(), h0.detach().numpy(), *stack, begins, cotangent)
+    wanted = {"states": states.detach().numpy(), "d_projected": x.grad, "d_h0": h0.grad}
+    wanted |= {f"d_{name}": stacked(name, n, lambda p: p.grad) for name, n in parts.items()}
+    assert ours.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-12, atol=1e-12, err_msg=name)
+
+
 def test_the_exact_ctc_loss_is_pytorchs():
     rng = np.random.default_rng(0)
     logits = torch.tensor(rng.normal(size=(3, 12, 5)), requires_grad=True)

@@ -150,6 +150,7 @@ def get_config() -> ConfigDict:
     config.train.log_every = 200  # NEJM: batches_per_train_log
     config.train.validate_every = 2_000  # NEJM: batches_per_val_step
     config.train.save_every = 1_000  # latest checkpoint
+    config.train.save_seconds = 60.0  # between two of them at least: a fast slice saves less often
     config.train.patience = 0  # validations without a better PER that end the run early; 0: never
     config.train.on_nonfinite = "stop"  # or "skip"; a NaN or infinite step changes no parameter
     config.train.ctc_per_label = False  # True divides a trial's loss by its number of labels

@@ -256,7 +256,8 @@ def table(results: dict[Case, dict[str, Any]], planned: int, config: str, rows: 
 
 Made by `scripts/tpu_table.py`: the step that `b2txt train` runs, compiled for each slice on a
 machine without a TPU, products in bfloat16 ({"; ".join(versions)}). **Nothing in this table has
-run on a TPU.** `b2txt check-device` measures one that you have, `b2txt compile` prints the assumptions.
+run on a TPU.** `b2txt check-device` measures one that you have, `b2txt compile` prints the
+assumptions.
 
 - cycles: the compiler's static estimate outside kernels, loops multiplied out, in millions.
 - by cycles: the cycles at the chip's published clock, plus the recurrence's kernels by the schedule
@@ -309,8 +310,8 @@ def _runs(folder: Path) -> str:
 
 Batches as the recipe draws them, by lengths like those of the recordings: every shape that they
 have is compiled and weighed by how often it occurs. Trials share rows ([packing.md](packing.md)),
-or each has one of its own. Cycles outside kernels, of the recurrence's kernels, and the time on the links
-between chips are means over the shapes.
+or each has one of its own. Cycles outside kernels, of the recurrence's kernels, and the time on
+the links between chips are means over the shapes.
 
 {head}| steps, min | in all, min |
 |{"---|" * 9}

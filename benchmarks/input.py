@@ -8,8 +8,8 @@ fresh process on 2 cores. Deletes the data. A memory control group, if it can be
 process to --cache GB including the page cache, so that most trials come from the disk. Without it
 the files' cache is dropped once, at the start.
 
-`--consumers` emulates so many devices that share a batch, each with its rows placed on it, and short
-trials in one row as training has them.
+`--consumers` emulates so many devices that share a batch, each with its rows placed on it, and
+short trials in one row as training has them.
 
 Prints per format: batches per second, CPU time per batch (more meaningful than the rate on a busy
 machine), GB/s of trials without padding, the peak resident memory of the process and its anonymous
@@ -202,7 +202,9 @@ def main() -> None:
                     + f"{result['rate']:6.1f} batches/s "
                     f"{1000 * result['cpu']:4.0f} ms of CPU per batch, "
                     f"{result['gigabytes_per_second']:.2f} GB/s of trials, "
-                    f"{100 * result['padding']:.0f} % padding, {result['megabytes']:.0f} MB a batch, resident at most "
+                    f"{100 * result['padding']:.0f} % padding, "
+                    f"{result['megabytes']:.0f} MB a batch, "
+                    "resident at most "
                     f"{result['peak']:.2f} GB ({result['anonymous']:.2f} anonymous at the end); "
                     f"set {size:g} GB, limit "
                     + (f"{args.cache:g} GB" if group and not distinct else "none that matters"),

@@ -23,7 +23,8 @@ def chip_of(device: jax.Device) -> Chip | None:
 def seconds_of(run: Callable[[], Any], least: float = 0.5) -> float:
     """Return the least seconds of a call whose result is on the device, of calls for `least` s."""
     jax.block_until_ready(run())
-    found, until = [], time.perf_counter() + least
+    found: list[float] = []
+    until = time.perf_counter() + least
     while len(found) < 3 or time.perf_counter() < until:
         started = time.perf_counter()
         jax.block_until_ready(run())
@@ -60,15 +61,17 @@ def _flops(jaxpr: Jaxpr) -> int:
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         inner = [_flops(one) for one in _inside(params)]
+        operands: list[Any] = [one.aval for one in equation.invars]
+        result: Any = equation.outvars[0].aval if equation.outvars else None
         if name == "dot_general":
             (summed, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in summed)
+            shape = operands[0].shape
+            total += 2 * result.size * math.prod(shape[axis] for axis in summed)
         elif name == "conv_general_dilated":
-            weight = equation.invars[1].aval
+            weight = operands[1]
             outputs = weight.shape[params["dimension_numbers"].rhs_spec[0]]
             holes = math.prod(params["lhs_dilation"])
-            total += 2 * equation.outvars[0].aval.size * weight.size // outputs // holes
+            total += 2 * result.size * weight.size // outputs // holes
         elif name == "pallas_call":
             total += params["cost_estimate"].flops if params["cost_estimate"] else sum(inner)
         elif name == "cond":

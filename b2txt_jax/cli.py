@@ -27,6 +27,11 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),
     "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),
+    "check-device": (
+        "b2txt_jax.check_device.command",
+        "check that this TPU, GPU or CPU computes what it should",
+        False,
+    ),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
     "brand-node": ("b2txt_jax.live.brand", "live decoding as a node of BRAND", False),

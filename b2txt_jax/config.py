@@ -192,6 +192,13 @@ class TrainConfig:
     log_every: int = setting(least=1, resumable=True)
     validate_every: int = setting(least=1, resumable=True)
     save_every: int = setting(least=1, resumable=True)
+    save_seconds: float = setting(
+        0.0,
+        least=0,
+        help="between two saves of the state at least: of the steps that save_every names, earlier "
+        "ones are passed over",
+        resumable=True,
+    )
     # Validations in a row without a better PER after which training stops; 0: never.
     patience: int = setting(0, least=0, help="validations", resumable=True)
     # A step with a NaN or infinite loss or gradient changes no parameter. Then 'stop' ends the run

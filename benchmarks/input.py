@@ -8,6 +8,9 @@ fresh process on 2 cores. Deletes the data. A memory control group, if it can be
 process to --cache GB including the page cache, so that most trials come from the disk. Without it
 the files' cache is dropped once, at the start.
 
+`--consumers` emulates so many devices that share a batch, each with its rows placed on it, and
+short trials in one row as training has them.
+
 Prints per format: batches per second, CPU time per batch (more meaningful than the rate on a busy
 machine), GB/s of trials without padding, the peak resident memory of the process and its anonymous
 part, and the limit. `cached` reads few enough trials to stay in the page cache, which shows the
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -32,33 +36,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from b2txt_jax.config import DataConfig
 from b2txt_jax.data.loader import TrainingData
-from b2txt_jax.data.pack import PackSettings, write_manifest, write_split
 from b2txt_jax.data.packed import DTYPES
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.data.trial import Trial, TrialRef
-from b2txt_jax.data.typical import BINS_PER_LABEL, SESSIONS, typical_bins
+from b2txt_jax.data.typical import (
+    FEATURES,
+    SESSIONS,
+    session_name,
+    typical_trials,
+    write_typical,
+)
 
-FEATURES = 512
 _GROUPS = Path("/sys/fs/cgroup/memory")
 """Control groups of version 1. With version 2 use `systemd-run --scope -p MemoryMax=2G`."""
-
-
-def trials_of(session: str, day: int, count: int) -> Iterator[Trial]:
-    """Yield trials of noise with labels of a fitting length."""
-    random = np.random.default_rng([2, day])
-    noise = random.standard_normal((5000, FEATURES), dtype=np.float32)
-    for number, bins in enumerate(typical_bins(count, day)):
-        start = random.integers(0, len(noise) - bins)
-        labels = random.integers(1, 41, int(bins) // BINS_PER_LABEL).astype(np.int32)
-        key = f"trial_{number:04d}"
-        ref = TrialRef(session, key, Path(session), int(bins), len(labels), 1, number)
-        yield Trial(ref, noise[start : start + bins], labels, "a sentence")
 
 
 def write(folder: Path, kind: str, gigabytes: float) -> None:
@@ -66,17 +62,15 @@ def write(folder: Path, kind: str, gigabytes: float) -> None:
     itemsize = 4 if kind == "hdf5" else DTYPES[kind].itemsize
     bins = gigabytes * 1e9 / (FEATURES * itemsize)
     per_day = max(16, round(bins / SESSIONS / 810))
-    settings = PackSettings(dtype="float32" if kind == "hdf5" else kind)
-    packed = {}
+    if kind != "hdf5":
+        print(f"{kind}: {write_typical(folder, kind, SESSIONS, per_day)}", flush=True)
+        os.sync()
+        return
     for day in range(SESSIONS):
-        session = f"t15.2023.{1 + day // 28:02d}.{1 + day % 28:02d}"
-        trials = trials_of(session, day, per_day)
-        if kind != "hdf5":
-            packed[session, "train"] = write_split(folder, session, "train", trials, settings, {})
-            continue
+        session = session_name(day)
         (folder / session).mkdir(parents=True)
         with h5py.File(folder / session / "data_train.hdf5", "w") as file:
-            for trial in trials:
+            for trial in typical_trials(session, day, per_day):
                 assert trial.labels is not None
                 group = file.create_group(trial.ref.key)
                 group["input_features"] = trial.features
@@ -84,8 +78,6 @@ def write(folder: Path, kind: str, gigabytes: float) -> None:
                 group.attrs["n_time_steps"] = len(trial.features)
                 group.attrs["seq_len"] = len(trial.labels)
                 group.attrs["block_num"], group.attrs["trial_num"] = 1, trial.ref.trial
-    if packed:
-        print(f"{kind}: {write_manifest(folder, packed, settings)}", flush=True)
     os.sync()
 
 
@@ -97,11 +89,26 @@ def drop_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(folder: Path, batches: int, distinct: int) -> None:
-    """Read batches and print one line of JSON. `distinct` > 0 repeats that many batches."""
+def measure(folder: Path, batches: int, distinct: int, consumers: int) -> None:
+    """Read batches and print one line of JSON. `distinct` > 0 repeats that many batches, and
+    `consumers` > 0 places them on so many emulated devices."""
     data = DataConfig(str(folder), (), FEATURES, 4, 16, (), 64)
     sessions = open_folder(folder).sessions
-    training = TrainingData(data, sessions, 14, lambda bins: (bins - 14) // 4 + 1)
+    more: tuple[Any, ...] = ()
+    take = lambda batch: batch  # noqa: E731
+    if consumers:
+        flag = f"--xla_force_host_platform_device_count={consumers}"
+        os.environ |= {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+        import jax
+
+        from b2txt_jax.config import load_config
+        from b2txt_jax.training.sharding import make_mesh, place
+        from b2txt_jax.training.step import packing_rules
+
+        more = packing_rules(load_config("nejm_baseline"), len(sessions), consumers), (0, batches)
+        mesh = make_mesh()
+        take = lambda batch: jax.block_until_ready(place(batch, mesh))  # noqa: E731
+    training = TrainingData(data, sessions, 14, lambda bins: (bins - 14) // 4 + 1, *more)
     if distinct:
         for _ in training.batches(0, 0, distinct):
             pass
@@ -111,7 +118,7 @@ def measure(folder: Path, batches: int, distinct: int) -> None:
     while count < batches:
         first = 0 if distinct else count
         for batch in training.batches(0, first, first + (distinct or batches)):
-            # A device would copy the batch here. Only shapes and sums are used.
+            take(batch)
             real += int(np.sum(batch.bins))
             padded += batch.features.shape[0] * batch.features.shape[1]
             count += 1
@@ -129,6 +136,7 @@ def measure(folder: Path, batches: int, distinct: int) -> None:
                 )
                 / count,
                 "gigabytes_per_second": real * row / seconds / 1e9,
+                "megabytes": sum(a.nbytes for a in batch if a is not None) / 1e6,
                 "padding": 1 - real / padded,
                 "peak": int(memory["VmHWM"].split()[0]) / 1e6,
                 "anonymous": int(memory["RssAnon"].split()[0]) / 1e6,
@@ -165,11 +173,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--workdir", type=Path, default=Path("runs/input"))
     parser.add_argument("--kinds", nargs="+", default=["bfloat16", "float16", "float32", "hdf5"])
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--consumers", type=int, nargs="+", default=[0], help="emulated devices")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        folder, batches, distinct = args.measure
-        measure(Path(folder), int(batches), int(distinct))
+        folder, *numbers = args.measure
+        measure(Path(folder), *map(int, numbers))
         return
     args.workdir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(args.workdir).free / 1e9
@@ -181,16 +190,21 @@ def main() -> None:
         try:
             size = args.hdf5_gigabytes if kind == "hdf5" else args.gigabytes
             write(folder, kind, size)
-            for name, distinct in (("disk", 0), ("cached", 4)):
+            ways = itertools.product((("disk", 0), ("cached", 4)), args.consumers)
+            for (name, distinct), consumers in ways:
                 drop_cache(folder)
                 # Four batches of trials and the batches in flight must fit into the cache.
                 with limited(args.cache if not distinct else 3 * args.cache) as group:
-                    result = run_limited(folder, args.batches, distinct, group)
+                    result = run_limited(folder, args.batches, distinct, consumers, group)
                 print(
-                    f"{kind:9s} {name:7s}{result['rate']:6.1f} batches/s "
+                    f"{kind:9s} {name:7s}"
+                    + (f"{consumers:3d} consumers " if consumers else "")
+                    + f"{result['rate']:6.1f} batches/s "
                     f"{1000 * result['cpu']:4.0f} ms of CPU per batch, "
                     f"{result['gigabytes_per_second']:.2f} GB/s of trials, "
-                    f"{100 * result['padding']:.0f} % padding, resident at most "
+                    f"{100 * result['padding']:.0f} % padding, "
+                    f"{result['megabytes']:.0f} MB a batch, "
+                    "resident at most "
                     f"{result['peak']:.2f} GB ({result['anonymous']:.2f} anonymous at the end); "
                     f"set {size:g} GB, limit "
                     + (f"{args.cache:g} GB" if group and not distinct else "none that matters"),
@@ -200,7 +214,9 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_limited(folder: Path, batches: int, distinct: int, group: Path | None) -> dict[str, float]:
+def run_limited(
+    folder: Path, batches: int, distinct: int, consumers: int, group: Path | None
+) -> dict[str, float]:
     """Measure in a fresh process inside the control group, on two cores."""
 
     def enter() -> None:
@@ -208,7 +224,8 @@ def run_limited(folder: Path, batches: int, distinct: int, group: Path | None) -
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    command = [sys.executable, __file__, "--measure", str(folder), str(batches), str(distinct)]
+    numbers = map(str, (batches, distinct, consumers))
+    command = [sys.executable, __file__, "--measure", str(folder), *numbers]
     done = subprocess.run(command, preexec_fn=enter, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -1,11 +1,16 @@
-"""One training step of the 5 x 768 baseline on one CPU core: ours against PyTorch eager.
+"""One training step of the 5 x 768 baseline on one CPU core, or on a GPU: ours against PyTorch
+eager, and with --compiled against torch.compile.
 
-Both do the whole published step: augmentation, smoothing, forward, CTC, backward, clipping, AdamW
-with three groups. Each has its own process on the same core. They step alternately, so that other
-load affects both. Ours uses huge pages like `b2txt`, if Linux leaves that to the program.
-`--huge-pages both` or `neither` makes the two alike.
+All do the whole published step: augmentation, smoothing, forward, CTC, backward, clipping, AdamW
+with three groups. Each has its own process on the same core, or on the same GPU with half of its
+memory at most. They step alternately, so that other load affects all. Ours uses huge pages like
+`b2txt`, if Linux leaves that to the program. `--huge-pages both` or `neither` makes them alike.
 
-Usage: python benchmarks/train_step.py [--batch 16] [--bins 1000] [--runs 9]
+On a GPU (`--device gpu`, which also compares with torch.compile) products are in bfloat16, PyTorch
+by autocast with its parameters in float32, and a timed call runs ten steps. Ours takes the
+recurrence that `auto` means there, the wavefront. `--keys model.recurrence=scan` names another.
+
+Usage: python benchmarks/train_step.py [--device gpu] [--batch 16] [--bins 1000] [--runs 9]
 """
 
 import argparse
@@ -16,8 +21,12 @@ import sys
 import time
 from collections.abc import Callable
 
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
-os.environ["JAX_PLATFORMS"] = "cpu"
+ON_GPU = "gpu" in sys.argv or "--device=gpu" in sys.argv
+if ON_GPU:
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.3"  # PyTorch's processes use the same GPU
+else:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX counts the cores
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
@@ -28,9 +37,13 @@ from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.huge_pages import huge_page_environment
 from b2txt_jax.signal.smooth import gaussian_taps
-from b2txt_jax.training.step import init_state, make_train_step
+from b2txt_jax.training.sharding import jit_train_step, make_mesh, place, sharded_state
 
 DAYS = 45
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = "bfloat16" if ON_GPU else "float32"
+STEPS = 10 if ON_GPU else 1
+"""Of a timed call."""
 
 
 def random_batch(batch: int, bins: int) -> Batch:
@@ -48,11 +61,12 @@ def random_batch(batch: int, bins: int) -> Batch:
 
 
 class Peer:
-    """The published step in plain PyTorch, float32."""
+    """The published step in plain PyTorch."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, compiled: bool):
         model, optimizer = config.model, config.optimizer
         self.config = config
+        torch.set_default_device(DEVICE)
         self.day_weight = [torch.nn.Parameter(torch.eye(512)) for _ in range(DAYS)]
         self.day_bias = [torch.nn.Parameter(torch.zeros(1, 512)) for _ in range(DAYS)]
         self.gru = torch.nn.GRU(
@@ -78,16 +92,32 @@ class Peer:
             betas=(optimizer.beta1, optimizer.beta2),
             eps=optimizer.epsilon,
         )
+        self.logits = torch.compile(self._logits) if compiled else self._logits
         taps = torch.tensor(gaussian_taps(config.signal.smooth_std, config.signal.smooth_size))
         self.kernel = taps.view(1, 1, -1).repeat(512, 1, 1)
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         """Run one optimizer step and return the loss."""
+        cut = int(np.random.randint(0, self.config.signal.random_cut))
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
+            logits, frames = self.logits(*batch[:3], cut)
+        # In float32 and outside the compiled part, as cuDNN's and PyTorch's own kernels have it.
+        log_probs = logits.float().log_softmax(2).permute(1, 0, 2)
+        losses = functional.ctc_loss(log_probs, batch[3], frames, batch[4], reduction="none")
+        loss = losses.mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _logits(
+        self, x: torch.Tensor, bins: torch.Tensor, day: torch.Tensor, cut: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and valid frames."""
         model, signal = self.config.model, self.config.signal
-        x, bins, day, labels, length = (torch.from_numpy(np.asarray(a)) for a in batch[:5])
         x = x + torch.randn_like(x) * signal.white_noise_std
         x = x + torch.randn(len(x), 1, 512) * signal.constant_offset_std
-        cut = int(torch.randint(0, signal.random_cut, ()))
         x, bins = x[:, cut:], bins - cut
         x = functional.conv1d(x.permute(0, 2, 1), self.kernel, padding="same", groups=512)
         x = x.permute(0, 2, 1)
@@ -99,52 +129,53 @@ class Peer:
         h0 = self.h0.expand(model.layers, len(x), model.units).contiguous()
         logits = self.head(self.gru(x, h0)[0])
         frames = (bins - model.patch_size) // model.patch_stride + 1
-        log_probs = logits.log_softmax(2).permute(1, 0, 2)
-        losses = functional.ctc_loss(log_probs, labels, frames, length, reduction="none")
-        loss = losses.mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.clip_norm)
-        self.optimizer.step()
-        return float(loss)
+        return logits, frames
 
 
 def our_steps(config: Config, batch: Batch) -> Callable[[], float]:
-    """Compile the step. Return a function that runs one step and returns the loss."""
-    state = init_state(config, DAYS)
-    step = jax.jit(make_train_step(config, DAYS), donate_argnums=0).lower(state, batch).compile()
+    """Compile the step as training does. Return a function that runs STEPS steps and returns the
+    last loss."""
+    mesh = make_mesh(1, jax.devices()[:1])
+    state, placed = sharded_state(config, DAYS, mesh), place(batch, mesh)
+    step = jit_train_step(config, DAYS, mesh).lower(state, placed).compile()
 
     def one() -> float:
         nonlocal state
-        state, metrics = step(state, batch)
+        for _ in range(STEPS):
+            state, metrics = step(state, placed)
         return float(metrics.loss)
 
     return one
 
 
-def serve_steps(who: str, batch: int, bins: int) -> None:
-    """Run one step for each line of the input and print its seconds."""
+def serve_steps(who: str, batch: int, bins: int, keys: list[str]) -> None:
+    """Run STEPS steps for each line of the input and print the seconds of one."""
     torch.set_num_threads(1)
-    config = load_config("configs/nejm_baseline.py", ["--config.model.dtype=float32"])
+    keys = [f"model.dtype={DTYPE}", *keys]
+    config = load_config("nejm_baseline", [f"--config.{key}" for key in keys])
     data = random_batch(batch, bins)
     if who == "ours":
         one = our_steps(config, data)
     else:
-        peer = Peer(config)
+        peer = Peer(config, who == "compiled")
+        held = [torch.from_numpy(np.asarray(value)).to(DEVICE) for value in data[:5]]
 
         def one() -> float:
-            return peer.step(data)
+            for _ in range(STEPS):
+                loss = peer.step(held)
+            return float(loss)  # waits for the GPU
 
     print("ready", flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
         one()
-        print(time.perf_counter() - started, flush=True)
+        print((time.perf_counter() - started) / STEPS, flush=True)
 
 
-def start(who: str, batch: int, bins: int, huge_pages: bool) -> subprocess.Popen[str]:
+def start(args: argparse.Namespace, who: str, huge_pages: bool) -> subprocess.Popen[str]:
     """Start a worker and wait until it is ready."""
-    command = [sys.executable, __file__, "--worker", who, f"--batch={batch}", f"--bins={bins}"]
+    command = [sys.executable, __file__, "--worker", who, f"--device={args.device}"]
+    command += [f"--batch={args.batch}", f"--bins={args.bins}", "--keys", *args.keys]
     environment = {**os.environ, **(huge_page_environment() if huge_pages else {})}
     pipe = subprocess.PIPE
     worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -171,33 +202,41 @@ def main() -> None:
     parser.add_argument("--bins", type=int, default=1000, help="of 20 ms per trial")
     parser.add_argument("--runs", type=int, default=9, help="counted steps of each, after one more")
     parser.add_argument("--huge-pages", choices=("ours", "both", "neither"), default="ours")
-    parser.add_argument("--worker", choices=("ours", "torch"), help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="also torch.compile")
+    smaller = "configuration keys, such as model.units=64 for a trial of this script"
+    parser.add_argument("--keys", nargs="*", default=[], help=smaller)
+    parser.add_argument("--worker", choices=("ours", "eager", "compiled"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve_steps(args.worker, args.batch, args.bins)
+        serve_steps(args.worker, args.batch, args.bins, args.keys)
         return
 
-    workers = {
-        "ours": start("ours", args.batch, args.bins, args.huge_pages != "neither"),
-        "torch": start("torch", args.batch, args.bins, args.huge_pages == "both"),
-    }
+    peers = ["eager", *(["compiled"] if args.compiled or ON_GPU else [])]
+    workers = {"ours": start(args, "ours", args.huge_pages != "neither")}
+    workers |= {name: start(args, name, args.huge_pages == "both") for name in peers}
     times: dict[str, list[float]] = {name: [] for name in workers}
     for run in range(args.runs + 1):
         for name, worker in workers.items():
             times[name].append(timed_step(worker))
         if run:
-            print(f"run {run}: ours {times['ours'][-1]:.2f} s, torch {times['torch'][-1]:.2f} s")
+            shown = ", ".join(f"{name} {1e3 * times[name][-1]:.1f}" for name in workers)
+            print(f"run {run}: {shown} ms")
     for worker in workers.values():
         worker.communicate()
-    ours, theirs = (times[name][1:] for name in workers)
-    ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
+    ours = times.pop("ours")[1:]
+    where = jax.devices()[0].device_kind if ON_GPU else "one core"
     print(
-        f"B={args.batch}, T={args.bins}, float32, one core, huge pages: {args.huge_pages}: "
-        f"ours {statistics.median(ours):.2f} s (least {min(ours):.2f}), PyTorch "
-        f"{torch.__version__} eager {statistics.median(theirs):.2f} s (least {min(theirs):.2f}) "
-        f"per step; ours is {statistics.median(ratios):.2f} times faster (median of {args.runs} "
-        f"pairs, {min(ratios):.2f} to {max(ratios):.2f})"
+        f"B={args.batch}, T={args.bins}, {DTYPE}, {where}, huge pages: {args.huge_pages}: ours "
+        f"{1e3 * statistics.median(ours):.1f} ms per step (least {1e3 * min(ours):.1f})"
     )
+    for name, (_, *theirs) in times.items():
+        ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
+        print(
+            f"PyTorch {torch.__version__} {name} {1e3 * statistics.median(theirs):.1f} ms (least "
+            f"{1e3 * min(theirs):.1f}): ours is {statistics.median(ratios):.2f} times faster "
+            f"(median of {args.runs} pairs, {min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

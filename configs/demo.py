@@ -43,4 +43,5 @@ def get_config() -> ConfigDict:
     config.train.log_every = 10
     config.train.validate_every = 100
     config.train.save_every = 100
+    config.train.save_seconds = 0.0
     return config

@@ -126,7 +126,8 @@ def get_config() -> ConfigDict:
     config.model.rnn_dropout = 0.4
     config.model.classes = 41  # NEJM: n_classes
     config.model.dtype = "auto"  # bfloat16 on a TPU or GPU, float32 on a CPU; NEJM: use_amp
-    config.model.recurrence = "auto"  # "scan", "pallas"; auto: Pallas on a TPU when it fits
+    # "scan", "pallas", "wavefront"; auto: Pallas on a TPU when it fits, the wavefront on a GPU
+    config.model.recurrence = "auto"
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.005  # NEJM: lr_max
@@ -154,6 +155,7 @@ def get_config() -> ConfigDict:
     config.train.log_every = 200  # NEJM: batches_per_train_log
     config.train.validate_every = 2_000  # NEJM: batches_per_val_step
     config.train.save_every = 1_000  # latest checkpoint
+    config.train.save_seconds = 60.0  # between two of them at least: a fast slice saves less often
     config.train.patience = 0  # validations without a better PER that end the run early; 0: never
     config.train.on_nonfinite = "stop"  # or "skip"; a NaN or infinite step changes no parameter
     config.train.ctc_per_label = False  # True divides a trial's loss by its number of labels

@@ -6,6 +6,7 @@
 #   on_vm.sh status WORKDIR               b2txt-status: finished | running | exited N | absent
 #   on_vm.sh stop                         SIGTERM: the step ends, the state is saved
 #   on_vm.sh doctor WORKDIR ARG...        `b2txt doctor`
+#   on_vm.sh check-device WORKDIR ARG...  `b2txt check-device`, figures in WORKDIR/check_device_HOST.json
 #   on_vm.sh log                          the last lines of the training's output
 #
 # WORKDIR: gs://BUCKET/FOLDER or a folder of this machine. DATA: gs://BUCKET/FOLDER, or empty if it
@@ -195,6 +196,15 @@ doctor() {
   .venv/bin/b2txt doctor --workdir "$workdir" --data "$data_folder" "${@:2}"
 }
 
+check_device() {
+  local workdir
+  case $1 in gs://*) mount_bucket "$1" ;; esac
+  workdir=$(local_path "$1")
+  mkdir -p "$workdir"
+  cd "$code"
+  .venv/bin/b2txt check-device --json "$workdir/check_device_$(hostname).json" "${@:2}"
+}
+
 log() {
   tail -n "${LINES_SHOWN:-40}" "$state/log" | tr '\r' '\n' | tail -n "${LINES_SHOWN:-40}"
 }
@@ -205,5 +215,9 @@ case $command in
     shift
     "$command" "$@"
     ;;
-  *) fail "found '$command'; needed setup, start, status, stop, doctor or log" ;;
+  check-device)
+    shift
+    check_device "$@"
+    ;;
+  *) fail "found '$command'; needed setup, start, status, stop, doctor, check-device or log" ;;
 esac

@@ -22,6 +22,9 @@ commands
   recreate  delete, create, setup, train: what `watch` does after a preemption
   status    state of the TPU and of the training
   doctor    `b2txt doctor` on all workers: problems and their remedies
+  check-device
+            `b2txt check-device` on all workers: does this TPU compute what it should, and how fast;
+            -- --thorough for more; the first thing to run after `create` and `setup`
   log       the last lines of the training's log
   stop      make the training save and end; the TPU stays (and costs)
   fetch     copy the run's folder to this machine
@@ -482,6 +485,8 @@ doctor() {
   on_workers all "${words[@]}"
 }
 
+check_device() { on_workers all check-device "$WORKDIR" ${train_arguments[@]+"${train_arguments[@]}"}; }
+
 up() {
   case $(queued_state NONE) in
     NONE)
@@ -582,7 +587,7 @@ case $command in
     check_settings
     need WORKDIR
     ;;
-  fetch)
+  fetch | check-device)
     check_settings
     check_workdir
     ;;
@@ -609,6 +614,7 @@ start() {
     delete) remove ;;
     stop) on_workers all stop ;;
     log) on_workers 0 log ;;
+    check-device) check_device ;;
     setup | train | recreate) "$command" || fail "$command of $NAME failed: see the messages above" ;;
     *) "$command" ;;
   esac

@@ -4,6 +4,9 @@ Run:  python scripts/tpu_table.py                      (all missing compilations
       python scripts/tpu_table.py --only v5e:4x4 v4:   (slices whose names begin like this)
       python scripts/tpu_table.py --write              (only the table, from the existing files)
 
+First whole runs: every shape that their batches have, weighed by how often, by lengths like those
+of the recordings. Then one shape on many slices, to compare these.
+
 Each compilation writes a JSON file to docs/tpu_table and renews the table, so the work can be
 interrupted. --again replaces the files, after a change to the step. Needs the tpu extra.
 """
@@ -19,7 +22,7 @@ import multiprocessing
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +36,10 @@ from b2txt_jax.tpu.compile import (
     compile_step,
     session_count,
     typical_bucket,
+    used_shapes,
 )
 from b2txt_jax.tpu.topologies import SHAPES, parse_topology
+from b2txt_jax.tpu.whole_run import whole_run
 from lm_server.atomic_file import replacing
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,8 +55,32 @@ TRANSFORMER = ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4")
 """Slices that share the batch of configs/transformer.py."""
 
 
+class Run(NamedTuple):
+    """A whole recipe: a compilation for every shape of its batches."""
+
+    topology: str
+    recipe: str
+    packing: str
+    """data.packing, 'auto' or 'off'."""
+
+    def file(self, folder: Path) -> Path:
+        """Return the file of the result."""
+        return folder / f"run_{self.recipe}_{self.topology.replace(':', '_')}_{self.packing}.json"
+
+
+RUNS = (
+    Run("v5e:4x4", "nejm_baseline", "auto"),
+    Run("v5e:2x4", "transformer", "auto"),
+    Run("v5e:4x4", "nejm_baseline", "off"),
+    Run("v5e:2x4", "nejm_baseline", "auto"),
+    Run("v5e:2x4", "transformer", "off"),
+    Run("v5e:1x1", "nejm_baseline", "auto"),
+    Run("v5p:2x2x1", "nejm_baseline", "auto"),
+)
+
+
 class Case(NamedTuple):
-    """One compilation."""
+    """One compilation of one shape."""
 
     topology: str
     scaling: str
@@ -91,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "docs/tpu_table")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs/tpu_table.md")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of slices' names")
-    parser.add_argument("--scaling", choices=("weak", "strong"), nargs="+")
+    parser.add_argument("--scaling", choices=("weak", "strong", "none"), nargs="+")
+    parser.add_argument("--runs", choices=("auto", "off", "none"), nargs="+", help="data.packing")
     parser.add_argument("--recurrence", choices=VARIANTS, nargs="+")
     parser.add_argument("--again", action="store_true", help="compile again what exists")
     parser.add_argument("--write", action="store_true", help="compile nothing")
@@ -104,7 +134,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = load_config(args.config)
     rows = config.data.batch_rows
-    wanted = [
+    wanted: list[Run | Case] = [
+        run
+        for run in RUNS
+        if run.topology.startswith(tuple(args.only))
+        and run.packing in (args.runs or ("auto", "off"))
+        and (args.again or not run.file(args.folder).is_file())
+    ]
+    wanted += [
         case
         for case in cases(rows)
         if case.topology.startswith(tuple(args.only))
@@ -128,11 +165,15 @@ def write_table(args: argparse.Namespace, rows: int) -> str:
         if case.file(args.folder).is_file()
     }
     with replacing(args.out) as path:
-        path.write_text(table(results, len(planned), args.config.name, rows))
+        page = table(results, len(planned), args.config.name, rows)
+        before, rest = page.split(_RUNS_HERE)
+        path.write_text(before + _runs(args.folder) + rest)
     return f"{args.out}: {len(results)} of {len(planned)} compilations"
 
 
-def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: int) -> Iterator[Case]:
+def _compiled(
+    wanted: list[Run | Case], config: Path, folder: Path, minutes: int
+) -> Iterator[Run | Case]:
     """Compile the cases one by one, each in its own process, which has a time limit."""
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     spawn = multiprocessing.get_context("spawn")
@@ -141,7 +182,9 @@ def _compiled(wanted: list[Case], config: Path, folder: Path, minutes: int) -> I
         for case in wanted:
             progress.update(task, description=f"compiling for {' '.join(case)}")
             process = spawn.Process(
-                target=_compile, args=(case, config, folder, minutes), daemon=True
+                target=_compile_run if isinstance(case, Run) else _compile,
+                args=(case, config, folder, minutes),
+                daemon=True,
             )
             started = time.monotonic()
             process.start()
@@ -178,8 +221,24 @@ def _compile(case: Case, config_file: Path, folder: Path, minutes: int = 15) -> 
     _write(case, folder, result.to_json())
 
 
-def _write(case: Case, folder: Path, values: dict[str, Any]) -> None:
-    values |= {"topology": case.topology, "scaling": case.scaling}
+def _compile_run(run: Run, config_file: Path, folder: Path, minutes: int = 15) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (4 * 60 * minutes, resource.RLIM_INFINITY))
+    config = load_config(run.recipe, [f"--config.data.packing={run.packing}"])
+    topology, days = parse_topology(run.topology), session_count(config)
+    shapes, _ = used_shapes(config, days, topology.devices)
+    results = [
+        compile_step(config, topology, days=days, bucket=shape.bucket, shape=shape, share=share)
+        for shape, share in shapes.share.items()
+        if share
+    ]
+    parts = [part._asdict() for part in whole_run(results, config)]
+    _write(run, folder, {"results": [one.to_json() for one in results], "parts": parts})
+
+
+def _write(case: Run | Case, folder: Path, values: dict[str, Any]) -> None:
+    values |= {"topology": case.topology}
+    if isinstance(case, Case):
+        values["scaling"] = case.scaling
     values["chips"] = parse_topology(case.topology).chips
     values["versions"] = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
     with replacing(case.file(folder)) as path:
@@ -195,25 +254,32 @@ def table(results: dict[Case, dict[str, Any]], planned: int, config: str, rows: 
     bins = sorted({f"{f['bucket'][0]} bins and up to {f['bucket'][1]} labels" for f in good})
     text = f"""# The training step on TPU slices, by compiling
 
-Made by `scripts/tpu_table.py` from `configs/{config}`: the step that `b2txt train` runs, compiled
-for each slice on a machine without a TPU, padded to {" or ".join(bins)}, products in bfloat16
-({"; ".join(versions)}). {len(results)} of {planned} planned compilations are here. **Nothing in
-this table has run on a TPU.**
+Made by `scripts/tpu_table.py`: the step that `b2txt train` runs, compiled for each slice on a
+machine without a TPU, products in bfloat16 ({"; ".join(versions)}). **Nothing in this table has
+run on a TPU.** `b2txt check-device` measures one that you have, `b2txt compile` prints the
+assumptions.
+
+- cycles: the compiler's static estimate outside kernels, loops multiplied out, in millions.
+- by cycles: the cycles at the chip's published clock, plus the recurrence's kernels by the schedule
+  that libtpu writes for them (`scripts/kernel_cycles.py`), other kernels and collectives at their
+  roofline; "?" where the clock is not published. It ranks programs and is not a timing.
+- roofline: lower bound in milliseconds from published peaks, collectives not overlapped.
+
+{_RUNS_HERE}## One shape on many slices
+
+From `configs/{config}`, padded to {" or ".join(bins)}. No run has batches of this shape alone: the
+tables compare slices, and hours are those above. {len(results)} of {planned} planned compilations
+are here.
 
 - memory: of the fullest device, parameters, optimizer, batch, activations and program together.
 - GFLOP a device: matrix products. The recurrence's kernel fills its rows up to 16 (a bfloat16
   tile's), so that a device with 4 rows computes the recurrence of 16.
 - all-reduce and other: megabytes that a device puts into collectives in one step.
-- cycles: the compiler's static estimate outside kernels, loops multiplied out, in millions.
-- roofline: lower bound in milliseconds from published peaks, collectives not overlapped.
-- by cycles: the cycles at the chip's published clock, plus kernels and collectives at their
-  roofline; "?" where the clock is not published. It ranks programs and is not a timing.
-- rates and hours come from the larger of the two times; where the clock is not published only
-  the roofline is there, and they are no more than bounds, not to be compared with the others.
-  `b2txt compile` prints the assumptions.
 - scaling: rows a second and chip against the smallest slice of the same chip in the table.
 - recurrence: `auto` in a configuration means pallas on every slice here; the scan is here for
   comparison.
+- \\*: compiled with an earlier step, whose devices did not share the optimizer's moments and whose
+  CTC loss was a loop, with the recurrence's kernels at their roofline.
 - tpu7x shows two devices per chip, each with half of its memory and a batch of its own. Strong
   scaling ends where devices would have no row.
 """
@@ -226,10 +292,66 @@ this table has run on a TPU.**
         ("weak", f"## Weak scaling: {WEAK_ROWS} rows per device, a larger batch on a larger slice"),
         ("strong", f"## Strong scaling: the published batch of {rows} rows, shared by the devices"),
     ):
-        text += f"\n{title}\n\n{_rows(results, scaling)}"
+        text += f"\n#{title}\n\n{_rows(results, scaling)}"
     text += _transformer(results)
     sources = "\n".join(f"- {chip.name}: {chip.source}" for chip in CHIPS.values())
     return f"{text}\n## Sources of the chips' figures\n\n{sources}\n"
+
+
+_RUNS_HERE = "@RUNS@"
+
+
+def _runs(folder: Path) -> str:
+    """Return the table of whole runs."""
+    head = (
+        "| recipe | slice | trials | shapes: share, ms a step | cycles, M | kernels, M | links, ms "
+    )
+    text = f"""## Whole runs
+
+Batches as the recipe draws them, by lengths like those of the recordings: every shape that they
+have is compiled and weighed by how often it occurs. Trials share rows ([packing.md](packing.md)),
+or each has one of its own. Cycles outside kernels, of the recurrence's kernels, and the time on
+the links between chips are means over the shapes.
+
+{head}| steps, min | in all, min |
+|{"---|" * 9}
+"""
+    assumed: dict[str, None] = {}
+    for run in RUNS:
+        if not run.file(folder).is_file():
+            continue
+        found = json.loads(run.file(folder).read_text())
+        if "results" not in found:
+            text += f"| {run.recipe} | {run.topology} | {found['skipped']} |\n"
+            continue
+        results, parts = found["results"], found["parts"]
+        shapes = "; ".join(
+            f"{one['rows']} x {one['bucket'][0]:,}: {one['share']:.0%}, "
+            f"{1e3 * one['time']['likely']:.1f}"
+            for one in results
+        )
+
+        def mean(value: Callable[[dict[str, Any]], float], of: Any = results) -> float:
+            return sum(one["share"] * value(one) for one in of) / sum(one["share"] for one in of)
+
+        cells = (
+            run.recipe,
+            run.topology,
+            "share rows" if run.packing == "auto" else "one a row",
+            shapes,
+            f"{mean(lambda one: one['cost']['cycles']) / 1e6:.1f}",
+            f"{mean(lambda one: one['time']['kernel_cycles'] or 0) / 1e6:.1f}",
+            f"{1e3 * mean(lambda one: one['time']['ici']):.1f}",
+            f"{60 * parts[0]['hours']:.1f}",
+            f"{60 * sum(part['hours'] for part in parts):.1f}",
+        )
+        text += "| " + " | ".join(cells) + " |\n"
+        for part in parts[1:]:
+            line = f"{run.recipe}, {run.topology}: {part['name']} {60 * part['hours']:.1f} min: "
+            assumed[line + part["assumed"]] = None
+    text += "\nIn all: with validation, saves and compiling, by these assumptions, without reading "
+    text += "and setting up the machine.\n\n"
+    return text + "".join(f"- {line}\n" for line in assumed) + "\n"
 
 
 _HEAD = (
@@ -245,8 +367,6 @@ _HEAD = (
     "cycles, M",
     "roofline, ms",
     "by cycles, ms",
-    "batches an hour",
-    "hours for the run",
     "scaling",
 )
 
@@ -277,9 +397,9 @@ def _transformer(results: dict[Case, dict[str, Any]]) -> str:
         return "| " + " | ".join(str(cells[index]) for index in kept) + " |\n"
 
     return f"""
-## The Transformer: its published batch of {good[0]["rows"]} rows, shared by the devices
+### The Transformer: its published batch of {good[0]["rows"]} rows, shared by the devices
 
-`configs/transformer.py`, {good[0]["steps"]:,} steps. It has no kernel, so that all of a step is in
+`configs/transformer.py`. It has no kernel, so that all of a step is in
 the compiler's cycles. Its only loop over frames is the CTC loss's. Reading the data is left out.
 
 {line(_HEAD)}|{"---|" * len(kept)}
@@ -301,7 +421,7 @@ def _cells(found: dict[str, Any], scaling: float) -> tuple[Any, ...]:
     bound_only = time["compiler"] is None
     compiler = "?" if bound_only else f"{1e3 * (time['compiler'] + time['ici']):.1f}"
     return (
-        found["topology"],
+        found["topology"] + ("" if "recurrences" in cost else "\\*"),
         found["recurrence"],
         found["chips"],
         f"{found['rows']:,}",
@@ -313,8 +433,6 @@ def _cells(found: dict[str, Any], scaling: float) -> tuple[Any, ...]:
         f"{cost['cycles'] / 1e6:.1f}",
         f"{1e3 * time['bound']:.1f}",
         compiler,
-        f"{'at most ' if bound_only else ''}{3600 / time['likely']:,.0f}",
-        f"{'at least ' if bound_only else ''}{found['steps'] * time['likely'] / 3600:.2f}",
         f"{100 * scaling:.0f} %",
     )
 

@@ -22,10 +22,26 @@ from b2txt_jax.data.trial import SPLITS, Reader, Trial, TrialRef, frames_needed
 MUCH_PADDING = 0.6
 """Share of padding in a batch beyond which the user is warned. Buckets chosen from the data have
 about 0.3 to 0.45, since the longest of all rows decides."""
-_BATCHES_AHEAD = 6
-"""Batches in memory, at most, besides the one in use."""
-_THREADS = max(2, min(4, os.cpu_count() or 1))
-"""That read batches. Two at least, since one of them may be waiting for the disk."""
+_BYTES_AHEAD = 1 << 30
+"""Of the batches that are read ahead or are being read, at most, but two batches at least."""
+_MOST_THREADS = 16
+
+
+def reading_threads() -> int:
+    """Return how many threads read batches: half of the cores that the process may use.
+
+    Two at least, since one of them may be waiting for the disk.
+    """
+    here = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+    return max(2, min(_MOST_THREADS, cores // 2))
+
+
+def batches_ahead(batch_bytes: int) -> int:
+    """Return how many batches of a size are in memory at most, besides the one in use."""
+    return max(2, min(reading_threads() + 2, _BYTES_AHEAD // max(1, batch_bytes)))
+
+
 _DISK_AHEAD = 2
 """Steps ahead of a batch that the kernel is asked to fetch from the disk, into its page cache."""
 
@@ -69,7 +85,7 @@ def configured_sessions(data: DataConfig) -> tuple[str, ...]:
 
 
 def read_ahead(
-    load: Callable[[_Item], _Loaded], items: Iterable[_Item], ahead: int = _BATCHES_AHEAD
+    load: Callable[[_Item], _Loaded], items: Iterable[_Item], ahead: int
 ) -> Iterator[_Loaded]:
     """Yield `load(item)` for each item, in order, computed by threads up to `ahead` items early.
 
@@ -77,7 +93,7 @@ def read_ahead(
     closed early, no further item is loaded, and the threads have ended when `close` returns.
     """
     waiting: deque[Future[_Loaded]] = deque()
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
+    pool = ThreadPoolExecutor(min(ahead, reading_threads()), thread_name_prefix="read-ahead")
     try:
         for item in items:
             waiting.append(pool.submit(load, item))
@@ -154,6 +170,10 @@ class _Loader:
     def features_dtype(self) -> np.dtype:
         """Of the batches' features: float32, or float16 or bfloat16 of a folder packed so."""
         return self.reader.dtype
+
+    def _ahead(self, bins: int) -> int:
+        """Return how many batches of so many bins in all rows are read ahead."""
+        return batches_ahead(bins * self.reader.feature_count * self.reader.dtype.itemsize)
 
     def fill(
         self, rows: Sequence[tuple[int, TrialRef]], bucket: tuple[int, int], size: int
@@ -336,7 +356,12 @@ class TrainingData(_Loader):
                 self.reader.will_need([ref for _, ref in later])
             return self.batch(seed, step, rows)
 
-        return read_ahead(load, range(start, stop))
+        largest = max(shape.rows * shape.bins for shape in self.shapes.share)
+        share = 1.0
+        if rows is not None:
+            first, last, _ = rows.indices(self._data.batch_rows)
+            share = (last - first) / self._data.batch_rows
+        return read_ahead(load, range(start, stop), self._ahead(int(share * largest)))
 
 
 class EvaluationData(_Loader):
@@ -404,4 +429,5 @@ class EvaluationData(_Loader):
             trials, batch = self.fill(pairs, bucket, len(wanted))
             return indices, trials, batch
 
-        return read_ahead(load, range(len(self.groups)))
+        ahead = self._ahead(len(wanted) * self.buckets[-1][0])
+        return read_ahead(load, range(len(self.groups)), ahead)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -27,7 +27,15 @@ from b2txt_jax.doctor import checks
 from b2txt_jax.doctor.checks import Finding
 from b2txt_jax.errors import UserError
 
-Buckets = tuple[tuple[int, int], ...]
+
+class Sizes(NamedTuple):
+    """(rows, bins) of the batches of a run."""
+
+    training: list[tuple[int, int]]
+    """Rows of several trials, where these share rows."""
+    evaluation: tuple[int, int]
+    """The largest."""
+
 
 _MARKS = {"ok": ("green", "ok"), "warning": ("yellow", "warning"), "problem": ("red", "problem")}
 _LM_PACKAGES, _LLM_PACKAGES = ("kenlm", "flashlight"), ("torch", "transformers")
@@ -77,12 +85,13 @@ def run(args: argparse.Namespace) -> int:
         values = {"problems": problems, "warnings": warnings, "findings": listed}
         print(json.dumps(values, indent=2))
     else:
-        _print(findings)
+        print_findings(findings)
         print(f"{problems} problems, {warnings} warnings")
     return 1 if problems else 0
 
 
-def _print(findings: list[Finding]) -> None:
+def print_findings(findings: list[Finding]) -> None:
+    """Print one line for each finding, and its advice below."""
     out = Console(highlight=False, markup=False, soft_wrap=True)
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -189,10 +198,11 @@ def check_training(
                 data, axis = config.data, config.parallel.model_axis
                 rows = (data.days_per_batch, data.trials_per_day, data.eval_batch_size)
                 findings.append(checks.check_rows(*rows, devices, axis))
-            found, buckets, sessions = _data(config)
+            groups = max(1, (devices or 1) // config.parallel.model_axis)
+            found, sizes, sessions = _data(config, groups)
             findings.append(found)
             state = _state_bytes(config, sessions)
-            needed = training_memory(config, state, max(buckets), on_accelerator=on_accelerator)
+            needed = training_memory(config, state, sizes, on_accelerator=on_accelerator)
             what, advice = "one training process", "lower data.trials_per_day or data.buckets"
             advice += ", or use a larger machine"
             findings.append(checks.check_memory("memory", what, needed, available, advice))
@@ -240,7 +250,9 @@ def _sessions(root: str | None) -> Finding:
     return Finding("data", "ok", f"{len(sessions)} sessions, {trials} training trials in {root}")
 
 
-def _data(config: Config) -> tuple[Finding, Buckets, int]:
+def _data(config: Config, groups: int) -> tuple[Finding, Sizes, int]:
+    """Return what was found, the sizes of batches that `groups` devices share, and the number of
+    sessions."""
     from b2txt_jax.data.loader import (
         MUCH_PADDING,
         EvaluationData,
@@ -252,7 +264,7 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
 
     sessions = configured_sessions(config.data)
     least, frames = config.model.least_bins, model_of(config, len(sessions)).frames
-    rules = packing_rules(config, len(sessions), 1)
+    rules = packing_rules(config, len(sessions), groups)
     sample = config.train.seed, config.train.steps
     training = TrainingData(config.data, sessions, least, frames, rules, sample)
     validation = EvaluationData(config.data, sessions, "val", least, labels=True)
@@ -263,6 +275,10 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
     trials = sum(map(len, training.refs_of_day))
     buckets = resolve_buckets(config.data, sessions)
     shapes = ", ".join(f"{bins}x{labels}" for bins, labels in buckets)
+    sizes = Sizes(
+        [(shape.rows, shape.bins) for shape in training.shapes.share],
+        (config.data.eval_batch_size, max(bins for bins, _ in buckets)),
+    )
     found = (
         f"{len(sessions)} sessions, {trials} training and {len(validation.refs)} validation trials "
         f"in {config.data.root}, one read of each session; buckets {shapes}, "
@@ -271,12 +287,12 @@ def _data(config: Config) -> tuple[Finding, Buckets, int]:
     )
     if training.padding > MUCH_PADDING and not training.packed:
         advice = "--config.data.buckets='()' chooses buckets from the trials' lengths"
-        return Finding("data", "warning", found, advice), buckets, len(sessions)
+        return Finding("data", "warning", found, advice), sizes, len(sessions)
     without = [name for name, refs in zip(sessions, training.refs_of_day, strict=True) if not refs]
     if without:
         advice = f"no training trials in {', '.join(without)}: their day layers stay untrained"
-        return Finding("data", "warning", found, advice), buckets, len(sessions)
-    return Finding("data", "ok", found), buckets, len(sessions)
+        return Finding("data", "warning", found, advice), sizes, len(sessions)
+    return Finding("data", "ok", found), sizes, len(sessions)
 
 
 def _state_bytes(config: Config, days: int) -> int:
@@ -289,27 +305,27 @@ def _state_bytes(config: Config, days: int) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in shapes)
 
 
-def training_memory(
-    config: Config, state: int, bucket: tuple[int, int], *, on_accelerator: bool
-) -> float:
+def training_memory(config: Config, state: int, sizes: Sizes, *, on_accelerator: bool) -> float:
     """Estimate the host memory of one training process, in bytes, from above.
 
     Args:
       config: configuration of the run.
       state: bytes of parameters and optimizer state.
-      bucket: the largest bucket, (bins, labels).
+      sizes: of its batches.
       on_accelerator: whether the step runs on a TPU or GPU. On a CPU it uses host memory too.
     """
+    from b2txt_jax.data.loader import batches_ahead
     from b2txt_jax.training.step import model_of
 
     data = config.data
-    rows, bins = data.batch_rows, bucket[0]
-    batch = rows * bins * data.feature_count * 4
+    most = max(map(math.prod, [*sizes.training, sizes.evaluation]))
+    batch = most * data.feature_count * 4
     # A state that is being saved, and batches read ahead.
-    needed = _RUNTIME_BYTES + state + 6 * batch
+    needed = _RUNTIME_BYTES + state + (batches_ahead(batch) + 1) * batch
     if not on_accelerator:
         model = model_of(config, len(data.sessions) or 1)
-        needed += 2 * state + 4 * batch + model.activation_bytes(rows, bins)
+        largest = max(model.activation_bytes(*size) for size in sizes.training)
+        needed += 2 * state + 4 * batch + largest
     return needed
 
 

@@ -23,9 +23,19 @@ def dropout(x: Array, rate: float, key: Array | None, label: Array | None = None
         return x
     if label is None:
         label = jnp.arange(math.prod(x.shape[:-1])).reshape(x.shape[:-1])
-    channels = x.shape[-1]
+    drawn = quarters(key, label[..., None], jnp.arange(-(-x.shape[-1] // 4)), axis=-1)
+    return dropped(x, rate, drawn[..., : x.shape[-1]])
+
+
+def kept(channels: int, rate: float, key: Array, label: Array) -> Array:
+    """Return which values dropout keeps: label [...] -> bool [..., channels]."""
     drawn = quarters(key, label[..., None], jnp.arange(-(-channels // 4)), axis=-1)
-    return dropped(x, rate, drawn[..., :channels])
+    return drawn[..., :channels] >= _least(rate)
+
+
+def scale(rate: float) -> float:
+    """Return the factor of what dropout keeps."""
+    return 65536 / (65536 - _least(rate))
 
 
 def quarters(key: Array, label: Array, channel: Array, axis: int) -> Array:
@@ -38,5 +48,9 @@ def quarters(key: Array, label: Array, channel: Array, axis: int) -> Array:
 
 def dropped(x: Array, rate: float, drawn: Array) -> Array:
     """Zero the values whose random number, below 65536, falls below `rate`."""
-    least = round(rate * 65536)
-    return jnp.where(drawn >= least, x * (65536 / (65536 - least)), 0).astype(x.dtype)
+    return jnp.where(drawn >= _least(rate), x * scale(rate), 0).astype(x.dtype)
+
+
+def _least(rate: float) -> int:
+    """Return the least random number, below 65536, that is kept."""
+    return round(rate * 65536)

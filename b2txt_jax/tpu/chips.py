@@ -79,3 +79,15 @@ CHIPS: dict[str, Chip] = {
     for name, peak, capacity, bandwidth, link, axes, cores, shared, vmem, clock, source in _TABLE
 }
 """By name, oldest first."""
+
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+"""Chips by JAX's device kind."""

@@ -34,6 +34,7 @@ from b2txt_jax.tpu.hlo_cost import program_cost
 from b2txt_jax.tpu.report import Memory, Result, compared, described, weighed
 from b2txt_jax.tpu.roofline import step_time
 from b2txt_jax.tpu.topologies import Topology, known_topologies, parse_topology, topology_devices
+from b2txt_jax.tpu.whole_run import whole_run
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
 from b2txt_jax.training.step import model_of, packing_rules
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             console.print(line, highlight=False, soft_wrap=True)
         results.append(result)
     if None not in used:
-        for line in weighed(results):
+        for line in (*weighed(results), *_whole(results, config)):
             console.print(line, highlight=False, soft_wrap=True)
     if args.compare:
         for line in compared(results):
@@ -135,6 +136,18 @@ def run(args: argparse.Namespace) -> int:
         with replacing(args.json) as path:
             path.write_text(json.dumps([result.to_json() for result in results], indent=2) + "\n")
     return 0 if all(result.memory.fits for result in results) else 1
+
+
+def _whole(results: list[Result], config: Config) -> Iterator[str]:
+    parts = whole_run(results, config)
+    least = "at least " if any(result.at_best for result in results) else ""
+    total = sum(part.hours for part in parts)
+    yield f"the whole run: {least}{total:.2f} hours, without reading and setting up the machine"
+    for part in parts:
+        yield (
+            f"  {part.name:<10} {60 * part.hours:7.1f} minutes{part.assumed and '; assumed: '}"
+            + (part.assumed)
+        )
 
 
 def compile_step(

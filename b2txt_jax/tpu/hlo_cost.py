@@ -49,6 +49,19 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelRun:
+    """Runs of a kernel of the recurrence, of one size."""
+
+    name: str
+    """'gru_forward' or 'gru_backward'."""
+    frames: int
+    rows: int
+    """Of one device, with padding."""
+    units: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
     """Cost of one run of the program on one device."""
 
@@ -72,6 +85,7 @@ class Cost:
     """Runs of kernels that declare no cost."""
     unknown_loops: tuple[str, ...] = ()
     """Loops with an unknown number of trips, counted once."""
+    recurrences: tuple[KernelRun, ...] = ()
 
 
 def program_cost(text: str, devices: int) -> Cost:
@@ -90,7 +104,12 @@ def program_cost(text: str, devices: int) -> Cost:
         Collective(kind, group, *numbers)
         for (kind, group), numbers in sorted(walk.collectives.items())
     )
-    return Cost(**walk.sums, collectives=collectives, unknown_loops=tuple(walk.unknown))
+    return Cost(
+        **walk.sums,
+        collectives=collectives,
+        unknown_loops=tuple(walk.unknown),
+        recurrences=tuple(KernelRun(*one, times) for one, times in walk.recurrences.items()),
+    )
 
 
 _NO_ESTIMATE = 2**63 - 1
@@ -114,6 +133,8 @@ class _Walk:
         self.in_parts: dict[tuple[str, int, str], tuple[int, int]] = {}
         """Collectives that overlap other fusions, by their channel: (runs, bytes of one)."""
         self.unknown: list[str] = []
+        self.recurrences = Counter[tuple[str, int, int, int]]()
+        """(kernel, frames, rows, units) -> runs."""
 
     def visit(self, frame: Frame, times: int, *, fused: bool, looped: bool) -> None:
         """Add the cost of a computation that runs `times` times."""
@@ -194,6 +215,12 @@ class _Walk:
     def _kernel(self, instruction: Instruction, computation: Computation, times: int) -> None:
         declared = _declared_cost(instruction.attributes)
         touched = _bytes(_operand_arrays(instruction, computation)) + _bytes(instruction.result)
+        name = re.search(r"gru_(?:forward|backward)", instruction.name + instruction.attributes)
+        if name:
+            # The first result: states of `units`, or the cotangents of three gates.
+            frames, rows, width = instruction.result[0].dims
+            units = width // 3 if name[0] == "gru_backward" else width
+            self.recurrences[name[0], frames, rows, units] += times
         self.sums["kernels"] += times
         self.sums["kernel_flops"] += times * declared.get("flops", 0)
         self.sums["kernel_bytes"] += times * declared.get("bytes_accessed", touched)

@@ -128,7 +128,7 @@ def described(result: Result) -> Iterator[str]:
         f"  work     {_gflop(cost.flops + cost.kernel_flops)} a device and step "
         f"(matrix products, loops multiplied out{_of_kernels(result)}); HBM traffic "
         f"{_mb(cost.hbm_bytes + cost.kernel_bytes)}; compiler's cycles {cost.cycles / 1e6:.1f} "
-        f"million, {cost.loop_cycles / 1e6:.1f} of them in loops"
+        f"million, {cost.loop_cycles / 1e6:.1f} of them in loops{_scheduled(time)}"
     )
     if cost.unknown_loops:
         yield f"  caution  loops counted once, trips unknown: {', '.join(cost.unknown_loops)}"
@@ -160,6 +160,12 @@ def _of_kernels(result: Result) -> str:
     return f", {_gflop(cost.kernel_flops)} of it declared by {cost.kernels} kernel runs"
 
 
+def _scheduled(time: StepTime) -> str:
+    if time.kernel_cycles is None:
+        return ""
+    return f"; the recurrence's kernels {time.kernel_cycles / 1e6:.1f} million by their schedule"
+
+
 def weighed(results: Sequence[Result]) -> Iterator[str]:
     """Yield the lines about the whole recipe, whose batches have these shapes."""
     steps, share = results[0].steps, sum(result.share for result in results)
@@ -168,8 +174,7 @@ def weighed(results: Sequence[Result]) -> Iterator[str]:
     frames = sum(result.share * result.rows * result.bucket[0] for result in results) / share
     yield (
         f"all shapes by how often batches have them: {least}{hours:.2f} hours for {steps:,} steps, "
-        f"{frames:,.0f} bins computed for {results[0].trials} trials of a step; without reading, "
-        "validation, saving and compiling"
+        f"{frames:,.0f} bins computed for {results[0].trials} trials of a step"
     )
 
 

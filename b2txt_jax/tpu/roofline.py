@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from b2txt_jax.tpu.hlo_cost import Collective, Cost
+from b2txt_jax.tpu.kernel_cycles import recurrence_cycles
 from b2txt_jax.tpu.topologies import Topology
 
 
@@ -19,8 +20,10 @@ class StepTime:
     ici: float
     """Collectives at the peak bandwidth of the links."""
     compiler: float | None
-    """The compiler's cycles at the chip's clock, plus kernels at their own roofline. None if the
-    clock is not published."""
+    """The compiler's cycles at the chip's clock, plus kernels by their schedule, or where none was
+    counted at their own roofline. None if the clock is not published."""
+    kernel_cycles: int | None = None
+    """Of the recurrence's kernels, by their schedule. None where none was counted."""
 
     @property
     def bound(self) -> float:
@@ -46,12 +49,18 @@ def step_time(cost: Cost, topology: Topology) -> StepTime:
     chip = topology.chip
     peak, bandwidth = chip.peak_flops / chip.devices, chip.hbm_bandwidth / chip.devices
     kernels = max(cost.kernel_flops / peak, cost.kernel_bytes / bandwidth)
+    counted = [recurrence_cycles(run, chip.name) for run in cost.recurrences]
+    known = [cycles for cycles in counted if cycles is not None]
+    scheduled = sum(known) if known and len(known) == len(counted) else None
+    if scheduled is not None and chip.clock_hz is not None:
+        kernels = max(kernels, scheduled / chip.clock_hz)
     compiler = None if chip.clock_hz is None else cost.cycles / chip.clock_hz + kernels
     return StepTime(
         compute=(cost.flops + cost.kernel_flops) / peak,
         hbm=(cost.hbm_bytes + cost.kernel_bytes) / bandwidth,
         ici=sum(bytes_sent(found) for found in cost.collectives) / topology.ring_bandwidth,
         compiler=compiler,
+        kernel_cycles=scheduled,
     )
 
 
@@ -84,5 +93,6 @@ def assumptions(topology: Topology) -> list[str]:
         "products run at the peak and overlap with HBM traffic; latency of dependent frames, the "
         "vector unit, the host and the input pipeline cost nothing: a lower bound",
         "compiler's estimate: its static cycles per instruction, loops multiplied out, with "
-        "kernels at their own bound: it ranks programs and is not a timing",
+        "the recurrence's kernels by the schedule that libtpu writes for them (without stalls) "
+        "and other kernels at their own bound: it ranks programs and is not a timing",
     ]

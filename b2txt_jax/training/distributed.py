@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -58,6 +60,23 @@ def wait_for_all(what: str) -> None:
     Without waiting, its first exchange with the others would time out.
     """
     ocp.multihost.get_barrier_sync_fn()(key=f"b2txt_{what}", timeout_ms=3_600_000)
+
+
+class Spacing:
+    """Decides for all hosts when enough time has passed, by the clock of the first."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Return whether `seconds` have passed since the start, or since it last was due."""
+        late = time.monotonic() - self._last >= self._seconds
+        if self._seconds and jax.process_count() > 1:
+            late = bool(multihost_utils.broadcast_one_to_all(np.int32(late)))
+        if late:
+            self._last = time.monotonic()
+        return late
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from b2txt_jax.provenance import provenance
 from b2txt_jax.training.checkpoint import EMA, RAW, BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import (
+    Spacing,
     is_first,
     join_hosts,
     stop_on_signals,
@@ -292,6 +293,7 @@ def _train_in(
             batches = training.batches(
                 config.train.seed, first, config.train.steps, steps.local_train_rows
             )
+            spacing = Spacing(config.train.save_seconds)
             for batch in steps.ahead(batches):
                 state, metrics = steps.train_step(state, batch)
                 tracker.started(metrics)
@@ -330,7 +332,8 @@ def _train_in(
                         checkpoints.save_best(step, weights, score, name)
                     done = done or out_of_patience(config, tracker.best)
                 stopped_by = stopping(step)
-                if done or stopped_by or step % config.train.save_every == 0:
+                planned = step % config.train.save_every == 0
+                if done or stopped_by or (planned and spacing.due()):
                     tracker.drain()
                     checkpoints.save_latest(step, state, tracker.best)
                 if done or stopped_by:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from b2txt_jax.config import load_config
+from b2txt_jax.data import loader
 from b2txt_jax.data.batches.layout import Rules
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.loader import (
@@ -165,6 +166,41 @@ def test_reading_ahead_keeps_the_order_and_a_bounded_number_of_items():
         assert got == expected
         assert len(begun) <= expected + 3  # three ahead of the ones before this
     assert sorted(begun) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("cores", "megabytes", "threads", "ahead"),
+    [
+        (1, 20, 2, 4),
+        (2, 20, 2, 4),
+        (8, 20, 4, 6),
+        (224, 20, 16, 18),
+        (224, 200, 16, 5),
+        (8, 2000, 4, 2),
+    ],
+)
+def test_threads_follow_the_cores_and_batches_ahead_are_bounded_in_bytes(
+    monkeypatch, cores, megabytes, threads, ahead
+):
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert loader.reading_threads() == threads
+    assert loader.batches_ahead(megabytes * 2**20) == ahead
+
+
+def test_what_is_read_ahead_is_the_share_of_this_host(tiny_config, monkeypatch):
+    asked = []
+
+    def ahead(batch_bytes):
+        asked.append(batch_bytes)
+        return 2
+
+    monkeypatch.setattr(loader, "batches_ahead", ahead)
+    data = training(tiny_config)
+    rows = tiny_config.data.batch_rows
+    for wanted in (None, slice(0, rows // 2)):
+        next(data.batches(0, 0, 1, wanted))
+    whole = rows * 320 * 512 * 4
+    assert asked == [whole, whole // 2]
 
 
 def test_an_error_is_raised_in_its_place_and_ends_reading_ahead():

@@ -17,6 +17,7 @@ from pathlib import Path
 import h5py
 import pytest
 
+from b2txt_jax.config import load_config
 from b2txt_jax.doctor import checks
 from b2txt_jax.doctor import command as doctor
 from b2txt_jax.doctor.checks import TpuChips
@@ -445,10 +446,24 @@ def test_a_folder_without_sessions_and_a_wrong_key_are_problems(capsys, tmp_path
 
 
 def test_training_on_a_cpu_takes_more_host_memory_than_beside_an_accelerator(tiny_config):
-    bucket, state = (320, 80), 10**8
-    beside = doctor.training_memory(tiny_config, state, bucket, on_accelerator=True)
-    alone = doctor.training_memory(tiny_config, state, bucket, on_accelerator=False)
+    sizes, state = doctor.Sizes([(4, 320)], (4, 320)), 10**8
+    beside = doctor.training_memory(tiny_config, state, sizes, on_accelerator=True)
+    alone = doctor.training_memory(tiny_config, state, sizes, on_accelerator=False)
     assert alone - beside > 2 * state
+
+
+def test_rows_that_trials_share_take_less_memory(simulated):
+    def alone(packing: str) -> tuple[float, doctor.Sizes]:
+        root = simulated / "hdf5_data_final"
+        keys = (f"data.root={root}", f"data.packing={packing}", "data.buckets=((640, 80),)")
+        config = load_config("demo", [f"--config.{key}" for key in keys])
+        _, sizes, _ = doctor._data(config, 2)
+        return doctor.training_memory(config, 0, sizes, on_accelerator=False), sizes
+
+    (shared, packed), (apart, whole) = alone("on"), alone("off")
+    assert whole.training == [(16, 640)]
+    assert all(rows % 2 == 0 and rows * bins < 16 * 640 for rows, bins in packed.training)
+    assert shared < apart
 
 
 def test_lines_for_people_say_each_finding_and_what_to_do(capsys, tmp_path):

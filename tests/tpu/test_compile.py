@@ -16,10 +16,12 @@ from jax.sharding import PartitionSpec as P
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.tpu import compile as command
 from b2txt_jax.tpu.compile import CompileError
-from b2txt_jax.tpu.hlo_cost import Collective, Cost
+from b2txt_jax.tpu.hlo_cost import Collective, Cost, KernelRun
+from b2txt_jax.tpu.kernel_cycles import SCHEDULED
 from b2txt_jax.tpu.report import Memory, Result, compared, described
-from b2txt_jax.tpu.roofline import bytes_sent, step_time
+from b2txt_jax.tpu.roofline import StepTime, bytes_sent, step_time
 from b2txt_jax.tpu.topologies import TopologyError, parse_topology
+from b2txt_jax.tpu.whole_run import whole_run
 from b2txt_jax.training.sharding import make_mesh
 from lm_server.atomic_file import UnwritableError
 
@@ -108,6 +110,41 @@ def test_hours_are_weighed_by_the_share_of_each_shape() -> None:
     (line,) = command.weighed(two)
     hours = 0.25 * two[0].hours + 0.75 * two[1].hours
     assert f"{hours:.2f} hours for 120,000 steps, 64,000 bins computed for 64 trials" in line
+
+
+def test_a_whole_run_adds_validation_saves_and_compiling_to_the_steps(baseline: Config) -> None:
+    cost = dataclasses.replace(NOTHING, flops=197 * 10**10)  # 10 ms
+    slices = {
+        name: dataclasses.replace(result(cost, name), trials=64) for name in ("v5e:2x4", "v5e:4x4")
+    }
+    hours = {n: {p.name: p.hours for p in whole_run([one], baseline)} for n, one in slices.items()}
+    on_one_host = hours["v5e:2x4"]
+    assert on_one_host["steps"] == pytest.approx(120_000 * 0.01 / 3600)
+    # 60 validations of 1,426 / 64 batches at half the time of a step
+    assert on_one_host["validation"] == pytest.approx(60 * 1426 / 64 * 0.5 * 0.01 / 3600)
+    # 1,200 s of steps, a save a minute and not one every 10 s
+    assert on_one_host["saving"] == pytest.approx(21 / 3600)
+    assert on_one_host["compiling"] == pytest.approx(60 * (1 + 3) / 4 / 3600)
+    assert hours["v5e:4x4"]["compiling"] == pytest.approx(60 * (1 + 3) / 3600)
+
+
+def test_kernels_of_the_recurrence_count_by_their_schedule() -> None:
+    def time(rows: int, topology: str = "v5e:1x1", units: int = 768) -> StepTime:
+        run = KernelRun("gru_forward", 100, rows, units, times=5)
+        cost = dataclasses.replace(NOTHING, kernels=5, kernel_bytes=819, recurrences=(run,))
+        return step_time(cost, parse_topology(topology))
+
+    assert time(1).kernel_cycles == time(2).kernel_cycles
+    assert time(2).compiler == pytest.approx(
+        500 * SCHEDULED["v5e"][min(SCHEDULED["v5e"])][0] / 1.5e9
+    )
+    low, high = (SCHEDULED["v5e"][rows][0] for rows in (16, 64))
+    assert time(64).kernel_cycles == 500 * high
+    assert 500 * low < time(40).kernel_cycles < 500 * high
+    assert time(80).kernel_cycles > 500 * high
+    for unknown in (time(16, units=512), time(16, "v4:2x2x1")):
+        assert unknown.kernel_cycles is None
+        assert unknown.compiler == pytest.approx(0, abs=1e-9)
 
 
 def test_sessions_that_cannot_be_counted_ask_for_days(baseline: Config) -> None:

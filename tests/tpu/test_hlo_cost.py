@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from b2txt_jax.tpu.hlo_cost import Collective, group_size, program_cost
+from b2txt_jax.tpu.hlo_cost import Collective, KernelRun, group_size, program_cost
 from b2txt_jax.tpu.hlo_text import Frame, parse_module, trip_count
 
 # An outer loop of 3 trips; in it an inner one that counts 10, 8, ... 2 down to 0: 5 trips of a
@@ -303,6 +303,11 @@ def test_a_kernel_counts_as_it_declares_and_is_named_where_it_does_not() -> None
         "CONFIG", ',"cost_estimate":{"flops":"900","transcendentals":"3","bytes_accessed":"70"}'
     )
     cost = program_cost(declared, 1)
+    assert cost.recurrences == ()
+    named = declared.replace(
+        "%k = f32[100,4]{1,0}", "%gru_backward.3 = (bf16[100,2,768], f32[8,768])"
+    )
+    assert program_cost(named, 1).recurrences == (KernelRun("gru_backward", 100, 2, 256, 1),)
     assert (cost.kernels, cost.kernel_flops, cost.kernel_bytes) == (1, 900, 70)
     assert cost.undeclared_kernels == 0
     cost = program_cost(text.replace("CONFIG", ""), 1)

@@ -22,9 +22,10 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import ConfigError, ModelSettings, setting
+from b2txt_jax.model import dropout
 from b2txt_jax.model.day_layer import day_layer
-from b2txt_jax.model.dropout import dropout
-from b2txt_jax.model.gru.recurrence import KINDS, recurrence
+from b2txt_jax.model.gru.recurrence import KINDS, along_wavefront, recurrence
+from b2txt_jax.model.gru.wavefront import Stack, wavefront
 from b2txt_jax.model.gru.wide import wide_recurrence
 from b2txt_jax.model.interface import (
     MODEL,
@@ -55,7 +56,8 @@ class GRUSettings(ModelSettings):
     patch_stride: int = setting(4, least=1, help="bins")
     input_dropout: float = setting(0.2, least=0, below=1)
     rnn_dropout: float = setting(0.4, least=0, below=1)
-    # 'pallas': a TPU kernel that keeps the weights in fast memory; 'auto': that where they fit.
+    # 'pallas': a TPU kernel that keeps the weights in fast memory; 'wavefront': all layers in one
+    # loop; 'auto': the kernel on a TPU where the weights fit, the wavefront on a GPU.
     recurrence: str = setting("auto", choices=KINDS, resumable=True)
 
     @property
@@ -154,6 +156,8 @@ class GRUStack(nnx.Module):
         label = labels(segments or whole(rows), frames, stride).T
         begins = None if segments is None else places(segments, frames, stride).T == 0
         first = jnp.broadcast_to(h0[0], (projected.shape[1], self.model.units))
+        if along_wavefront(self.model.recurrence, self.layers):
+            return self._along_wavefront(projected, first, dtype, dropout_key, label, begins)
         # Time-major: the recurrence slices frames.
         x = projected
         for layer in range(self.layers):
@@ -161,7 +165,7 @@ class GRUStack(nnx.Module):
             if layer:
                 if dropout_key is not None:
                     key = jax.random.fold_in(dropout_key, layer)
-                    x = dropout(x, self.model.rnn_dropout, key, label)
+                    x = dropout.dropout(x, self.model.rnn_dropout, key, label)
                 x = linear(x, weight_ih, dtype)
             x = recurrence(
                 (x + bias_ih).astype(dtype),
@@ -173,6 +177,27 @@ class GRUStack(nnx.Module):
                 begins,
             )
         return x
+
+    def _along_wavefront(
+        self,
+        projected: Array,
+        first: Array,
+        dtype: jnp.dtype,
+        dropout_key: Array | None,
+        label: Array,
+        begins: Array | None,
+    ) -> Array:
+        """Run the layers as one loop."""
+        parameters = [self._parameters(layer) for layer in range(self.layers)]
+        weight_ih, weight_hh, bias_ih, bias_hh = zip(*parameters, strict=True)
+        stack = Stack(*(jnp.stack(p) for p in (weight_ih[1:], bias_ih[1:], weight_hh, bias_hh)))
+        rate, passed = self.model.rnn_dropout, None
+        if dropout_key is not None and rate:
+            keys = [jax.random.fold_in(dropout_key, layer) for layer in range(1, self.layers)]
+            masks = [dropout.kept(self.model.units, rate, key, label) for key in keys]
+            passed = jnp.stack(masks, axis=1)
+        projected = (projected + bias_ih[0]).astype(dtype)
+        return wavefront(projected, first, stack, dtype, passed, dropout.scale(rate), begins)
 
     def stream(self, projected: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Run the layers without dropout from `states`, float32 [layers, B, H]. Return the last
@@ -244,7 +269,7 @@ class Decoder(nnx.Module):
         if dropout_key is not None:
             input_key, dropout_key = jax.random.split(dropout_key)
             label = labels(segments or whole(x.shape[0]), x.shape[1])
-            x = dropout(x, self.model.input_dropout, input_key, label)
+            x = dropout.dropout(x, self.model.input_dropout, input_key, label)
         projected = self._project(x, noise, dtype)
         states = self.gru(projected, self.h0[...], dtype, dropout_key, segments)
         return self.head(states.swapaxes(0, 1), dtype)

@@ -1,5 +1,5 @@
-"""The choice how the GRU recurrence runs: as a `lax.scan` (scan.py) or as Pallas kernels
-(pallas.py).
+"""The choice how the GRU recurrence runs: as a `lax.scan` (scan.py), as Pallas kernels (pallas.py),
+or all layers of a stack as one loop (wavefront.py).
 
 The choice is made for the platform that a program is lowered for, not for the machine that lowers
 it, so that compiling for a TPU topology on a CPU gives the program that the TPU would run. The
@@ -21,7 +21,15 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.model.gru.pallas import gru_recurrence_pallas, plan_for
 from b2txt_jax.model.gru.scan import gru_recurrence
 
-KINDS = ("auto", "scan", "pallas")
+KINDS = ("auto", "scan", "pallas", "wavefront")
+
+
+def along_wavefront(kind: str, layers: int) -> bool:
+    """Return whether a stack of so many layers runs as one loop: where `kind` says so, and with
+    'auto' where the surrounding mesh is of GPUs. On a TPU and on a CPU it gains nothing."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_gpu = device is not None and device.platform in ("gpu", "cuda", "rocm")
+    return layers > 1 and (kind == "wavefront" or (kind == "auto" and on_gpu))
 
 
 def recurrence(
@@ -41,9 +49,9 @@ def recurrence(
       weight: recurrent weight, float32 [3H, H].
       bias: recurrent bias, float32 [3H].
       dtype: of the recurrent products' operands and of the result. Gates and state stay float32.
-      kind: 'scan', or 'pallas', which outside a TPU is Pallas's slow interpreter, meant for tests,
-        or 'auto': Pallas on a TPU when the weight fits VMEM and the devices share the rows evenly,
-        else the scan.
+      kind: 'scan', 'wavefront', which is the same for a layer alone, or 'pallas', which outside a
+        TPU is Pallas's slow interpreter, meant for tests, or 'auto': Pallas on a TPU when the
+        weight fits VMEM and the devices share the rows evenly, else the scan.
       begins: frames at which a trial begins, from `h0`, bool [P, B]. None: one trial a row.
 
     Returns:
@@ -55,7 +63,7 @@ def recurrence(
     # Also for a state or parameters kept in bfloat16, gates and the carried state are float32.
     h0, weight, bias = (value.astype(jnp.float32) for value in (h0, weight, bias))
     arguments = projected, h0, weight, bias, dtype, begins
-    if kind == "scan":
+    if kind in ("scan", "wavefront"):
         return gru_recurrence(*arguments)
     if kind == "pallas":
         default = functools.partial(_bound, gru_recurrence_pallas, dtype, interpret=True)

@@ -33,9 +33,9 @@ def _gates(
     return r, z, n, h_n
 
 
-def _at(begins: jax.Array | None, first: jax.Array, h: jax.Array) -> jax.Array:
-    """Return `first` in the rows where a trial begins, and `h` in the others."""
-    return h if begins is None else jnp.where(begins[:, None], first, h)
+def at_begins(begins: jax.Array | None, first: jax.Array, h: jax.Array) -> jax.Array:
+    """Return `first` in the rows where a trial begins, bool [..., B], and `h` in the others."""
+    return h if begins is None else jnp.where(begins[..., None], first, h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -65,7 +65,7 @@ def gru_recurrence(
         h: jax.Array, frame: tuple[jax.Array, jax.Array | None]
     ) -> tuple[jax.Array, jax.Array]:
         x, new = frame
-        h = _at(new, h0, h)
+        h = at_begins(new, h0, h)
         _, z, n, _ = _gates(x, h, weight, bias, dtype)
         h = (1 - z) * n + z * h
         return h, h.astype(dtype)
@@ -85,7 +85,7 @@ def _forward(
         h: jax.Array, frame: tuple[jax.Array, jax.Array | None]
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         x, new = frame
-        h = _at(new, h0, h)
+        h = at_begins(new, h0, h)
         r, z, n, h_n = _gates(x, h, weight, bias, dtype)
         after = (1 - z) * n + z * h
         return after, tuple(value.astype(dtype) for value in (after, r, z, n, h_n))
@@ -98,9 +98,8 @@ def _backward(
     dtype: jnp.dtype, saved: tuple[Any, ...], d_states: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     states, r, z, n, h_n, h0, weight, projected_like, begins = saved
-    before = jnp.concatenate([h0[None].astype(dtype), states[:-1]])
-    if begins is not None:
-        before = jnp.where(begins[..., None], h0.astype(dtype), before)
+    first = h0.astype(dtype)
+    before = at_begins(begins, first, jnp.concatenate([first[None], states[:-1]]))
     weight_t = transposed(weight.astype(dtype))
 
     def step(
@@ -116,7 +115,8 @@ def _backward(
         d_recurrent = jnp.concatenate([d_r, d_z, d_n * r_t], axis=-1)
         d_h = d_h * z_t + recurrent(d_recurrent, weight_t, dtype)
         if new is not None:
-            d_first, d_h = _at(new, d_first + d_h, d_first), _at(new, jnp.zeros_like(d_h), d_h)
+            d_first = at_begins(new, d_first + d_h, d_first)
+            d_h = at_begins(new, jnp.zeros_like(d_h), d_h)
         return (d_h, d_first), (d_n.astype(dtype), d_recurrent.astype(dtype))
 
     zero = jnp.zeros_like(h0)

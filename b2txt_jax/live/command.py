@@ -154,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
         for one in outputs:
             if isinstance(one, Page):
                 console.print(f"the page is at {one.url}", soft_wrap=True)
+        if not args.no_record:
+            console.print(f"recorded in {_log_folder(args)}", soft_wrap=True)
         console.print(
             f"decoding with {model.day} and {words.name}; the model looks ahead "
             f"{1000 * model.lookahead_seconds:.0f} ms, a call takes "
@@ -216,6 +218,11 @@ def _statistics_file(args: argparse.Namespace) -> Path:
     return path
 
 
+def _log_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.record or args.workdir / LOG_FOLDER
+    return folder
+
+
 def _source(
     args: argparse.Namespace, trained: Run, speed: float, stack: ExitStack
 ) -> tuple[Source, Statistics]:
@@ -257,7 +264,7 @@ def _outputs(
     if args.publish is not None:
         add(Publisher(args.publish))
     if not args.no_record:
-        add(SentenceLog(args.record or args.workdir / LOG_FOLDER))
+        add(SentenceLog(_log_folder(args)))
     if args.view is not None:
         add(
             Page(
@@ -284,7 +291,7 @@ def _stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
         commands.put(Stop())
         signal.signal(number, before[number] or signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         before[number] = signal.signal(number, stop)
     try:
         yield

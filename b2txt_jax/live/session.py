@@ -117,7 +117,7 @@ class LiveSession:
         rule: Rule = "message",
         silence_seconds: float = 1.5,
         commands: queue.SimpleQueue[Command] | None = None,
-        new_id: Callable[[], str] | None = None,
+        new_id: Callable[[int], str] | None = None,
     ) -> None:
         """Prepare.
 
@@ -131,7 +131,7 @@ class LiveSession:
             and a key always end one.
           silence_seconds: of blank and silence that end a sentence.
           commands: of keys and of the page.
-          new_id: names a sentence.
+          new_id: names a sentence by its number in the session.
         """
         self._source, self._intake, self._model, self._words = source, intake, model, words
         self._outputs, self._rule = outputs, rule

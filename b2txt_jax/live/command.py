@@ -51,6 +51,8 @@ from lm_server.atomic_file import require_writable
 STATISTICS_FILE = "statistics.npz"
 LOG_FOLDER = "live"
 _VIEW_PORT = 8765
+_ONE_PRESS = 1.0
+"""Signals within so many seconds are one: some launchers forward what the terminal sends."""
 
 
 class StreamError(UserError, ValueError):
@@ -175,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.sentences == "key" or sys.stdin.isatty():
             threading.Thread(target=_keys, args=(commands,), name="keys", daemon=True).start()
-        with _stopped_by_signals(commands):
+        with stopped_by_signals(commands):
             session.run()
         live = args.source is not None or args.statistics is not None
         if live and trained.config.signal.rolling_seconds > 0:
@@ -283,13 +285,18 @@ def _keys(commands: queue.SimpleQueue[Command]) -> None:
 
 
 @contextmanager
-def _stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
-    """End the session in order at the first Ctrl-C or SIGTERM. A second one interrupts."""
+def stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
+    """End the session in order at the first Ctrl-C or SIGTERM. A later one interrupts it."""
     before: dict[int, Any] = {}
+    first: list[float] = []
 
     def stop(number: int, _: Any) -> None:
-        commands.put(Stop())
-        signal.signal(number, before[number] or signal.SIG_DFL)
+        if not first:
+            first.append(time.monotonic())
+            commands.put(Stop())
+        elif time.monotonic() - first[0] > _ONE_PRESS:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         before[number] = signal.signal(number, stop)

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import queue
+import signal
 
 import numpy as np
 import pytest
 from live_speech import SAID, Heard, ListedSource, SpokenModel, bins_of, events_of, silence
 
+from b2txt_jax.live.command import stopped_by_signals
 from b2txt_jax.live.events import Began, Chosen, Final, Problem, Progress
 from b2txt_jax.live.outputs.log import SentenceLog, SentenceLogError, confirmed_sentences
 from b2txt_jax.live.session import LiveSession, Stop, Toggle, replaced
@@ -158,3 +160,16 @@ def test_words_that_were_shown_and_are_no_longer_where_they_were_count_as_revise
     assert replaced(["the"], ["the", "cat"]) == 0
     assert replaced(["the", "cat", "sat"], ["the", "bat", "sat", "down"]) == 2
     assert replaced(["the", "cat"], []) == 2
+
+
+def test_one_press_of_ctrl_c_ends_the_session_in_order_and_a_later_one_interrupts(monkeypatch):
+    commands = queue.SimpleQueue()
+    with stopped_by_signals(commands):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # forwarded by a launcher
+        assert isinstance(commands.get(timeout=1), Stop)
+        assert commands.empty()
+        monkeypatch.setattr("b2txt_jax.live.command._ONE_PRESS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -13,12 +13,11 @@ import functools
 import json
 import math
 import queue
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,19 @@ from b2txt_jax.live.events import Final, Happening, Output, Problem
 from b2txt_jax.live.intake import Intake
 from b2txt_jax.live.model import LiveModel
 from b2txt_jax.live.outputs.log import SentenceLog
+from b2txt_jax.live.outputs.lsl import LslOutlet
 from b2txt_jax.live.outputs.page import Page
 from b2txt_jax.live.outputs.publish import Publisher
 from b2txt_jax.live.outputs.speech import DEFAULT_PROGRAM, Speech
 from b2txt_jax.live.outputs.terminal import Terminal
-from b2txt_jax.live.session import RULES, Command, LiveSession, Stop, Toggle
+from b2txt_jax.live.session import (
+    RULES,
+    Command,
+    LiveSession,
+    Stop,
+    Toggle,
+    stopped_by_signals,
+)
 from b2txt_jax.live.sources.choice import open_source
 from b2txt_jax.live.sources.interface import Source
 from b2txt_jax.live.sources.replay import Replay
@@ -51,8 +58,6 @@ from lm_server.atomic_file import require_writable
 STATISTICS_FILE = "statistics.npz"
 LOG_FOLDER = "live"
 _VIEW_PORT = 8765
-_ONE_PRESS = 1.0
-"""Signals within so many seconds are one: some launchers forward what the terminal sends."""
 
 
 class StreamError(UserError, ValueError):
@@ -71,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
     source.add_argument("--replay", metavar="SESSION", help="of the run's data, as if it were now")
     source.add_argument(
-        "--source", metavar="URL", help="stream of features: redis://HOST:PORT/0/NAME"
+        "--source",
+        metavar="URL",
+        help="stream of features: redis://HOST:PORT/0/NAME, or lsl://NAME",
     )
     replay = parser.add_argument_group("replay")
     replay.add_argument("--split", choices=SPLITS, default="val", help="(default val)")
@@ -122,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--publish",
         metavar="URL",
-        help="Redis stream for final sentences: redis://HOST:PORT/0/NAME",
+        help="where final sentences are sent: redis://HOST:PORT/0/NAME, or lsl://NAME",
     )
     output.add_argument(
         "--speak",
@@ -264,7 +271,8 @@ def _outputs(
     if args.speak is not None:
         add(Speech(args.speak))
     if args.publish is not None:
-        add(Publisher(args.publish))
+        kind = LslOutlet if args.publish.startswith("lsl://") else Publisher
+        add(kind(args.publish))
     if not args.no_record:
         add(SentenceLog(_log_folder(args)))
     if args.view is not None:
@@ -282,29 +290,6 @@ def _outputs(
 def _keys(commands: queue.SimpleQueue[Command]) -> None:
     for line in sys.stdin:
         commands.put(Stop() if line.strip().lower() == "q" else Toggle())
-
-
-@contextmanager
-def stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
-    """End the session in order at the first Ctrl-C or SIGTERM. A later one interrupts it."""
-    before: dict[int, Any] = {}
-    first: list[float] = []
-
-    def stop(number: int, _: Any) -> None:
-        if not first:
-            first.append(time.monotonic())
-            commands.put(Stop())
-        elif time.monotonic() - first[0] > _ONE_PRESS:
-            signal.signal(number, before[number] or signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class _Scores:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import itertools
 import queue
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +30,8 @@ trials, which begin with a short silence."""
 _KEPT_BINS = 25
 _KEPT_FRAMES = 6
 _READ_SECONDS = 0.05
+_ONE_PRESS = 1.0
+"""Signals within so many seconds are one: some launchers forward what the terminal sends."""
 _QUIET = (CLASSES.index(BLANK), CLASSES.index(SILENCE))
 
 Rule = Literal["message", "silence", "key"]
@@ -45,6 +49,29 @@ class Stop:
 
 
 Command = Toggle | Stop | Chosen
+
+
+@contextmanager
+def stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
+    """End the session in order at the first Ctrl-C or SIGTERM. A later one interrupts it."""
+    before: dict[int, Any] = {}
+    first: list[float] = []
+
+    def stop(number: int, _: Any) -> None:
+        if not first:
+            first.append(time.monotonic())
+            commands.put(Stop())
+        elif time.monotonic() - first[0] > _ONE_PRESS:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 Times = collections.deque[float]

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from live_speech import SAID, Heard, ListedSource, SpokenModel, bins_of, events_of, silence
 
-from b2txt_jax.live.command import stopped_by_signals
 from b2txt_jax.live.events import Began, Chosen, Final, Problem, Progress
 from b2txt_jax.live.outputs.log import SentenceLog, SentenceLogError, confirmed_sentences
-from b2txt_jax.live.session import LiveSession, Stop, Toggle, replaced
+from b2txt_jax.live.session import LiveSession, Stop, Toggle, replaced, stopped_by_signals
 from b2txt_jax.live.sources.interface import Begin, Bin, End
 from b2txt_jax.live.words import Words
 from lm_server.client.answers import LanguageModelUnavailableError
@@ -169,7 +168,7 @@ def test_one_press_of_ctrl_c_ends_the_session_in_order_and_a_later_one_interrupt
         signal.raise_signal(signal.SIGINT)  # forwarded by a launcher
         assert isinstance(commands.get(timeout=1), Stop)
         assert commands.empty()
-        monkeypatch.setattr("b2txt_jax.live.command._ONE_PRESS", -1.0)
+        monkeypatch.setattr("b2txt_jax.live.session._ONE_PRESS", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from b2txt_jax.live.sources.interface import Source, SourceError
+from b2txt_jax.live.sources.lsl import LslStream
 from b2txt_jax.live.sources.redis_stream import RedisStream
 
 SOURCES: dict[str, Callable[[str, int], Source]] = {
     "redis": RedisStream,
     "rediss": RedisStream,
     "unix": RedisStream,
+    "lsl": LslStream,
 }
 """Scheme -> (URL, features of a bin) -> source. A new source is one file and one entry here."""
 

@@ -163,6 +163,8 @@ def run(args: argparse.Namespace) -> int:
         for one in outputs:
             if isinstance(one, Page):
                 console.print(f"the page is at {one.url}", soft_wrap=True)
+        if not args.no_record:
+            console.print(f"recorded in {_log_folder(args)}", soft_wrap=True)
         console.print(
             f"decoding with {model.day} and {words.name}; the model looks ahead "
             f"{1000 * model.lookahead_seconds:.0f} ms, a call takes "
@@ -225,6 +227,11 @@ def _statistics_file(args: argparse.Namespace) -> Path:
     return path
 
 
+def _log_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.record or args.workdir / LOG_FOLDER
+    return folder
+
+
 def _source(
     args: argparse.Namespace, trained: Run, speed: float, stack: ExitStack
 ) -> tuple[Source, Statistics]:
@@ -267,7 +274,7 @@ def _outputs(
         kind = LslOutlet if args.publish.startswith("lsl://") else Publisher
         add(kind(args.publish))
     if not args.no_record:
-        add(SentenceLog(args.record or args.workdir / LOG_FOLDER))
+        add(SentenceLog(_log_folder(args)))
     if args.view is not None:
         add(
             Page(

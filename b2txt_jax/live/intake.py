@@ -68,7 +68,7 @@ class Intake:
         default_factory=lambda: collections.deque(maxlen=4 * LONGEST_GAP)
     )
     _last: np.ndarray | None = None
-    _unchanged: np.ndarray | None = None
+    _unchanged: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
     def take(self, bin_: Bin) -> tuple[np.ndarray, np.ndarray]:
         """Return the bins that are ready: raw with NaN where missing, and normalised, both float32
@@ -114,18 +114,18 @@ class Intake:
 
     def _dead(self, values: np.ndarray) -> np.ndarray:
         """Return which channels do not record, bool [D]. One that is NaN is none of them."""
-        if self._last is None or self._unchanged is None:
+        if self._last is None:
             self._unchanged = np.zeros(self.features, int)
         else:
             self._unchanged = np.where(values == self._last, self._unchanged + 1, 0)
         self._last = values.copy()
-        dead = self._unchanged >= _DEAD_CHANNEL_BINS
+        dead: np.ndarray = np.greater_equal(self._unchanged, _DEAD_CHANNEL_BINS)
         self.health.dead_channels = tuple(np.flatnonzero(dead).tolist())
         self.health.dead_arrays = ()
         if self.features % (2 * _ARRAYS) == 0:
             # Two features a channel: threshold crossings of all arrays, then their band power.
             by_array = self._unchanged.reshape(2, _ARRAYS, -1)
-            gone = (by_array >= _DEAD_ARRAY_BINS).all(axis=(0, 2))
+            gone = np.asarray((by_array >= _DEAD_ARRAY_BINS).all(axis=(0, 2)))
             self.health.dead_arrays = tuple(np.flatnonzero(gone).tolist())
-            dead = dead | np.broadcast_to(gone[None, :, None], by_array.shape).reshape(-1)
+            dead |= np.broadcast_to(gone[None, :, None], by_array.shape).reshape(-1)
         return dead

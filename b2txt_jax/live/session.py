@@ -30,6 +30,8 @@ trials, which begin with a short silence."""
 _KEPT_BINS = 25
 _KEPT_FRAMES = 6
 _READ_SECONDS = 0.05
+_ONE_PRESS = 1.0
+"""Signals within so many seconds are one: some launchers forward what the terminal sends."""
 _QUIET = (CLASSES.index(BLANK), CLASSES.index(SILENCE))
 
 Rule = Literal["message", "silence", "key"]
@@ -51,14 +53,19 @@ Command = Toggle | Stop | Chosen
 
 @contextmanager
 def stopped_by_signals(commands: queue.SimpleQueue[Command]) -> Iterator[None]:
-    """End the session in order at the first Ctrl-C or SIGTERM. A second one interrupts."""
+    """End the session in order at the first Ctrl-C or SIGTERM. A later one interrupts it."""
     before: dict[int, Any] = {}
+    first: list[float] = []
 
     def stop(number: int, _: Any) -> None:
-        commands.put(Stop())
-        signal.signal(number, before[number] or signal.SIG_DFL)
+        if not first:
+            first.append(time.monotonic())
+            commands.put(Stop())
+        elif time.monotonic() - first[0] > _ONE_PRESS:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+            signal.raise_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         before[number] = signal.signal(number, stop)
     try:
         yield
@@ -137,7 +144,7 @@ class LiveSession:
         rule: Rule = "message",
         silence_seconds: float = 1.5,
         commands: queue.SimpleQueue[Command] | None = None,
-        new_id: Callable[[], str] | None = None,
+        new_id: Callable[[int], str] | None = None,
     ) -> None:
         """Prepare.
 
@@ -151,7 +158,7 @@ class LiveSession:
             and a key always end one.
           silence_seconds: of blank and silence that end a sentence.
           commands: of keys and of the page.
-          new_id: names a sentence.
+          new_id: names a sentence by its number in the session.
         """
         self._source, self._intake, self._model, self._words = source, intake, model, words
         self._outputs, self._rule = outputs, rule

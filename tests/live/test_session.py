@@ -3,6 +3,7 @@
 import contextlib
 import json
 import queue
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from live_speech import SAID, Heard, ListedSource, SpokenModel, bins_of, events_
 
 from b2txt_jax.live.events import Began, Chosen, Final, Problem, Progress
 from b2txt_jax.live.outputs.log import SentenceLog, SentenceLogError, confirmed_sentences
-from b2txt_jax.live.session import LiveSession, Stop, Toggle
+from b2txt_jax.live.session import LiveSession, Stop, Toggle, replaced, stopped_by_signals
 from b2txt_jax.live.sources.interface import Begin, Bin, End
 from b2txt_jax.live.words import Words
 from lm_server.client.answers import LanguageModelUnavailableError
@@ -152,3 +153,22 @@ def test_the_log_has_sentences_choices_and_features_that_can_be_trained_on(words
         file.write("nonsense\n")
     with pytest.raises(SentenceLogError, match="line 4 is no entry"):
         list(confirmed_sentences(tmp_path / "log"))
+
+
+def test_words_that_were_shown_and_are_no_longer_where_they_were_count_as_revised():
+    assert replaced(["the"], ["the", "cat"]) == 0
+    assert replaced(["the", "cat", "sat"], ["the", "bat", "sat", "down"]) == 2
+    assert replaced(["the", "cat"], []) == 2
+
+
+def test_one_press_of_ctrl_c_ends_the_session_in_order_and_a_later_one_interrupts(monkeypatch):
+    commands = queue.SimpleQueue()
+    with stopped_by_signals(commands):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # forwarded by a launcher
+        assert isinstance(commands.get(timeout=1), Stop)
+        assert commands.empty()
+        monkeypatch.setattr("b2txt_jax.live.session._ONE_PRESS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

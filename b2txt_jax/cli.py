@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
+    "report": ("b2txt_jax.evaluation.report.command", "one page about runs", False),
+    "compare": ("b2txt_jax.evaluation.compare", "two runs on the same sentences", False),
 }
 
 

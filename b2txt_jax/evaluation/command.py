@@ -1,8 +1,8 @@
 """Score a trained run: PER, and WER through the language-model server.
 
-Writes evaluation.json and submission.csv (id,text by session and trial) into --out, by
-default WORKDIR/SPLIT/NAME, where NAME is that of the language model, with _ema for averaged
-weights. A result that other settings gave is not replaced.
+Writes evaluation.json, answers.jsonl (n-best lists with scores and confidences) and submission.csv
+(id,text by session and trial) into --out, by default WORKDIR/SPLIT/NAME, where NAME is that of the
+language model, with _ema for averaged weights. A result that other settings gave is not replaced.
 With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is
 started for this call and stopped after it. With neither, a server at $B2TXT_REDIS_URL or on this
 machine's port 6379 is used if one answers.
@@ -41,9 +41,11 @@ from b2txt_jax.evaluation.evaluate import (
     run_language_model,
     run_workers,
     submission_texts,
+    write_answers,
     write_evaluation,
 )
 from b2txt_jax.evaluation.intervals import DRAWS, LEAST_DAYS, LEVEL
+from b2txt_jax.evaluation.results import ANSWERS, EVALUATION
 from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
 from b2txt_jax.inference.run import (
     CHANGEABLE,
@@ -52,7 +54,7 @@ from b2txt_jax.inference.run import (
     add_weights_argument,
     load_run,
 )
-from b2txt_jax.provenance import provenance
+from b2txt_jax.provenance import hardware, provenance
 from b2txt_jax.training.checkpoint import RAW
 from lm_server.atomic_file import require_writable
 from lm_server.client.answers import LanguageModelUnavailableError
@@ -60,7 +62,7 @@ from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
 
-_EVALUATION, _SUBMISSION = "evaluation.json", "submission.csv"
+_SUBMISSION = "submission.csv"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
@@ -136,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     write_results(out, result)
     print_results(result, console)
     print_origin(model, decoder, args.lm, args.split, console)
-    console.print(f"written: {out / _EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
+    console.print(f"written: {out / EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
     return 1 if result.failed else 0
 
 
@@ -180,7 +182,7 @@ def check_replaceable(out: Path, settings: Mapping[str, Any], force: bool = Fals
     Raises:
       OptionsError: it holds a result of other settings. Names them.
     """
-    path = out / "evaluation.json"
+    path = out / EVALUATION
     if force or not path.is_file():
         return
     try:
@@ -364,6 +366,7 @@ def evaluate_run(
         settings=settings,
         made={
             **provenance(),
+            "hardware": hardware(),
             "data": short(fingerprint(reader, [trial.ref for trial in trials])),
             "parameters": model.fingerprint,
         },
@@ -403,13 +406,15 @@ def check_results(out: Path) -> None:
     Raises:
       UnwritableError: `out` is no folder that can be written to.
     """
-    for name in (_EVALUATION, _SUBMISSION):
+    for name in (EVALUATION, ANSWERS, _SUBMISSION):
         require_writable(out / name)
 
 
 def write_results(out: Path, result: Evaluation) -> None:
-    """Write evaluation.json and submission.csv. Warn of empty rows, which benchmarks refuse."""
-    write_evaluation(out / _EVALUATION, result)
+    """Write evaluation.json, answers.jsonl and submission.csv. Warn of empty rows, which benchmarks
+    refuse."""
+    write_evaluation(out / EVALUATION, result)
+    write_answers(out / ANSWERS, result)
     write_submission(out / _SUBMISSION, submission_texts(result))
     empty = [row.trial for row in result.sentences if not row.decoded]
     if empty:

@@ -27,9 +27,12 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
+    "ensemble": ("b2txt_jax.inference.ensemble", "average the logits of several runs", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
     "report": ("b2txt_jax.evaluation.report.command", "one page about runs", False),
     "compare": ("b2txt_jax.evaluation.compare", "two runs on the same sentences", False),
+    "consensus": ("b2txt_jax.evaluation.consensus", "one sentence of several systems", False),
+    "submit": ("b2txt_jax.evaluation.submit", "a checked submission to a benchmark", False),
 }
 
 

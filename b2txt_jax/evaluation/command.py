@@ -435,7 +435,8 @@ def print_results(result: Evaluation, console: Console) -> None:
         "WER without LM": result.wer_without_lm,
     }
     shown = {name: kind for name, kind in kinds.items() if kind}
-    if result.per is not None and result.wer is not None:
+    first = result.per or result.wer
+    if first is not None and result.wer is not None:
         table = Table(title=f"{result.split}: {result.trials} trials")
         for column in ("", *shown):
             table.add_column(column, justify="left" if not column else "right")
@@ -447,11 +448,12 @@ def print_results(result: Evaluation, console: Console) -> None:
                 table.add_row(name, *map(_with_interval, halves))
         for group in ("per_corpus", "per_session"):
             table.add_section()
-            for name in getattr(result.per, group):
+            for name in getattr(first, group):
                 table.add_row(name, *(str(getattr(kind, group)[name]) for kind in shown.values()))
         console.print(table)
-        _print_halves(result.per, result.wer, console)
-        _print_intervals(result.per, console)
+        if result.per is not None:
+            _print_halves(result.per, result.wer, console)
+        _print_intervals(first, console)
     if result.seconds_per_sentence is not None:
         console.print(f"{1000 * result.seconds_per_sentence:.0f} ms per sentence")
     if result.failed:
@@ -485,9 +487,9 @@ def _print_halves(per: Rates, wer: Rates, console: Console) -> None:
     console.print(table)
 
 
-def _print_intervals(per: Rates, console: Console) -> None:
+def _print_intervals(rates: Rates, console: Console) -> None:
     """Print what the intervals are of, with a warning where days are too few."""
-    found = [half.interval for half in (per, per.seen, per.unseen) if half and half.interval]
+    found = [half.interval for half in (rates, rates.seen, rates.unseen) if half and half.interval]
     if not found:
         return
     text = (

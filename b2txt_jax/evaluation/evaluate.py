@@ -214,7 +214,7 @@ def evaluate(
     *,
     split: str,
     results: Sequence[Result],
-    logits: Sequence[np.ndarray],
+    logits: Sequence[np.ndarray] | None,
     labels: Sequence[np.ndarray] | None = None,
     sentences: Sequence[str] | None = None,
     corpora: Sequence[str | None] | None = None,
@@ -229,7 +229,7 @@ def evaluate(
       split: `val` or `test`.
       results: of `run_language_model` or `run_workers`, in the published order. A failed trial
         counts with all its words as errors, so that failing cannot improve a rate.
-      logits: per trial [frames, 41] in the RNN's order.
+      logits: per trial [frames, 41] in the RNN's order. None: unknown, so that there is no PER.
       labels: per trial the true class ids. None: the test split.
       sentences: per trial the true sentence. None: the test split.
       corpora: per trial its corpus, None where it is unknown. None: no corpus is known.
@@ -272,13 +272,13 @@ def evaluate(
             unseen=some(rates, [n for n, in_train in enumerate(seen) if not in_train]),
         )
 
-    greedy = [greedy_decode(frames) for frames in logits]
+    greedy = [greedy_decode(frames) for frames in logits or ()]
     true: Sequence[str | None] = [None] * len(results)
     rates: Sequence[ErrorRate | None] = [None] * len(results)
     oracle: Sequence[ErrorRate | None] = [None] * len(results)
     phonemes: Sequence[ErrorRate | None] = [None] * len(results)
     per = wer = wer_oracle = without_lm = None
-    if labels is not None:
+    if labels is not None and logits is not None:
         phoneme_rates = phoneme_error_rates(labels, greedy)
         phonemes, per = phoneme_rates, grouped(phoneme_rates)
     if sentences is not None:
@@ -288,8 +288,9 @@ def evaluate(
         nearest = [_oracle(said, answer) for said, answer in zip(sentences, answers, strict=True)]
         true, rates, wer = sentences, word_rates, grouped(word_rates)
         oracle, wer_oracle = nearest, grouped(nearest)
-        pairs = zip(sentences, greedy, strict=True)
-        without_lm = grouped([error_rate(scored_words(s), greedy_words(g)) for s, g in pairs])
+        if logits is not None:
+            pairs = zip(sentences, greedy, strict=True)
+            without_lm = grouped([error_rate(scored_words(s), greedy_words(g)) for s, g in pairs])
     rows = tuple(
         Row(result.name, said, result.answer, *rest)
         for result, said, *rest in zip(

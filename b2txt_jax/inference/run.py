@@ -184,6 +184,20 @@ class Run:
         return self._of_arrays([self._checked(trials, "the trial")], [self._day_index(day)])[0]
 
     def _of_split(self, split: str, console: Console | None) -> list[TrialLogits]:
+        results: dict[int, TrialLogits] = {}
+        for indices, trials, batch in self.batches(split, console):
+            for index, trial, logits in zip(indices, trials, self.of_batch(batch), strict=False):
+                results[index] = TrialLogits(trial.ref, logits, trial.labels, trial.sentence)
+        return [results[index] for index in sorted(results)]
+
+    def batches(
+        self, split: str, console: Console | None = None
+    ) -> Iterable[tuple[list[int], list[Trial], Batch]]:
+        """Return the batches of a split in `config.data.root`, with their trials' places in it.
+
+        Raises:
+          DataError: an unknown split, or a trial cannot be read.
+        """
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
         config = replace(self.config.data, eval_batch_size=self._rows)
@@ -193,11 +207,7 @@ class Run:
             batches = track(
                 batches, total=data.batch_count, description=f"logits of {split}", console=console
             )
-        results: dict[int, TrialLogits] = {}
-        for indices, trials, batch in batches:
-            for index, trial, logits in zip(indices, trials, self._of_batch(batch), strict=False):
-                results[index] = TrialLogits(trial.ref, logits, trial.labels, trial.sentence)
-        return [results[index] for index in range(len(data.refs))]
+        return batches
 
     def _of_arrays(self, arrays: Sequence[np.ndarray], days: Sequence[int]) -> list[np.ndarray]:
         """Compute batches of one shape per bucket. Single trials have batches of their own."""
@@ -216,7 +226,7 @@ class Run:
                     counts[:2, row] = len(arrays[index]), days[index]
                 none = np.zeros((size, labels), np.int32)
                 filled: Any = (features, counts[0], counts[1], none, counts[2])
-                for index, logits in zip(indices, self._of_batch(Batch(*filled)), strict=False):
+                for index, logits in zip(indices, self.of_batch(Batch(*filled)), strict=False):
                     results[index] = logits
         return [results[index] for index in range(len(arrays))]
 
@@ -286,7 +296,7 @@ class Run:
         params: Params = jax.device_put(self.params, placement(state.params))
         return params
 
-    def _of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
+    def of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
         """Yield each row's valid logits, float32 [frames, 41]."""
         output = self._eval_step(self._placed_params, batch)
         logits, frames = np.asarray(output.logits), np.asarray(output.frames)

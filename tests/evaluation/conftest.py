@@ -15,6 +15,7 @@ from b2txt_jax.evaluation.evaluate import evaluate
 from b2txt_jax.phonemes import sentence_to_ids
 from lm_server.client.answers import Result
 from lm_server.hypothesis import Answer, Hypothesis
+from lm_server.text_rules import scored_words
 
 # pytest imports tests by path; the modules that they share are found here.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -46,7 +47,9 @@ def make_result(tmp_path: Path) -> Callable[..., Path]:
         result = evaluate(
             split=split,
             results=answers,
-            logits=[logits_of((found or [("", 0)])[0][0].split()) for _, found in said.values()],
+            logits=[
+                logits_of(scored_words((found or [("", 0)])[0][0])) for _, found in said.values()
+            ],
             labels=[sentence_to_ids(text.split()) for text in true] if known else None,
             sentences=true if known else None,
             checkpoint={"step": 5, "parameters": "0123abcd"},

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "simulate": ("b2txt_jax.simulation.write", "write simulated sessions in the T15 layout", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
+    "sweep": ("b2txt_jax.sweep", "train several seeds or a grid, with intervals", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),
     "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "report": ("b2txt_jax.evaluation.report.command", "one page about runs", False),
     "compare": ("b2txt_jax.evaluation.compare", "two runs on the same sentences", False),
     "consensus": ("b2txt_jax.evaluation.consensus", "one sentence of several systems", False),
+    "export-model": ("b2txt_jax.sharing.export", "a model to share, as a folder", False),
     "submit": ("b2txt_jax.evaluation.submit", "a checked submission to a benchmark", False),
 }
 

@@ -30,7 +30,7 @@ from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, too_short
 from b2txt_jax.model.interface import Params
 from b2txt_jax.quiet import other_libraries_quiet
-from b2txt_jax.training.checkpoint import EMA, RAW, WEIGHTS, Checkpoints
+from b2txt_jax.training.checkpoint import EMA, RAW, WEIGHTS, Checkpoints, has_checkpoint
 from b2txt_jax.training.checksum import checksums, text_checksum
 from b2txt_jax.training.metrics_log import (
     METRICS_FILE,
@@ -61,6 +61,9 @@ CHANGEABLE = frozenset(
 
 _BUCKETS = ((512, 64),)
 """(bins, labels), for arrays given to a run without buckets of its own."""
+
+SHARED_FILE = "model.safetensors"
+"""Of a model that `b2txt export-model` wrote, which has no checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +311,7 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     """Read a run's configuration and best parameters.
 
     Args:
-      workdir: the run's folder, written by `b2txt train`.
+      workdir: the run's folder, written by `b2txt train`, or by `b2txt export-model`.
       overrides: of the keys in `CHANGEABLE`, such as "--config.data.root=DIR".
       weights: "raw", or "ema" for the moving average of a run with `train.ema`. Each are those of
         their own best validation.
@@ -316,8 +319,11 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     Raises:
       ConfigError: the folder holds no run, or one without such weights.
       CheckpointError: the run has no best checkpoint yet, or it is damaged.
+      ConversionError: the exported weights are damaged.
     """
     workdir = Path(workdir)
+    if (workdir / SHARED_FILE).is_file() and not has_checkpoint(workdir):
+        return _load_shared(workdir, overrides, weights)
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
     if weights not in WEIGHTS:
         raise ConfigError(f"weights is {weights!r}; needed one of {', '.join(WEIGHTS)}")
@@ -332,6 +338,17 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     with other_libraries_quiet(), Checkpoints(workdir, read_only=True, ema=ema) as checkpoints:
         params, best = checkpoints.restore_best(like, weights)
     return Run(config, params, best.step, weights, workdir)
+
+
+def _load_shared(workdir: Path, overrides: Sequence[str], weights: str) -> Run:
+    from b2txt_jax.interop.safetensors_file import read_safetensors
+
+    if weights != RAW:
+        raise ConfigError(f"{workdir} was exported with one kind of weights; leave out {weights!r}")
+    # Only to refuse what must not change. The weights have their configuration with them.
+    with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
+    found = read_safetensors(workdir / SHARED_FILE, overrides)
+    return Run(found.config, found.state.params, int(found.state.step), weights, workdir)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:

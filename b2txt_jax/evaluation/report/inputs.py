@@ -138,7 +138,7 @@ def report_run(
         }
     by_name = {one.ref.name: one for one in outputs}
     trials = _with_phonemes(found[-1].trials, by_name) if found else _of_outputs(config, outputs)
-    calls = _calls(workdir / CALLS_FILE)
+    calls = calls_of(workdir)
     name = workdir.absolute().name
     return ReportRun(
         name, workdir, config, metrics, calls, facts, found, trials, by_name, tuple(notes)
@@ -196,7 +196,13 @@ def _phonemes(trial: TrialLogits) -> ErrorRate | None:
     return phoneme_error_rates([trial.labels], [greedy_decode(trial.logits)])[0]
 
 
-def _calls(path: Path) -> list[dict[str, Any]]:
+def calls_of(workdir: Path) -> list[dict[str, Any]]:
+    """Return the calls of `b2txt train` that a run records.
+
+    Raises:
+      MetricsError: the record is damaged.
+    """
+    path = workdir / CALLS_FILE
     if not path.exists():
         return []
     try:

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "ensemble": ("b2txt_jax.inference.ensemble", "average the logits of several runs", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
     "report": ("b2txt_jax.evaluation.report.command", "one page about runs", False),
+    "figures": ("b2txt_jax.evaluation.paper", "the published paper's figures", False),
     "compare": ("b2txt_jax.evaluation.compare", "two runs on the same sentences", False),
     "consensus": ("b2txt_jax.evaluation.consensus", "one sentence of several systems", False),
     "export-model": ("b2txt_jax.sharing.export", "a model to share, as a folder", False),

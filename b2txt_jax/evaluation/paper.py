@@ -61,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         nargs="+",
         choices=FORMATS,
-        default=["png"],
         help="one or more (default png)",
     )
     parser.add_argument(
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.runs:
         figures["runs_rates"] = run_rates(args.runs)
     for name, figure in figures.items():
-        for kind in args.format:
+        for kind in args.format or FORMATS[:1]:
             save_figure(args.out / f"{name}.{kind}", figure)
             print(args.out / f"{name}.{kind}")
     return 0

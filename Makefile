@@ -8,7 +8,7 @@ WORKERS ?= 2
 TPU_VENV := .venv-tpu
 TPU_STAMP := $(TPU_VENV)/.installed
 
-.PHONY: help setup setup-tpu demo demo-llm test test-tpu lint pytest test-slow format clean
+.PHONY: help setup setup-tpu demo demo-llm test test-tpu lint pytest test-slow docs format clean
 
 help:
 	@echo "make demo       set up, then the main job end to end on simulated sessions (about 10 minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-tpu   install the TPU compiler (0.7 GB, no TPU needed) and compile for two kinds of TPU"
 	@echo "make test-slow  the checks that take minutes"
 	@echo "make lint       ruff, mypy, import rules"
+	@echo "make docs       the documentation as a site in build/site"
 	@echo "make format     format the code"
 	@echo "make clean      remove .venv and caches; runs/ stays"
 
@@ -52,6 +53,12 @@ test: setup
 # By file: what a file's tests share is made once. With bytecode: tests start a hundred processes.
 pytest: setup
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
+
+# In an environment of its own: mkdocs has nothing to do with the packages.
+docs:
+	test -x .venv-docs/bin/mkdocs || { $(PYTHON) -m venv .venv-docs && .venv-docs/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material==9.8.2' 'mkdocstrings[python]==1.0.8' 'mkdocstrings-python==2.0.11'; }
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo "open build/site/index.html"
 
 test-slow: setup setup-tpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow

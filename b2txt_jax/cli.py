@@ -21,6 +21,8 @@ from lm_server.ending import CommandParser, ended_by_interrupt, exit_status
 COMMANDS: dict[str, tuple[str, str, bool]] = {
     "demo": ("b2txt_jax.demo", "the main job end to end on simulated sessions", True),
     "simulate": ("b2txt_jax.simulation.write", "write simulated sessions in the T15 layout", False),
+    "download": ("b2txt_jax.data.download", "fetch the published data sets", False),
+    "import": ("b2txt_jax.data.foreign.command", "recordings of other formats", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
     "sweep": ("b2txt_jax.sweep", "train several seeds or a grid, with intervals", True),
@@ -28,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
+    "brand-node": ("b2txt_jax.live.brand", "live decoding as a node of BRAND", False),
     "ensemble": ("b2txt_jax.inference.ensemble", "average the logits of several runs", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
     "report": ("b2txt_jax.evaluation.report.command", "one page about runs", False),
@@ -36,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "consensus": ("b2txt_jax.evaluation.consensus", "one sentence of several systems", False),
     "export-model": ("b2txt_jax.sharing.export", "a model to share, as a folder", False),
     "submit": ("b2txt_jax.evaluation.submit", "a checked submission to a benchmark", False),
+    "stream": ("b2txt_jax.live.command", "bins in, words out: decode live or replay", True),
 }
 
 

@@ -95,7 +95,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SignalConfig:
-    """Augmentation (training only) and smoothing. Standard deviations in z-score units."""
+    """Augmentation (training only), normalisation and smoothing. Standard deviations in z-score
+    units."""
 
     static_gain_std: float = setting(least=0)
     white_noise_std: float = setting(least=0)
@@ -109,6 +110,21 @@ class SignalConfig:
     augment: tuple[str, ...] = setting(
         ("static_gain", "white_noise", "constant_offset", "random_walk", "random_cut"),
         help="augmentations in their order: names, or 'package.module:function(setting=value)'",
+    )
+    smooth_kernel: str = setting(
+        "symmetric",
+        choices=("symmetric", "one_sided"),
+        help="symmetric looks ahead (80 ms for a std of 2 bins), one_sided uses its past half",
+    )
+    log: bool = setting(False, help="sign(x) * log(1 + |x|) of raw features, before all else")
+    rolling_seconds: float = setting(
+        0.0,
+        least=0,
+        help="window of the rolling mean and deviation that raw features are normalised with; 0: "
+        "features are used as they are",
+    )
+    rolling_clip: float = setting(
+        5.0, least=0, help="largest size of a value normalised so, in deviations; 0: any"
     )
     # Of augmentations that are used where `augment` lists them.
     time_mask_spans: int = setting(20, least=0, help="of time_mask, per trial; they may overlap")

@@ -108,6 +108,11 @@ def get_config() -> ConfigDict:
     config.signal.channel_mask_rate = 0.1  # share of a trial's channels, both features of each
     config.signal.smooth_std = 2.0  # bins; NEJM: smooth_kernel_std
     config.signal.smooth_size = 100  # bins; NEJM: smooth_kernel_size
+    config.signal.smooth_kernel = "symmetric"  # "one_sided" does not look ahead: docs/realtime.md
+    # Of raw features, as a rig has them; the published ones are z-scored already
+    config.signal.log = False  # sign(x) * log(1 + |x|), before the rolling z-score
+    config.signal.rolling_seconds = 0.0  # window of the rolling mean and deviation; 0: none
+    config.signal.rolling_clip = 5.0  # deviations; 0: no clipping
     config.signal.eval_padding = "same"  # the published evaluation script uses "valid"
 
     config.model = ConfigDict()

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = {
     "import-kaldi": "make a model folder of a Kaldi language model (G.fst or ARPA)",
     "import": "use a KenLM binary file with its lexicon, or read pickled logits",
     "serve": "answer clients through Redis streams",
+    "brand-node": "serve as a node of BRAND",
     "worker": "decode jobs from Redis, shared with other workers",
     "status": "show servers, workers, sessions and jobs of a Redis",
     "decode": "decode a file of logits",

@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import h5py
 import numpy as np
 import pytest
 
+import lm_server as lm_server_package
 from b2txt_jax.cli import COMMANDS, main, make_parser
 from b2txt_jax.data.reader import open_folder
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.training.loop import train
 from lm_server.__main__ import _parser as lm_server_parser
 from lm_server.__main__ import main as lm_server
@@ -207,6 +210,65 @@ def test_infer_then_decode_gives_one_line_per_trial(run_folder, language_model, 
         assert [entry["trial"] for entry in decoded] == file["trial"].tolist()
     assert done.returncode == 0, done.stderr
     assert all(entry["nbest"][0]["sentence"] == entry["sentence"] for entry in decoded)
+
+
+def test_stream_gives_bin_by_bin_what_the_whole_trials_give_and_records_it(
+    run_folder, language_model, tmp_path, capsys
+):
+    run = load_run(run_folder)
+    session, record, summary = run.sessions[1], tmp_path / "record", tmp_path / "summary.json"
+    command = ["stream", "--workdir", str(run_folder), "--lm", str(language_model), "--speed=max"]
+    command += [
+        "--replay",
+        session,
+        "--limit=2",
+        "--record",
+        str(record),
+        "--summary",
+        str(summary),
+    ]
+    assert main([*command, "--view", "0"]) == 0
+    decoder = lm_server_package.load(language_model)
+    reader = open_folder(run.config.data.root)
+    refs = reader.find_trials([session], "val")[:2]
+    features = [reader.read(ref).features for ref in refs]
+    expected = [decoder.decode(logits).sentence for logits in run.logits(features, session)]
+    entries = [json.loads(line) for line in (record / "sentences.jsonl").open()]
+    assert [entry["text"] for entry in entries] == expected
+    assert [entry["name"] for entry in entries] == [ref.name for ref in refs]
+    for entry, trial in zip(entries, features, strict=True):
+        with np.load(record / f"features/{entry['id']}.npz") as file:
+            np.testing.assert_array_equal(file["features"], trial)
+    figures = json.loads(summary.read_text())
+    assert (figures["sentences"], figures["problems"]) == (2, {})
+    assert figures["chunks"] > 0
+    printed = capsys.readouterr().out
+    assert "the page is at http://127.0.0.1:" in printed
+    assert "the model looks ahead 80 ms" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replay", "x", "--lm", "a", "--redis", "b"], "--lm DIR.*and not both"),
+        (["--replay", "x"], "needed --lm DIR"),
+        (["--replay", "x", "--lm", "a", "--speed", "fast"], "--speed is 'fast'"),
+        (["--replay", "x", "--lm", "a", "--chunk-frames", "0"], "--chunk-frames is 0"),
+        (["--replay", "t15.2023.08.12", "--lm", "a"], "'t15.2023.08.12'.*nearest"),
+        (["--source", "lab://x", "--lm", "a"], "needed a URL that begins with"),
+        (["--replay", "t15.2023.08.13", "--lm", "a", "--day", "none"], "the day is 'none'"),
+        (
+            ["--replay", "t15.2023.08.13", "--lm", "a", "--view", "--view-host", "0.0.0.0"],
+            "needed --view-token",
+        ),
+    ],
+)
+def test_stream_names_an_option_that_cannot_be(run_folder, arguments, said, tmp_path, capsys):
+    record = ["--record", str(tmp_path / "record")]
+    assert main(["stream", "--workdir", str(run_folder), *record, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert re.search(said, error[0])
 
 
 @pytest.mark.parametrize(

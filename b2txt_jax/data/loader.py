@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from b2txt_jax.config import DataConfig
+from b2txt_jax.config import DataConfig, SignalConfig
 from b2txt_jax.data.batches.buckets import buckets_of_data, mean_bins, training_padding
 from b2txt_jax.data.batches.layout import Rules, Shape
 from b2txt_jax.data.batches.shapes import Shapes, choose, drawn_trials
@@ -143,8 +143,10 @@ def resolve_buckets(
 class _Loader:
     """Fills batches, for training and for evaluation."""
 
-    def __init__(self, data: DataConfig, sessions: Sequence[str]) -> None:
-        self.reader = open_folder(data.root, data.feature_count)
+    def __init__(
+        self, data: DataConfig, sessions: Sequence[str], signal: SignalConfig | None
+    ) -> None:
+        self.reader = open_folder(data.root, data.feature_count, signal)
         self.buckets = resolve_buckets(data, sessions, self.reader)
         """(bins, labels) shapes that batches have."""
 
@@ -199,6 +201,7 @@ class TrainingData(_Loader):
         frames_of_bins: Callable[[int], int],
         rules: Rules | None = None,
         sample: tuple[int, int] | None = None,
+        signal: SignalConfig | None = None,
     ):
         """List the trials, and choose the shapes of their batches.
 
@@ -210,12 +213,13 @@ class TrainingData(_Loader):
           rules: by which trials may share a row. None: they may not.
           sample: the run's seed and steps, whose batches decide the shapes. None: all buckets, and
             no trial shares a row.
+          signal: how features are normalised as they are read. None: not at all.
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
           PlanError: the sessions cannot fill a batch.
         """
-        super().__init__(data, sessions)
+        super().__init__(data, sessions, signal)
         self._data = data
         self._frames_of_bins = frames_of_bins
         refs = self.reader.trials(sessions, "train", min_bins=min_bins)
@@ -339,14 +343,20 @@ class EvaluationData(_Loader):
     """Every trial of a split, once, in batches of one shape per bucket."""
 
     def __init__(
-        self, data: DataConfig, sessions: Sequence[str], split: str, min_bins: int, labels: bool
+        self,
+        data: DataConfig,
+        sessions: Sequence[str],
+        split: str,
+        min_bins: int,
+        labels: bool,
+        signal: SignalConfig | None = None,
     ):
-        """List the trials.
+        """List the trials. `signal`: how features are normalised as they are read.
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
         """
-        super().__init__(data, sessions)
+        super().__init__(data, sessions, signal)
         self._data = data
         self.sessions = tuple(sessions)
         """In day-index order."""

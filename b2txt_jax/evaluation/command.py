@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from b2txt_jax.config import SignalConfig
 from b2txt_jax.data.description import corpora_of
 from b2txt_jax.data.fingerprint import fingerprint, short
 from b2txt_jax.data.reader import open_folder
@@ -164,6 +165,10 @@ def all_settings(
         "eval_padding": model.config.signal.eval_padding,
     }
     settings |= {key: value for key, value in given.items() if value is not None}
+    for key in ("smooth_kernel", "rolling_seconds", "rolling_clip"):
+        value = getattr(model.config.signal, key)
+        if value != getattr(SignalConfig, key):
+            settings[key] = value
     if lm is not None and (lm / "lm.json").is_file():
         settings["language_model_crc32"] = zlib.crc32((lm / "lm.json").read_bytes())
     if not jobs:

@@ -55,6 +55,9 @@ CHANGEABLE = frozenset(
         "data.eval_batch_size",
         "model.dtype",
         "signal.eval_padding",
+        "signal.rolling_clip",
+        "signal.rolling_seconds",
+        "signal.smooth_kernel",
     }
 )
 """Keys of a run's configuration that may differ when its model is used. The others made it."""
@@ -180,11 +183,11 @@ class Run:
                 )
             return self._of_arrays(
                 [self._checked(one, f"trial {i}") for i, one in enumerate(trials)],
-                [self._day_index(one) for one in days],
+                [self.day_index(one) for one in days],
             )
         if day is not None and not isinstance(day, str):
             raise DataError(f"day is {day!r}; needed one name, for one trial")
-        return self._of_arrays([self._checked(trials, "the trial")], [self._day_index(day)])[0]
+        return self._of_arrays([self._checked(trials, "the trial")], [self.day_index(day)])[0]
 
     def _of_split(self, split: str, console: Console | None) -> list[TrialLogits]:
         results: dict[int, TrialLogits] = {}
@@ -204,7 +207,10 @@ class Run:
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
         config = replace(self.config.data, eval_batch_size=self._rows)
-        data = EvaluationData(config, self.sessions, split, self._min_bins, labels=split != "test")
+        labels = split != "test"
+        data = EvaluationData(
+            config, self.sessions, split, self._min_bins, labels, self.config.signal
+        )
         batches: Iterable[tuple[list[int], list[Trial], Batch]] = data.batches()
         if console is not None:
             batches = track(
@@ -261,7 +267,13 @@ class Run:
             )
         return features
 
-    def _day_index(self, day: str | None) -> int:
+    def day_index(self, day: str | None) -> int:
+        """Return the place of a recording day among `sessions`. None will do where days do not
+        differ.
+
+        Raises:
+          DataError: the run has no such day.
+        """
         if day in self.sessions:
             return self.sessions.index(day)
         if day is None and (len(self.sessions) == 1 or not self.config.model.days_differ):

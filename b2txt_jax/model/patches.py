@@ -10,7 +10,11 @@ import jax.numpy as jnp
 
 from b2txt_jax.model.interface import Bins
 from b2txt_jax.model.mesh import data_devices, devices_mesh
+from b2txt_jax.model.product import recurrent
 
+_MULTIPLIED_FRAMES = 8
+"""Frames up to which a product is used. For the few of a stream's chunk a convolution on a CPU
+copies the whole weight into another order first."""
 _CONVOLVED_ROWS = 8
 """Rows per device from which on the features' gradient is a convolution."""
 
@@ -45,6 +49,10 @@ def project_patches(
     One strided convolution: the patches, 3.5 times the features at 14 bins every 4, never exist in
     memory. Operands are cast to `dtype`, forward and backward. Sums are float32.
     """
+    count = (x.shape[1] - size) // stride + 1
+    if x.shape[0] * count <= _MULTIPLIED_FRAMES:
+        frames = patches(x, size, stride).reshape(-1, weight.shape[1])
+        return recurrent(frames, weight, dtype).reshape(x.shape[0], count, -1)
     return _convolve(
         x.astype(dtype),
         _kernel(x, weight, size, dtype),

@@ -45,6 +45,7 @@ from b2txt_jax.data.description import (
     session_date,
     write_description,
 )
+from b2txt_jax.data.write_hdf5 import write_trial
 from b2txt_jax.simulation import neural, recordings, speech
 from b2txt_jax.simulation.corpus import language_model_text
 from b2txt_jax.simulation.plan import (
@@ -52,14 +53,12 @@ from b2txt_jax.simulation.plan import (
     RECORDINGS,
     SESSIONS,
     PlannedBlock,
-    Sentence,
     SimulationSettings,
     named_rng,
     plan_sessions,
 )
 from lm_server.atomic_file import replacing
 
-PADDED_LABEL = 500
 _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
 _SESSIONS_FOLDER = "hdf5_data_final"
 SETTINGS_FILE = "simulation.json"
@@ -245,7 +244,15 @@ class _Work:
                     if sentence.split in files:
                         file = files[sentence.split]
                         group = file.create_group(f"trial_{len(file):04d}")
-                        _write_trial(group, self.session, block.number, trial, sentence, features)
+                        write_trial(
+                            group,
+                            self.session,
+                            block.number,
+                            trial,
+                            features,
+                            None if sentence.split == "test" else sentence.labels,
+                            sentence.text,
+                        )
                     yield
         for split, path in paths.items():
             partial[split].replace(path)
@@ -292,34 +299,6 @@ def _record_block(
     if not settings.raw:
         neural.z_score(features)
     return np.split(features, np.cumsum(lengths)[:-1])
-
-
-def _write_trial(
-    group: h5py.Group,
-    session: str,
-    block: int,
-    trial: int,
-    sentence: Sentence,
-    features: np.ndarray,
-) -> None:
-    """Write one trial in the published layout. Test trials have no labels."""
-    group["input_features"] = features
-    group.attrs["n_time_steps"] = len(features)
-    group.attrs["session"] = session
-    group.attrs["block_num"] = block
-    group.attrs["trial_num"] = trial
-    if sentence.split == "test":
-        return
-    group["seq_class_ids"] = _padded(sentence.labels)
-    group["transcription"] = _padded(np.array([ord(letter) for letter in sentence.text]))
-    group.attrs["seq_len"] = len(sentence.labels)
-    group.attrs["sentence_label"] = sentence.text
-
-
-def _padded(values: np.ndarray) -> np.ndarray:
-    padded = np.zeros(PADDED_LABEL, np.int32)
-    padded[: len(values)] = values
-    return padded
 
 
 def _session_folder(out: Path, session: str) -> Path:

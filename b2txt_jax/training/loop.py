@@ -179,8 +179,11 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
         frames,
         packing_rules(config, days, mesh.shape[DATA]),
         (config.train.seed, config.train.steps),
+        config.signal,
     )
-    validation = EvaluationData(config.data, sessions, "val", least, labels=True)
+    validation = EvaluationData(
+        config.data, sessions, "val", least, labels=True, signal=config.signal
+    )
     if not any(ref.label_length for ref in validation.refs):
         raise DataError(
             f"the {len(validation.refs)} validation trials in {config.data.root} have no phoneme "

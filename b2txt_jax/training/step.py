@@ -16,7 +16,7 @@ from b2txt_jax.model.interface import Model, Params, make_model, takes_segments
 from b2txt_jax.segments import Segments
 from b2txt_jax.signal.augment import augment, augmentations
 from b2txt_jax.signal.augment import takes_segments as augment_takes_segments
-from b2txt_jax.signal.smooth import gaussian_taps, smooth
+from b2txt_jax.signal.smooth import smooth_as, taps_of
 from b2txt_jax.training.ctc import ctc_loss, frames_needed, segment_logits
 from b2txt_jax.training.optimizer import make_optimizer
 
@@ -114,8 +114,9 @@ def packing_rules(config: Config, days: int, groups: int) -> Rules | None:
         )
     if needed:
         return None
-    taps = len(gaussian_taps(signal.smooth_std, signal.smooth_size)) if signal.smooth_std else 1
-    return Rules(model.frame_bins, taps // 2, config.model.days_differ, groups)
+    taps, ahead = taps_of(signal)
+    reach = max(ahead, len(taps) - 1 - ahead)
+    return Rules(model.frame_bins, reach, config.model.days_differ, groups)
 
 
 def init_state(config: Config, days: int) -> TrainState:
@@ -204,8 +205,7 @@ def make_train_step(
     optimizer = make_optimizer(config.optimizer, model.group)
     # Bad settings raise here, before tracing.
     augmentations(signal)
-    if signal.smooth_std > 0:
-        gaussian_taps(signal.smooth_std, signal.smooth_size)
+    taps_of(signal)
 
     def loss_of(
         params: Params, batch: Batch, keys: StepKeys, step: jax.Array
@@ -214,8 +214,7 @@ def make_train_step(
         x = jnp.asarray(batch.features, jnp.float32)
         segments = None if batch.slot is None else Segments(batch.start, batch.trial)
         x, bins = augment(keys.augment, x, batch.bins, signal, segments=segments)
-        if signal.smooth_std > 0:
-            x = smooth(x, signal.smooth_std, signal.smooth_size)
+        x = smooth_as(x, signal)
         x, bins = augment(keys.augment, x, bins, signal, smoothed=True, segments=segments)
         apart = _apart(batch, model)
         needed = frames_needed(apart.labels, apart.label_length)
@@ -265,11 +264,9 @@ def make_eval_step(
 
     def eval_step(params: Params, batch: Batch) -> EvalOutput:
         x, bins = jnp.asarray(batch.features, jnp.float32), jnp.asarray(batch.bins)
-        if signal.smooth_std > 0:
-            x = smooth(x, signal.smooth_std, signal.smooth_size, signal.eval_padding)
-            if signal.eval_padding == "valid":
-                taps = len(gaussian_taps(signal.smooth_std, signal.smooth_size))
-                bins = jnp.maximum(bins - (taps - 1), 0)
+        x = smooth_as(x, signal, signal.eval_padding)
+        if signal.eval_padding == "valid":
+            bins = jnp.maximum(bins - (len(taps_of(signal)[0]) - 1), 0)
         logits, frames, aux = forward(params, x, bins, batch.day)
         loss = ctc_loss(logits, frames, batch.labels, batch.label_length)
         rows = Rows(batch.bins, batch.day, batch.labels, batch.label_length)

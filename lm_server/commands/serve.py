@@ -166,8 +166,8 @@ def chosen_redis(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], N
         yield args.redis, lambda: None
 
 
-def run(args: argparse.Namespace) -> int:
-    """Serve until stopped."""
+def run(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) -> int:
+    """Serve until stopped. `ready` is called when the server listens."""
     from lm_server.client.connection import connect, mask_password, redis_errors
     from lm_server.rescoring.answering import Answering
     from lm_server.serving.keys.rights import check_rights, server_needs
@@ -219,5 +219,6 @@ def run(args: argparse.Namespace) -> int:
         with redis_errors(masked, "lm-server serve"):
             server = Server(client, session, limits, name)
         print(f"lm-server ready redis={masked} lm={args.lm}", flush=True)
+        ready()
         server.run(stop, check)
     return 0

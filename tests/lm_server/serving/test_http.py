@@ -130,3 +130,5 @@ def test_the_example_container_installs_the_extra_and_runs_a_command_that_exists
     )
     assert entry == '"lm-server"'
     _parser().parse_args([word.strip(' "') for word in command.split(",")])
+    file = (ROOT / "containers/lm_server.Containerfile").read_text()
+    assert file.partition("\n")[2] == recipe

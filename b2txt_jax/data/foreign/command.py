@@ -1,0 +1,213 @@
+"""Writes recordings of other formats as HDF5 sessions in the published T15 layout.
+
+Features are z-scored per block of sentences, over the bins of its trials. Labels are the words'
+pronunciations in the CMU dictionary. Sessions of participants with fewer channels can be padded
+with zeros (--pad-to), so that one model is trained on several participants: its day layers map each
+session's features to what they share. After an interruption the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.foreign.inner_speech import InnerSpeech
+from b2txt_jax.data.foreign.recording import Format, Labeller, Recording, Utterance, z_scored
+from b2txt_jax.data.foreign.t12 import T12
+from b2txt_jax.data.hdf5 import session_file
+from b2txt_jax.data.write_hdf5 import PADDED_LABEL, write_trial
+from lm_server.atomic_file import replacing
+
+FOLDER = "hdf5_data_final"
+_SETTINGS = "import.json"
+FORMATS: tuple[type[Format], ...] = (T12, InnerSpeech)
+_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `b2txt import`."""
+    parser.add_argument(
+        "format",
+        choices=[one.name for one in FORMATS],
+        metavar="FORMAT",
+        help="; ".join(f"{one.name}: {one.help}" for one in FORMATS),
+    )
+    parser.add_argument("--source", type=Path, required=True, help="folder of the recordings")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder; sessions go to {FOLDER}")
+    parser.add_argument("--lexicon", type=Path, help="pronunciations: WORD PHONEME ... a line")
+    parser.add_argument(
+        "--skip-unknown", action="store_true", help="leave out trials with words of no known sound"
+    )
+    parser.add_argument("--pad-to", type=int, help="features, with zeros in the missing channels")
+    parser.add_argument("--log", action="store_true", help="t12: logarithms before the z-score")
+    parser.add_argument(
+        "--val-blocks", type=int, default=1, help="inner-speech: last blocks of a file (default 1)"
+    )
+    parser.add_argument(
+        "--skip-cue", action="append", default=[], help="inner-speech: a cue without words"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `b2txt import`."""
+    kind: Format = T12(args.log)
+    if args.format == InnerSpeech.name:
+        kind = InnerSpeech(args.val_blocks, args.skip_cue)
+    settings = {
+        "format": args.format,
+        "pad_to": args.pad_to,
+        "log": args.log,
+        "val_blocks": args.val_blocks,
+        "skip_cue": sorted(args.skip_cue),
+        "skip_unknown": args.skip_unknown,
+    }
+    written = import_recordings(
+        kind, args.source, args.out, args.lexicon, args.skip_unknown, args.pad_to, settings
+    )
+    print(f"{args.out / FOLDER}: {written.total()} trials")
+    for (session, split), count in sorted(written.items()):
+        print(f"  {session} {split}: {count}")
+    return 0
+
+
+def import_recordings(
+    kind: Format,
+    source: Path,
+    out: Path,
+    lexicon: Path | None = None,
+    skip_unknown: bool = False,
+    pad_to: int | None = None,
+    settings: dict[str, object] | None = None,
+) -> Counter[tuple[str, str]]:
+    """Write all recordings in `source`. Return how many trials each (session, split) has.
+
+    Raises:
+      DataError: a recording is damaged, a word has no pronunciation, or `out` holds other data.
+    """
+    recordings = kind.recordings(source)
+    labeller = Labeller(lexicon)
+    unknown = Counter(
+        word
+        for one in recordings
+        for sentence in one.sentences()
+        for word in labeller.unknown(sentence)
+    )
+    if unknown and not skip_unknown:
+        shown = ", ".join(word for word, _ in unknown.most_common(_SHOWN))
+        raise DataError(
+            f"{len(unknown)} words have no pronunciation: {shown}"
+            f"{' ...' if len(unknown) > _SHOWN else ''}; needed one for each: give --lexicon FILE "
+            "with lines such as `hello HH AH L OW`, or leave their trials out with --skip-unknown"
+        )
+    _claim(out, settings or {})
+    written: Counter[tuple[str, str]] = Counter()
+    width: dict[int, Path] = {}
+    console = Console(stderr=True)
+    left_out = 0
+    with Progress(console=console) as progress:
+        for one in progress.track(recordings, description="importing"):
+            path = session_file(out / FOLDER, one.session, one.split)
+            if not path.is_file():
+                left_out += _write(one, path, labeller, pad_to)
+            with h5py.File(path) as file:
+                written[one.session, one.split] = len(file)
+                for group in file.values():
+                    width.setdefault(group["input_features"].shape[1], one.path)
+                    break
+    if left_out:
+        console.print(f"{left_out} trials left out: a word of theirs has no pronunciation")
+    if len(width) > 1:
+        listed = ", ".join(f"{count} in {path}" for count, path in width.items())
+        raise DataError(
+            f"the sessions have different numbers of features: {listed}; needed one for all: "
+            f"import them with --pad-to {max(width)} to another folder"
+        )
+    for count in width:
+        print(f"{count} features a bin: train with --config.data.feature_count={count}")
+    return written
+
+
+def _write(one: Recording, path: Path, labeller: Labeller, pad_to: int | None) -> int:
+    """Write a file of trials, whole or not at all. Return how many were left out."""
+    kept: list[Utterance] = []
+    left_out = 0
+    for utterance in one.utterances():
+        if utterance.sentence is not None and labeller.unknown(utterance.sentence):
+            left_out += 1
+        else:
+            kept.append(utterance)
+    features = _normalised(kept)
+    if pad_to is not None:
+        features = [_padded(value, pad_to, one.path) for value in features]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers: Counter[int] = Counter()
+    with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
+        for index, (utterance, value) in enumerate(zip(kept, features, strict=True)):
+            labels = None if utterance.sentence is None else labeller(utterance.sentence)
+            if labels is not None and not 0 < len(labels) <= PADDED_LABEL:
+                raise DataError(
+                    f"{one.path}: the sentence {utterance.sentence!r} has {len(labels)} phonemes; "
+                    f"needed 1 to {PADDED_LABEL}: leave the trial out"
+                )
+            write_trial(
+                file.create_group(f"trial_{index:04d}"),
+                one.session,
+                utterance.block,
+                numbers[utterance.block],
+                value,
+                labels,
+                utterance.sentence,
+            )
+            numbers[utterance.block] += 1
+    return left_out
+
+
+def _normalised(utterances: Sequence[Utterance]) -> list[np.ndarray]:
+    """Z-score each block, in the order of the trials."""
+    by_block: dict[int, list[int]] = {}
+    for index, one in enumerate(utterances):
+        by_block.setdefault(one.block, []).append(index)
+    found: list[np.ndarray] = [np.empty(0)] * len(utterances)
+    for members in by_block.values():
+        block = z_scored([utterances[index].features for index in members])
+        for index, value in zip(members, block, strict=True):
+            found[index] = value
+    return found
+
+
+def _padded(features: np.ndarray, wanted: int, path: Path) -> np.ndarray:
+    """Return [T, wanted]: both halves (crossings, power) keep their first places."""
+    count = features.shape[1]
+    if count > wanted or wanted % 2 or count % 2:
+        raise DataError(
+            f"--pad-to {wanted} does not fit {path} with {count} features; needed an even number "
+            f"of at least {count}"
+        )
+    out = np.zeros((len(features), wanted), np.float32)
+    out[:, : count // 2] = features[:, : count // 2]
+    out[:, wanted // 2 : wanted // 2 + count // 2] = features[:, count // 2 :]
+    return out
+
+
+def _claim(out: Path, settings: dict[str, object]) -> None:
+    """Keep the settings in `out`, or check that those there agree."""
+    path = out / _SETTINGS
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    if path.is_file() and path.read_text() != text:
+        raise DataError(
+            f"{out} holds an import with other settings ({path}); needed the same, or another --out"
+        )
+    if not path.is_file() and (out / FOLDER).exists():
+        raise DataError(f"{out / FOLDER} holds other data; needed a new folder: another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text)

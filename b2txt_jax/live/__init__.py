@@ -1,0 +1,1 @@
+"""Live decoding: bins in, words out."""

@@ -1,0 +1,1 @@
+"""Where words go, one file each."""

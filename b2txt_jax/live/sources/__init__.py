@@ -1,0 +1,1 @@
+"""Where bins come from, one file each."""

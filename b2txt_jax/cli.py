@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "import": ("b2txt_jax.data.foreign.command", "recordings of other formats", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
+    "sweep": ("b2txt_jax.sweep", "train several seeds or a grid, with intervals", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),
     "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),
     "check-device": (
@@ -35,7 +36,14 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
     "brand-node": ("b2txt_jax.live.brand", "live decoding as a node of BRAND", False),
+    "ensemble": ("b2txt_jax.inference.ensemble", "average the logits of several runs", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
+    "report": ("b2txt_jax.evaluation.report.command", "one page about runs", False),
+    "figures": ("b2txt_jax.evaluation.paper", "the published paper's figures", False),
+    "compare": ("b2txt_jax.evaluation.compare", "two runs on the same sentences", False),
+    "consensus": ("b2txt_jax.evaluation.consensus", "one sentence of several systems", False),
+    "export-model": ("b2txt_jax.sharing.export", "a model to share, as a folder", False),
+    "submit": ("b2txt_jax.evaluation.submit", "a checked submission to a benchmark", False),
     "stream": ("b2txt_jax.live.command", "bins in, words out: decode live or replay", True),
 }
 

@@ -1,7 +1,7 @@
 """The main job end to end: simulate sessions, build language models, train, decode, report.
 
-Writes a folder with data/, lm_1gram/, lm_3gram/, run/, report.html and summary.json. A second call
-keeps what is finished and continues with the rest.
+Writes a folder with data/, lm_1gram/, lm_3gram/, run/ with the results in run/val/, report.html and
+summary.json. A second call keeps what is finished and continues with the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from b2txt_jax import __version__
 from b2txt_jax.config import find_config_file, load_config
 from b2txt_jax.data.batches.plan import plan
 from b2txt_jax.errors import UserError
@@ -30,8 +29,9 @@ from b2txt_jax.evaluation.command import (
     write_results,
 )
 from b2txt_jax.evaluation.evaluate import Evaluation
-from b2txt_jax.evaluation.report import ReportInputs, write_report
-from b2txt_jax.inference.run import Run, TrialLogits, load_run
+from b2txt_jax.evaluation.report.inputs import report_run
+from b2txt_jax.evaluation.report.page import write_report
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
@@ -114,14 +114,15 @@ def run(args: argparse.Namespace) -> int:
             given = {"language_model": name, "order": order}
             made_with = all_settings(trained, given, url, folder, jobs=False)
             evaluations[order] = evaluate_run(trained, trials, "val", url, made_with, console)
-        write_results(out / f"val_{order}gram", evaluations[order])
+        write_results(out / "run" / "val" / folder.name, evaluations[order])
     console.rule("5 of 5: report")
     last = evaluations[max(evaluations)]
     rows = _word_error_rates(evaluations)
     summary = _summary(out, last, dict(rows), config.train.steps)
     with replacing(out / _SUMMARY) as unfinished:
         unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-    write_report(out / _REPORT, _report_inputs(out, trained, summary, rows, trials, last))
+    page = report_run(out / "run", trained=trained, outputs=trials)
+    write_report(out / _REPORT, [page], "Brain-to-text demo on simulated sessions")
     _print(console, summary, rows, last)
     console.print(f"report: {out / _REPORT}", soft_wrap=True)
     failures = [failure for evaluation in evaluations.values() for failure in evaluation.failed]
@@ -172,35 +173,6 @@ def _summary(
         "decode_seconds_per_sentence": last.seconds_per_sentence,
         "steps": steps,
     }
-
-
-def _report_inputs(
-    out: Path,
-    trained: Run,
-    summary: dict[str, Any],
-    rows: list[tuple[str, ErrorRate]],
-    trials: list[TrialLogits],
-    last: Evaluation,
-) -> ReportInputs:
-    shown = sorted(trials, key=lambda trial: len(trial.logits))[len(trials) // 2]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
-    return ReportInputs(
-        title="Brain-to-text demo on simulated sessions",
-        summary=summary,
-        metrics_file=out / "run" / METRICS_FILE,
-        trial=shown.ref.name,
-        logits=shown.logits,
-        label=shown.labels,
-        wer_rows=rows,
-        sentences=_some(last.to_json()["sentences"]),
-        settings={
-            "data": "simulated sessions; not recordings of a person",
-            "sessions": ", ".join(trained.sessions),
-            "model": f"{parameters:,} parameters",
-            "seed": trained.config.train.seed,
-            "version": __version__,
-        },
-    )
 
 
 def _print(

@@ -1,8 +1,8 @@
 """Score a trained run: PER, and WER through the language-model server.
 
-Writes evaluation.json and submission.csv (id,text by session and trial) into --out, by
-default WORKDIR/SPLIT/NAME, where NAME is that of the language model, with _ema for averaged
-weights. A result that other settings gave is not replaced.
+Writes evaluation.json, answers.jsonl (n-best lists with scores and confidences) and submission.csv
+(id,text by session and trial) into --out, by default WORKDIR/SPLIT/NAME, where NAME is that of the
+language model, with _ema for averaged weights. A result that other settings gave is not replaced.
 With --redis the server that listens there decodes. With --lm DIR a server with its own Redis is
 started for this call and stopped after it. With neither, a server at $B2TXT_REDIS_URL or on this
 machine's port 6379 is used if one answers.
@@ -42,9 +42,11 @@ from b2txt_jax.evaluation.evaluate import (
     run_language_model,
     run_workers,
     submission_texts,
+    write_answers,
     write_evaluation,
 )
 from b2txt_jax.evaluation.intervals import DRAWS, LEAST_DAYS, LEVEL
+from b2txt_jax.evaluation.results import ANSWERS, EVALUATION
 from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
 from b2txt_jax.inference.run import (
     CHANGEABLE,
@@ -53,7 +55,7 @@ from b2txt_jax.inference.run import (
     add_weights_argument,
     load_run,
 )
-from b2txt_jax.provenance import provenance
+from b2txt_jax.provenance import hardware, provenance
 from b2txt_jax.training.checkpoint import RAW
 from lm_server.atomic_file import require_writable
 from lm_server.client.answers import LanguageModelUnavailableError
@@ -61,7 +63,7 @@ from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
 
-_EVALUATION, _SUBMISSION = "evaluation.json", "submission.csv"
+_SUBMISSION = "submission.csv"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 
@@ -137,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     write_results(out, result)
     print_results(result, console)
     print_origin(model, decoder, args.lm, args.split, console)
-    console.print(f"written: {out / _EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
+    console.print(f"written: {out / EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
     return 1 if result.failed else 0
 
 
@@ -185,7 +187,7 @@ def check_replaceable(out: Path, settings: Mapping[str, Any], force: bool = Fals
     Raises:
       OptionsError: it holds a result of other settings. Names them.
     """
-    path = out / "evaluation.json"
+    path = out / EVALUATION
     if force or not path.is_file():
         return
     try:
@@ -369,6 +371,7 @@ def evaluate_run(
         settings=settings,
         made={
             **provenance(),
+            "hardware": hardware(),
             "data": short(fingerprint(reader, [trial.ref for trial in trials])),
             "parameters": model.fingerprint,
         },
@@ -408,13 +411,15 @@ def check_results(out: Path) -> None:
     Raises:
       UnwritableError: `out` is no folder that can be written to.
     """
-    for name in (_EVALUATION, _SUBMISSION):
+    for name in (EVALUATION, ANSWERS, _SUBMISSION):
         require_writable(out / name)
 
 
 def write_results(out: Path, result: Evaluation) -> None:
-    """Write evaluation.json and submission.csv. Warn of empty rows, which benchmarks refuse."""
-    write_evaluation(out / _EVALUATION, result)
+    """Write evaluation.json, answers.jsonl and submission.csv. Warn of empty rows, which benchmarks
+    refuse."""
+    write_evaluation(out / EVALUATION, result)
+    write_answers(out / ANSWERS, result)
     write_submission(out / _SUBMISSION, submission_texts(result))
     empty = [row.trial for row in result.sentences if not row.decoded]
     if empty:
@@ -435,7 +440,8 @@ def print_results(result: Evaluation, console: Console) -> None:
         "WER without LM": result.wer_without_lm,
     }
     shown = {name: kind for name, kind in kinds.items() if kind}
-    if result.per is not None and result.wer is not None:
+    first = result.per or result.wer
+    if first is not None and result.wer is not None:
         table = Table(title=f"{result.split}: {result.trials} trials")
         for column in ("", *shown):
             table.add_column(column, justify="left" if not column else "right")
@@ -447,11 +453,12 @@ def print_results(result: Evaluation, console: Console) -> None:
                 table.add_row(name, *map(_with_interval, halves))
         for group in ("per_corpus", "per_session"):
             table.add_section()
-            for name in getattr(result.per, group):
+            for name in getattr(first, group):
                 table.add_row(name, *(str(getattr(kind, group)[name]) for kind in shown.values()))
         console.print(table)
-        _print_halves(result.per, result.wer, console)
-        _print_intervals(result.per, console)
+        if result.per is not None:
+            _print_halves(result.per, result.wer, console)
+        _print_intervals(first, console)
     if result.seconds_per_sentence is not None:
         console.print(f"{1000 * result.seconds_per_sentence:.0f} ms per sentence")
     if result.failed:
@@ -485,9 +492,9 @@ def _print_halves(per: Rates, wer: Rates, console: Console) -> None:
     console.print(table)
 
 
-def _print_intervals(per: Rates, console: Console) -> None:
+def _print_intervals(rates: Rates, console: Console) -> None:
     """Print what the intervals are of, with a warning where days are too few."""
-    found = [half.interval for half in (per, per.seen, per.unseen) if half and half.interval]
+    found = [half.interval for half in (rates, rates.seen, rates.unseen) if half and half.interval]
     if not found:
         return
     text = (

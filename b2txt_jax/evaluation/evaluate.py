@@ -93,6 +93,8 @@ class Row:
       rate: errors against the true words. A failed trial has all of them wrong. None: unknown.
       oracle: the same of the hypothesis in the n-best list that is nearest to the truth.
       seen: whether the sentence occurs in the train split. None: unknown.
+      per: errors against the true phonemes. None: unknown.
+      corpus: of the sentence. None: unknown.
     """
 
     trial: str
@@ -101,6 +103,8 @@ class Row:
     rate: ErrorRate | None
     oracle: ErrorRate | None = None
     seen: bool | None = None
+    per: ErrorRate | None = None
+    corpus: str | None = None
 
     @property
     def decoded(self) -> str | None:
@@ -108,7 +112,8 @@ class Row:
         return self.answer.sentence if self.answer and self.answer.hypotheses else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return {trial, true, decoded, errors, oracle_errors, words, seen}."""
+        """Return {trial, true, decoded, errors, oracle_errors, words, phoneme_errors, phonemes,
+        corpus, seen}."""
         return {
             "trial": self.trial,
             "true": self.true,
@@ -116,6 +121,9 @@ class Row:
             "errors": self.rate and self.rate.errors,
             "oracle_errors": self.oracle and self.oracle.errors,
             "words": self.rate and self.rate.length,
+            "phoneme_errors": self.per and self.per.errors,
+            "phonemes": self.per and self.per.length,
+            "corpus": self.corpus,
             "seen": self.seen,
         }
 
@@ -206,7 +214,7 @@ def evaluate(
     *,
     split: str,
     results: Sequence[Result],
-    logits: Sequence[np.ndarray],
+    logits: Sequence[np.ndarray] | None,
     labels: Sequence[np.ndarray] | None = None,
     sentences: Sequence[str] | None = None,
     corpora: Sequence[str | None] | None = None,
@@ -221,7 +229,7 @@ def evaluate(
       split: `val` or `test`.
       results: of `run_language_model` or `run_workers`, in the published order. A failed trial
         counts with all its words as errors, so that failing cannot improve a rate.
-      logits: per trial [frames, 41] in the RNN's order.
+      logits: per trial [frames, 41] in the RNN's order. None: unknown, so that there is no PER.
       labels: per trial the true class ids. None: the test split.
       sentences: per trial the true sentence. None: the test split.
       corpora: per trial its corpus, None where it is unknown. None: no corpus is known.
@@ -264,13 +272,15 @@ def evaluate(
             unseen=some(rates, [n for n, in_train in enumerate(seen) if not in_train]),
         )
 
-    greedy = [greedy_decode(frames) for frames in logits]
+    greedy = [greedy_decode(frames) for frames in logits or ()]
     true: Sequence[str | None] = [None] * len(results)
     rates: Sequence[ErrorRate | None] = [None] * len(results)
     oracle: Sequence[ErrorRate | None] = [None] * len(results)
+    phonemes: Sequence[ErrorRate | None] = [None] * len(results)
     per = wer = wer_oracle = without_lm = None
-    if labels is not None:
-        per = grouped(phoneme_error_rates(labels, greedy))
+    if labels is not None and logits is not None:
+        phoneme_rates = phoneme_error_rates(labels, greedy)
+        phonemes, per = phoneme_rates, grouped(phoneme_rates)
     if sentences is not None:
         answers = [result.answer for result in results]
         texts = [answer.sentence if answer else "" for answer in answers]
@@ -278,12 +288,20 @@ def evaluate(
         nearest = [_oracle(said, answer) for said, answer in zip(sentences, answers, strict=True)]
         true, rates, wer = sentences, word_rates, grouped(word_rates)
         oracle, wer_oracle = nearest, grouped(nearest)
-        pairs = zip(sentences, greedy, strict=True)
-        without_lm = grouped([error_rate(scored_words(s), greedy_words(g)) for s, g in pairs])
+        if logits is not None:
+            pairs = zip(sentences, greedy, strict=True)
+            without_lm = grouped([error_rate(scored_words(s), greedy_words(g)) for s, g in pairs])
     rows = tuple(
-        Row(result.name, said, result.answer, rate, least, in_train)
-        for result, said, rate, least, in_train in zip(
-            results, true, rates, oracle, seen, strict=True
+        Row(result.name, said, result.answer, *rest)
+        for result, said, *rest in zip(
+            results,
+            true,
+            rates,
+            oracle,
+            seen,
+            phonemes,
+            corpora or [None] * len(results),
+            strict=True,
         )
     )
     times = [result.seconds for result in results if result.answer is not None]
@@ -326,6 +344,25 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     text = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_answers(path: Path, evaluation: Evaluation) -> None:
+    """Write each trial's answer as a line of JSON, as `lm-server decode` does. A failed trial has
+    no line."""
+    lines = (
+        json.dumps({"trial": row.trial, **_finite(row.answer.as_json())}, ensure_ascii=False)
+        for row in evaluation.sentences
+        if row.answer
+    )
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _finite(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer with None for scores that a server did not send, which are NaN."""
+    for one in answer["nbest"]:
+        one |= {key: None for key, value in one.items() if value != value}
+    return answer
 
 
 def _rate_json(rate: ErrorRate) -> dict[str, Any]:

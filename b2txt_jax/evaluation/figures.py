@@ -9,24 +9,28 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from b2txt_jax.metrics import ErrorRate, differences
+from b2txt_jax.metrics import differences
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID
 from lm_server.atomic_file import replacing
 from lm_server.protocol import CLASSES, check_logits
 
 FRAME_SECONDS = 0.08
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F6368"
+PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Of several runs."""
 _DPI = 160
 _SILENCE_SIGN = "·"
 
@@ -57,66 +61,176 @@ def greedy_segments(logits: np.ndarray) -> list[Segment]:
     return [segment for segment in found if segment.phoneme != BLANK_ID]
 
 
-def learning_curve(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the losses of training and validation, and the validation PER, against the step."""
-    figure = _figure(7.2, 3.4)
-    losses, rates = figure.subplots(1, 2)
-    for kind, colour, name in (("train", BLUE, "training"), ("val", ORANGE, "validation")):
-        steps, values = _series(metrics, kind, "loss")
-        marker = "o" if len(steps) <= 40 and kind == "val" else None
-        if steps:
-            losses.plot(steps, values, color=colour, label=name, marker=marker, markersize=3.5)
-    losses.set(xlabel="step", ylabel="CTC loss per sentence")
-    _legend(losses)
-    losses.set_ylim(bottom=0)
+@dataclass(frozen=True)
+class Curves:
+    """A run's entries of metrics.jsonl, and its learning rate by step."""
+
+    name: str
+    metrics: Sequence[Mapping[str, Any]]
+    learning_rate: Callable[[np.ndarray], Any]
+
+
+def learning_curves(runs: Sequence[Curves]) -> Figure:
+    """Draw the losses, the PER on validation, the learning rate and the norm of the gradient."""
+    figure = _figure(7.2, 5.6)
+    panels = figure.subplots(2, 2)
+    losses, rates, learning, norms = panels.flat
     title = "PER on validation"
-    steps, values = _series(metrics, "val", "per")
-    if steps:
-        percent = [100 * value for value in values]
+    for run, colour in zip(runs, itertools.cycle(PALETTE)):
+        single = len(runs) == 1
+        name = "" if single else f"{run.name}, "
+        steps, values = _series(run.metrics, "train", "loss")
+        losses.plot(steps, values, color=colour, label=f"{name}training")
+        if steps:
+            shown = np.arange(steps[-1] + 1)
+            learning.plot(shown, np.asarray(run.learning_rate(shown)), color=colour, label=run.name)
+        norms.plot(*_series(run.metrics, "train", "gradient_norm"), color=colour)
+        second = ORANGE if single else colour
+        steps, values = _series(run.metrics, "val", "loss")
         marker = "o" if len(steps) <= 40 else None
-        rates.plot(steps, percent, color=ORANGE, marker=marker, markersize=3.5)
-        best = int(np.argmin(percent))
-        rates.plot(steps[best], percent[best], "o", color=BLUE, markersize=8, fillstyle="none")
-        rates.set_ylim(0, 1.08 * max(percent) or 1.0)
-        title = f"PER on validation: best {percent[best]:.1f} % at step {steps[best]:,}"
-    else:
-        _empty(rates, "no validation yet")
-    rates.set(xlabel="step", ylabel="phoneme error rate [%]")
-    rates.set_title(title, fontsize=10)
-    losses.set_title("Loss", fontsize=10)
-    for axes in (losses, rates):
+        style = {"color": second, "marker": marker, "markersize": 3.5}
+        losses.plot(steps, values, linestyle="--", label=f"{name}validation", **style)
+        steps, values = _series(run.metrics, "val", "per")
+        if steps:
+            percent = [100 * value for value in values]
+            rates.plot(steps, percent, label=run.name, **style)
+            best = int(np.argmin(percent))
+            rates.plot(steps[best], percent[best], "o", color=colour, ms=8, fillstyle="none")
+            title += f": best {percent[best]:.1f} % at step {steps[best]:,}" if single else ""
+    losses.set(title="Loss", ylabel="CTC loss per sentence")
+    rates.set(title=title, ylabel="phoneme error rate [%]")
+    learning.set(title="Learning rate", ylabel="learning rate")
+    norms.set(title="Gradient", ylabel="norm before clipping")
+    for axes in panels.flat:
+        axes.set_xlabel("step")
+        axes.title.set_fontsize(10)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _tidy(axes)
+        if any(len(line.get_xdata()) for line in axes.lines):
+            axes.set_ylim(bottom=0)
+        else:
+            _empty(axes, "no validation yet" if axes is rates else "no steps yet")
+    if losses.lines and len(runs) <= 4:
+        losses.legend(frameon=False, fontsize=8)
+    if len(runs) > 1:
+        learning.legend(frameon=False, fontsize=8)
     return figure
 
 
-def per_by_day(rates: Mapping[str, float | None]) -> Figure:
-    """Draw the PER of each day as horizontal bars in the order of the days. None: no labels."""
-    names = list(rates)
-    figure = _figure(7.2, max(1.8, 0.9 + 0.27 * len(names)))
+@dataclass(frozen=True)
+class Point:
+    """A rate with its interval (1.0 = 100 %). None: unknown."""
+
+    rate: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+def rates_by_group(title: str, panels: Mapping[str, Mapping[str, Mapping[str, Point]]]) -> Figure:
+    """Draw rates and intervals of groups, side by side for each kind of rate.
+
+    `panels`: kind of rate, such as "phoneme error rate" -> run -> group -> rate.
+    """
+    names = list(dict.fromkeys(g for runs in panels.values() for run in runs.values() for g in run))
+    series = list(dict.fromkeys(run for runs in panels.values() for run in runs))
+    rows = max(1, len(names)) * (1 + 0.35 * (len(series) - 1))
+    figure = _figure(7.2, 1.2 + 0.27 * rows + (0.2 * len(series) if len(series) > 1 else 0))
+    drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (kind, runs) in zip(drawn, panels.items(), strict=True):
+        ends = [0.0]
+        for number, (run, colour) in enumerate(zip(series, itertools.cycle(PALETTE))):
+            shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
+            for position, name in enumerate(names):
+                point = runs.get(run, {}).get(name)
+                if point is None or point.rate is None:
+                    continue
+                low, high = point.low, point.high
+                place = position + shift
+                if low is not None and high is not None:
+                    axes.plot([100 * low, 100 * high], [place] * 2, color=colour, lw=1.6)
+                    ends.append(100 * high)
+                axes.plot(100 * point.rate, place, "o", color=colour, ms=4.5)
+                ends.append(100 * point.rate)
+        axes.set(xlabel=f"{kind} [%]", xlim=(0, 1.08 * max(ends) or 1.0))
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        _tidy(axes)
+    figure.suptitle(title, fontsize=11)
+    if len(series) > 1:
+        for run, colour in zip(series, itertools.cycle(PALETTE)):
+            drawn[0].plot([], [], "o-", color=colour, label=run)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def confusion_picture(counts: np.ndarray) -> Figure:
+    """Draw for each true phoneme (row) what it was decoded as: int [41, 41], the blank is nothing.
+
+    A row is divided by the number of times that the phoneme was said. That of inventions is divided
+    by all phonemes that were said.
+    """
+    said = counts.sum(1).astype(float)
+    said[BLANK_ID] = said[1:].sum()
+    shares = counts / np.maximum(said, 1)[:, None]
+    # The blank, which stands for nothing, at the end.
+    order = [*range(1, len(CLASSES)), BLANK_ID]
+    figure = _figure(7.2, 6.6)
     axes = figure.subplots()
-    values = [None if rates[name] is None else 100 * float(rates[name] or 0) for name in names]
-    known = [value for value in values if value is not None]
-    _bars(axes, names, values, BLUE)
-    if len(known) > 1:
-        mean = float(np.mean(known))
-        axes.axvline(mean, color=ORANGE, linewidth=1.3, linestyle="--", zorder=1.5)
-        axes.set_title(f"PER per day (dashed: mean of the days, {mean:.1f} %)")
+    image = axes.imshow(
+        100 * shares[np.ix_(order, order)],
+        cmap="cividis",
+        norm=PowerNorm(0.4, vmin=0, vmax=100),
+        interpolation="nearest",
+    )
+    names = [_name(index) for index in order[:-1]]
+    axes.set_xticks(range(len(order)), [*names, "missed"], rotation=90, fontsize=6.5)
+    axes.set_yticks(range(len(order)), [*names, "invented"], fontsize=6.5)
+    axes.set(xlabel="decoded", ylabel="true")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 1, 5, 20, 50, 100])
+    bar.set_label("of the true phoneme [%], scale stretched near 0")
+    return figure
+
+
+def phoneme_errors(
+    substitutions: np.ndarray, deletions: np.ndarray, insertions: np.ndarray
+) -> Figure:
+    """Draw the errors of each phoneme, the most frequent first: int [41] each."""
+    kinds = {"substituted": substitutions, "missed": deletions, "invented": insertions}
+    every = substitutions + deletions + insertions
+    order = [int(i) for i in np.argsort(-every, kind="stable") if every[i]]
+    figure = _figure(7.2, 1.2 + 0.17 * len(order))
+    axes = figure.subplots()
+    start = np.zeros(len(order))
+    for (kind, counts), colour in zip(kinds.items(), (BLUE, ORANGE, GREEN), strict=True):
+        axes.barh(range(len(order)), counts[order], left=start, color=colour, label=kind)
+        start = start + counts[order]
+    axes.set_yticks(range(len(order)), [_name(index) for index in order], fontsize=7.5)
+    axes.set_ylim(max(len(order), 1) - 0.4, -0.6)
+    axes.set_xlabel("errors")
+    _tidy(axes, grid="x")
+    if order:
+        axes.legend(frameon=False)
     else:
-        axes.set_title("PER per day")
-    axes.set_xlabel("phoneme error rate [%]")
+        _empty(axes, "no errors")
     return figure
 
 
-def wer_bars(rows: Sequence[tuple[str, ErrorRate]]) -> Figure:
-    """Draw word error rates side by side, each with its errors and words."""
-    figure = _figure(7.2, max(1.7, 0.9 + 0.42 * len(rows)))
-    axes = figure.subplots()
-    names = [name for name, _ in rows]
-    values = [None if rate.rate is None else 100 * rate.rate for _, rate in rows]
-    notes = [f"({rate.errors:,} of {rate.length:,} words)" for _, rate in rows]
-    _bars(axes, names, values, GREEN, notes)
-    axes.set(xlabel="word error rate [%]", title="WER")
+def reliability_diagram(
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+) -> Figure:
+    """Draw which share of confidences proved right: panel -> run -> (confidence, share)."""
+    figure = _figure(7.2, 2.9)
+    drawn = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    for axes, (kind, runs) in zip(drawn, panels.items(), strict=False):
+        axes.plot([0, 100], [0, 100], color=GREY, linewidth=1, linestyle=":")
+        for (run, (confidence, right)), colour in zip(runs.items(), itertools.cycle(PALETTE)):
+            axes.plot(100 * confidence, 100 * right, "o-", color=colour, ms=4, label=run)
+        axes.set(xlabel="confidence [%]", title=kind, xlim=(0, 102), ylim=(0, 102), aspect="equal")
+        axes.title.set_fontsize(10)
+        _tidy(axes)
+        if len(runs) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    drawn[0].set_ylabel("right [%]")
     return figure
 
 
@@ -173,24 +287,30 @@ def phoneme_picture(
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """Return the figure as PNG."""
+FORMATS = ("png", "pdf", "svg")
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """Return the figure as one of FORMATS. Texts of an SVG stay texts, which can be edited."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor="white")
+    steady: Any = {"svg.fonttype": "none", "svg.hashsalt": "b2txt", "pdf.fonttype": 42}
+    with matplotlib.rc_context(steady):
+        dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+        figure.savefig(buffer, format=kind, dpi=_DPI, facecolor="white", metadata=dates.get(kind))
     return buffer.getvalue()
 
 
 def data_uri(figure: Figure) -> str:
-    """Return the figure as `data:` URL, for a page that loads nothing."""
-    return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
+    """Return the figure as `data:` URL of an SVG, for a page that loads nothing."""
+    return "data:image/svg+xml;base64," + base64.b64encode(rendered(figure, "svg")).decode()
 
 
-def save_png(path: Path, figure: Figure) -> None:
-    """Write the figure, whole or not at all."""
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write the figure, whole or not at all. The path's suffix is one of FORMATS."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_bytes(png(figure))
+        temporary.write_bytes(rendered(figure, path.suffix.removeprefix(".")))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -208,37 +328,6 @@ def _series(
     # A resumed run repeats the steps since its checkpoint: the later line counts.
     series = sorted(dict(found).items())
     return [step for step, _ in series], [value for _, value in series]
-
-
-def _bars(
-    axes: Axes,
-    names: Sequence[str],
-    values: Sequence[float | None],
-    colour: str,
-    notes: Sequence[str] | None = None,
-) -> None:
-    known = [value for value in values if value is not None]
-    positions = range(len(names))
-    axes.barh(positions, [value or 0.0 for value in values], color=colour, height=0.68)
-    for position, value in enumerate(values):
-        text = "no labels" if value is None else f"{value:.1f} %"
-        note = f" {notes[position]}" if notes else ""
-        axes.annotate(
-            text + note,
-            (value or 0.0, position),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-        )
-    axes.set_yticks(positions, names)
-    axes.set_ylim(max(len(names), 1) - 0.4, -0.6)
-    room = 1.6 if notes else 1.12
-    axes.set_xlim(0, room * max(known, default=1.0) or 1.0)
-    _tidy(axes, grid="x")
-    if not names:
-        _empty(axes, "nothing to show")
 
 
 def _aligned(
@@ -298,13 +387,6 @@ def _tidy(axes: Axes, grid: str = "both") -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#DDDDDD", linewidth=0.7)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    else:
-        _empty(axes, "no steps yet")
 
 
 def _empty(axes: Axes, text: str) -> None:

@@ -64,15 +64,75 @@ def bootstrap_interval(
     Returns:
       None where there is no rate, or only one unit to draw.
     """
-    by_day = list(total_by(days, rates).values())
-    drawn, unit = (by_day, "days") if len(by_day) >= LEAST_DAYS else (list(rates), "trials")
-    count = len(drawn)
-    if count < 2 or not any(rate.length for rate in drawn):
+    drawn = _drawn(days, [rates], draws, seed)
+    if drawn is None:
         return None
-    errors = np.array([rate.errors for rate in drawn])
-    lengths = np.array([rate.length for rate in drawn])
+    low, high = _ends(drawn.rates[0])
+    return Interval(low, high, drawn.unit, drawn.units, drawn.days)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two rates over the same trials, the second minus the first.
+
+    Attributes:
+      interval: of the difference, from draws that take the same days for both.
+      p: twice the share of draws on the other side of 0, at least 1 / draws: the probability of
+        such a difference if there were none.
+    """
+
+    interval: Interval
+    p: float
+
+
+def paired_bootstrap(
+    days: Sequence[str],
+    first: Sequence[ErrorRate],
+    second: Sequence[ErrorRate],
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Paired | None:
+    """Compare two systems on the same trials. Draws are those of `bootstrap_interval`.
+
+    Returns:
+      None where there is no rate, or only one unit to draw.
+    """
+    drawn = _drawn(days, [first, second], draws, seed)
+    if drawn is None:
+        return None
+    difference = drawn.rates[1] - drawn.rates[0]
+    sides = min((difference <= 0).mean(), (difference >= 0).mean())
+    interval = Interval(*_ends(difference), drawn.unit, drawn.units, drawn.days)
+    return Paired(interval, float(np.clip(2 * sides, 1 / draws, 1.0)))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    rates: np.ndarray
+    """[systems, draws]."""
+    unit: str
+    units: int
+    days: int
+
+
+def _drawn(
+    days: Sequence[str], systems: Sequence[Sequence[ErrorRate]], draws: int, seed: int
+) -> _Drawn | None:
+    by_day = [list(total_by(days, rates).values()) for rates in systems]
+    whole = len(by_day[0]) >= LEAST_DAYS
+    drawn = by_day if whole else systems
+    count = len(drawn[0])
+    errors = np.array([[rate.errors for rate in rates] for rates in drawn])
+    lengths = np.array([[rate.length for rate in rates] for rates in drawn])
+    if count < 2 or not lengths.any(1).all():
+        return None
     times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), draws)
-    sums = times @ lengths
-    found = (times @ errors)[sums > 0] / sums[sums > 0]
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high), unit, count, len(by_day))
+    sums = lengths @ times.T
+    known = (sums > 0).all(0)
+    rates = (errors @ times.T)[:, known] / sums[:, known]
+    return _Drawn(rates, "days" if whole else "trials", count, len(by_day[0]))
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -30,7 +30,7 @@ from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, too_short
 from b2txt_jax.model.interface import Params
 from b2txt_jax.quiet import other_libraries_quiet
-from b2txt_jax.training.checkpoint import EMA, RAW, WEIGHTS, Checkpoints
+from b2txt_jax.training.checkpoint import EMA, RAW, WEIGHTS, Checkpoints, has_checkpoint
 from b2txt_jax.training.checksum import checksums, text_checksum
 from b2txt_jax.training.metrics_log import (
     METRICS_FILE,
@@ -64,6 +64,9 @@ CHANGEABLE = frozenset(
 
 _BUCKETS = ((512, 64),)
 """(bins, labels), for arrays given to a run without buckets of its own."""
+
+SHARED_FILE = "model.safetensors"
+"""Of a model that `b2txt export-model` wrote, which has no checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,20 @@ class Run:
         return self._of_arrays([self._checked(trials, "the trial")], [self.day_index(day)])[0]
 
     def _of_split(self, split: str, console: Console | None) -> list[TrialLogits]:
+        results: dict[int, TrialLogits] = {}
+        for indices, trials, batch in self.batches(split, console):
+            for index, trial, logits in zip(indices, trials, self.of_batch(batch), strict=False):
+                results[index] = TrialLogits(trial.ref, logits, trial.labels, trial.sentence)
+        return [results[index] for index in sorted(results)]
+
+    def batches(
+        self, split: str, console: Console | None = None
+    ) -> Iterable[tuple[list[int], list[Trial], Batch]]:
+        """Return the batches of a split in `config.data.root`, with their trials' places in it.
+
+        Raises:
+          DataError: an unknown split, or a trial cannot be read.
+        """
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
         config = replace(self.config.data, eval_batch_size=self._rows)
@@ -199,11 +216,7 @@ class Run:
             batches = track(
                 batches, total=data.batch_count, description=f"logits of {split}", console=console
             )
-        results: dict[int, TrialLogits] = {}
-        for indices, trials, batch in batches:
-            for index, trial, logits in zip(indices, trials, self._of_batch(batch), strict=False):
-                results[index] = TrialLogits(trial.ref, logits, trial.labels, trial.sentence)
-        return [results[index] for index in range(len(data.refs))]
+        return batches
 
     def _of_arrays(self, arrays: Sequence[np.ndarray], days: Sequence[int]) -> list[np.ndarray]:
         """Compute batches of one shape per bucket. Single trials have batches of their own."""
@@ -222,7 +235,7 @@ class Run:
                     counts[:2, row] = len(arrays[index]), days[index]
                 none = np.zeros((size, labels), np.int32)
                 filled: Any = (features, counts[0], counts[1], none, counts[2])
-                for index, logits in zip(indices, self._of_batch(Batch(*filled)), strict=False):
+                for index, logits in zip(indices, self.of_batch(Batch(*filled)), strict=False):
                     results[index] = logits
         return [results[index] for index in range(len(arrays))]
 
@@ -298,7 +311,7 @@ class Run:
         params: Params = jax.device_put(self.params, placement(state.params))
         return params
 
-    def _of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
+    def of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
         """Yield each row's valid logits, float32 [frames, 41]."""
         output = self._eval_step(self._placed_params, batch)
         logits, frames = np.asarray(output.logits), np.asarray(output.frames)
@@ -310,7 +323,7 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     """Read a run's configuration and best parameters.
 
     Args:
-      workdir: the run's folder, written by `b2txt train`.
+      workdir: the run's folder, written by `b2txt train`, or by `b2txt export-model`.
       overrides: of the keys in `CHANGEABLE`, such as "--config.data.root=DIR".
       weights: "raw", or "ema" for the moving average of a run with `train.ema`. Each are those of
         their own best validation.
@@ -318,8 +331,11 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     Raises:
       ConfigError: the folder holds no run, or one without such weights.
       CheckpointError: the run has no best checkpoint yet, or it is damaged.
+      ConversionError: the exported weights are damaged.
     """
     workdir = Path(workdir)
+    if (workdir / SHARED_FILE).is_file() and not has_checkpoint(workdir):
+        return _load_shared(workdir, overrides, weights)
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
     if weights not in WEIGHTS:
         raise ConfigError(f"weights is {weights!r}; needed one of {', '.join(WEIGHTS)}")
@@ -334,6 +350,17 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     with other_libraries_quiet(), Checkpoints(workdir, read_only=True, ema=ema) as checkpoints:
         params, best = checkpoints.restore_best(like, weights)
     return Run(config, params, best.step, weights, workdir)
+
+
+def _load_shared(workdir: Path, overrides: Sequence[str], weights: str) -> Run:
+    from b2txt_jax.interop.safetensors_file import read_safetensors
+
+    if weights != RAW:
+        raise ConfigError(f"{workdir} was exported with one kind of weights; leave out {weights!r}")
+    # Only to refuse what must not change. The weights have their configuration with them.
+    with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
+    found = read_safetensors(workdir / SHARED_FILE, overrides)
+    return Run(found.config, found.state.params, int(found.state.step), weights, workdir)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:

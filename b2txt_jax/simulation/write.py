@@ -61,7 +61,7 @@ from lm_server.atomic_file import replacing
 
 _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
 _SESSIONS_FOLDER = "hdf5_data_final"
-_SETTINGS_FILE = "simulation.json"
+SETTINGS_FILE = "simulation.json"
 _TEXT_FILE = "language_model_text.txt"
 _FEWEST_FOR_PROCESSES = 500
 """Sentences. Starting a process takes as long as some hundred of them."""
@@ -308,7 +308,7 @@ def _session_folder(out: Path, session: str) -> Path:
 def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
     """Write the settings to `out`, or check that those there agree."""
     wanted = {"format": _FORMAT, **dataclasses.asdict(settings)}
-    path = out / _SETTINGS_FILE
+    path = out / SETTINGS_FILE
     data = out / _SESSIONS_FOLDER
     if path.is_file():
         try:

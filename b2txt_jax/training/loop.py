@@ -38,7 +38,7 @@ from b2txt_jax.data.loader import (
     resolve_buckets,
 )
 from b2txt_jax.model.interface import Params, compute_dtype, parameter_count
-from b2txt_jax.provenance import provenance
+from b2txt_jax.provenance import hardware, provenance
 from b2txt_jax.training.checkpoint import EMA, RAW, BestScore, Checkpoints, has_checkpoint
 from b2txt_jax.training.compiled import CompiledSteps, used_buckets
 from b2txt_jax.training.distributed import (
@@ -224,7 +224,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
 
 def _record_call(workdir: Path, data: str) -> None:
     with regular(workdir / CALLS_FILE).open("a") as file:
-        file.write(json.dumps({**provenance(), "data": data}) + "\n")
+        file.write(json.dumps({**provenance(), "hardware": hardware(), "data": data}) + "\n")
 
 
 def _train_in(

@@ -103,14 +103,8 @@ def scale_by_adam_by_day(
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(
-    config: OptimizerConfig, group: Callable[[str, Any], str]
-) -> optax.GradientTransformation:
-    """Return clipping by the global norm, then AdamW per group.
-
-    `group` names the group of a parameter by its path such as `gru/bias_ih_l0`, as `Model.group`
-    does: 'weights' decay, 'biases' do not, 'day' is updated day by day.
-    """
+def learning_rates(config: OptimizerConfig) -> tuple[optax.Schedule, optax.Schedule]:
+    """Return the learning rate by step, and that of the day layers."""
 
     def schedule(peak: float, floor: float, warmup: int, decay: int) -> optax.Schedule:
         if config.schedule == "steps":
@@ -126,6 +120,18 @@ def make_optimizer(
         config.day_warmup_steps,
         config.day_decay_steps,
     )
+    return main, day
+
+
+def make_optimizer(
+    config: OptimizerConfig, group: Callable[[str, Any], str]
+) -> optax.GradientTransformation:
+    """Return clipping by the global norm, then AdamW per group.
+
+    `group` names the group of a parameter by its path such as `gru/bias_ih_l0`, as `Model.group`
+    does: 'weights' decay, 'biases' do not, 'day' is updated day by day.
+    """
+    main, day = learning_rates(config)
 
     def adamw(rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
         return optax.adamw(rate, config.beta1, config.beta2, config.epsilon, weight_decay=decay)

@@ -5,8 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from spoken import logits_of
 
 from b2txt_jax.evaluation.command import write_results
 from b2txt_jax.evaluation.evaluate import (
@@ -25,12 +25,6 @@ from lm_server.hypothesis import Answer, Hypothesis
 NAMES = ["t15.2023.08.13/trial_0000", "t15.2023.08.13/trial_0001", "t15.2023.08.18/trial_0000"]
 SAID = ["The cat sat.", "How are you?", "Yes!"]
 HEARD = [["the", "cat", "sat"], ["how", "are"], ["yes"]]
-
-
-def logits_of(words: list[str]) -> np.ndarray:
-    """Logits whose greedy decoding is the words' phonemes: each phoneme, then a blank."""
-    ids = [index for phoneme in sentence_to_ids(words) for index in (phoneme, 0)]
-    return np.eye(41, dtype=np.float32)[ids]
 
 
 def results(*sentences: str | None, reason: str | None = None) -> list[Result]:
@@ -122,6 +116,9 @@ def test_the_test_split_has_sentences_and_no_rates() -> None:
         "errors": None,
         "oracle_errors": None,
         "words": None,
+        "phoneme_errors": None,
+        "phonemes": None,
+        "corpus": None,
         "seen": None,
     }
 
@@ -212,6 +209,9 @@ def test_the_file_holds_errors_length_and_rate_of_each_group(tmp_path: Path) -> 
         "errors": 1,
         "oracle_errors": 1,
         "words": 1,
+        "phoneme_errors": 0,
+        "phonemes": 4,
+        "corpus": "Random",
         "seen": None,
     }
     assert list(path.parent.iterdir()) == [path]

@@ -12,21 +12,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from b2txt_jax.evaluation.figures import (
+    BLUE,
+    ORANGE,
+    Curves,
+    Point,
     Segment,
+    confusion_picture,
     data_uri,
     greedy_segments,
-    learning_curve,
-    per_by_day,
+    learning_curves,
+    phoneme_errors,
     phoneme_picture,
-    png,
-    save_png,
-    wer_bars,
+    rates_by_group,
+    save_figure,
 )
-from b2txt_jax.metrics import ErrorRate, greedy_decode
+from b2txt_jax.metrics import greedy_decode
 from b2txt_jax.phonemes import sentence_to_ids
 
 METRICS: list[dict[str, Any]] = [
-    {"step": 10, "kind": "train", "loss": 80.0},
+    {"step": 10, "kind": "train", "loss": 80.0, "gradient_norm": 4.0},
     {"step": 20, "kind": "train", "loss": 50.0},
     {"step": 20, "kind": "val", "loss": 55.0, "per": 0.5, "per_day": {"day": 0.5}},
     {"step": 30, "kind": "val", "loss": 45.0, "per": 0.25, "per_day": {"day": 0.25}},
@@ -46,45 +50,75 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
-def test_the_learning_curve_shows_the_measured_points_and_names_the_best() -> None:
-    losses, rates = learning_curve(METRICS).axes
-    drawn = {str(line.get_label()): line.get_xydata() for line in losses.lines}
-    assert np.asarray(drawn["training"]).tolist() == [[10, 80], [20, 50]]
-    assert np.asarray(drawn["validation"]).tolist() == [[20, 55], [30, 45]]
-    assert np.asarray(rates.lines[0].get_xydata()).tolist() == [[20, 50], [30, 25]]
+def curves(metrics: list[dict[str, Any]], name: str = "run") -> Curves:
+    return Curves(name, metrics, lambda steps: 0.5 * steps)
+
+
+def drawn(axes: Any) -> dict[str, list[list[float]]]:
+    return {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+
+
+def test_the_learning_curves_show_the_measured_points_and_name_the_best() -> None:
+    losses, rates, learning, norms = learning_curves([curves(METRICS)]).axes
+    assert drawn(losses) == {
+        "training": [[10, 80], [20, 50]],
+        "validation": [[20, 55], [30, 45]],
+    }
+    assert drawn(rates)["run"] == [[20, 50], [30, 25]]
     assert "25.0 % at step 30" in rates.get_title()
+    assert drawn(learning)["run"][::10] == [[0, 0], [10, 5], [20, 10]]
+    assert np.asarray(norms.lines[0].get_xydata()).tolist() == [[10, 4]]
+
+
+def test_several_runs_have_a_colour_each_in_all_panels() -> None:
+    panels = learning_curves([curves(METRICS, "one"), curves(METRICS, "two")]).axes
+    colours = [{line.get_color() for line in axes.lines} for axes in panels]
+    assert colours == [{BLUE, ORANGE}] * 4
 
 
 def test_steps_repeated_after_a_resume_count_once_and_the_later_value_wins() -> None:
     again = [*METRICS, {"step": 10, "kind": "train", "loss": 70.0}]
-    line = learning_curve(again).axes[0].lines[0]
-    assert np.asarray(line.get_xydata()).tolist() == [[10, 70], [20, 50]]
+    assert drawn(learning_curves([curves(again)]).axes[0])["training"] == [[10, 70], [20, 50]]
 
 
 def test_losses_that_are_not_finite_do_not_spoil_the_curve() -> None:
     entry = {"step": 15, "kind": "train", "loss": float("inf")}
-    line = learning_curve([*METRICS, entry]).axes[0].lines[0]
-    assert np.asarray(line.get_xydata()).tolist() == [[10, 80], [20, 50]]
+    figure = learning_curves([curves([*METRICS, entry])])
+    assert drawn(figure.axes[0])["training"] == [[10, 80], [20, 50]]
 
 
 def test_a_run_without_steps_says_so() -> None:
-    assert texts(learning_curve([])) == ["no steps yet", "no validation yet"]
+    found = texts(learning_curves([curves([])]))
+    assert found == ["no steps yet", "no validation yet", "no steps yet", "no steps yet"]
 
 
-def test_each_day_has_its_bar_and_a_day_without_labels_says_so() -> None:
-    figure = per_by_day({"t15.2023.08.11": None, "t15.2023.08.13": 0.125})
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "t15.2023.08.11",
-        "t15.2023.08.13",
-    ]
-    assert texts(figure) == ["no labels", "12.5 %"]
-    assert [patch.get_width() for patch in axes.patches] == [0.0, 12.5]  # type: ignore[attr-defined]
+def test_each_group_has_its_rate_and_interval_at_its_place() -> None:
+    points = {"day 1": Point(0.5, 0.25, 0.75), "day 2": Point(None), "day 3": Point(0.125)}
+    figure = rates_by_group("By day", {"PER": {"run": points}, "WER": {"run": {}}})
+    per, _ = figure.axes
+    assert [label.get_text() for label in per.get_yticklabels()] == list(points)
+    lines = [np.asarray(line.get_xydata()).tolist() for line in per.lines]
+    assert lines == [[[25, 0], [75, 0]], [[50, 0]], [[12.5, 2]]]
 
 
-def test_word_error_bars_carry_their_counts() -> None:
-    figure = wer_bars([("3-gram", ErrorRate(53, 1600)), ("none", ErrorRate(0, 0))])
-    assert texts(figure) == ["3.3 % (53 of 1,600 words)", "no labels (0 of 0 words)"]
+def test_confusions_are_shares_of_what_was_said_and_the_blank_is_nothing() -> None:
+    counts = np.zeros((41, 41), int)
+    counts[5, 5], counts[5, 6], counts[5, 0], counts[0, 7] = 2, 1, 1, 1
+    axes = confusion_picture(counts).axes[0]
+    shares = np.asarray(axes.images[0].get_array())
+    assert (shares[4, 4], shares[4, 5], shares[4, 40]) == (50, 25, 25)
+    assert shares[40, 6] == 25  # of all four phonemes that were said
+    assert axes.get_xticklabels()[40].get_text() == "missed"
+
+
+def test_phonemes_without_errors_have_no_bar() -> None:
+    counts = np.zeros((3, 41), int)
+    counts[:, 9], counts[0, 3] = (3, 2, 1), 1
+    axes = phoneme_errors(*counts).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["D", "AH"]
+    widths = [patch.get_width() for patch in axes.patches]  # type: ignore[attr-defined]
+    assert widths == [3, 1, 2, 0, 1, 0]
+    assert texts(phoneme_errors(*np.zeros((3, 41), int))) == ["no errors"]
 
 
 def test_segments_are_the_greedy_decoding_with_its_frames() -> None:
@@ -142,13 +176,18 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         phoneme_picture(np.zeros(shape, np.float32))
 
 
-def test_a_figure_becomes_a_png_file_and_a_data_address(tmp_path: Path) -> None:
-    path = tmp_path / "figures" / "wer.png"
-    figure = wer_bars([("3-gram", ErrorRate(1, 2))])
-    save_png(path, figure)
-    pixels = matplotlib.image.imread(io.BytesIO(path.read_bytes()))
-    assert pixels.shape[1] > 1000
-    assert pixels[..., :3].min() < 0.5 < pixels[..., :3].max()
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_a_figure_is_written_in_the_format_of_its_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "figures" / f"rates.{kind}"
+    figure = rates_by_group("By day", {"PER": {"run": {"day": Point(0.5)}}})
+    save_figure(path, figure)
     assert list(path.parent.iterdir()) == [path]
-    assert data_uri(figure).startswith("data:image/png;base64,")
-    assert png(figure)[:4] == b"\x89PNG"
+    data = path.read_bytes()
+    assert data[:5] == {"png": b"\x89PNG\r", "pdf": b"%PDF-", "svg": b"<?xml"}[kind]
+    if kind == "png":
+        pixels = matplotlib.image.imread(io.BytesIO(data))
+        assert pixels.shape[1] > 1000
+        assert pixels[..., :3].min() < 0.5 < pixels[..., :3].max()
+    if kind == "svg":
+        assert b">By day</text>" in data  # a text, not its outlines
+        assert data_uri(figure).startswith("data:image/svg+xml;base64,")

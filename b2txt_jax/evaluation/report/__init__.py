@@ -1,0 +1,1 @@
+"""One page about runs: `b2txt report`."""

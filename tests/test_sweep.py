@@ -1,0 +1,62 @@
+"""A sweep trains each combination once, goes on where it was stopped, and reports intervals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from b2txt_jax.cli import main
+from b2txt_jax.config import ConfigError
+from b2txt_jax.sweep import combinations, mean_interval, student_quantile
+
+
+def test_a_grid_has_all_combinations_and_a_value_in_brackets_is_one() -> None:
+    found = combinations(["model.units=8,16", "data.buckets=((180,40),),((200,50),(300,60))"])
+    assert list(found.values()) == [
+        [f"--config.model.units={units}", f"--config.data.buckets={buckets}"]
+        for units in (8, 16)
+        for buckets in ("((180,40),)", "((200,50),(300,60))")
+    ]
+    assert len({*found}) == 4
+    assert combinations([]) == {"base": []}
+
+
+@pytest.mark.parametrize(
+    "grid", [["model.units"], ["model.units="], ["a=1", "a=2"], ["model.units=8,8"]]
+)
+def test_a_grid_that_is_none_is_refused(grid: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--grid"):
+        combinations(grid)
+
+
+def test_intervals_are_student_s() -> None:
+    for degrees in (1, 2, 4, 9, 30):
+        expected = stats.t.ppf(0.975, degrees)
+        assert student_quantile(0.975, degrees) == pytest.approx(expected, rel=1e-4)
+    values = [0.1, 0.12, 0.09, 0.11, 0.13]
+    found = mean_interval(values)
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-4)
+    assert mean_interval([0.1])["low"] is None
+
+
+def test_a_sweep_goes_on_names_what_failed_and_a_mistake_comes_before_the_work(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", "--config", "demo", "--out", str(out), *tiny_overrides]
+    command += ["--config.train.steps=2", "--config.train.validate_every=2"]
+    assert main([*command, "--seeds", "2", "--grid", "model.units=16,x"]) == 2
+    assert not out.exists() or not list(out.glob("*/*"))
+    assert main([*command, "--seeds", "1"]) == 0
+    before = (out / "base" / "seed_0" / "metrics.jsonl").read_bytes()
+    (out / "base" / "seed_1").mkdir()
+    (out / "base" / "seed_1" / "metrics.jsonl").mkdir()  # which no training can write to
+    assert main([*command, "--seeds", "2"]) == 1
+    assert (out / "base" / "seed_0" / "metrics.jsonl").read_bytes() == before
+    found = json.loads((out / "sweep.json").read_text())
+    assert [one["seed"] for one in found["settings"]["base"]["runs"]] == [0]
+    assert list(found["failed"]) == [str(out / "base" / "seed_1")]
+    assert "means and 95% intervals" in capsys.readouterr().out

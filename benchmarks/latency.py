@@ -12,8 +12,8 @@ search is printed too.
 With --from bins it measures what a live system waits for (`b2txt stream`): from the arrival of a
 frame's last bin to the partial text, through the GRU and the Transformer at full size and the
 server. Frames come every 80 ms as from a rig, so that one that takes longer delays the next. The
-weights are constant, since their values do not change the time, and the server searches the simulated
-logits instead of theirs. The target is a p99 below 60 ms.
+weights are constant, since their values do not change the time, and the server searches the
+simulated logits instead of theirs. The target is a p99 below 60 ms.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ class Node:
         }
         if number_in is not None:
             entry["i_in"] = number_in.to_bytes(8, "little")
-        self.redis.xadd(stream, {**entry, **fields})
+        entry.update(fields)
+        self.redis.xadd(stream, entry)
 
 
 def number_of(value: bytes | None) -> int | None:

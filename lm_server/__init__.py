@@ -26,6 +26,7 @@ def load(
     backend: str = "flashlight",
     settings: Settings | Mapping[str, float | str] | Path | str | None = None,
     llm: Path | str | None = None,
+    fuse: bool = False,
 ) -> Decoder:
     """Read a model folder, made by `lm-server build`, for decoding.
 
@@ -35,16 +36,17 @@ def load(
       settings: `Settings`, or some of them by name (the others keep the search's defaults; "preset"
         may be among them), or a file of `lm-server tune`. None: the search's defaults.
       llm: folder of a causal language model that rescores, or its name in the Hugging Face cache.
+      fuse: ask it during the search too.
 
     Raises:
-      BackendError: there is no such search, or its package is not installed.
+      BackendError: there is no such search, its package is not installed, or it cannot ask.
       ModelFolderError: the folder is not as the search needs it.
       SettingsError: a setting is outside its range, or the file cannot be used.
       RescoringError: the large language model cannot be loaded.
     """
     from lm_server.offline import Decoder
 
-    return Decoder(folder, backend, settings, llm)
+    return Decoder(folder, backend, settings, llm, fuse)
 
 
 def __getattr__(name: str) -> Any:

@@ -83,6 +83,7 @@ class Decoder:
         backend: str = "flashlight",
         settings: Settings | Mapping[str, float | str] | Path | str | None = None,
         llm: Path | str | None = None,
+        fuse: bool = False,
     ) -> None:
         """Read the models. See `lm_server.load`."""
         usual = default_settings(backend)
@@ -100,7 +101,15 @@ class Decoder:
             settings = read_settings(Path(settings), usual, backend)
         self.settings = settings
         self._model = load_model(Path(folder), backend)
-        self._answering = Answering(None if llm is None else load_scorer(llm))
+        scorer = None if llm is None else load_scorer(llm)
+        if fuse:
+            if scorer is None:
+                raise SettingsError("fuse needs a large language model to ask: give llm too")
+            from lm_server.rescoring.growing import growing
+            from lm_server.search.fused import FusedModel
+
+            self._model = FusedModel(self._model, lambda: growing(scorer))
+        self._answering = Answering(scorer)
 
     def search(self, hot_words: HotWords | None = None) -> Search:
         """Start a streaming search: `begin`, `step(frames)`, `finish`.

@@ -23,7 +23,7 @@ FORMAT = 1
 """Version of settings files."""
 NOT_NEEDED: Mapping[str, str] = {"rescore": "its first pass has the whole n-gram model already"}
 """Parameters of the published server that are accepted without effect, with the reason."""
-Stage = Literal["search", "answer", "rescoring"]
+Stage = Literal["search", "fusion", "answer", "rescoring"]
 DEFAULT_PRESET = "accurate"
 PRESET = "preset"
 """Where settings are given by name, the name under which a preset stands among them."""
@@ -48,8 +48,8 @@ def setting(
       least: the least value.
       greatest: the greatest value.
       meaning: its meaning and unit, for the docstring's reader and for `--help`.
-      stage: what it changes: the search, the answer made of the search's hypotheses, or rescoring
-        by a large language model.
+      stage: what it changes: the search, what a large language model does in it, the answer made
+        of the search's hypotheses, or rescoring by a large language model.
       presets: its values in other presets than the default one.
     """
     metadata = {
@@ -125,6 +125,20 @@ class Settings:
     )
     length_penalty: float = setting(
         0.0, -100, 100, "subtracted from the large model's score for every token (ln)", "rescoring"
+    )
+    fuse_weight: float = setting(
+        1.0,
+        0,
+        2,
+        "with --fuse: how much of the large model's part of the score counts during the search; 1: "
+        "as much as in the answer",
+        "fusion",
+    )
+    fuse_frames: int = setting(
+        10, 1, 10_000, "with --fuse: the large model is asked every so many frames", "fusion"
+    )
+    fuse_hypotheses: int = setting(
+        50, 1, 10_000, "with --fuse: best hypotheses that it is asked about", "fusion"
     )
     top_candidates_to_augment: int = setting(
         20, 0, 100, "best hypotheses that exchange their differing words; 0: none", "answer"

@@ -10,6 +10,8 @@ are not rescored.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_workers_option(parser)
     options.add_search_options(parser)
+    options.add_fuse_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,15 +54,22 @@ def run(args: argparse.Namespace) -> int:
     require_writable(args.out, inputs=[args.lm, args.logits])
     logits = read_logits(args.logits)
     options.warn_of_another_checkpoint(args, logits.checkpoint)
-    with cleaning_up_when_terminated():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cleaning_up_when_terminated())
         model = load_model(args.lm, args.backend)
+        load = functools.cache(lambda: llm_from_options(args))
+        if args.fuse:
+            model = stack.enter_context(options.fused(args, model, load()))
+            if args.workers is not None and workers > 1:
+                print("warning: with --fuse, one process searches for all", file=sys.stderr)
+            workers = 1
         problems = decode_file(
             model,
             settings,
             logits,
             args.out,
             workers,
-            lambda: llm_from_options(args),
+            load,
             words,
             _fingerprints(args, settings, logits.digest(), words),
             args.restart,
@@ -92,4 +102,5 @@ def _fingerprints(
 
         model = digest(find_model(args.llm))
         found["--llm"] = f"{model} {args.llm_device} {args.llm_dtype} {args.llm_text}"
+        found["--fuse"] = str(args.fuse)
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from lm_server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from lm_server.lm.trie.kenlm_binary import TrieForm
+    from lm_server.rescoring.causal_lm import CausalLM
+    from lm_server.search.interface import SearchModel
 
 _OF_RESCORING = ("llm_device", "llm_dtype", "llm_text")
 
@@ -74,6 +77,42 @@ def add_search_options(parser: argparse.ArgumentParser, hot_words: bool = True) 
         )
     add_llm_options(parser)
     settings.add_options(parser)
+
+
+def add_fuse_option(parser: argparse.ArgumentParser) -> None:
+    """Add --fuse."""
+    parser.add_argument(
+        "--fuse",
+        action="store_true",
+        help="ask the model of --llm during the search too, so that the list holds what it prefers "
+        "(docs/rescoring.md)",
+    )
+
+
+@contextlib.contextmanager
+def fused(
+    args: argparse.Namespace, model: SearchModel, scorer: CausalLM | None, aside: bool = False
+) -> Iterator[SearchModel]:
+    """Yield a model whose searches ask the scorer with --fuse, else the model itself.
+
+    Args:
+      args: with --fuse and --llm.
+      model: the model folder.
+      scorer: the model of --llm.
+      aside: ask in a thread beside the searches.
+
+    Raises:
+      BackendError: the search cannot ask.
+      RescoringError: the scorer cannot be asked.
+    """
+    if not args.fuse or scorer is None:
+        yield model
+        return
+    from lm_server.rescoring.growing import growing
+    from lm_server.search.fused import FusedModel
+
+    with contextlib.closing(FusedModel(model, lambda: growing(scorer), aside)) as found:
+        yield found
 
 
 def add_build_options(parser: argparse.ArgumentParser, held_out: str) -> None:
@@ -137,6 +176,9 @@ def settings_from(args: argparse.Namespace) -> Settings:
     Raises:
       SettingsError: a value is outside its range, or the file cannot be used.
     """
+    fuse: bool = getattr(args, "fuse", False)
+    if fuse and args.llm is None:
+        raise SettingsError("--fuse needs a large language model to ask: add --llm DIR")
     base = default_settings(args.backend)
     if args.settings is not None:
         base = settings.read_settings(args.settings, base, args.backend)
@@ -153,6 +195,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         reason = without_effect(name, args.backend)
         if reason is None and name in of_rescoring and args.llm is None:
             reason = f"{name} has no effect without --llm: no large language model rescores"
+        if reason is None and name in settings.names_of("fusion") and not fuse:
+            reason = f"{name} has no effect without --fuse: the search asks no large language model"
         if reason is not None:
             print(f"warning: --{name.replace('_', '-')} is given, but {reason}", file=sys.stderr)
     return chosen

@@ -121,6 +121,7 @@ def add_process_options(parser: argparse.ArgumentParser) -> None:
     )
     logs.add_option(parser)
     options.add_search_options(parser)
+    options.add_fuse_option(parser)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -202,7 +203,9 @@ def run(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) -> i
         with redis_errors(masked, "lm-server serve"):
             check_rights(client, url, server_needs(name, args.max_sessions > 0))
         model = load_model(args.lm, args.backend)
-        answering = Answering(llm_from_options(args), args.rescore_seconds)
+        scorer = llm_from_options(args)
+        model = stack.enter_context(options.fused(args, model, scorer, aside=True))
+        answering = Answering(scorer, args.rescore_seconds)
         stack.callback(answering.close)
 
         def session(name: str) -> Session:

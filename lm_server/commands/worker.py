@@ -101,13 +101,15 @@ def run(args: argparse.Namespace) -> int:
             # It answered a moment ago: should it be away now, it is waited for.
             with connect(url, float("inf"), ended) as client:
                 # torch does not survive a fork, so each process loads its own.
-                answering = Answering(llm_from_options(args), args.rescore_seconds)
-                Worker(
-                    *(client, model, chosen, answering, terms),
-                    hot_words=words,
-                    ceilings=ceilings,
-                    busy=busy,
-                ).run(ended)
+                scorer = llm_from_options(args)
+                answering = Answering(scorer, args.rescore_seconds)
+                with options.fused(args, model, scorer) as used:
+                    Worker(
+                        *(client, used, chosen, answering, terms),
+                        hot_words=words,
+                        ceilings=ceilings,
+                        busy=busy,
+                    ).run(ended)
                 answering.close()
 
         print(

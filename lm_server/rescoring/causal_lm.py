@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,14 @@ may cause. A model that cannot do trees is off by far more."""
 
 
 class CausalLM:
-    """A model in memory with its tokenizer, a `SentenceScorer`. Not for several threads at once."""
+    """A model in memory with its tokenizer, a `SentenceScorer`.
+
+    Attributes:
+      name: its folder's name.
+      trees: whether it accepts positions and masks of ours.
+      lock: held while it works, since it works for one thread at a time.
+      tokens_per_batch: tokens that go through it at once.
+    """
 
     def __init__(
         self,
@@ -70,7 +78,8 @@ class CausalLM:
         self._model, self._tokenizer = _load(path, self.device, getattr(torch, dtype))
         self._start = _start_token(self._tokenizer)
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
-        self._tokens_per_batch = TOKENS_PER_BATCH
+        self.tokens_per_batch = TOKENS_PER_BATCH
+        self.lock = threading.Lock()
         self._check_tokenizer(path)
         self.trees = self._can_do_trees()
 
@@ -91,17 +100,17 @@ class CausalLM:
         distinct = sorted({one for some in tokens for one in some})
         while True:
             try:
-                with torch.inference_mode():
+                with self.lock, torch.inference_mode():
                     scores = self._score_trees(distinct) if self.trees else self._score(distinct)
                 break
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                self._tokens_per_batch //= 2
+                self.tokens_per_batch //= 2
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
-                if self._tokens_per_batch < _LEAST_BATCH:
-                    self._tokens_per_batch = TOKENS_PER_BATCH
+                if self.tokens_per_batch < _LEAST_BATCH:
+                    self.tokens_per_batch = TOKENS_PER_BATCH
                     raise RescoringError(
                         f"{self.name} ran out of memory on {self.device} even with "
                         f"{_LEAST_BATCH} tokens at once: free memory or use a smaller model"
@@ -109,7 +118,7 @@ class CausalLM:
                 _LOG.warning(
                     "%s ran out of memory: going on with %d tokens at once",
                     self.name,
-                    self._tokens_per_batch,
+                    self.tokens_per_batch,
                 )
         of = dict(zip(distinct, scores, strict=True))
         each = [[of[one] - length_penalty * len(one) for one in some] for some in tokens]
@@ -142,7 +151,7 @@ class CausalLM:
         """Score whole sequences in padded batches of similar lengths."""
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         scores = [0.0] * len(sequences)
-        for batch in batches(order, sequences, self._tokens_per_batch):
+        for batch in batches(order, sequences, self.tokens_per_batch):
             longest = len(sequences[batch[-1]])
             ids = torch.zeros((len(batch), longest), dtype=torch.long)
             mask = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -160,10 +169,10 @@ class CausalLM:
     def _score_trees(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Score sorted distinct sequences in trees, behind the beginning that all share."""
         shared = shared_length(sequences)
-        cache = transformers.DynamicCache(config=self._model.config)
+        cache = self.new_cache()
         base, last = self._run_shared(sequences[0][:shared], cache)
         scores: list[float] = []
-        for tree in trees(sequences, shared, self._tokens_per_batch):
+        for tree in trees(sequences, shared, self.tokens_per_batch):
             logs = np.zeros(len(tree.tokens))
             inner = tree.inner
             if len(inner):
@@ -194,8 +203,8 @@ class CausalLM:
         if not len(ids):
             return 0.0, None
         score = 0.0
-        for start in range(0, len(ids), self._tokens_per_batch):
-            part = torch.tensor([ids[start : start + self._tokens_per_batch]], device=self.device)
+        for start in range(0, len(ids), self.tokens_per_batch):
+            part = torch.tensor([ids[start : start + self.tokens_per_batch]], device=self.device)
             logits = self._model(
                 input_ids=part,
                 attention_mask=torch.ones((1, start + part.shape[1]), device=self.device).long(),
@@ -211,12 +220,29 @@ class CausalLM:
         """Return logits [inner nodes, vocab] of the tree behind `shared` cached tokens."""
         inner = tree.inner
         sees = np.concatenate([np.ones((len(inner), shared), bool), tree.ancestry()], axis=1)
-        dtype = self._model.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype)
-        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(dtype).min)
+        return self.read(tree.tokens[inner], shared + tree.depths[inner], sees, cache)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of its tokens."""
+        return int(self._model.get_input_embeddings().num_embeddings)
+
+    def new_cache(self) -> transformers.DynamicCache:
+        """Return an empty cache of keys and values."""
+        return transformers.DynamicCache(config=self._model.config)
+
+    def read(
+        self, tokens: np.ndarray, positions: np.ndarray, sees: np.ndarray, cache: Any
+    ) -> torch.Tensor:
+        """Append tokens [new] to the cache. Return logits [new, vocab] of what follows each.
+
+        `sees` [new, cached + new] is whether a new token sees another. Hold `lock`.
+        """
+        mask = torch.zeros(sees.shape, dtype=self._model.dtype)
+        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(self._model.dtype).min)
         logits: torch.Tensor = self._model(
-            input_ids=torch.tensor(tree.tokens[inner], device=self.device)[None],
-            position_ids=torch.tensor(shared + tree.depths[inner], device=self.device)[None],
+            input_ids=torch.tensor(tokens, device=self.device)[None],
+            position_ids=torch.tensor(positions, device=self.device)[None],
             attention_mask=mask[None, None].to(self.device),
             past_key_values=cache,
             use_cache=True,

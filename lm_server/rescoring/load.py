@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lm_server.rescoring.scorer import DEFAULT_MODEL, SentenceScorer
+from lm_server.rescoring.scorer import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from lm_server.rescoring.causal_lm import CausalLM
 
 _TEXT_FORMS = ("auto", "plain", "sentence")
 _DEVICES = ("auto", "cpu", "cuda")
@@ -45,7 +49,7 @@ def add_llm_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def llm_from_options(args: argparse.Namespace) -> SentenceScorer | None:
+def llm_from_options(args: argparse.Namespace) -> CausalLM | None:
     """Load the scorer that the options of `add_llm_options` name. None without --llm.
 
     Raises:
@@ -58,7 +62,7 @@ def llm_from_options(args: argparse.Namespace) -> SentenceScorer | None:
 
 def load_scorer(
     folder: Path | str, device: str = "auto", text_form: str = "auto", dtype: str = "auto"
-) -> SentenceScorer:
+) -> CausalLM:
     """Load a causal language model, which lasts seconds to minutes.
 
     Args:

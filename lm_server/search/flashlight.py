@@ -31,7 +31,7 @@ from lm_server.search.interface import NO_HOT_WORDS, ONLY_MAX_ACTIVE, Backend, n
 from lm_server.settings import Settings
 
 if TYPE_CHECKING:
-    from flashlight.lib.text.decoder import DecodeResult, LexiconDecoder, Trie
+    from flashlight.lib.text.decoder import LM, DecodeResult, LexiconDecoder, Trie
 
 # flashlight is imported late: BACKEND must be readable without it.
 BACKEND = Backend(
@@ -144,9 +144,15 @@ class BeamSearch:
         hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
     ) -> None:
         self._model = model
+        self._ngram = self._scoring(model.ngram)
         self._hot = model.hot_trie(hot_words) if hot_words else None
         self._emissions = Emissions(settings)
         self.begin(settings)
+
+    @staticmethod
+    def _scoring(ngram: LM) -> LM:
+        """Return what scores the words during the search."""
+        return ngram
 
     def begin(self, settings: Settings | None = None) -> None:
         """Start a sentence and drop the current one."""
@@ -177,6 +183,7 @@ class BeamSearch:
         closing[0, SILENCE_ID] = 0.0
         before = self._decoder.get_best_hypothesis(0).emittingModelScore
         self._decode(closing)
+        self._before_end()
         self._decoder.decode_end()
         results = self._decoder.get_all_final_hypothesis()
         surplus = 0.0
@@ -184,9 +191,15 @@ class BeamSearch:
             # Every hypothesis was inside a word that could not end there, so the closing frame
             # changed no order. (No beam reaches across `_FORBIDDEN`: it is all of them or none.)
             surplus = _FORBIDDEN
-        found = [self._hypothesis(one, surplus) for one in results]
-        settings = self.settings
+        ranked = self._ranked([self._hypothesis(one, surplus) for one in results])
         self.begin()
+        return ranked
+
+    def _before_end(self) -> None:
+        """Do what is left to do before the sentence's last scores are added."""
+
+    def _ranked(self, found: list[Hypothesis]) -> tuple[Hypothesis, ...]:
+        settings = self.settings
         return rank(found, settings.acoustic_scale, settings.nbest, settings.lattice_beam)
 
     def _hypothesis(self, result: DecodeResult, surplus: float) -> Hypothesis:
@@ -245,5 +258,5 @@ class BeamSearch:
             criterion_type=CriterionType.CTC,
         )
         return LexiconDecoder(
-            options, self._model.trie, self._model.ngram, SILENCE_ID, BLANK_ID, -1, [], False
+            options, self._model.trie, self._ngram, SILENCE_ID, BLANK_ID, -1, [], False
         )

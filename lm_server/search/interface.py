@@ -27,6 +27,12 @@ ONLY_MAX_ACTIVE = "it keeps at most max_active hypotheses, all within the beam"
 OWN_WIDTH = "its default width is its own"
 """Why some searches have no presets."""
 
+NO_FUSION = dict.fromkeys(
+    ("fuse_weight", "fuse_frames", "fuse_hypotheses"),
+    "it cannot ask a large language model before the sentence is finished",
+)
+"""What most searches lack."""
+
 
 class BackendError(UserError, ValueError):
     """A search that does not exist, or that cannot do what is asked of it."""

@@ -22,6 +22,7 @@ from lm_server.protocol import CLASS_COUNT
 from lm_server.search.emissions import BLANK_ID, SILENCE_ID, Emissions
 from lm_server.search.hot_words import HotWord, check_hot_words
 from lm_server.search.interface import (
+    NO_FUSION,
     NO_HOT_WORDS,
     ONLY_MAX_ACTIVE,
     OWN_WIDTH,
@@ -38,7 +39,7 @@ BACKEND = Backend(
     install="pip install --no-deps pyctcdecode==0.5.0 pygtrie",
     # Wider ones take seconds per sentence.
     defaults=PRESETS["fast"],
-    lacks={"min_active": ONLY_MAX_ACTIVE, PRESET: OWN_WIDTH},
+    lacks={"min_active": ONLY_MAX_ACTIVE, PRESET: OWN_WIDTH, **NO_FUSION},
 )
 _WIDE_BEAM = 50.0
 _WIDE_ACTIVE = (100, 500)

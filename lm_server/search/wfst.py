@@ -16,7 +16,14 @@ from lm_server.hypothesis import Hypothesis
 from lm_server.lm.reader import ModelFolderError
 from lm_server.search.emissions import Emissions
 from lm_server.search.hot_words import HotWord
-from lm_server.search.interface import NO_HOT_WORDS, OWN_WIDTH, Backend, BackendError, next_frames
+from lm_server.search.interface import (
+    NO_FUSION,
+    NO_HOT_WORDS,
+    OWN_WIDTH,
+    Backend,
+    BackendError,
+    next_frames,
+)
 from lm_server.settings import PRESET, Settings
 
 # kaldifst and kaldi_decoder are imported late: BACKEND must be readable without them.
@@ -31,6 +38,7 @@ BACKEND = Backend(
         "lattice_beam": "it finds only the best sentence",
         "word_bonus": "its scores are those of the graph that it reads",
         PRESET: OWN_WIDTH,
+        **NO_FUSION,
         "silence_penalty": "the graph that it reads defines where a silence may be missing",
     },
 )

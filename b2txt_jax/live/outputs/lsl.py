@@ -27,7 +27,7 @@ class LslOutlet:
         """Send a sample."""
         if isinstance(event, Final):
             answer = event.answer
-            value: dict[str, Any] = {"event": "final", "id": event.id, "text": answer.sentence}
+            value: dict[str, Any] = {"event": "final", "id": event.id, "name": event.name}
             value |= {
                 "confidence": answer.confidence,
                 "words": [list(word) for word in answer.words],

@@ -125,7 +125,7 @@ def finetune(
         perplexities.append(_perplexity(model, held_out))
         console.print(f"epoch {epoch + 1}: perplexity {perplexities[-1]:.2f}")
         now = {name: one.detach().cpu().clone() for name, one in weights.items()}
-        if perplexities[-1] == min(perplexities):
+        if perplexities[-1] < min(perplexities[:-1]):
             best = now
         state = {"inputs": dict(inputs or {}), "perplexities": perplexities, "best": best}
         with replacing(unfinished) as temporary:

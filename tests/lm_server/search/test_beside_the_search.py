@@ -145,7 +145,7 @@ def opt(tmp_path_factory):
 
 def test_a_real_model_rescores_sentences_jobs_and_files(model_folder, opt, tmp_path):
     logits = [to_rnn_order(say(words)) for words in (["the", "cat"], ["a", "dog", "ran"])]
-    options = ["--llm", str(opt), "--llm-device", "cpu"]
+    options = ["--llm", str(opt), "--llm-device", "cpu", "--fuse", "--fuse-frames", "2"]
     # On a busy machine, the first sentence's rescoring takes longer than by default it may.
     patient = ["--rescore-seconds", "600"]
     with serving("--lm", str(model_folder), "--embedded-redis", *options, *patient) as server:

@@ -168,8 +168,7 @@ def calibrate(
 
     def tuned(new: list[Spoken], what: str, look: bool) -> tuple[Params, list[dict[str, Any]]]:
         drawn = dataclasses.replace(mixture, new=new)
-        moved, seen = moving.taken(params), []
-        moments = tuner.begin(moved)
+        (moved, moments), seen = tuner.begin(moving.taken(params)), []
         for step in range(settings.steps):
             batch = batch_of(drawn.rows(settings.seed, step, settings.rows), shape)
             share = cosine(step, settings.steps)

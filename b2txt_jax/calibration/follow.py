@@ -153,8 +153,7 @@ class Follower:
     def _steps(self, one: Spoken, earlier: Sequence[Spoken]) -> Moved:
         settings = self._settings
         old = min(len(earlier), round(_SHARE_OF_EARLIER * settings.rows))
-        moved = self.moved
-        moments = self._tuner.begin(moved)
+        moved, moments = self._tuner.begin(self.moved)
         for step in range(settings.steps):
             number = self._updates * settings.steps + step
             random = np.random.default_rng([0x666F6C, settings.seed, number])

@@ -87,9 +87,12 @@ class Tuner:
         """Programs compiled so far. It stays 1 for batches of one shape."""
         return int(self._step._cache_size())  # type: ignore[attr-defined]
 
-    def begin(self, moved: Moved) -> Any:
-        """Return fresh moments."""
-        return self._optimizer.init(moved)
+    def begin(self, moved: Moved) -> tuple[Moved, Any]:
+        """Return the values and fresh moments, placed so that no later step compiles anew."""
+        placed: tuple[Moved, Any] = jax.device_put(
+            (moved, self._optimizer.init(moved)), jax.devices()[0]
+        )
+        return placed
 
     def step(
         self, moved: Moved, moments: Any, params: Params, batch: Batch, number: int, share: float

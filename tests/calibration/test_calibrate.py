@@ -12,7 +12,7 @@ import pytest
 
 from b2txt_jax.calibration.calibrate import Material, Settings, calibrate, spoken
 from b2txt_jax.calibration.moving import moving_of, named
-from b2txt_jax.calibration.trials import batch_of, shape_for
+from b2txt_jax.calibration.trials import Mixture, Spoken, batch_of, shape_for
 from b2txt_jax.calibration.tune import Rates, Tuner
 from b2txt_jax.cli import main
 from b2txt_jax.config import load_config
@@ -86,8 +86,10 @@ def test_the_layer_starts_from_the_old_day_with_the_lowest_loss(workdir, written
     trials = spoken(reader, reader.trials([days[3]], "train"), 3)
     for day, found in report["start"]["losses"].items():
         loss, labels = 0.0, 0
-        for one in trials:
-            logits = run.logits(one.features, day)[None]
+        for one, found_of in zip(
+            trials, run.logits([one.features for one in trials], day), strict=True
+        ):
+            logits = found_of[None]
             frames, length = np.array([logits.shape[1]]), np.array([len(one.labels)])
             loss += float(ctc_loss(logits, frames, one.labels[None], length)[0])
             labels += len(one.labels)
@@ -107,15 +109,13 @@ def transformer(days):
     return Run(config, init_state(config, len(days)).params, 0)
 
 
-def test_without_day_layers_the_patch_embedding_moves_old_days_are_replayed_and_seeds_decide(
-    simulated, days
-):
+def test_without_day_layers_the_patch_embedding_moves_and_old_days_are_replayed(simulated, days):
     reader = open_folder(simulated / "hdf5_data_final")
     run = transformer(days[:3])
     old = [(reader, reader.trials([day], "train")) for day in days[:3]]
     new = spoken(reader, reader.trials([days[3]], "train")[:3], 3)
     material = Material(new, [], old)
-    settings = Settings(steps=2, rows=5, start="last")
+    settings = Settings(steps=1, rows=5, start="last")
     one, again = (calibrate(run, days[3], material, settings) for _ in range(2))
     moved = {
         name for name, value in named(one.params).items()
@@ -125,10 +125,18 @@ def test_without_day_layers_the_patch_embedding_moves_old_days_are_replayed_and_
     assert all(name.startswith("embed/") for name in moved)
     assert one.report["replayed_days"] == 3
     jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
-    other = calibrate(run, days[3], material, dataclasses.replace(settings, seed=1))
-    assert not np.array_equal(
-        other.params["embed"]["linear"]["weight"], one.params["embed"]["linear"]["weight"]
-    )
+
+
+def test_a_batch_is_a_function_of_seed_and_step_and_has_the_share_of_old_trials():
+    new, old = ([Spoken(day, np.zeros((1, 1)), np.ones(1), f"{day} {n}") for n in range(5)]
+                for day in (1, 0))  # fmt: skip
+    mixture = Mixture(new, [[lambda one=one: one for one in old]], 0.4)
+    rows = [one.name for one in mixture.rows(0, 3, 10)]
+    assert rows == [one.name for one in mixture.rows(0, 3, 10)]
+    assert rows != [one.name for one in mixture.rows(1, 3, 10)]
+    assert sum(name.startswith("0") for name in rows) == 4
+    epoch = [one.name for step in range(5) for one in Mixture(new, [], 0.4).rows(0, step, 2)]
+    assert sorted(epoch) == sorted([one.name for one in new] * 2)
 
 
 def test_steps_lower_the_loss_with_one_compiled_program(workdir, simulated, days):
@@ -136,11 +144,11 @@ def test_steps_lower_the_loss_with_one_compiled_program(workdir, simulated, days
     trials = spoken(reader, reader.trials([days[2]], "train"), 2)[:4]
     moving = moving_of(run.config, 2)
     tuner = Tuner(run.config, moving, Rates(0.003, 0.0), seed=0, dropout=False)
-    moved = moving.taken(run.params)
-    moments, losses = tuner.begin(moved), []
+    params = jax.device_put(run.params, jax.devices()[0])
+    (moved, moments), losses = tuner.begin(moving.taken(params)), []
     for step in range(6):
         batch = batch_of(trials, shape_for(trials, 4))
-        moved, moments, loss = tuner.step(moved, moments, run.params, batch, step, 1.0)
+        moved, moments, loss = tuner.step(moved, moments, params, batch, step, 1.0)
         losses.append(loss)
     assert losses[-1] < losses[0]
     assert tuner.programs == 1

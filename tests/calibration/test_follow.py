@@ -71,9 +71,11 @@ def test_the_change_against_the_trained_values_stays_within_the_bound(run):
 
 
 def test_steps_that_raise_the_loss_of_this_or_earlier_sentences_are_taken_back(run):
-    wild = Follower(run, 1, dataclasses.replace(STRONG, day_rate=100.0, bound=1e6))
-    done = wild.update(features(0), LABELS)
-    assert (done.kept, wild.change) == (False, 0.0)
+    uphill = Follower(run, 1, dataclasses.replace(STRONG, day_rate=-0.01))
+    done = uphill.update(features(0), LABELS)
+    assert done.loss_after > done.loss_before
+    assert (done.kept, done.why) == (False, "the loss of the sentence did not fall")
+    assert uphill.change == 0
     follower = Follower(run, 1, STRONG)
     first = follower.update(features(0), LABELS)
     before = follower.moved

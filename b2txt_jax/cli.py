@@ -35,7 +35,6 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     ),
     "convert": ("b2txt_jax.interop.convert", "weights from and to other formats", True),
     "infer": ("b2txt_jax.inference.logits", "write a trained run's logits to a file", True),
-    "brand-node": ("b2txt_jax.live.brand", "live decoding as a node of BRAND", False),
     "ensemble": ("b2txt_jax.inference.ensemble", "average the logits of several runs", True),
     "evaluate": ("b2txt_jax.evaluation.command", "PER and WER of a trained run", True),
     "report": ("b2txt_jax.evaluation.report.command", "one page about runs", False),
@@ -46,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "submit": ("b2txt_jax.evaluation.submit", "a checked submission to a benchmark", False),
     "calibrate": ("b2txt_jax.calibration.command", "add a recording day to a trained model", True),
     "stream": ("b2txt_jax.live.command", "bins in, words out: decode live or replay", True),
+    "brand-node": ("b2txt_jax.live.brand", "live decoding as a node of BRAND", False),
 }
 
 

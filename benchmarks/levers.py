@@ -217,17 +217,21 @@ def main() -> None:
     args = parser.parse_args()
     root = args.data / "hdf5_data_final"
     days = sum(1 for one in root.iterdir() if one.is_dir())
+    wanted = list(LEVERS if args.list else args.levers)
+    wanted += [LEVERS[name].flops_of for name in wanted if LEVERS[name].flops_of]
     configs = {
         name: load_config(
             LEVERS[name].config,
             [f"--config.{pair}" for pair in LEVERS[name].settings],
         )
-        for name in LEVERS
+        for name in wanted
     }
     work = {name: gflop_per_trial(config, days) for name, config in configs.items()}
     steps = {
-        name: round(args.steps * (work[lever.flops_of] / work[name] if lever.flops_of else 1))
-        for name, lever in LEVERS.items()
+        name: round(
+            args.steps * (work[LEVERS[name].flops_of] / work[name] if LEVERS[name].flops_of else 1)
+        )
+        for name in work
     }
     if args.list:
         for name, lever in LEVERS.items():

@@ -8,6 +8,7 @@ training steps with those of the CPU. The exit status is 1 if something disagree
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -110,24 +111,20 @@ def _checks(devices: list[Any], thorough: bool) -> Iterator[tuple[str, Callable[
         return _limits(device, dtype, limits)
 
     for name, compare in kernels.comparisons(device, thorough):
-        yield name, lambda compare=compare: _compared(compare())
+        yield name, functools.partial(_compared, compare)
     yield "product and memory", speed_limits
     for recipe in (steps.SMALL, *(steps.FULL if thorough else ())):
         rest = steps.compared_steps(recipe, devices, tuple(dict.fromkeys(("float32", dtype))))
         for one in dict.fromkeys(("float32", dtype)):
             name = f"{steps.STEPS} steps of {recipe.config}, {one}"
-            yield name, lambda name=name, rest=rest: _stepped(name, next(rest))
+            yield name, functools.partial(_stepped, name, rest)
     for recipe in steps.TIMED if thorough else (steps.SMALL,):
         name = f"speed of {recipe.config}, {dtype}"
-        yield (
-            name,
-            lambda name=name, recipe=recipe: _speed(
-                name, steps.speed(recipe, devices, dtype), devices, limits
-            ),
-        )
+        yield name, functools.partial(_speed, name, recipe, devices, dtype, limits)
 
 
-def _compared(comparison: Any) -> Result:
+def _compared(compare: Callable[[], Any]) -> Result:
+    comparison = compare()
     errors = comparison.errors
     worst = max(errors, key=lambda key: (errors[key] != errors[key], errors[key]))
     figures = {"errors": errors, "bound": comparison.bound}
@@ -139,7 +136,8 @@ def _compared(comparison: Any) -> Result:
     return Finding(comparison.name, "problem", found, _ADVICE), figures
 
 
-def _stepped(name: str, steps: Any) -> Result:
+def _stepped(name: str, comparisons: Iterator[Any]) -> Result:
+    steps = next(comparisons)
     figures = {"found": steps.found, "cpu": steps.wanted, "bound": steps.bound}
 
     def shown(values: dict[str, list[float]]) -> str:
@@ -173,9 +171,13 @@ def _limits(device: Any, dtype: str, limits: dict[str, float]) -> Result:
     return Finding(name, "ok", found), figures
 
 
-def _speed(name: str, speed: Any, devices: list[Any], limits: dict[str, float]) -> Result:
+def _speed(
+    name: str, recipe: Any, devices: list[Any], dtype: str, limits: dict[str, float]
+) -> Result:
+    from b2txt_jax.check_device import steps
     from b2txt_jax.check_device.limits import chip_of
 
+    speed = steps.speed(recipe, devices, dtype)
     chip = chip_of(devices[0])
     # All devices of a CPU are the same cores.
     count = 1 if devices[0].platform == "cpu" else len(devices)

@@ -90,7 +90,7 @@ def _recurrence(
         "bias": normal(0.3, 3 * hidden),
     }
     cotangent = normal(1, frames, rows, hidden)
-    run = gru_recurrence
+    run: Callable[..., jax.Array] = gru_recurrence
     if kind == "pallas":
         run = functools.partial(gru_recurrence_pallas, interpret=device.platform != "tpu")
 
@@ -99,7 +99,7 @@ def _recurrence(
         return run(projected.astype(compute), *rest, compute, jnp.asarray(begins))
 
     found = _values_and_gradients(states, inputs, cotangent, device)
-    wanted = exact.gru(*inputs.values(), begins, cotangent)
+    wanted = exact.gru(**inputs, begins=begins, d_states=cotangent)
     return Comparison(name, _errors(found, wanted), BOUNDS[dtype])
 
 
@@ -122,7 +122,7 @@ def _wavefront(name: str, device: jax.Device, dtype: str) -> Comparison:
         return wavefront(first, h0, Stack(*stack), compute, begins=jnp.asarray(begins))
 
     found = _values_and_gradients(states, inputs, cotangent, device)
-    wanted = exact.gru_stack(*inputs.values(), begins, cotangent)
+    wanted = exact.gru_stack(**inputs, begins=begins, d_states=cotangent)
     return Comparison(name, _errors(found, wanted), BOUNDS[dtype])
 
 

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt brand-node` until SIGINT."""
     node = brand.Node.from_arguments(args)
     try:
-        found = node.first_parameters()
+        found: dict[str, Any] | None = node.first_parameters()
         while found is not None:
             found = _decode(node, parameters_of(found, node.nickname))
     except Exception as error:

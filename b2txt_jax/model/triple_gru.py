@@ -39,6 +39,7 @@ from b2txt_jax.model.gru.baseline import (
     stacked,
 )
 from b2txt_jax.model.gru.recurrence import recurrence
+from b2txt_jax.model.gru.scan import carried_recurrence
 from b2txt_jax.model.gru.wide import spread, wide_recurrence
 from b2txt_jax.model.interface import (
     DATA,
@@ -163,11 +164,17 @@ class NoiseStack(nnx.Module):
     def stream(self, x: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Run the layers without dropout from `states`, float32 [layers, B, H]. Return the last
         layer's states [P, B, H] and all states after the last frame."""
-        after = []
+        after, gates = [], 3 * self.units
         for layer in range(self.model.noise_layers):
             weight, bias = getattr(self, f"weight_hh_l{layer}"), getattr(self, f"bias_hh_l{layer}")
             projected = self._project(x, layer, dtype)
-            x, last = wide_recurrence(projected, states[layer], weight[...], bias[...], dtype)
+            x, last = carried_recurrence(
+                projected.reshape(*projected.shape[:2], gates),
+                states[layer],
+                weight[...].reshape(gates, self.units),
+                bias[...].reshape(gates),
+                dtype,
+            )
             after.append(last)
         return x, jnp.stack(after)
 

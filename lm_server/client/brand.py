@@ -30,8 +30,16 @@ class BrandError(UserError, ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that BRAND's supervisor gives to every node."""
     parser.add_argument("-n", "--nickname", required=True, help="of the node in its graph")
-    parser.add_argument("-i", "--redis_host", default="127.0.0.1", metavar="HOST")
-    parser.add_argument("-p", "--redis_port", type=int, default=6379, metavar="PORT")
+    parser.add_argument(
+        "-i",
+        "--redis_host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="of the graph's Redis (default 127.0.0.1)",
+    )
+    parser.add_argument(
+        "-p", "--redis_port", type=int, default=6379, metavar="PORT", help="of it (default 6379)"
+    )
     parser.add_argument("-s", "--redis_socket", metavar="PATH", help="used instead where given")
 
 

@@ -154,7 +154,10 @@ def test_preemption_saves_says_so_exits_0_and_goes_on_bit_identical(
     assert losses(tmp_path) == uninterrupted(stopped + 3, devices, processes)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 0)],
+)
 def test_a_signal_during_compilation_ends_training_without_waiting_for_the_compiler(
     number, status, tiny_overrides, tmp_path
 ):
@@ -233,6 +236,7 @@ def failing(workdir, overrides, **options):
     return message
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
     tiny_overrides, uninterrupted, two_steps, small_disk
 ):

@@ -112,7 +112,7 @@ def shared(trials, rules, shape=None):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gru", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_five_steps_are_those_of_trials_alone_with_noise_and_dropout(name):
     config = config_of(MODELS[name])
     rules = packing_rules(config, DAYS, 1)
@@ -245,6 +245,7 @@ def test_with_lengths_like_the_recordings_a_fifth_at_most_of_what_is_computed_is
     assert len(found[True].share) <= 3
 
 
+@pytest.mark.slow
 def test_a_packed_run_has_the_losses_of_the_same_run_with_one_trial_a_row(tiny_overrides, tmp_path):
     keys = [
         "--config.data.trials_per_day=2",

@@ -139,6 +139,7 @@ for devices in (1, 8):
 """
 
 
+@pytest.mark.slow
 def test_twenty_steps_on_eight_devices_that_share_the_moments_have_the_losses_of_one():
     command = [sys.executable, "-c", TWENTY_STEPS]
     found = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=True)

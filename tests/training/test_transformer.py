@@ -45,6 +45,7 @@ def run(overrides, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_losses_of_a_whole_one(overrides, run, tmp_path):
     train_here(tmp_path, overrides)
     np.testing.assert_allclose(losses(run), losses(tmp_path), rtol=1e-6)

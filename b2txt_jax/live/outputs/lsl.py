@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from b2txt_jax.live.events import Chosen, Final, Happening
 from b2txt_jax.live.sources.lsl import pylsl, split_url
@@ -26,7 +27,7 @@ class LslOutlet:
         """Send a sample."""
         if isinstance(event, Final):
             answer = event.answer
-            value = {"event": "final", "id": event.id, "text": answer.sentence}
+            value: dict[str, Any] = {"event": "final", "id": event.id, "name": event.name}
             value |= {
                 "confidence": answer.confidence,
                 "words": [list(word) for word in answer.words],

@@ -33,6 +33,7 @@ class Publisher:
         if isinstance(event, Final):
             fields = {
                 "event": "final",
+                "name": event.name,
                 "text": event.answer.sentence,
                 "confidence": str(event.answer.confidence or ""),
                 "words": json.dumps([list(word) for word in event.answer.words]),

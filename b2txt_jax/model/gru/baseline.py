@@ -25,8 +25,8 @@ from b2txt_jax.config import ConfigError, ModelSettings, setting
 from b2txt_jax.model import dropout
 from b2txt_jax.model.day_layer import day_layer
 from b2txt_jax.model.gru.recurrence import KINDS, along_wavefront, recurrence
+from b2txt_jax.model.gru.scan import carried_recurrence
 from b2txt_jax.model.gru.wavefront import Stack, wavefront
-from b2txt_jax.model.gru.wide import wide_recurrence
 from b2txt_jax.model.interface import (
     MODEL,
     Bins,
@@ -202,16 +202,13 @@ class GRUStack(nnx.Module):
     def stream(self, projected: Array, states: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
         """Run the layers without dropout from `states`, float32 [layers, B, H]. Return the last
         layer's states [P, B, H] and all states after the last frame."""
-        x, after, units = projected, [], self.model.units
+        x, after = projected, []
         for layer in range(self.layers):
             weight_ih, weight_hh, bias_ih, bias_hh = self._parameters(layer)
             x = linear(x, weight_ih, dtype) if layer else x
-            x, last = wide_recurrence(
-                (x + bias_ih).astype(dtype).reshape(*x.shape[:2], 3, units),
-                states[layer],
-                weight_hh.reshape(3, units, units),
-                bias_hh.reshape(3, units),
-                dtype,
+            # The weight as it lies: in another layout each chunk would copy it.
+            x, last = carried_recurrence(
+                (x + bias_ih).astype(dtype), states[layer], weight_hh, bias_hh, dtype
             )
             after.append(last)
         return x, jnp.stack(after)

@@ -73,6 +73,24 @@ def gru_recurrence(
     return jax.lax.scan(step, h0, (projected, begins))[1]
 
 
+def carried_recurrence(
+    projected: jax.Array, h0: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Run the recurrence over the few frames of a stream's chunk, without a backward pass.
+
+    Returns:
+      States after each frame, [P, B, H] of `dtype`, and the last one, float32 [B, H].
+    """
+
+    def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, z, n, _ = _gates(x, h, weight, bias, dtype)
+        h = (1 - z) * n + z * h
+        return h, h.astype(dtype)
+
+    last, states = jax.lax.scan(step, h0, projected)
+    return states, last
+
+
 def _forward(
     projected: jax.Array,
     h0: jax.Array,

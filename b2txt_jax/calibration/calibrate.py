@@ -42,11 +42,11 @@ class Settings:
     start: str = "nearest"
     adapt: str | None = None
     """See `moving_of`."""
-    steps: int = 100
+    steps: int = 40
     rows: int = 16
     replay: float = 0.4
     day_rate: float = 0.001
-    shared_rate: float = 0.0003
+    shared_rate: float = 0.0001
     seed: int = 0
 
     def check(self) -> None:

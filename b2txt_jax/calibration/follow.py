@@ -50,7 +50,7 @@ class FollowSettings:
     """For each sentence."""
     rows: int = 8
     """Copies of the sentence, and earlier ones, of a step."""
-    day_rate: float = 0.0003
+    day_rate: float = 0.001
     shared_rate: float = 0.00003
     bound: float = 0.5
     """Largest norm of the change against the trained values, as a share of their norm."""
@@ -157,7 +157,9 @@ class Follower:
         for step in range(settings.steps):
             number = self._updates * settings.steps + step
             random = np.random.default_rng([0x666F6C, settings.seed, number])
-            drawn = random.choice(len(earlier), old, replace=False) if old else []
+            drawn: list[int] = (
+                random.choice(len(earlier), old, replace=False).tolist() if old else []
+            )
             rows = [*[one] * (settings.rows - old), *(earlier[i] for i in drawn)]
             batch = batch_of(rows, self._shape(rows))
             moved, moments, _ = self._tuner.step(moved, moments, self._params, batch, number, 1.0)
@@ -236,7 +238,7 @@ class Kept:
         """Write the values of an update. Of older ones the last ten stay."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self.updates + 1:06d}.npz"
-        values = {name: np.asarray(value) for name, value in moved.items()}
+        values: dict[str, Any] = {name: np.asarray(value) for name, value in moved.items()}
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, model=np.asarray(self._fingerprint), **values)
         for old in self._files()[: -_KEPT - 1]:

@@ -118,6 +118,6 @@ class Mixture:
             order = np.random.default_rng([0x65706F, seed, epoch]).permutation(len(self.new))
             found.append(self.new[order[at]])
         for _ in range(old):
-            day = self.days[random.integers(len(self.days))]
-            found.append(day[random.integers(len(day))]())
+            day = self.days[int(random.integers(len(self.days)))]
+            found.append(day[int(random.integers(len(day)))]())
         return found

@@ -123,7 +123,7 @@ class Following:
             self._follower.forget_last()
             self._kept.undo(1)
             self.kept -= 1
-            self._last_kept = ""
+            self._model.renew(jax.block_until_ready(self._follower.params))
         try:
             labels = sentence_to_ids(normalise(job.text).split())
         except ValueError as error:
@@ -135,8 +135,9 @@ class Following:
         self.seen += 1
         before = self._follower.moved
         done = self._follower.update(np.asarray(job.final.features), labels)
+        self._last_kept = id_ if done.kept else ""
         if done.kept:
-            self._before, self._last_kept = before, id_
+            self._before = before
             self.kept += 1
             self._kept.save(self._follower.moved)
         self._model.renew(jax.block_until_ready(self._follower.params))

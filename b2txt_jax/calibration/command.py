@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=STARTS,
         default=_DEFAULTS.start,
         help="where the new day's layer begins: at the old day with which the new sentences have "
-        "the lowest loss (default), at the mean of the old days, at the last",
+        "the lowest loss, at the mean of the old days, at the last (default nearest)",
     )
     option(
         "--adapt",

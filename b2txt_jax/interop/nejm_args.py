@@ -139,7 +139,7 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 _BUCKETS = ((600, 64), (800, 80), (1000, 100), (1200, 120), (1600, 160), (2560, 500))
 """(bins, labels), as in configs/nejm_baseline.py. They fit every published trial."""
-_SAVE_EVERY = 1_000
+_SAVE_EVERY, _SAVE_SECONDS = 1_000, 60.0
 """Steps between latest checkpoints. The published trainer keeps none."""
 
 
@@ -413,7 +413,7 @@ def _as_config(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         "signal": {"eval_padding": "same"},
         "model": {"day_layer": True, "dtype": "auto" if values[_AMP] else "float32"},
         "optimizer": {},
-        "train": {"save_every": _SAVE_EVERY},
+        "train": {"save_every": _SAVE_EVERY, "save_seconds": _SAVE_SECONDS},
     }
     for path, key, _ in _SAME:
         section, name = key.split(".")

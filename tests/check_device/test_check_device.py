@@ -145,17 +145,20 @@ def test_nan_disagrees():
     assert not steps.Steps("float32", {"losses": [1.0, float("nan")]}, values, 1.0).agrees
     assert (
         "states is nan"
-        in command._compared(kernels.Comparison("one", {"loss": 0.5, "states": float("nan")}, 1.0))[
-            0
-        ].found
+        in command._compared(
+            lambda: kernels.Comparison("one", {"loss": 0.5, "states": float("nan")}, 1.0)
+        )[0].found
     )
 
 
 def test_steps_with_another_gradient_are_named():
     wanted = {"losses": [39.1, 35.2], "gradient norms": [9.0, 8.0]}
-    assert command._stepped("a", steps.Steps("float32", wanted, wanted, 2e-4))[0].status == "ok"
+    assert (
+        command._stepped("a", iter([steps.Steps("float32", wanted, wanted, 2e-4)]))[0].status
+        == "ok"
+    )
     other = wanted | {"gradient norms": [9.0, 8.01]}
-    finding = command._stepped("a", steps.Steps("float32", other, wanted, 2e-4))[0]
+    finding = command._stepped("a", iter([steps.Steps("float32", other, wanted, 2e-4)]))[0]
     assert finding.status == "problem"
     assert "norms 9, 8.01; needed within 0.0002 of the CPU's losses 39.1, 35.2" in finding.found
 

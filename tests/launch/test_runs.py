@@ -233,7 +233,8 @@ def test_stop_saves_and_train_goes_on_with_data_of_this_machine(cloud, tmp_path)
     assert f"doctor asked with {cloud.folder}/vms/0" in asked
     assert asked.endswith("--config configs/demo.py --config.data.workers=1\n")
     checked = cloud.run("check-device", "--", "--thorough").stdout
-    assert f"checked with --json {cloud.workdir}/check_device_" in checked
+    bucket = cloud.folder / "vms/0/b2txt_bucket"
+    assert f"checked with --json {bucket}/runs/first/check_device_" in checked
     assert checked.endswith(".json --thorough\n")
     assert cloud.run("stop").returncode == 0
     step = int((cloud.workdir / "step").read_text())

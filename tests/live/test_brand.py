@@ -129,9 +129,11 @@ def test_marks_and_bins_keep_the_order_in_which_redis_received_them(client, live
     )
     values = np.array([3, -4], np.int8)
     feature(client, "features", values, 0)
+    time.sleep(0.003)
     client.xadd("marks", {"mark": "begin", "name": "x"})
     feature(client, "features", values, 1)
     client.xadd("marks", {"mark": "end"})
+    time.sleep(0.003)
     feature(client, "features", values[:1], 2)
     found = []
     while events := source.read(0.05):

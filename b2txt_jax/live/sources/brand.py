@@ -87,18 +87,21 @@ class BrandStream:
             return
         self._backoff.worked()
         now = time.monotonic()
-        entries = [
-            (parse_id(id_), text(name), id_, fields)
-            for name, listed in found
-            for id_, fields in listed
-        ]
-        # Two streams in the order in which Redis received their entries.
-        for _, name, id_, fields in sorted(entries, key=lambda one: one[0]):
+        entries = [(text(name), id_, fields) for name, listed in found for id_, fields in listed]
+        for name, id_, fields in sorted(entries, key=self._place):
             self._seen[name] = id_
             if name == self._where.marks:
                 self._mark(fields)
             else:
                 self._bins(fields, now)
+
+    def _place(self, entry: tuple[str, Any, dict[bytes, bytes]]) -> tuple[int, int, int]:
+        """Order the entries of both streams by time. Ids say nothing of the order within one
+        millisecond: a sentence begins before its bins, and ends after them."""
+        name, id_, fields = entry
+        milliseconds, number = parse_id(id_)
+        rank = 1 if name == self._where.stream else 2 * (fields.get(b"mark") == b"end")
+        return milliseconds, rank, number
 
     def _mark(self, fields: dict[bytes, bytes]) -> None:
         mark = fields.get(b"mark", b"")

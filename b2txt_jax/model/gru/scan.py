@@ -87,7 +87,7 @@ def carried_recurrence(
         h = (1 - z) * n + z * h
         return h, h.astype(dtype)
 
-    last, states = jax.lax.scan(step, h0, projected)
+    last, states = jax.lax.scan(step, h0.astype(jnp.float32), projected)
     return states, last
 
 

@@ -10,7 +10,7 @@ from lm_server.protocol import LM_CLASSES, SILENCE
 from lm_server.search.hot_words import MAX_HOT_WORDS, HotWord, HotWordError
 from lm_server.search.interface import BackendError
 from lm_server.search.load import load_model
-from lm_server.settings import Settings
+from lm_server.settings import PRESETS, Settings
 
 ZADIE = ("Z", "EY", "D", "IY")
 
@@ -99,8 +99,10 @@ def test_more_wanted_words_said_alike_than_a_trie_node_was_made_for(model):
 def test_a_phoneme_said_twice_in_a_hot_word_needs_its_two_sounds(flashlight):
     hot = {"aah": HotWord(9.0, (("AA", "AA", "T"),))}
     once, twice = spoken(["AA", "T"]), spoken(["AA", "AA", "T"])
-    assert sentence(flashlight.search(Settings(beam=100.0), hot), twice) == "aah"
-    assert sentence(flashlight.search(Settings(beam=100.0), hot), once) != "aah"
+    # A search of all classes finds it as the best of bad ones: no other word sounds so.
+    narrow = Settings(**PRESETS["fast"])
+    assert sentence(flashlight.search(narrow, hot), twice) == "aah"
+    assert sentence(flashlight.search(narrow, hot), once) != "aah"
 
 
 def test_hot_words_with_no_pronunciation_given_are_said_by_rule(model):

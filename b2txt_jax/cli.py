@@ -43,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "consensus": ("b2txt_jax.evaluation.consensus", "one sentence of several systems", False),
     "export-model": ("b2txt_jax.sharing.export", "a model to share, as a folder", False),
     "submit": ("b2txt_jax.evaluation.submit", "a checked submission to a benchmark", False),
+    "calibrate": ("b2txt_jax.calibration.command", "add a recording day to a trained model", True),
     "stream": ("b2txt_jax.live.command", "bins in, words out: decode live or replay", True),
     "brand-node": ("b2txt_jax.live.brand", "live decoding as a node of BRAND", False),
 }

@@ -8,10 +8,11 @@ from b2txt_jax.config import SignalConfig
 from b2txt_jax.data.hdf5 import Hdf5Reader
 from b2txt_jax.data.normalised import NormalisedReader
 from b2txt_jax.data.packed import PackedReader
+from b2txt_jax.data.sentence_log import SentenceLogReader
 from b2txt_jax.data.trial import DEFAULT_FEATURES, Reader, existing_folder
 from b2txt_jax.signal.rolling import changes
 
-FORMATS: tuple[type[Reader], ...] = (PackedReader, Hdf5Reader)
+FORMATS: tuple[type[Reader], ...] = (PackedReader, SentenceLogReader, Hdf5Reader)
 """In the order of asking. The last one is the published layout, which also reports empty folders.
 
 A new format is one file with a `Reader` and one entry here.

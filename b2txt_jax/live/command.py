@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from b2txt_jax.calibration.follow import Follower, FollowSettings, Kept, adapted_folder
 from b2txt_jax.data.normalised import NormalisedReader
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import SPLITS, TrialRef
@@ -31,6 +32,7 @@ from b2txt_jax.evaluation.command import language_model
 from b2txt_jax.evaluation.decoder_settings import settings_in_use
 from b2txt_jax.inference.run import CHANGEABLE, Run, add_weights_argument, load_run
 from b2txt_jax.live.events import Final, Happening, Output, Problem
+from b2txt_jax.live.following import Following
 from b2txt_jax.live.intake import Intake
 from b2txt_jax.live.model import LiveModel
 from b2txt_jax.live.outputs.log import SentenceLog
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llm", metavar="DIR", help="with --lm: rescore final sentences with this language model"
     )
-    source = parser.add_argument_group("source").add_mutually_exclusive_group(required=True)
+    source = parser.add_argument_group("source").add_mutually_exclusive_group()
     source.add_argument("--replay", metavar="SESSION", help="of the run's data, as if it were now")
     source.add_argument(
         "--source",
@@ -107,6 +109,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with signal.rolling_seconds: read at the start and written at the end (default "
         f"WORKDIR/{STATISTICS_FILE}; where it is not there, those of the last recorded session)",
+    )
+    following = parser.add_argument_group("self-calibration (docs/calibration.md)")
+    following.add_argument(
+        "--adapt",
+        nargs="?",
+        const="auto",
+        choices=("auto", "day", "patch"),
+        help="learn from certain and chosen sentences: move the day's layer or the patch "
+        "embedding between sentences (default off; auto: day where the model has layers of days)",
+    )
+    following.add_argument(
+        "--adapt-confidence",
+        type=float,
+        default=FollowSettings.confidence,
+        help=f"of a sentence that is certain, 0 to 1 (default {FollowSettings.confidence:g}); "
+        "above 1: only chosen ones count",
+    )
+    following.add_argument(
+        "--adapt-bound",
+        type=float,
+        default=FollowSettings.bound,
+        help="largest change against the trained values, as a share of their norm (default "
+        f"{FollowSettings.bound:g})",
+    )
+    following.add_argument(
+        "--undo",
+        nargs="?",
+        const="1",
+        metavar="N",
+        help="take back the last N updates (default 1), or all, and end",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -145,8 +177,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `b2txt stream`."""
-    speed = _checked(args)
     console = Console()
+    if args.undo is not None:
+        return _undo(args, console)
+    speed = _checked(args)
     trained = load_run(args.workdir, args.overrides, args.weights)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     scores = _Scores()
@@ -155,6 +189,7 @@ def run(args: argparse.Namespace) -> int:
         day = args.day or (args.replay if args.replay in trained.sessions else None)
         model = LiveModel(trained, day, args.chunk_frames)
         outputs = _outputs(args, console, commands, stack)
+        following = _following(args, trained, model, math.isfinite(speed), stack)
         options = ["--llm", args.llm] if args.llm else []
         options = settings_in_use(trained, args.lm, options).options(options)
         server = functools.partial(language_model, args.redis, args.lm, options=options)
@@ -177,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
             intake,
             model,
             words,
-            [*outputs, scores],
+            [*outputs, scores, *([following] if following else [])],
             args.sentences,
             args.silence,
             commands,
@@ -186,6 +221,13 @@ def run(args: argparse.Namespace) -> int:
             threading.Thread(target=_keys, args=(commands,), name="keys", daemon=True).start()
         with stopped_by_signals(commands):
             session.run()
+        if following is not None:
+            following.close()
+            console.print(
+                f"self-calibration: {following.kept} updates kept of {following.seen} sentences "
+                "used; `b2txt stream --undo` takes them back",
+                soft_wrap=True,
+            )
         live = args.source is not None or args.statistics is not None
         if live and trained.config.signal.rolling_seconds > 0:
             write_statistics(_statistics_file(args), intake.statistics)
@@ -210,6 +252,13 @@ def _checked(args: argparse.Namespace) -> float:
         if value is not None and not value >= least:
             option = name.replace("_", "-")
             raise StreamError(f"--{option} is {value:g}; needed at least {least:g}")
+    if args.replay is None and args.source is None:
+        raise StreamError("needed --replay SESSION, or --source URL")
+    if args.adapt and not (args.adapt_confidence >= 0 and args.adapt_bound > 0):
+        raise StreamError(
+            f"--adapt-confidence is {args.adapt_confidence:g} and --adapt-bound is "
+            f"{args.adapt_bound:g}; needed at least 0, and more than 0"
+        )
     if (args.redis is None) == (args.lm is None):
         raise StreamError(
             "needed --lm DIR, of which a server is started, or --redis URL, where one listens "
@@ -220,6 +269,36 @@ def _checked(args: argparse.Namespace) -> float:
     if args.summary is not None:
         require_writable(args.summary, "--summary")
     return speed
+
+
+def _undo(args: argparse.Namespace, console: Console) -> int:
+    """Take back what was learned while decoding."""
+    if args.undo != "all" and not (args.undo.isdigit() and int(args.undo) > 0):
+        raise StreamError(f"--undo is {args.undo!r}; needed a number of updates, or all")
+    trained = load_run(args.workdir, args.overrides, args.weights)
+    day = trained.sessions[trained.day_index(args.day)] if args.day else trained.sessions[-1]
+    kept = Kept(adapted_folder(args.workdir, day), trained)
+    left = kept.undo(None if args.undo == "all" else int(args.undo))
+    console.print(f"{day}: {left} updates are left", soft_wrap=True)
+    return 0
+
+
+def _following(
+    args: argparse.Namespace, trained: Run, model: LiveModel, background: bool, stack: ExitStack
+) -> Following | None:
+    """Return the output that moves the model, if it is asked for."""
+    if args.adapt is None:
+        return None
+    settings = FollowSettings(
+        adapt=None if args.adapt == "auto" else args.adapt,
+        confidence=args.adapt_confidence,
+        bound=args.adapt_bound,
+    )
+    follower = Follower(trained, trained.day_index(model.day), settings)
+    kept = Kept(adapted_folder(args.workdir, model.day), trained)
+    found = Following(model, follower, kept, settings.confidence, background)
+    stack.callback(found.close)
+    return found
 
 
 def _statistics_file(args: argparse.Namespace) -> Path:

@@ -20,8 +20,9 @@ _MOST_BINS = 10_000
 class LiveModel:
     """Smoothing and a model's stream in one compiled program per chunk size.
 
-    Chunk by chunk, its logits are those of `Run.logits` for the whole trial. `params` may be
-    replaced between sentences by others of the same shapes, without a new compilation.
+    Chunk by chunk, its logits are those of `Run.logits` for the whole trial. `renew`
+    replaces the parameters between sentences by others of the same shapes, without a new
+    compilation.
     """
 
     def __init__(self, run: Run, day: str | None = None, chunk_frames: int = 1) -> None:
@@ -38,6 +39,7 @@ class LiveModel:
         """
         self.day = day or run.sessions[-1]
         self.params: Params = jax.device_put(run.params)
+        self._next: Params | None = None
         self._day = jnp.full(1, run.day_index(self.day), jnp.int32)
         model = make_model(run.config.model, run.config.data.feature_count, len(run.sessions))
         self._features = run.config.data.feature_count
@@ -91,8 +93,15 @@ class LiveModel:
         self.finish()
         self.begin()
 
+    def renew(self, params: Params) -> None:
+        """Use other parameters from the next sentence on. Another thread may call this."""
+        self._next = params
+
     def begin(self) -> None:
         """Forget the sentence."""
+        following, self._next = self._next, None
+        if following is not None:
+            self.params = following
         self._waiting: list[np.ndarray] = []
         self._bins = self._emitted = self._taken = 0
         self._carried: Any = None

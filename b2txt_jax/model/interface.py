@@ -68,6 +68,10 @@ class Model(abc.ABC):
     """The frozen dataclass that the section `model` of a configuration is checked against."""
     sharding: ClassVar[Rules] = ()
     """Which parameters devices share. One without a rule is whole on every device."""
+    embedding: ClassVar[str] = ""
+    """Regular expression for the paths of the parameters that make frames of patches of bins. They
+    are what calibration moves where days have no layers of their own. Empty: it moves everything.
+    """
     variant: str = "auto"
     """Which of `variants` the settings ask for."""
     frame_bins: int = 0
@@ -149,6 +153,11 @@ class Model(abc.ABC):
         optimizer's day_* settings, and rows of days that a batch has not are left alone.
         """
         return "biases" if path.split("/")[-1].startswith("bias") or leaf.ndim < 2 else "weights"
+
+    def is_embedding(self, path: str) -> bool:
+        """Return whether a parameter makes frames of patches, by its path such as
+        `gru/weight_ih_l0`."""
+        return bool(self.embedding) and re.fullmatch(self.embedding, path) is not None
 
     def variants(self) -> dict[str, ModelSettings]:
         """Return settings that compute the same in other ways, by name, for `b2txt compile

@@ -209,6 +209,7 @@ class Transformer(Model):
     """The causal Transformer."""
 
     Settings = TransformerSettings
+    embedding: ClassVar[str] = r"(clean/)?embed/.*"
     sharding: ClassVar[Rules] = (
         (r"day/weight", P(None, None, MODEL)),
         (r"day/bias", P(None, MODEL)),

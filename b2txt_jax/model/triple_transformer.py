@@ -61,6 +61,7 @@ class TripleTransformer(AdversarialModel):
     """A noise model in front of the Transformer, and its adversary."""
 
     Settings = TripleTransformerSettings
+    embedding: ClassVar[str] = Transformer.embedding
     sharding: ClassVar[Rules] = (*NOISE_SHARDING, *Transformer.sharding)
 
     def __init__(self, settings: Any, features: int, days: int) -> None:

@@ -36,7 +36,7 @@ class StepKeys(NamedTuple):
     """Random keys of one step, by what they are for."""
 
     augment: jax.Array
-    dropout: jax.Array
+    dropout: jax.Array | None
 
 
 class StepMetrics(NamedTuple):
@@ -193,16 +193,20 @@ def _apart(batch: Batch, model: Model) -> _Apart:
     return _Apart(labels, length, there.reshape(-1), frames_of_rows, of_rows)
 
 
-def make_train_step(
-    config: Config, days: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Return the pure function (state, batch) -> (state, metrics). Jit it with the state donated.
+Loss = Callable[
+    [Params, Batch, StepKeys, jax.Array], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]
+]
+"""(params, batch, keys, step) -> (loss, (rows left out, parts of the loss)). Without a key there is
+no dropout."""
+
+
+def make_loss(config: Config, days: int) -> Loss:
+    """Return the pure function that training minimises: augmentation, smoothing, model, CTC.
 
     Raises:
       ConfigError: the model, the smoothing or an augmentation cannot be used.
     """
     model, signal = model_of(config, days), config.signal
-    optimizer = make_optimizer(config.optimizer, model.group)
     # Bad settings raise here, before tracing.
     augmentations(signal)
     taps_of(signal)
@@ -234,6 +238,20 @@ def make_train_step(
         loss, parts = model.loss(*arguments, **more)
         frames = apart.frames_of_rows(model.frames(bins))
         return loss, ((apart.there & (needed > frames)).sum(), parts)
+
+    return loss_of
+
+
+def make_train_step(
+    config: Config, days: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Return the pure function (state, batch) -> (state, metrics). Jit it with the state donated.
+
+    Raises:
+      ConfigError: the model, the smoothing or an augmentation cannot be used.
+    """
+    optimizer = make_optimizer(config.optimizer, model_of(config, days).group)
+    loss_of = make_loss(config, days)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = step_keys(config.train.seed, state.step)

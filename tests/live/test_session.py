@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from live_speech import SAID, Heard, ListedSource, SpokenModel, bins_of, events_of, silence
 
+from b2txt_jax.data.sentence_log import SentenceLogError, confirmed_sentences
 from b2txt_jax.live.events import Began, Chosen, Final, Problem, Progress
-from b2txt_jax.live.outputs.log import SentenceLog, SentenceLogError, confirmed_sentences
+from b2txt_jax.live.outputs.log import SentenceLog
 from b2txt_jax.live.session import LiveSession, Stop, Toggle, replaced, stopped_by_signals
 from b2txt_jax.live.sources.interface import Begin, Bin, End
 from b2txt_jax.live.words import Words

@@ -1,31 +1,22 @@
 """The record of a session: what was decoded, what the user confirmed or corrected, the features.
 
-DIR/sentences.jsonl has one JSON object per line, `"event": "final"` or `"chosen"`, which share an
-`id`. DIR/features/ID.npz has `raw` (as it arrived, NaN where something was missing) and `features`
-(normalised, what the model decoded), float32 [T, D].
+`b2txt_jax.data.sentence_log` describes the files and reads them.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from b2txt_jax.errors import UserError
+from b2txt_jax.data.sentence_log import FEATURES, SENTENCES
 from b2txt_jax.live.events import Chosen, Final, Happening
 from lm_server.atomic_file import replacing
 
-SENTENCES, FEATURES = "sentences.jsonl", "features"
 _ALTERNATIVES = 10
-
-
-class SentenceLogError(UserError, ValueError):
-    """A log that cannot be read."""
 
 
 class SentenceLog:
@@ -67,41 +58,3 @@ class SentenceLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-@dataclass(frozen=True)
-class Confirmed:
-    """A sentence whose text the user has confirmed or corrected."""
-
-    id: str
-    day: str
-    text: str
-    features: Path
-    """The .npz file."""
-
-
-def confirmed_sentences(folder: Path) -> Iterator[Confirmed]:
-    """Yield what the user confirmed or corrected, with the last text of each, in its order.
-
-    Raises:
-      SentenceLogError: a line cannot be read. One that a crash cut short at the end is left out.
-    """
-    days: dict[str, str] = {}
-    texts: dict[str, str] = {}
-    path = folder / SENTENCES
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            entry = json.loads(line)
-            if entry["event"] == "final":
-                days[entry["id"]] = entry["day"]
-            else:
-                texts[entry["id"]] = entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise SentenceLogError(
-                f"{path} line {number} is no entry of the log ({error!r}); needed the lines that "
-                "`b2txt stream` wrote: remove this one"
-            ) from error
-    for id_, day in days.items():
-        if id_ in texts:
-            yield Confirmed(id_, day, texts[id_], folder / FEATURES / f"{id_}.npz")

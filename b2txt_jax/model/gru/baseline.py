@@ -298,6 +298,8 @@ class PatchedModel(Model):
     """A model of patches whose parameters are an nnx module's, with day layers and states."""
 
     Settings = GRUSettings
+    # The noise model's own first layer stays: it has learned what is not speech.
+    embedding: ClassVar[str] = r"(clean/)?(day/.*|gru/(weight|bias)_ih_l0)"
     # 45 days of 512 x 512 are a quarter of the parameters; each row of a batch needs one day.
     # The GRU is not split: at 768 units that would cost a transfer in every frame.
     sharding: ClassVar[Rules] = (

@@ -1,0 +1,299 @@
+"""A new recording day for a trained model: where its layer starts, and a few steps of fine-tuning
+with trials of the old days among those of the new one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from b2txt_jax.calibration.moving import day_paths, moving_of, with_day
+from b2txt_jax.calibration.trials import Mixture, Scorer, Spoken, batch_of, shape_for
+from b2txt_jax.calibration.tune import Rates, Tuner, cosine
+from b2txt_jax.config import Config, ConfigError
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.trial import Reader, TrialRef, frames_needed
+from b2txt_jax.inference.run import Run
+from b2txt_jax.metrics import ErrorRate, total
+from b2txt_jax.model.interface import Params
+from b2txt_jax.training.step import model_of
+
+STARTS = ("nearest", "mean", "last")
+_CHOSEN_BY = 10
+"""Sentences by which the nearest day is found."""
+_OLD_SCORED = 200
+"""Most validation trials of old days that are scored, spread evenly over them."""
+_LOOKS = 4
+"""Times that the PER is measured in the course of the steps."""
+_LONG = 90
+"""Percentile of the old days' lengths up to which trials are replayed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a calibration is done."""
+
+    start: str = "nearest"
+    adapt: str | None = None
+    """See `moving_of`."""
+    steps: int = 40
+    rows: int = 16
+    replay: float = 0.4
+    day_rate: float = 0.001
+    shared_rate: float = 0.0001
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ConfigError where a setting is out of range."""
+        limits = {"steps": 1, "rows": 1, "replay": 0, "day_rate": 0, "shared_rate": 0, "seed": 0}
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if not value >= least or (name == "replay" and value >= 1):
+                needed = "0 to below 1" if name == "replay" else f"at least {least}"
+                raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; needed {needed}")
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What a calibration works with. Days count as in the run, and the new day is the next."""
+
+    new: list[Spoken]
+    """To learn from, in the order of recording."""
+    val: list[Spoken] = field(default_factory=list)
+    """Of the new day, to score."""
+    old: list[tuple[Reader, list[TrialRef]]] = field(default_factory=list)
+    """To replay, by old day."""
+    old_val: list[Spoken] = field(default_factory=list)
+    """Of the old days, to score."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """A model with one more day."""
+
+    config: Config
+    params: Params
+    report: dict[str, Any]
+
+
+def spoken(reader: Reader, refs: Sequence[TrialRef], day: int) -> list[Spoken]:
+    """Read trials of a day, which must have labels.
+
+    Raises:
+      DataError: a trial cannot be read or has no label.
+    """
+    found = []
+    for ref in refs:
+        trial = reader.read(ref)
+        if trial.labels is None or not len(trial.labels):
+            raise DataError(
+                f"{ref.path} {ref.key} has no label; needed `seq_class_ids` and `seq_len`, since "
+                "calibration learns from sentences that are known"
+            )
+        found.append(Spoken(day, np.asarray(trial.features), trial.labels, ref.name))
+    return found
+
+
+def evenly(by_day: Sequence[Sequence[TrialRef]], most: int = _OLD_SCORED) -> list[list[TrialRef]]:
+    """Return at most so many trials of all days, the first ones of each."""
+    counts = [len(refs) for refs in by_day]
+    limit = max(counts, default=0)
+    while sum(min(limit, count) for count in counts) > most and limit > 1:
+        limit -= 1
+    return [list(refs[:limit]) for refs in by_day]
+
+
+def extended(config: Config, session: str, trials: Sequence[Spoken]) -> Config:
+    """Return the configuration with one more day, and a bucket for its trials if they need one."""
+    data = config.data
+    buckets = data.buckets
+    _, bins, labels = shape_for(trials, 1)
+    if buckets and (bins > buckets[-1][0] or labels > buckets[-1][1]):
+        buckets = (*buckets, (max(bins, buckets[-1][0]), max(labels, buckets[-1][1])))
+    data = dataclasses.replace(data, sessions=(*data.sessions, session), buckets=buckets)
+    # The averaged weights of the training are not those that are written.
+    train = dataclasses.replace(config.train, ema=0.0)
+    return dataclasses.replace(config, data=data, train=train)
+
+
+def calibrate(
+    run: Run,
+    session: str,
+    material: Material,
+    settings: Settings,
+    counts: Sequence[int] = (),
+    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+) -> Calibrated:
+    """Add a recording day to a trained model.
+
+    Args:
+      run: the trained run.
+      session: name of the new day.
+      material: its trials, and those of old days.
+      settings: how it is done.
+      counts: numbers of sentences for which it is done as well, each from the start. They are taken
+        from one random order, so that fewer are a part of more.
+      progress: called with what is done, how much of it, and of how much.
+
+    Raises:
+      ConfigError: a setting does not fit, or the model has no part that could move.
+      DataError: a trial is too short for its label.
+    """
+    settings.check()
+    began = time.monotonic()
+    day = len(run.sessions)
+    config = extended(run.config, session, [*material.new, *material.val])
+    _check_alignable(config, material.new)
+    moving = moving_of(config, day, settings.adapt)
+    scorer = Scorer(config, [*material.new, *material.val, *material.old_val])
+    order = np.random.default_rng([0x6F7264, settings.seed]).permutation(len(material.new))
+    shuffled = [material.new[i] for i in order]
+    params = jax.device_put(run.params, jax.devices()[0])
+    params, start = _started(run, config, params, shuffled, scorer, settings, progress)
+    mixture = _mixture(material, shuffled, settings, moving.shared)
+    tuner = Tuner(config, moving, Rates(settings.day_rate, settings.shared_rate), settings.seed)
+    shape = _shape(material, settings, mixture)
+
+    def old_rates(params: Params) -> dict[int, ErrorRate]:
+        return scorer.rates(params, material.old_val) if material.old_val else {}
+
+    def val_rate(params: Params) -> float | None:
+        return _rate(scorer.rates(params, material.val)) if material.val else None
+
+    def tuned(new: list[Spoken], what: str, look: bool) -> tuple[Params, list[dict[str, Any]]]:
+        drawn = dataclasses.replace(mixture, new=new)
+        (moved, moments), seen = tuner.begin(moving.taken(params)), []
+        for step in range(settings.steps):
+            batch = batch_of(drawn.rows(settings.seed, step, settings.rows), shape)
+            share = cosine(step, settings.steps)
+            moved, moments, loss = tuner.step(moved, moments, params, batch, step, share)
+            done = step + 1
+            progress(what, done, settings.steps)
+            if look and (done * _LOOKS) % settings.steps < _LOOKS and done < settings.steps:
+                per = val_rate(moving.placed(params, moved))
+                seen.append({"step": done, "loss": loss, "per": per})
+        return moving.placed(params, moved), seen
+
+    before, old_before = val_rate(params), old_rates(params)
+    after_params, during = tuned(shuffled, "calibrating", True)
+    curve = [{"sentences": 0, "per": before}]
+    for count in sorted({n for n in counts if 0 < n < len(shuffled)}):
+        some, _ = tuned(shuffled[:count], f"with {count} sentences", False)
+        curve.append({"sentences": count, "per": val_rate(some)})
+    after = val_rate(after_params)
+    curve.append({"sentences": len(shuffled), "per": after})
+    old_after = old_rates(after_params) if moving.shared else old_before
+    names = run.sessions
+    report = {
+        "session": session,
+        "settings": dataclasses.asdict(settings),
+        "start": start,
+        "moved": {
+            name: "the new day" if row is not None else "all days"
+            for name, row in moving.rows.items()
+        },
+        "replayed_days": len(mixture.days),
+        "sentences": {"new": len(material.new), "val": len(material.val),
+                      "old_val": len(material.old_val)},
+        "per": {"before": before, "during": during, "after": after},
+        "curve": curve if counts else [],
+        "old_days": {
+            "before": _rate(old_before),
+            "after": _rate(old_after),
+            "per_session": {
+                names[one]: {"before": old_before[one].rate, "after": old_after[one].rate}
+                for one in sorted(old_before)
+            },
+        },
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    return Calibrated(config, after_params, report)
+
+
+def _rate(rates: dict[int, ErrorRate]) -> float | None:
+    return total(rates.values()).rate
+
+
+def _check_alignable(config: Config, trials: Sequence[Spoken]) -> None:
+    model = model_of(config, len(config.data.sessions))
+    for one in trials:
+        frames, needed = model.frames(len(one.features)), frames_needed(one.labels)
+        if needed > frames:
+            raise DataError(
+                f"trial {one.name} has a label of {len(one.labels)} phonemes, which needs {needed} "
+                f"frames, but its {len(one.features)} bins give {frames}: leave the trial out or "
+                "correct its label"
+            )
+
+
+def _started(
+    run: Run,
+    config: Config,
+    params: Params,
+    shuffled: Sequence[Spoken],
+    scorer: Scorer,
+    settings: Settings,
+    progress: Callable[[str, int, int], None],
+) -> tuple[Params, dict[str, Any]]:
+    """Return the parameters with the new day, and where its layer starts."""
+    if settings.start not in STARTS:
+        raise ConfigError(f"--start is {settings.start!r}; needed one of {', '.join(STARTS)}")
+    paths, names = day_paths(run.config), run.sessions
+    if not paths:
+        return params, {"kind": "none", "why": "days have no layers of their own"}
+    if settings.start == "mean":
+        return with_day(params, paths, None), {"kind": "mean"}
+    with_last = with_day(params, paths, len(names) - 1)
+    if settings.start == "last" or len(names) == 1:
+        return with_last, {"kind": "last", "day": names[-1]}
+    losses = []
+    for day in range(len(names)):
+        losses.append(scorer.loss(with_last, shuffled[:_CHOSEN_BY], day))
+        progress("nearest day", day + 1, len(names))
+    nearest = int(np.argmin(losses))
+    found = {
+        "kind": "nearest",
+        "day": names[nearest],
+        "losses": dict(zip(names, losses, strict=True)),
+    }
+    return with_day(params, paths, nearest), found
+
+
+def _mixture(
+    material: Material, shuffled: list[Spoken], settings: Settings, shared: bool
+) -> Mixture:
+    """Return what batches are drawn of. Old days are replayed where they could be forgotten."""
+    longest = _longest(material)
+
+    def read(reader: Reader, ref: TrialRef, day: int) -> Spoken:
+        return spoken(reader, [ref], day)[0]
+
+    days = []
+    if shared and settings.replay > 0:
+        for day, (reader, refs) in enumerate(material.old):
+            fits = [ref for ref in refs if ref.bins <= longest and ref.label_length]
+            days.append([functools.partial(read, reader, ref, day) for ref in fits])
+    return Mixture(shuffled, [day for day in days if day], settings.replay)
+
+
+def _longest(material: Material) -> int:
+    """Return the bins of the longest trial of a batch."""
+    old = [ref.bins for _, refs in material.old for ref in refs]
+    new = max(len(one.features) for one in material.new)
+    return max(new, int(np.percentile(old, _LONG))) if old else new
+
+
+def _shape(material: Material, settings: Settings, mixture: Mixture) -> tuple[int, int, int]:
+    rows, bins, labels = shape_for(material.new, settings.rows)
+    if not mixture.days:
+        return rows, bins, labels
+    longest = _longest(material)
+    refs = [ref for _, refs in material.old for ref in refs if ref.bins <= longest]
+    needed = max([labels, *(ref.label_length for ref in refs)])
+    return rows, max(bins, -(-longest // 20) * 20), -(-needed // 8) * 8

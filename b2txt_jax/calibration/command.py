@@ -1,0 +1,225 @@
+"""Add a recording day to a trained model, in minutes on a CPU.
+
+DATA holds the new day's session, in the same layout as the run's, or is the record of
+`b2txt stream`: then the confirmed sentences of all its days are the new day. OUT becomes a run's
+folder like any other, with the old days and the new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from b2txt_jax.calibration.calibrate import (
+    STARTS,
+    Calibrated,
+    Material,
+    Settings,
+    calibrate,
+    evenly,
+    spoken,
+)
+from b2txt_jax.calibration.folder import SESSIONS_FOLDER, joined_sessions, write_run
+from b2txt_jax.calibration.moving import ADAPTS, moving_of
+from b2txt_jax.config import ConfigError
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.sentence_log import VALIDATED, SentenceLogReader
+from b2txt_jax.data.trial import Reader
+from b2txt_jax.inference.run import Run, add_weights_argument, load_run
+from b2txt_jax.provenance import hardware, provenance
+
+_DEFAULTS = Settings()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `b2txt calibrate`."""
+    option = parser.add_argument
+    option("--workdir", required=True, type=Path, help="folder of a trained run")
+    add_weights_argument(parser)
+    option("--session", required=True, metavar="NEW", help="name of the new day in the run")
+    option("--data", required=True, type=Path, help="folder with that session, or a record")
+    option("--out", required=True, type=Path, help="folder of the new run, new or empty")
+    option(
+        "--start",
+        choices=STARTS,
+        default=_DEFAULTS.start,
+        help="where the new day's layer begins: at the old day with which the new sentences have "
+        "the lowest loss, at the mean of the old days, at the last (default nearest)",
+    )
+    option(
+        "--adapt",
+        choices=ADAPTS,
+        help="what moves: the day's own layer; the patch embedding too; everything (default: day, "
+        "for a model without day layers patch)",
+    )
+    option(
+        "--replay",
+        type=float,
+        default=_DEFAULTS.replay,
+        help="share of old days' trials in a batch, where something moves that they use "
+        f"(default {_DEFAULTS.replay:g})",
+    )
+    option("--steps", type=int, default=_DEFAULTS.steps, help=f"(default {_DEFAULTS.steps})")
+    option("--rows", type=int, default=_DEFAULTS.rows, help="trials of a step (default 16)")
+    for name, of in (("day_rate", "the day's layer"), ("shared_rate", "what all days share")):
+        value = getattr(_DEFAULTS, name)
+        text = f"first learning rate of {of} (default {value:g})"
+        option(f"--{name.replace('_', '-')}", type=float, default=value, help=text)
+    option("--seed", type=int, default=_DEFAULTS.seed, help="of everything random (default 0)")
+    option("--sentences", type=int, metavar="N", help="use the first N alone (default: all)")
+    option(
+        "--curve",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="measure the PER with so many sentences as well",
+    )
+    parser.epilog = (
+        "OUT/calibration.json has every figure. --config.data.root=DIR says where the old days are "
+        "if not where they were. docs/calibration.md has what to expect."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `b2txt calibrate`."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    settings = Settings(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    )
+    settings.check()
+    _check_free(args.out)
+    trained = load_run(args.workdir, args.overrides, args.weights)
+    data = trained.config.data
+    if args.session in trained.sessions:
+        raise ConfigError(
+            f"--session is {args.session}, a day that {args.workdir} has already; needed a new "
+            "name, or `b2txt train` to go on with the days that it has"
+        )
+    old_root = Path(data.root)
+    shared = moving_of(trained.config, 0, args.adapt).shared
+    with open_folder(args.data, data.feature_count) as new:
+        recorded = _recorded(new, args.session)
+        joining = joined_sessions(args.out, old_root, trained.sessions, new, recorded, args.session)
+        with joining as root:
+            material = _material(trained, root, args, console)
+            _say_replay(old_root, shared, settings.replay, console)
+            with _bar(console) as progress:
+                task = progress.add_task("", total=None)
+
+                def show(what: str, done: int, of: int) -> None:
+                    progress.update(task, description=what, completed=done, total=of)
+
+                calibrated = calibrate(trained, args.session, material, settings, args.curve, show)
+    calibrated.report.update(
+        {"run": str(args.workdir), "data": str(args.data), "made": provenance() | hardware()}
+    )
+    kept = args.out / SESSIONS_FOLDER
+    write_run(args.out, kept if kept.is_dir() else root, calibrated, trained.step)
+    _print(args.out, calibrated, console)
+    return 0
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out is {out}, which is not empty; needed a new or empty folder")
+
+
+def _recorded(new: Reader, session: str) -> str:
+    """Return the new day's name in DATA. A record may have another: its sentences are taken."""
+    if not isinstance(new, SentenceLogReader):
+        new.find_trials([session], "train")  # no such session, other features, no labels
+        return session
+    if len(new.sessions) > 1 and session not in new.sessions:
+        raise DataError(
+            f"{new.root} has sentences of {len(new.sessions)} days, {', '.join(new.sessions)}; "
+            "needed one: record each day in a folder of its own (b2txt stream --record DIR)"
+        )
+    return session if session in new.sessions else new.sessions[0]
+
+
+def _material(trained: Run, root: Path, args: argparse.Namespace, console: Console) -> Material:
+    """Read the new day's trials, and list those of the old days."""
+    config, day = trained.config, len(trained.sessions)
+    least, features = config.model.least_bins, config.data.feature_count
+    reader = open_folder(root, features, config.signal)
+    refs = reader.trials([args.session], "train", min_bins=least)
+    held = reader.find_trials([args.session], "val", min_bins=least, labels_needed=True)
+    if args.sentences is not None:
+        if not 1 <= args.sentences <= len(refs):
+            raise DataError(
+                f"--sentences is {args.sentences}; needed 1 to {len(refs)}, the sentences of "
+                f"{args.session}"
+            )
+        refs = refs[: args.sentences]
+    if not held:
+        held = refs[VALIDATED - 1 :: VALIDATED]
+        refs = [ref for ref in refs if ref not in held]
+        console.print(
+            f"{args.session} has no val split: {len(held)} of its sentences, every fifth, are held "
+            "out to measure the PER"
+        )
+    old_root = Path(config.data.root)
+    old, val = [], []
+    if old_root.is_dir():
+        past = open_folder(old_root, features, config.signal)
+        have = [name if name in past.sessions else None for name in trained.sessions]
+        lists = {
+            split: [past.find_trials([n], split, min_bins=least) if n else [] for n in have]
+            for split in ("train", "val")
+        }
+        old = [(past, one) for one in lists["train"]]
+        labelled = [[ref for ref in one if ref.label_length] for one in lists["val"]]
+        for number, some in enumerate(evenly(labelled)):
+            val += spoken(past, some, number)
+    return Material(spoken(reader, refs, day), spoken(reader, held, day), old, val)
+
+
+def _say_replay(old_root: Path, shared: bool, replay: float, console: Console) -> None:
+    if not old_root.is_dir():
+        console.print(
+            f"the old days' folder {old_root} is not here: they are neither replayed nor scored. "
+            "--config.data.root=DIR names another place"
+        )
+    elif not shared and replay > 0:
+        console.print("the new day's layer moves alone: old days stay as they are, no replay")
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.2f} %"
+
+
+def _print(out: Path, calibrated: Calibrated, console: Console) -> None:
+    report: dict[str, Any] = calibrated.report
+    start, per, old = report["start"], report["per"], report["old_days"]
+    lines = [f"the day's layer starts from {start.get('day', start['kind'])}"]
+    if start["kind"] == "none":
+        lines = ["days have no layers of their own: what all days share moves"]
+    lines.append(f"PER of {report['session']}: {_percent(per['before'])} before")
+    lines += [f"  {_percent(one['per'])} after step {one['step']}" for one in per["during"]]
+    lines.append(f"  {_percent(per['after'])} after all {report['settings']['steps']} steps")
+    lines += [
+        f"  with {one['sentences']} sentences {_percent(one['per'])}" for one in report["curve"]
+    ]
+    lines.append(f"PER of old days: {_percent(old['before'])} before, {_percent(old['after'])}")
+    lines[-1] += " after"
+    for line in lines:
+        print(line)
+    console.print(f"the run is in {out}, after {report['seconds']:g} s", soft_wrap=True)

@@ -1,0 +1,123 @@
+"""Which parameters a calibration moves. All others stay as they are and cost no gradient.
+
+Parameters are named by their paths such as `day/weight`. Of an array with one row per recording
+day one row moves alone: no other day is changed by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from b2txt_jax.config import Config, ConfigError
+from b2txt_jax.model.interface import Params
+from b2txt_jax.training.sharding import abstract_state
+from b2txt_jax.training.step import model_of
+
+ADAPTS = ("day", "patch", "all")
+"""What moves: the day's own layer, the patch embedding too, everything."""
+Moved = dict[str, jax.Array]
+"""Values of the parameters that move, by path. Of a day's layer its row."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """The parameters that move."""
+
+    rows: Mapping[str, int | None]
+    """By path, the row that moves. None: the whole array, which all days share."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether something moves that other days use too."""
+        return None in self.rows.values()
+
+    def taken(self, params: Params) -> Moved:
+        """Return the values that move."""
+        leaves = named(params)
+        return {
+            name: leaves[name] if row is None else leaves[name][row]
+            for name, row in self.rows.items()
+        }
+
+    def placed(self, params: Params, moved: Moved) -> Params:
+        """Return the parameters with other values of those that move."""
+
+        def of(name: str, leaf: jax.Array) -> jax.Array:
+            if name not in moved:
+                return leaf
+            row = self.rows[name]
+            return moved[name] if row is None else jnp.asarray(leaf).at[row].set(moved[name])
+
+        return _mapped(of, params)
+
+
+def named(params: Params) -> dict[str, Any]:
+    """Return the leaves by path."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    name: str = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name
+
+
+def _mapped(function: Callable[[str, Any], Any], params: Params) -> Params:
+    found: Params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(_name(path), leaf), params
+    )
+    return found
+
+
+def day_paths(config: Config) -> tuple[str, ...]:
+    """Return the parameters with one row per recording day, none of a model without day layers."""
+    days = len(config.data.sessions)
+    one_more = named(abstract_state(config, days + 1).params)
+    now = named(abstract_state(config, days).params)
+    return tuple(name for name, leaf in now.items() if leaf.shape != one_more[name].shape)
+
+
+def with_day(params: Params, paths: tuple[str, ...], row: int | None) -> Params:
+    """Return parameters with one more day, which begins as a copy of the day `row`. None: as the
+    mean of all days."""
+
+    def of(name: str, leaf: jax.Array) -> jax.Array:
+        if name not in paths:
+            return leaf
+        leaf = jnp.asarray(leaf)
+        new = leaf.mean(axis=0) if row is None else leaf[row]
+        return jnp.concatenate([leaf, new[None]])
+
+    return _mapped(of, params)
+
+
+def moving_of(config: Config, day: int, adapt: str | None = None) -> Moving:
+    """Return what moves for a recording day of a configured model.
+
+    Args:
+      config: of the model.
+      day: index of the recording day.
+      adapt: one of ADAPTS. None: the day's layer where the model has one, else the patch
+        embedding where it has one, else everything.
+
+    Raises:
+      ConfigError: the model has no such part.
+    """
+    rows = day_paths(config)
+    model = model_of(config, len(config.data.sessions))
+    names = named(abstract_state(config, len(config.data.sessions)).params)
+    shared = [name for name in names if name not in rows]
+    patch = [name for name in shared if model.is_embedding(name)]
+    adapt = adapt or ("day" if rows else "patch" if patch else "all")
+    if adapt not in ADAPTS:
+        raise ConfigError(f"--adapt is {adapt!r}; needed one of {', '.join(ADAPTS)}")
+    others = {"day": [], "patch": patch, "all": shared}[adapt]
+    if (adapt == "day" and not rows) or (adapt == "patch" and not patch):
+        lacking = "layer of a day's own" if adapt == "day" else "patch embedding that is known"
+        instead = "--adapt patch or all" if patch else "--adapt all"
+        raise ConfigError(f"the model {config.model.name!r} has no {lacking}; needed {instead}")
+    return Moving({**dict.fromkeys(rows, day), **dict.fromkeys(others)})

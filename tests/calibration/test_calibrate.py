@@ -1,0 +1,216 @@
+"""A recording day is added to a run: what moves, what stays, what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+
+from b2txt_jax.calibration.calibrate import Material, Settings, calibrate, spoken
+from b2txt_jax.calibration.moving import moving_of, named
+from b2txt_jax.calibration.trials import Mixture, Spoken, batch_of, shape_for
+from b2txt_jax.calibration.tune import Rates, Tuner
+from b2txt_jax.cli import main
+from b2txt_jax.config import load_config
+from b2txt_jax.data.hdf5 import Hdf5Reader
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.inference.run import Run, load_run
+from b2txt_jax.interop.convert import write_workdir
+from b2txt_jax.interop.nejm import Run as Converted
+from b2txt_jax.training.checkpoint import BestScore
+from b2txt_jax.training.ctc import ctc_loss
+from b2txt_jax.training.step import init_state
+
+FEW = ["--steps=2", "--rows=4"]
+
+
+@pytest.fixture(scope="module")
+def days(simulated):
+    return open_folder(simulated / "hdf5_data_final").sessions
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny_config, simulated, days, tmp_path_factory):
+    """A run of the first three days with random day layers, whose folder has these days alone."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    root = folder / "old"
+    root.mkdir()
+    for day in days[:3]:
+        (root / day).symlink_to(simulated / "hdf5_data_final" / day)
+    data = dataclasses.replace(tiny_config.data, root=str(root), sessions=days[:3])
+    config = dataclasses.replace(tiny_config, data=data)
+    state = init_state(config, 3)
+    noise = jax.random.normal(jax.random.key(1), state.params["day"]["bias"].shape)
+    state.params["day"]["bias"] = state.params["day"]["bias"] + 0.3 * noise
+    write_workdir(folder / "run", Converted(config, state, BestScore(1.0, 1.0, 0)))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def written(workdir, simulated, days, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "new"
+    command = ["calibrate", "--workdir", str(workdir), "--session", days[3], "--out", str(out)]
+    data = ["--data", str(simulated / "hdf5_data_final")]
+    assert main([*command, *data, *FEW, "--curve", "4", "--day-rate=0.01"]) == 0
+    return out
+
+
+def test_the_new_run_has_a_day_more_and_old_days_are_decoded_as_before(workdir, written, days):
+    before, after = load_run(workdir), load_run(written)
+    assert after.sessions == days
+    old, new = before.params["day"]["weight"], after.params["day"]["weight"]
+    np.testing.assert_array_equal(new[:3], old)
+    report = json.loads((written / "calibration.json").read_text())
+    start = days.index(report["start"]["day"])
+    assert 0 < np.abs(new[3] - new[start]).max() < 0.03  # two steps of at most 0.01 each
+    trials = after.logits("val")
+    assert {one.ref.session for one in trials} == set(days[1:])  # the first has no val
+    was = {one.ref.name: one.logits for one in before.logits("val")}
+    for one in trials:
+        if one.ref.name in was:
+            np.testing.assert_allclose(one.logits, was[one.ref.name], atol=1e-6)
+    assert report["old_days"]["before"] == report["old_days"]["after"]
+    assert [one["sentences"] for one in report["curve"]] == [0, 4, 8]
+    assert report["per"]["before"] is not None
+    assert not (written / "sessions" / days[3]).is_dir() or (written / "sessions").is_dir()
+
+
+def test_the_layer_starts_from_the_old_day_with_the_lowest_loss(workdir, written, simulated, days):
+    report = json.loads((written / "calibration.json").read_text())
+    run = load_run(workdir)
+    reader = open_folder(simulated / "hdf5_data_final")
+    trials = spoken(reader, reader.trials([days[3]], "train"), 3)
+    labels, lengths = np.zeros((8, 40), np.int32), np.array([len(one.labels) for one in trials])
+    for row, one in enumerate(trials):
+        labels[row, : lengths[row]] = one.labels
+    for day, found in report["start"]["losses"].items():
+        of_trials = run.logits([one.features for one in trials], day)
+        logits, frames = np.zeros((8, 45, 41), np.float32), np.array([len(x) for x in of_trials])
+        for row, one in enumerate(of_trials):
+            logits[row, : len(one)] = one
+        loss = ctc_loss(logits, frames, labels, lengths).sum() / lengths.sum()
+        assert found == pytest.approx(float(loss), rel=1e-4)
+    assert report["start"]["losses"][report["start"]["day"]] == min(
+        report["start"]["losses"].values()
+    )
+
+
+def transformer(days):
+    """A Transformer without day layers, with fresh parameters."""
+    config = load_config("transformer_demo")
+    small = {"width": 16, "layers": 1, "heads": 2, "head_width": 8, "feedforward": 16}
+    data = dataclasses.replace(config.data, sessions=tuple(days), feature_count=512)
+    model = dataclasses.replace(config.model, **small)
+    config = dataclasses.replace(config, data=data, model=model)
+    return Run(config, init_state(config, len(days)).params, 0)
+
+
+def test_without_day_layers_the_patch_embedding_moves_and_old_days_are_replayed(simulated, days):
+    reader = open_folder(simulated / "hdf5_data_final")
+    run = transformer(days[:3])
+    old = [(reader, reader.trials([day], "train")) for day in days[:3]]
+    new = spoken(reader, reader.trials([days[3]], "train")[:3], 3)
+    material = Material(new, [], old)
+    settings = Settings(steps=1, rows=5, start="last")
+    one, again = (calibrate(run, days[3], material, settings) for _ in range(2))
+    moved = {
+        name for name, value in named(one.params).items()
+        if not np.array_equal(value, named(run.params)[name])
+    }  # fmt: skip
+    assert moved
+    assert all(name.startswith("embed/") for name in moved)
+    assert one.report["replayed_days"] == 3
+    jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
+
+
+def test_a_batch_is_a_function_of_seed_and_step_and_has_the_share_of_old_trials():
+    new, old = ([Spoken(day, np.zeros((1, 1)), np.ones(1), f"{day} {n}") for n in range(5)]
+                for day in (1, 0))  # fmt: skip
+    mixture = Mixture(new, [[lambda one=one: one for one in old]], 0.4)
+    rows = [one.name for one in mixture.rows(0, 3, 10)]
+    assert rows == [one.name for one in mixture.rows(0, 3, 10)]
+    assert rows != [one.name for one in mixture.rows(1, 3, 10)]
+    assert sum(name.startswith("0") for name in rows) == 4
+    epoch = [one.name for step in range(5) for one in Mixture(new, [], 0.4).rows(0, step, 2)]
+    assert sorted(epoch) == sorted([one.name for one in new] * 2)
+
+
+def test_steps_lower_the_loss_with_one_compiled_program(workdir, simulated, days):
+    run, reader = load_run(workdir), open_folder(simulated / "hdf5_data_final")
+    trials = spoken(reader, reader.trials([days[2]], "train"), 2)[:4]
+    moving = moving_of(run.config, 2)
+    tuner = Tuner(run.config, moving, Rates(0.003, 0.0), seed=0, dropout=False)
+    params = jax.device_put(run.params, jax.devices()[0])
+    (moved, moments), losses = tuner.begin(moving.taken(params)), []
+    for step in range(6):
+        batch = batch_of(trials, shape_for(trials, 4))
+        moved, moments, loss = tuner.step(moved, moments, params, batch, step, 1.0)
+        losses.append(loss)
+    assert losses[-1] < losses[0]
+    assert tuner.programs == 1
+
+
+@pytest.fixture
+def attempt(workdir, simulated, days, tmp_path, capsys):
+    """A function that calibrates with other arguments, and returns status and error."""
+
+    def calibrated(session=days[3], data=simulated / "hdf5_data_final", *more):
+        arguments = ["--workdir", str(workdir), "--session", session, "--data", str(data)]
+        status = main(["calibrate", *arguments, "--out", str(tmp_path / "out"), *FEW, *more])
+        return status, capsys.readouterr().err
+
+    return calibrated
+
+
+def copy_of_new_day(simulated, day, folder: Path, change) -> Path:
+    shutil.copytree(simulated / "hdf5_data_final" / day, folder / day)
+    with h5py.File(folder / day / "data_train.hdf5", "r+") as file:
+        for trial in file.values():
+            change(trial)
+    return folder
+
+
+def without_labels(trial):
+    del trial["seq_class_ids"], trial.attrs["seq_len"]
+
+
+def fewer_features(trial):
+    features = trial["input_features"][:, :256]
+    del trial["input_features"]
+    trial["input_features"] = features
+
+
+def test_what_cannot_be_calibrated_is_named_and_leaves_no_folder(
+    attempt, simulated, days, tmp_path
+):
+    status, said = attempt("t15.2030.01.01")
+    assert (status, "t15.2030.01.01" in said) == (2, True)
+    status, said = attempt(days[0])
+    assert (status, "has already" in said) == (2, True)
+    for change, needed in ((without_labels, "seq_class_ids"), (fewer_features, "[T, 512]")):
+        data = copy_of_new_day(simulated, days[3], tmp_path / change.__name__, change)
+        status, said = attempt(days[3], data)
+        assert (status, needed in said) == (2, True), said
+    status, said = attempt(days[3], simulated / "hdf5_data_final", "--replay=1")
+    assert (status, "needed 0 to below 1" in said) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_data_of_old_days_nothing_is_replayed_and_that_is_said(
+    attempt, simulated, days, tmp_path
+):
+    nowhere = f"--config.data.root={tmp_path / 'nowhere'}"
+    status, said = attempt(days[3], simulated / "hdf5_data_final", nowhere, "--adapt=all")
+    assert status == 0, said
+    assert "neither replayed nor scored" in said
+    report = json.loads((tmp_path / "out/calibration.json").read_text())
+    assert report["replayed_days"] == 0
+    assert report["old_days"]["after"] is None
+    run = load_run(tmp_path / "out")
+    with pytest.warns(UserWarning, match="have no val trial"):
+        assert {one.ref.session for one in run.logits("val")} == {days[3]}
+    assert isinstance(open_folder(tmp_path / "out/sessions"), Hdf5Reader)

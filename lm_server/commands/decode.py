@@ -96,11 +96,11 @@ def _fingerprints(
         "--backend": args.backend,
         **{name: str(value) for name, value in vars(settings).items()},
         "--hot-words": str(sorted(words.items())),
+        "--fuse": str(args.fuse),
     }
     if args.llm is not None:
         from lm_server.rescoring.causal_lm import find_model
 
         model = digest(find_model(args.llm))
         found["--llm"] = f"{model} {args.llm_device} {args.llm_dtype} {args.llm_text}"
-        found["--fuse"] = str(args.fuse)
     return found

@@ -29,6 +29,7 @@ class LslOutlet:
             answer = event.answer
             value: dict[str, Any] = {"event": "final", "id": event.id, "name": event.name}
             value |= {
+                "text": answer.sentence,
                 "confidence": answer.confidence,
                 "words": [list(word) for word in answer.words],
             }

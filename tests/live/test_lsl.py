@@ -27,6 +27,8 @@ def test_bins_and_marks_come_in_the_order_of_their_times(outlets):
     features, marks = outlets
     source = open_source("lsl://rig?marks=rig-marks", 8)
     rows = np.arange(16, dtype=np.float32).reshape(2, 8)
+    for outlet in outlets:  # what is sent before is not received
+        assert outlet.wait_for_consumers(60)
     now = pylsl.local_clock()
     marks.push_sample(["begin block 2"], now)
     marks.push_sample(["end"], now + 0.3)
@@ -59,6 +61,7 @@ def test_sentences_and_choices_are_samples_of_text():
     (info,) = pylsl.resolve_byprop("name", "words", timeout=30)
     inlet = pylsl.StreamInlet(info)
     inlet.open_stream(timeout=30)
+    assert output._outlet.wait_for_consumers(60)
     output.show(FINAL)
     output.show(Chosen("s-1", "the cats", True))
     values = [json.loads(inlet.pull_sample(timeout=60)[0][0]) for _ in range(2)]

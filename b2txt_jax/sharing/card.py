@@ -13,6 +13,7 @@ from b2txt_jax.evaluation.results import Result
 from b2txt_jax.inference.run import Run
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.model.interface import parameter_count
+from b2txt_jax.signal.rolling import described
 
 
 def model_card(
@@ -43,7 +44,8 @@ def model_card(
     config, chosen = run.config, run.selection
     facts = {
         "Model": f"`{config.model.name}`, {parameter_count(run.params):,} parameters",
-        "Input": f"{config.data.feature_count} features per bin of 20 ms, z-scored per block",
+        "Input": f"{config.data.feature_count} features per bin of 20 ms, "
+        f"{described(config.signal)}",
         "Output": "logits over the classes of phonemes.json, in their order",
         "Recording days": f"{len(run.sessions)}, {run.sessions[0]} to {run.sessions[-1]}",
         "Checkpoint": f"step {run.step} ({run.weights}), parameters `{run.fingerprint}`",

@@ -28,7 +28,8 @@ from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.phonemes import SILENCE_ID
 from b2txt_jax.sharing.card import model_card
 from b2txt_jax.sharing.program import ExportError, export_stream
-from b2txt_jax.signal.smooth import gaussian_taps
+from b2txt_jax.signal.rolling import described
+from b2txt_jax.signal.smooth import taps_of
 from b2txt_jax.simulation.write import SETTINGS_FILE
 from b2txt_jax.training.checkpoint import BestScore
 from lm_server.atomic_file import require_writable
@@ -110,14 +111,14 @@ def write_model(
         ["silence" if one == CLASSES[SILENCE_ID] else one for one in CLASSES],
     )
     signal = config.signal
-    taps = gaussian_taps(signal.smooth_std, signal.smooth_size) if signal.smooth_std > 0 else ()
+    taps, ahead = taps_of(signal)
     _write(
         folder / "preprocessing.json",
         {
             "features": config.data.feature_count,
             "bin_seconds": 0.02,
-            "normalisation": "z-score of each feature over the block of sentences",
-            "smoothing": {"taps": taps, "padding": signal.eval_padding},
+            "normalisation": described(signal),
+            "smoothing": {"taps": taps, "ahead": ahead, "padding": signal.eval_padding},
             "days": list(run.sessions),
         },
     )

@@ -19,7 +19,7 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.inference.run import Run
 from b2txt_jax.interop.weights import named_params
 from b2txt_jax.sharing import streaming
-from b2txt_jax.signal.smooth import gaussian_taps
+from b2txt_jax.signal.smooth import taps_of
 from b2txt_jax.training.step import model_of
 
 TOLERANCE = 1e-5
@@ -88,15 +88,13 @@ def export_stream(run: Run, folder: Path, platforms: Sequence[str] = _PLATFORMS)
         (folder / name).write_bytes(program.serialize())
     starts: Any = {str(number): np.asarray(one) for number, one in enumerate(first)}
     np.savez(folder / "streaming_start.npz", **starts)
-    signal = config.signal
-    taps = gaussian_taps(signal.smooth_std, signal.smooth_size) if signal.smooth_std > 0 else (1.0,)
     about = {
         "programs": names,
         "chunk": chunk,
         "features": features,
         "classes": config.model.classes,
         "bin_seconds": 0.02,
-        "smoothing": list(taps),
+        "smoothing": list(taps_of(config.signal)[0]),
         "days": list(run.sessions),
         "days_differ": bool(config.model.days_differ),
         "platforms": list(platforms),

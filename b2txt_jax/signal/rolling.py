@@ -48,6 +48,30 @@ def changes(signal: SignalConfig) -> bool:
     return signal.log or signal.rolling_seconds > 0
 
 
+def described(signal: SignalConfig) -> str:
+    """Return in words what the model expects of features, for those who do not have this package.
+
+    >>> from b2txt_jax.config import load_config
+    >>> described(load_config("demo").signal)
+    'z-score of each feature over the block of sentences'
+    """
+    if not changes(signal):
+        return "z-score of each feature over the block of sentences"
+    steps = ["sign(x) * ln(1 + |x|)"] if signal.log else []
+    if signal.rolling_seconds > 0:
+        clip = f", cut at {signal.rolling_clip:g}" if signal.rolling_clip > 0 else ""
+        steps.append(
+            "z-score of each feature by exponential averages in which the newest bin weighs "
+            f"{_share(signal):.4g}{clip}"
+        )
+    return "of raw features: " + ", then ".join(steps)
+
+
+def _share(signal: SignalConfig) -> float:
+    """Return what the newest bin weighs in an average."""
+    return 2 / (max(signal.rolling_seconds / BIN_SECONDS, 1) + 1)
+
+
 def normalise(
     x: np.ndarray, before: Statistics, signal: SignalConfig
 ) -> tuple[np.ndarray, Statistics]:
@@ -61,7 +85,7 @@ def normalise(
         x = np.sign(x) * np.log1p(np.abs(x))
     if signal.rolling_seconds == 0:
         return x.astype(np.float32), before
-    share = 2 / (max(signal.rolling_seconds / BIN_SECONDS, 1) + 1)
+    share = _share(signal)
     missing = np.isnan(x)
     if missing.any():
         moments, after = _one_by_one(x, missing, before, share)

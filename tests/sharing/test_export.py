@@ -105,6 +105,24 @@ def test_a_stream_that_differs_is_not_exported(run: Path, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_causal_model_is_exported_with_its_own_kernel_and_normalisation(
+    tmp_path: Path, tiny_config: Config
+) -> None:
+    signal = replace(tiny_config.signal, smooth_kernel="one_sided", log=True, rolling_seconds=39.98)
+    config = replace(tiny_config, signal=signal, data=replace(tiny_config.data, sessions=(DAY,)))
+    write_workdir(tmp_path / "run", Run(config, init_state(config, 1), BestScore(0.5, 9.0, 0)))
+    command = ["export-model", str(tmp_path / "m"), "--workdir", str(tmp_path / "run")]
+    assert main([*command, "--data-statement", "Nobody's."]) == 0
+    found = json.loads((tmp_path / "m" / "preprocessing.json").read_text())
+    np.testing.assert_allclose(
+        found["smoothing"]["taps"], [0.046, 0.110, 0.206, 0.299, 0.339], atol=5e-4
+    )
+    assert found["smoothing"]["ahead"] == 0
+    for text in (found["normalisation"], (tmp_path / "m" / "README.md").read_text()):
+        assert "of raw features: sign(x) * ln(1 + |x|), then z-score" in text
+        assert "newest bin weighs 0.001, cut at 5" in text
+
+
 def broken_state(folder: Path) -> list[np.ndarray]:
     with np.load(folder / "streaming_start.npz") as file:
         return [file[str(number)] + 0.5 for number in range(len(file.files))]

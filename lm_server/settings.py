@@ -19,8 +19,8 @@ from lm_server.atomic_file import regular, replacing
 from lm_server.errors import UserError
 from lm_server.protocol import unique
 
-FORMAT = 1
-"""Version of settings files."""
+FORMAT = 2
+"""Version of settings files. In format 1, silence_penalty was in units of log-probabilities."""
 NOT_NEEDED: Mapping[str, str] = {"rescore": "its first pass has the whole n-gram model already"}
 """Parameters of the published server that are accepted without effect, with the reason."""
 Stage = Literal["search", "fusion", "answer", "rescoring"]
@@ -246,7 +246,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def read_settings(
     path: Path, defaults: Settings = DEFAULTS, backend: str = "flashlight"
 ) -> Settings:
-    """Read a settings file: JSON {"format": 1, "settings": {name: value}, ...}.
+    """Read a settings file: JSON {"format": 2, "settings": {name: value}, ...}.
+
+    One of format 1 is read as what it meant.
 
     Args:
       path: the file.
@@ -264,7 +266,7 @@ def read_settings(
             f"the settings file {path} cannot be read ({error}): make one with `lm-server tune`"
         ) from error
     values = found.get("settings") if isinstance(found, dict) else None
-    if not isinstance(values, dict) or found.get("format") != FORMAT:
+    if not isinstance(values, dict) or found.get("format") not in (1, FORMAT):
         raise SettingsError(
             f"{path} is no settings file of format {FORMAT}; needed "
             f'{{"format": {FORMAT}, "settings": {{...}}}}: make one with `lm-server tune`'
@@ -282,7 +284,12 @@ def read_settings(
                 f"{path} has the setting {name!r}; known are {', '.join(NAMES)}: leave it out"
             )
     try:
-        return changed(defaults, values)
+        read = changed(defaults, values)
+        most = LIMITS["silence_penalty"][1]
+        if found["format"] == 1 and "silence_penalty" in values and read.silence_penalty < most:
+            penalty = read.silence_penalty * read.acoustic_scale
+            read = dataclasses.replace(read, silence_penalty=min(penalty, most))
+        return read
     except (SettingsError, OverflowError) as error:
         raise SettingsError(f"{path}: {error}") from error
 
@@ -301,7 +308,8 @@ def expected_wer(path: Path, logits_sha256: str) -> float:
     about = json.loads(path.read_text(encoding="utf-8")).get("about")
     if not isinstance(about, dict) or about.get("logits_sha256") != logits_sha256:
         return 0.0
-    return float(about.get("expected_wer") or 0.0)
+    found = about.get("expected_wer")
+    return float(found) if isinstance(found, int | float) else 0.0
 
 
 def write_settings(path: Path, settings: Settings, about: Mapping[str, Any] | None = None) -> None:

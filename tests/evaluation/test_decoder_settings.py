@@ -34,7 +34,7 @@ def tuned(path: Path, run: Run | None, lm: Path, **about: Any) -> Path:
     if run is not None:
         found["checkpoint"] = {**run.identity, "split": "val"}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"format": 1, "settings": {}, "about": found | about}))
+    path.write_text(json.dumps({"format": 2, "settings": {}, "about": found | about}))
     return path
 
 

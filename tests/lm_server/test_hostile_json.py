@@ -42,7 +42,7 @@ def test_a_name_given_twice_is_an_error_and_not_its_last_value(tmp_path, text):
     with pytest.raises(UserError, match="given twice"):
         decode_hot_words(text)
     path = tmp_path / "settings.json"
-    path.write_text('{"format": 1, "settings": {"nbest": 3, "nbest": 4}}')
+    path.write_text('{"format": 2, "settings": {"nbest": 3, "nbest": 4}}')
     with pytest.raises(UserError, match="'nbest' is given twice"):
         read_settings(path)
 

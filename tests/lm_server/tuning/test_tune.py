@@ -469,9 +469,9 @@ def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Pat
     settings = Settings(alpha=0.3, acoustic_scale=0.325, nbest=7)
     write_settings(path, settings, {"wer": 0.1})
     assert read_settings(path) == settings
-    path.write_text(json.dumps({"format": 1, "settings": {"alpha": 1}}))
+    path.write_text(json.dumps({"format": 2, "settings": {"alpha": 1}}))
     assert read_settings(path) == Settings(alpha=1.0)
-    path.write_text(json.dumps({"format": 1, "settings": {"acoustic_scale": 0.4}}))
+    path.write_text(json.dumps({"format": 2, "settings": {"acoustic_scale": 0.4}}))
     wfst = read_settings(path, default_settings("wfst"), "wfst")
     assert (wfst.acoustic_scale, wfst.max_active, wfst.beam) == (0.4, 7000, 17.0)
     write_settings(path, settings, {"backend": "flashlight"})
@@ -486,10 +486,10 @@ def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Pat
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"nbest": 1.5}, "whole number"),
     ):
-        path.write_text(json.dumps({"format": 1, "settings": values}))
+        path.write_text(json.dumps({"format": 2, "settings": values}))
         with pytest.raises(SettingsError, match=says):
             read_settings(path)
-    for text in ("", "[]", '{"format": 2, "settings": {}}', '{"format": 1}'):
+    for text in ("", "[]", '{"format": 3, "settings": {}}', '{"format": 2}'):
         path.write_text(text)
         with pytest.raises(SettingsError):
             read_settings(path)

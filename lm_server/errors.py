@@ -1,5 +1,18 @@
 """The error that a command shows to its user in one line, without a traceback."""
 
+import tokenize
+import zipfile
+import zlib
+
+DAMAGED_ARRAYS = (
+    *(ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error),
+    # An array's header is read as Python. A zip's flags may demand a password or an unknown
+    # compression.
+    *(tokenize.TokenError, SyntaxError, RuntimeError, MemoryError, OverflowError),
+    KeyError,  # an array that is not there
+)
+"""What reading a damaged .npz file raises."""
+
 MAX_ERROR = 2000
 """Bytes of an error that is sent or kept."""
 

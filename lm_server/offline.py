@@ -10,9 +10,6 @@ import os
 import signal
 import sys
 import time
-import tokenize
-import zipfile
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +31,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lm_server.errors import UserError
+from lm_server.errors import DAMAGED_ARRAYS, UserError
 from lm_server.hypothesis import Answer, Hypothesis
 from lm_server.protocol import CLASS_COUNT, ProtocolError, check_logits, to_lm_order
 from lm_server.rescoring.answering import Answering, PendingAnswer
@@ -61,13 +58,6 @@ _AHEAD = 64
 """Sentences that may wait for their rescoring."""
 _LINE_EVERY = 30.0
 """Seconds between lines of progress where no terminal shows a bar."""
-_DAMAGED = (
-    *(ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error),
-    # An array's header is read as Python. A zip's flags may demand a password or an unknown
-    # compression.
-    *(tokenize.TokenError, SyntaxError, RuntimeError, MemoryError, OverflowError),
-)
-"""Errors of reading a damaged .npz file."""
 
 
 class Decoder:
@@ -258,7 +248,7 @@ def read_logits(path: Path) -> Logits:
             }
     except LogitsFileError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED_ARRAYS as error:
         raise LogitsFileError(
             f"{path} is no readable .npz file ({error}): make it again with `b2txt infer`"
         ) from error

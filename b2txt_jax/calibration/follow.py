@@ -24,7 +24,7 @@ from b2txt_jax.calibration.moving import Moved, moving_of
 from b2txt_jax.calibration.trials import Shape, Spoken, batch_of
 from b2txt_jax.calibration.tune import Rates, Tuner
 from b2txt_jax.config import ConfigError
-from b2txt_jax.errors import UserError
+from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
 from b2txt_jax.inference.run import Run
 from b2txt_jax.model.interface import Params
 from b2txt_jax.training.step import make_eval_step
@@ -218,14 +218,19 @@ class Kept:
         """Return the values of the last update, `start` where there is none.
 
         Raises:
-          FollowError: they are of another model.
+          FollowError: they are of another model, or damaged.
         """
         files = self._files()
         if not files:
             return start
-        with np.load(files[-1]) as file:
-            found = {name: jnp.asarray(file[name]) for name in file.files if name != "model"}
-            same = str(file["model"]) == self._fingerprint
+        try:
+            with np.load(files[-1]) as file:
+                found = {name: jnp.asarray(file[name]) for name in file.files if name != "model"}
+                same = str(file["model"]) == self._fingerprint
+        except DAMAGED_ARRAYS as error:
+            raise FollowError(
+                f"{files[-1]} is damaged ({error}): take it back with `b2txt stream --undo`"
+            ) from error
         shapes = {name: value.shape for name, value in start.items()}
         if not same or {name: value.shape for name, value in found.items()} != shapes:
             raise FollowError(

@@ -22,7 +22,7 @@ import numpy as np
 
 from b2txt_jax.data.description import DataError, DataWarning
 from b2txt_jax.data.trial import Reader, Trial, TrialRef
-from b2txt_jax.errors import UserError
+from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
 from b2txt_jax.phonemes import sentence_to_ids
 from lm_server.text_rules import normalise
 
@@ -133,7 +133,7 @@ class SentenceLogReader(Reader):
         try:
             with np.load(ref.path) as file:
                 raw = np.asarray(file["raw"], np.float32)
-        except (OSError, ValueError, KeyError) as error:
+        except DAMAGED_ARRAYS as error:
             raise DataError(
                 f"{ref.path} cannot be read ({error}); needed the features of a sentence of the "
                 f"log: restore the file, or remove the sentence from {SENTENCES}"

@@ -61,7 +61,8 @@ class Following:
         self._finals: collections.OrderedDict[str, Final] = collections.OrderedDict()
         self._used: dict[str, str] = {}
         self._last_kept = ""
-        self._failed: OSError | None = None
+        self.failed: Exception | None = None
+        """Why an update failed that nobody was informed of yet."""
         self._before = follower.moved
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -73,11 +74,14 @@ class Following:
         """Take note of final sentences and of choices.
 
         Raises:
-          OSError: an earlier update could not be written.
+          OSError: an earlier update failed.
         """
-        failed, self._failed = self._failed, None
+        self._take_note(event)
+        failed, self.failed = self.failed, None
         if failed is not None:
-            raise failed
+            raise OSError(f"an update failed ({failed})") from failed
+
+    def _take_note(self, event: Happening) -> None:
         if isinstance(event, Final):
             self._finals[event.id] = event
             while len(self._finals) > _REMEMBERED:
@@ -111,8 +115,8 @@ class Following:
         while (job := self._jobs.get()) is not None:
             try:
                 self._update(job)
-            except OSError as error:
-                self._failed = error
+            except Exception as error:  # or the thread would end, and later sentences be lost
+                self.failed = error
 
     def _update(self, job: _Job) -> None:
         id_, confidence = job.final.id, job.final.answer.confidence

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.signal import lfilter
 
 from b2txt_jax.config import SignalConfig
-from b2txt_jax.errors import UserError
+from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
 from lm_server.atomic_file import replacing
 
 BIN_SECONDS = 0.02
@@ -151,7 +151,7 @@ def read_statistics(path: Path, features: int) -> Statistics:
         fits = all(
             one.shape == (features,) and np.isfinite(one).all() for one in (mean, deviation, weight)
         )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except DAMAGED_ARRAYS as error:
         raise StatisticsError(
             f"the statistics {path} cannot be read ({error}); needed a file that `b2txt stream` "
             "wrote: remove it for a cold start"

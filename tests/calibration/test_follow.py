@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -162,6 +163,32 @@ def test_updates_are_taken_back_one_by_one_or_all(run, tmp_path):
     kept.save({"day/weight": np.ones(4), "day/bias": np.zeros(2)})
     with pytest.raises(FollowError, match="learned by another model"):
         kept.load(start)
+
+
+def test_a_damaged_update_is_named(run, tmp_path):
+    kept, start = Kept(tmp_path, run), {"day/weight": np.zeros(300)}
+    kept.save(start)
+    path = tmp_path / "000001.npz"
+    whole = path.read_bytes()
+    for part in (b"", whole[:1], whole[:900], whole[:-40]):
+        path.write_bytes(part)
+        with pytest.raises(FollowError, match=r"000001.npz is damaged .*take it back"):
+            kept.load(start)
+
+
+def test_an_update_that_fails_is_named_and_later_sentences_are_learned(run, tmp_path, monkeypatch):
+    _, output, kept = following(run, tmp_path / "day", background=True)
+    monkeypatch.setattr(kept, "save", lambda _: (_ for _ in ()).throw(RuntimeError("no memory")))
+    output.show(final("a", 0, 0.95))
+    deadline = time.monotonic() + 120
+    while output.failed is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match=r"an update failed \(no memory\)"):
+        output.show(final("b", 1, 0.95))
+    output.close()
+    assert output.failed is None
+    assert lines(tmp_path / "day")[-1]["id"] == "b"
 
 
 def test_a_record_of_confirmed_sentences_is_data_to_train_on(run, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 from b2txt_jax.live.events import Began, Chosen, Final, Happening, Output, Problem, Progress
 from b2txt_jax.live.intake import Intake
 from b2txt_jax.live.model import LiveModel
-from b2txt_jax.live.sources.interface import Begin, Bin, End, Source
+from b2txt_jax.live.sources.interface import Begin, Bin, End, Source, SourceError
 from b2txt_jax.live.words import Words
 from lm_server.client.answers import LanguageModelError, LanguageModelUnavailableError
 from lm_server.protocol import BLANK, CLASSES, SILENCE
@@ -167,6 +167,8 @@ class LiveSession:
         self._new_id = new_id or f"{time.strftime('%Y%m%dT%H%M%S')}-{{}}".format
         self.latency = Latency()
         self.sentences = 0
+        """That have an answer."""
+        self._begun = 0
         self._running = False
         self._open: Begin | None = None
         self._recent: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(
@@ -175,9 +177,18 @@ class LiveSession:
         self._forget()
 
     def run(self) -> None:
-        """Decode until the source ends or a command stops it. A sentence in progress is ended."""
+        """Decode until the source ends or a command stops it. A sentence in progress is ended.
+
+        Raises:
+          SourceError: the source will give no more.
+          LanguageModelUnavailableError: the server was not found again.
+        """
         while not self._handle_commands():
-            events = self._source.read(_READ_SECONDS)
+            try:
+                events = self._source.read(_READ_SECONDS)
+            except SourceError:
+                self._end()
+                raise
             if events is None:
                 break
             for event in events:
@@ -231,7 +242,9 @@ class LiveSession:
     def _begin(self, begin: Begin) -> None:
         if not self._running:
             self._start_model()
-        self._open, self._id = begin, self._new_id(self.sentences + 1)
+        # A sentence without an answer has an id too: its problem names it.
+        self._begun += 1
+        self._open, self._id = begin, self._new_id(self._begun)
         self._began = time.monotonic()
         self._words.begin()
         self.inform(Began(self._id, begin.name))

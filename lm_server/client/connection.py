@@ -219,6 +219,12 @@ def text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
+def refusal(error: Exception) -> bool:
+    """Return whether no waiting mends an error: rights are missing, or a key is no stream."""
+    kinds = (redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
+    return isinstance(error, kinds) or str(error).startswith("WRONGTYPE")
+
+
 def plain(fields: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the fields with their names as str. An entry deleted while it was read has none."""
     return {text(name): value for name, value in (fields or {}).items()}

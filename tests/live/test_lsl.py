@@ -56,6 +56,15 @@ def test_a_stream_with_other_channels_or_none_is_refused(outlets, monkeypatch):
         open_source("lsl://", 8)
 
 
+def test_a_stream_that_cannot_be_found_again_is_an_error():
+    outlet = pylsl.StreamOutlet(pylsl.StreamInfo("passing", "Features", 4, 50, "float32", ""))
+    source = open_source("lsl://passing", 4)
+    assert outlet.wait_for_consumers(60)
+    del outlet
+    with pytest.raises(SourceError, match="is lost and cannot be found again"):
+        [source.read(0.1) for _ in range(600)]
+
+
 def test_sentences_and_choices_are_samples_of_text():
     output = LslOutlet("lsl://words")
     (info,) = pylsl.resolve_byprop("name", "words", timeout=30)

@@ -7,11 +7,13 @@ import pytest
 import redis
 from live_speech import FINAL
 
+from b2txt_jax.live.events import Chosen
 from b2txt_jax.live.outputs.publish import Publisher
 from b2txt_jax.live.outputs.speech import Speech, SpeechError
 from b2txt_jax.live.sources.choice import open_source
 from b2txt_jax.live.sources.interface import Begin, Bin, End, SourceError
 from b2txt_jax.live.sources.redis_stream import RedisStream, split_url
+from lm_server.serving.embedded_redis import embedded_redis
 
 
 def test_bins_marks_and_numbers_arrive_from_now_on(live_server):
@@ -60,6 +62,18 @@ def test_a_source_that_cannot_be_is_refused_without_showing_a_password(url, said
     assert "secret" not in str(error.value)
 
 
+def test_a_key_that_is_no_stream_is_an_error_that_names_it(live_server):
+    client = redis.Redis.from_url(live_server, protocol=2)
+    client.set("plain", "text")
+    with pytest.raises(SourceError, match=r"does not let us read 'plain' \(WRONGTYPE"):
+        RedisStream(f"{live_server}/plain", 4)
+    source = RedisStream(f"{live_server}/becomes", 4)
+    client.set("becomes", "text")
+    with pytest.raises(SourceError, match="does not let us read 'becomes'"):
+        source.read(0.01)
+    source.close()
+
+
 def test_the_stream_is_the_last_part_of_the_url():
     assert split_url("redis://h:1/0/a.b", "--source") == ("redis://h:1/0", "a.b")
     assert split_url("unix:///run/r.sock/rig?db=2", "--source") == (
@@ -78,6 +92,22 @@ def test_a_final_sentence_is_an_entry_of_the_stream(live_server):
     assert entry[b"words"] == b'[["the", 0.6], ["cat", 1.0]]'
 
 
+def test_what_cannot_be_published_is_named_and_sent_with_the_next(live_server):
+    client = redis.Redis.from_url(live_server, protocol=2)
+    client.set("said2", "no stream")
+    publisher = Publisher(f"{live_server}/said2")
+    with pytest.raises(ConnectionError, match=r"WRONGTYPE.*to be sent: 1"):
+        publisher.show(FINAL)
+    client.delete("said2")
+    publisher.show(Chosen("s-1", "a cat", True))
+    assert [entry[b"text"] for _, entry in client.xrange("said2")] == [b"the cat", b"a cat"]
+    publisher.close()
+    with embedded_redis() as own:
+        publisher = Publisher(f"{own.url}/said")
+    with pytest.raises(ConnectionError, match="to be sent: 1"):
+        publisher.show(FINAL)
+
+
 def test_sentences_are_read_aloud_by_a_program_one_after_the_other(tmp_path, monkeypatch):
     program = tmp_path / "speak"
     program.write_text(f"#!/bin/sh\ncat >> {tmp_path}/spoken\n")
@@ -89,5 +119,11 @@ def test_sentences_are_read_aloud_by_a_program_one_after_the_other(tmp_path, mon
     assert threading.active_count() == threads
     speech.close()
     assert (tmp_path / "spoken").read_text() == "the cat\nthe cat\n"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    speech = Speech(str(program))
+    speech.show(FINAL)
+    speech.close()
+    with pytest.raises(SpeechError, match="speak ended with 3"):
+        speech.show(FINAL)
     with pytest.raises(SpeechError, match=r"no program 'nowhere'.*install espeak-ng"):
         Speech("nowhere")

@@ -13,7 +13,7 @@ from b2txt_jax.data.sentence_log import SentenceLogError, confirmed_sentences
 from b2txt_jax.live.events import Began, Chosen, Final, Problem, Progress
 from b2txt_jax.live.outputs.log import SentenceLog
 from b2txt_jax.live.session import LiveSession, Stop, Toggle, replaced, stopped_by_signals
-from b2txt_jax.live.sources.interface import Begin, Bin, End
+from b2txt_jax.live.sources.interface import Begin, Bin, End, SourceError
 from b2txt_jax.live.words import Words
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.process import serve_child
@@ -91,7 +91,25 @@ def test_a_sentence_in_progress_is_ended_when_the_session_is_stopped(words, inta
 def test_a_sentence_without_a_frame_is_named_and_the_next_one_is_decoded(words, intake):
     events = [Begin(), *events_of(silence(0.04), marks=False), End(), *events_of(bins_of(SAID[0]))]
     heard = decoded(events, words, intake)
-    assert "has 2 bins, too few for a frame" in heard.of(Problem)[0].text
+    first, second = heard.of(Began)
+    (problem,) = heard.of(Problem)
+    assert problem.text == f"sentence {first.id} has 2 bins, too few for a frame"
+    (one,) = heard.of(Final)
+    assert (one.id, one.answer.sentence) == (second.id, SAID[0])
+    assert first.id != second.id
+
+
+def test_a_source_that_is_lost_for_good_ends_the_sentence_first(words, intake):
+    class Source(ListedSource):
+        def read(self, timeout):
+            if not self.events:
+                raise SourceError("gone")
+            return super().read(timeout)
+
+    heard = Heard()
+    source = Source(events_of(bins_of(SAID[0]))[:-1])
+    with pytest.raises(SourceError, match="gone"):
+        LiveSession(source, intake, SpokenModel(), words, [heard]).run()
     assert [one.answer.sentence for one in heard.of(Final)] == [SAID[0]]
 
 

@@ -29,13 +29,18 @@ class Publisher:
         self._unsent: list[dict[str, str]] = []
 
     def show(self, event: Happening) -> None:
-        """Send an entry. What an outage kept back is sent with the next one."""
+        """Send an entry. What an outage kept back is sent with the next one.
+
+        Raises:
+          ConnectionError: Redis does not take it. It is kept.
+        """
         if isinstance(event, Final):
+            confidence = event.answer.confidence
             fields = {
                 "event": "final",
                 "name": event.name,
                 "text": event.answer.sentence,
-                "confidence": str(event.answer.confidence or ""),
+                "confidence": "" if confidence is None else str(confidence),
                 "words": json.dumps([list(word) for word in event.answer.words]),
             }
         elif isinstance(event, Chosen):
@@ -47,8 +52,10 @@ class Publisher:
             while self._unsent:
                 self._redis.xadd(self._stream, self._unsent[0], maxlen=_KEPT_ENTRIES)
                 del self._unsent[0]
-        except LOST:
-            return
+        except LOST as error:
+            raise ConnectionError(
+                f"{error}; sentences and choices to be sent: {len(self._unsent)}"
+            ) from error
 
     def close(self) -> None:
         """Close the connection."""

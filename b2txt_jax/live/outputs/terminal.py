@@ -46,7 +46,9 @@ class Terminal:
         elif isinstance(event, Final):
             self._text = ""
             total = event.answer.confidence
-            self._print(Text.assemble(coloured(event), f" ({total:.2f})" if total else ""))
+            self._print(
+                Text.assemble(coloured(event), f" ({total:.2f})" if total is not None else "")
+            )
             if event.truth is not None:
                 self._print(Text(f"    said: {event.truth}", "dim"))
         elif isinstance(event, Chosen):

@@ -12,7 +12,7 @@ import numpy as np
 
 from b2txt_jax.live.sources.interface import Begin, Bin, End, Event, SourceError
 from lm_server.client.brand import Node, number_of
-from lm_server.client.connection import LOST, Backoff, parse_id, text
+from lm_server.client.connection import LOST, Backoff, parse_id, refusal, text
 
 BIN_MS = 20
 _MOST_ENTRIES = 256
@@ -67,7 +67,11 @@ class BrandStream:
         return found[0][0] if found else "0-0"
 
     def read(self, timeout: float) -> list[Event] | None:
-        """Return the next event. See `Source.read`."""
+        """Return the next event. See `Source.read`.
+
+        Raises:
+          SourceError: Redis refuses to read a stream.
+        """
         if not self._waiting:
             self._fetch(timeout)
         if not self._waiting:
@@ -82,7 +86,12 @@ class BrandStream:
                     if parse_id(self._newest(name)) < parse_id(seen):
                         self._seen[name] = "0-0"
             found = self._redis.xread(self._seen, _MOST_ENTRIES, max(1, int(1000 * timeout)))
-        except LOST:
+        except LOST as error:
+            if refusal(error):
+                raise SourceError(
+                    f"Redis does not let us read {' and '.join(self._seen)} ({error}); needed "
+                    "streams, as the parameters input_stream and mark_stream"
+                ) from error
             self._backoff.failed()
             return
         self._backoff.worked()

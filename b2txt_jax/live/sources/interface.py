@@ -52,6 +52,9 @@ class Source(Protocol):
         the source has ended.
 
         A source whose connection is lost connects again, and returns nothing meanwhile.
+
+        Raises:
+          SourceError: it will not come back.
         """
         ...
 

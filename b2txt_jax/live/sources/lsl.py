@@ -59,7 +59,8 @@ class LslStream:
           features: of a bin.
 
         Raises:
-          SourceError: there is no such stream, or it has other channels or another rate.
+          SourceError: there is no such stream, it does not answer, or it has other channels or
+            another rate.
         """
         name, marks = split_url(url, "--source")
         self._package = pylsl()
@@ -74,7 +75,17 @@ class LslStream:
         self._marks: Any = marks and self._package.StreamInlet(self._found(marks))
         for inlet in (self._inlet, self._marks):
             if inlet:
-                inlet.open_stream(timeout=_RESOLVE_SECONDS)
+                self._open(inlet)
+
+    def _open(self, inlet: Any) -> None:
+        """Open a stream that was found: a firewall may let only the search pass."""
+        try:
+            inlet.open_stream(timeout=_RESOLVE_SECONDS)
+        except RuntimeError as error:  # TimeoutError and LostError, which pylsl defines itself
+            raise SourceError(
+                f"an LSL stream was found and sends nothing within {_RESOLVE_SECONDS:g} s "
+                f"({error}); needed a network that passes LSL's TCP ports, 16572 to 16604"
+            ) from error
 
     def _found(self, name: str) -> Any:
         found = self._package.resolve_byprop("name", name, timeout=_RESOLVE_SECONDS)
@@ -87,7 +98,20 @@ class LslStream:
         return found[0]
 
     def read(self, timeout: float) -> list[Event] | None:
-        """Return the bins and marks that have arrived. See `Source.read`."""
+        """Return the bins and marks that have arrived. See `Source.read`.
+
+        Raises:
+          SourceError: a stream has ended that cannot be found again.
+        """
+        try:
+            return self._arrived(timeout)
+        except RuntimeError as error:  # LostError, which pylsl defines itself
+            raise SourceError(
+                f"an LSL stream is lost and cannot be found again ({error}); needed one with a "
+                "source_id, which is found after its program starts anew"
+            ) from error
+
+    def _arrived(self, timeout: float) -> list[Event]:
         found: list[tuple[float, Event]] = []
         # A chunk with a timeout would wait until it is full.
         sample, stamp = self._inlet.pull_sample(timeout=timeout)

@@ -15,6 +15,7 @@ from lm_server.client.connection import (
     connect,
     parse_id,
     redis_client,
+    refusal,
 )
 
 _MOST_ENTRIES = 256
@@ -49,7 +50,7 @@ class RedisStream:
           features: of a bin.
 
         Raises:
-          SourceError: the URL names no stream.
+          SourceError: the URL names no stream, or Redis refuses to read it.
           RedisUnavailableError: no Redis answers.
         """
         address, self._stream = split_url(url, "--source")
@@ -58,11 +59,24 @@ class RedisStream:
         connect(address, _WAIT_SECONDS, self._stop).close()
         self._redis: Any = redis_client(address)
         self._backoff = Backoff(self._stop)
-        newest = self._redis.xrevrange(self._stream, count=1)
+        try:
+            newest = self._redis.xrevrange(self._stream, count=1)
+        except LOST as error:
+            raise self._refused(error) from error
         self._seen = newest[0][0] if newest else "0-0"
 
+    def _refused(self, error: Exception) -> SourceError:
+        return SourceError(
+            f"Redis does not let us read {self._stream!r} ({error}); needed a stream with a field "
+            "features, float32, and the right to read it"
+        )
+
     def read(self, timeout: float) -> list[Event] | None:
-        """Return the bins and marks of new entries. See `Source.read`."""
+        """Return the bins and marks of new entries. See `Source.read`.
+
+        Raises:
+          SourceError: Redis refuses to read the stream.
+        """
         try:
             if self._backoff.failing:
                 # A Redis that lost its memory, or whose clock went back, counts from lower ids.
@@ -71,7 +85,9 @@ class RedisStream:
                     self._seen = "0-0"
             block = max(1, int(1000 * timeout))
             found = self._redis.xread({self._stream: self._seen}, _MOST_ENTRIES, block)
-        except LOST:
+        except LOST as error:
+            if refusal(error):
+                raise self._refused(error) from error
             self._backoff.failed()
             return []
         self._backoff.worked()

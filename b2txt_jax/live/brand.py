@@ -10,6 +10,7 @@ folder), log. When a new supergraph has other parameters the node starts anew wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import queue
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from b2txt_jax.evaluation.command import language_model
+from b2txt_jax.evaluation.decoder_settings import settings_in_use
 from b2txt_jax.inference.run import load_run
 from b2txt_jax.live.events import Output
 from b2txt_jax.live.intake import Intake
@@ -30,9 +32,10 @@ from b2txt_jax.live.outputs.log import SentenceLog
 from b2txt_jax.live.session import RULES, Command, LiveSession, Stop, stopped_by_signals
 from b2txt_jax.live.sources.brand import BrandInput, BrandStream
 from b2txt_jax.live.sources.interface import Event, SourceError
+from b2txt_jax.live.statistics import STATISTICS_FILE, first_statistics, keep_statistics
 from b2txt_jax.live.words import Words
-from b2txt_jax.signal.rolling import cold
 from lm_server.client import brand
+from lm_server.client.connection import LOST
 
 _LOOK_SECONDS = 1.0
 """Between two looks for other parameters."""
@@ -101,15 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `b2txt brand-node` until SIGINT."""
     node = brand.Node.from_arguments(args)
-    try:
+    with node.running():
         found: dict[str, Any] | None = node.first_parameters()
         while found is not None:
             found = _decode(node, parameters_of(found, node.nickname))
-    except Exception as error:
-        node.state("NODE_FATAL_ERROR", 1, message=str(error))
-        raise
-    finally:
-        node.state("NODE_SHUTDOWN")
     return 0
 
 
@@ -130,11 +128,22 @@ class _Watched:
     def read(self, timeout: float) -> list[Event] | None:
         if time.monotonic() - self._looked > _LOOK_SECONDS:
             self._looked = time.monotonic()
+            # Where Redis has gone, the source waits for it.
+            with contextlib.suppress(*LOST):
+                self._look()
+        return self._source.read(timeout)
+
+    def _look(self) -> None:
+        """Stop the session for other parameters. Those that do not fit are named, and it goes on
+        with its own."""
+        try:
             found = self._node.parameters()
             if found is not None and parameters_of(found, self._node.nickname) != self._now:
                 self.changed = found
                 self._commands.put(Stop())
-        return self._source.read(timeout)
+        except brand.BrandError as error:
+            _log.warning("%s", error)
+            self._node.state("NODE_WARNING", message=str(error))
 
     def close(self) -> None:
         self._source.close()
@@ -163,7 +172,8 @@ def _decode(node: brand.Node, chosen: Parameters) -> dict[str, Any] | None:
         stack.callback(source.close)
         model = LiveModel(trained, chosen.day, chosen.chunk_frames)
         lm = Path(chosen.lm) if chosen.lm else None
-        server = functools.partial(language_model, None if lm else node.url, lm)
+        options = settings_in_use(trained, lm, []).options([])
+        server = functools.partial(language_model, None if lm else node.url, lm, options=options)
         words = stack.enter_context(Words(server, _log.warning))
         streams = chosen.output_stream, chosen.text_stream
         outputs: list[Output] = [BrandOutput(node, *streams, origin=lambda: source.origin)]
@@ -172,10 +182,11 @@ def _decode(node: brand.Node, chosen: Parameters) -> dict[str, Any] | None:
             stack.callback(outputs[-1].close)
         model.warm_up()
         watched = _Watched(source, node, chosen, commands)
-        signal = trained.config.signal
+        statistics = Path(chosen.workdir) / STATISTICS_FILE
+        intake = Intake(features, trained.config.signal, first_statistics(trained, statistics))
         session = LiveSession(
             watched,
-            Intake(features, signal, cold(features)),
+            intake,
             model,
             words,
             outputs,
@@ -186,4 +197,5 @@ def _decode(node: brand.Node, chosen: Parameters) -> dict[str, Any] | None:
         node.state("NODE_READY")
         with stopped_by_signals(commands):
             session.run()
+        keep_statistics(trained, statistics, intake.statistics)
     return watched.changed

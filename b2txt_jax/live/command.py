@@ -52,12 +52,12 @@ from b2txt_jax.live.session import (
 from b2txt_jax.live.sources.choice import open_source
 from b2txt_jax.live.sources.interface import Source
 from b2txt_jax.live.sources.replay import Replay
+from b2txt_jax.live.statistics import STATISTICS_FILE, first_statistics, keep_statistics
 from b2txt_jax.live.words import Words
 from b2txt_jax.metrics import total, word_error_rates
-from b2txt_jax.signal.rolling import Statistics, cold, read_statistics, write_statistics
-from lm_server.atomic_file import require_writable
+from b2txt_jax.signal.rolling import Statistics, cold
+from lm_server.atomic_file import replacing, require_writable
 
-STATISTICS_FILE = "statistics.npz"
 LOG_FOLDER = "live"
 _VIEW_PORT = 8765
 
@@ -223,14 +223,15 @@ def run(args: argparse.Namespace) -> int:
             session.run()
         if following is not None:
             following.close()
+            if following.failed is not None:
+                console.print(f"warning: an update failed: {following.failed}", soft_wrap=True)
             console.print(
                 f"self-calibration: {following.kept} updates kept of {following.seen} sentences "
                 "used; `b2txt stream --undo` takes them back",
                 soft_wrap=True,
             )
-        live = args.source is not None or args.statistics is not None
-        if live and trained.config.signal.rolling_seconds > 0:
-            write_statistics(_statistics_file(args), intake.statistics)
+        if args.source is not None or args.statistics is not None:
+            keep_statistics(trained, _statistics_file(args), intake.statistics)
     _report(args, console, session, intake, scores)
     return 0
 
@@ -316,20 +317,15 @@ def _source(
 ) -> tuple[Source, Statistics]:
     """Return the source, and the statistics that its first bin is normalised with."""
     data, signal = trained.config.data, trained.config.signal
-    statistics, path = cold(data.feature_count), _statistics_file(args)
     if args.replay is None:
         source = open_source(args.source, data.feature_count)
         stack.callback(source.close)
-        if signal.rolling_seconds > 0 and path.is_file():
-            statistics = read_statistics(path, data.feature_count)
-        elif signal.rolling_seconds > 0 and Path(data.root).is_dir():
-            with open_folder(data.root, data.feature_count) as recorded:
-                statistics = NormalisedReader(recorded, signal).after(trained.sessions[-1])
-        return source, statistics
+        return source, first_statistics(trained, _statistics_file(args))
     reader = stack.enter_context(open_folder(data.root, data.feature_count))
     refs: list[TrialRef] = reader.trials(
         [args.replay], args.split, min_bins=trained.config.model.least_bins, labels_needed=False
     )[: args.limit]
+    statistics = cold(data.feature_count)
     if signal.rolling_seconds > 0:
         statistics = NormalisedReader(reader, signal).before(refs[0])
     return Replay(reader, refs, speed), statistics
@@ -413,4 +409,5 @@ def _report(
     console.print("; ".join(shown), soft_wrap=True, highlight=False)
     if args.summary is not None:
         figures["made"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        args.summary.write_text(json.dumps(figures, indent=1) + "\n")
+        with replacing(args.summary) as path:
+            path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -8,23 +8,27 @@ entry has `ts` (monotonic ns), `sync` (JSON, copied from the input) and `i` (its
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 import redis
 
-from lm_server.client.connection import redis_client
+from lm_server.client.connection import LOST, connect, mask_password
 from lm_server.errors import UserError
 
 SUPERGRAPH = "supergraph_stream"
+_WAIT_SECONDS = 10.0
 
 
 class BrandError(UserError, ValueError):
-    """A graph whose parameters do not fit."""
+    """A graph whose parameters do not fit, or whose Redis has gone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +60,15 @@ class Node:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Node:
-        """Connect, and announce the node as BRAND's base class does."""
+        """Connect, and announce the node as BRAND's base class does.
+
+        Raises:
+          RedisUnavailableError: no Redis answers.
+        """
         url = f"redis://{args.redis_host}:{args.redis_port}/0"
         if args.redis_socket:
             url = f"unix://{quote(args.redis_socket)}"
-        node = cls(args.nickname, url, redis_client(url))
+        node = cls(args.nickname, url, connect(url, _WAIT_SECONDS, threading.Event()))
         node.state("initialized")
         return node
 
@@ -68,6 +76,28 @@ class Node:
         """Add an entry to the state stream."""
         fields: dict[Any, Any] = {"code": code, "status": status, **more}
         self.redis.xadd(f"{self.nickname}_state", fields)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Add to the state stream how the block ends, if Redis still takes it.
+
+        Raises:
+          BrandError: an error of Redis came out of the block.
+        """
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            with contextlib.suppress(*LOST):
+                self.state("NODE_FATAL_ERROR", 1, message=f"{type(error).__name__}: {error}")
+            if isinstance(error, redis.exceptions.RedisError):
+                raise BrandError(
+                    f"the graph's Redis at {mask_password(self.url)} does not answer as it should "
+                    f"({error}); needed the one that BRAND's supervisor uses"
+                ) from error
+            raise
+        finally:
+            with contextlib.suppress(*LOST):
+                self.state("NODE_SHUTDOWN")
 
     def parameters(self) -> dict[str, Any] | None:
         """Return the node's parameters, None where no newer supergraph has this node.

@@ -22,20 +22,15 @@ def run(args: argparse.Namespace) -> int:
     from lm_server.ending import CommandParser
 
     node = brand.Node.from_arguments(args)
-    parameters = node.first_parameters()
-    options = parameters.get("options", [])
-    if not isinstance(parameters.get("lm"), str) or not isinstance(options, list):
-        raise brand.BrandError(
-            f"the parameters of {node.nickname!r} are {sorted(parameters)}; needed lm, a model "
-            "folder of `lm-server build`, and where wanted options, a list"
-        )
-    parser = CommandParser(prog=node.nickname)
-    serve.add_arguments(parser)
-    given = ["--lm", parameters["lm"], "--redis", node.url, *map(str, options)]
-    try:
+    with node.running():
+        parameters = node.first_parameters()
+        options = parameters.get("options", [])
+        if not isinstance(parameters.get("lm"), str) or not isinstance(options, list):
+            raise brand.BrandError(
+                f"the parameters of {node.nickname!r} are {sorted(parameters)}; needed lm, a model "
+                "folder of `lm-server build`, and where wanted options, a list"
+            )
+        parser = CommandParser(prog=node.nickname)
+        serve.add_arguments(parser)
+        given = ["--lm", parameters["lm"], "--redis", node.url, *map(str, options)]
         return serve.run(parser.parse_args(given), ready=lambda: node.state("NODE_READY"))
-    except Exception as error:
-        node.state("NODE_FATAL_ERROR", 1, message=str(error))
-        raise
-    finally:
-        node.state("NODE_SHUTDOWN")

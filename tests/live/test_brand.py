@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -20,13 +21,17 @@ import redis
 import yaml
 from live_speech import FEATURES, SAID, SpokenModel, bins_of
 
-from b2txt_jax.live.brand import parameters_of
+import b2txt_jax.live.brand
+import lm_server.client.brand
+from b2txt_jax.live.brand import Parameters, _Watched, parameters_of
 from b2txt_jax.live.outputs.brand import BrandOutput
-from b2txt_jax.live.session import LiveSession
+from b2txt_jax.live.session import LiveSession, Stop
 from b2txt_jax.live.sources.brand import BrandInput, BrandStream
 from b2txt_jax.live.sources.interface import Begin, Bin, End, SourceError
 from b2txt_jax.live.words import Words
 from lm_server.client.brand import BrandError, Node, number_of
+from lm_server.client.connection import RedisUnavailableError
+from lm_server.serving.embedded_redis import embedded_redis
 
 BRAND = Path(__file__).parents[2] / "brand"
 
@@ -159,6 +164,75 @@ def test_parameters_are_the_newest_of_the_node(client, live_server):
         node.parameters()
 
 
+def states(client):
+    return [(fields[b"status"], fields.get(b"message")) for _, fields in client.xrange("d_state")]
+
+
+def test_how_a_node_ends_is_in_its_state_stream(client, live_server):
+    with pytest.raises(ValueError, match="why"), node_of(live_server).running():
+        raise ValueError("why")
+    with pytest.raises(SystemExit), node_of(live_server).running():
+        raise SystemExit(2)
+    with node_of(live_server).running():
+        pass
+    assert [found for found in states(client) if found[0] != b"initialized"] == [
+        (b"NODE_FATAL_ERROR", b"ValueError: why"),
+        (b"NODE_SHUTDOWN", None),
+        (b"NODE_FATAL_ERROR", b"SystemExit: 2"),
+        (b"NODE_SHUTDOWN", None),
+        (b"NODE_SHUTDOWN", None),
+    ]
+
+
+def test_a_graph_whose_redis_is_not_there_or_goes_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.setattr(lm_server.client.brand, "_WAIT_SECONDS", 0.1)
+    with pytest.raises(RedisUnavailableError, match="no Redis answers"):
+        node_of("unix:///nowhere.sock")
+    with embedded_redis() as own:
+        node = node_of(own.url)
+    gone = r"the graph's Redis at .* does not answer"
+    with pytest.raises(BrandError, match=gone), node.running():
+        node.first_parameters()
+    with pytest.raises(ValueError, match="why"), node.running():
+        raise ValueError("why")
+
+
+def test_other_parameters_stop_the_session_and_those_that_do_not_fit_are_a_warning(
+    client, live_server, monkeypatch
+):
+    monkeypatch.setattr(b2txt_jax.live.brand, "_LOOK_SECONDS", -1.0)
+    node, commands = node_of(live_server), queue.SimpleQueue()
+    whole = {"workdir": "r", "input_stream": "features", "sentences": "silence"}
+    supergraph(client, d=whole)
+    now = parameters_of(node.first_parameters(), "d")
+    source = BrandStream(node, BrandInput("features", "samples", "float32", 4))
+    watched = _Watched(source, node, now, commands)
+    supergraph(client, d={**whole, "n_features": 0})
+    assert watched.read(0.01) == []
+    assert commands.empty()
+    (warning,) = [message for status, message in states(client) if status == b"NODE_WARNING"]
+    assert b"n_features is 0" in warning
+    supergraph(client, d=whole)
+    watched.read(0.01)
+    assert commands.empty()
+    supergraph(client, d={**whole, "day": "t15.2023.08.11"})
+    watched.read(0.01)
+    assert isinstance(commands.get_nowait(), Stop)
+    assert watched.changed["day"] == "t15.2023.08.11"
+    client.set("features", "no stream")
+    with pytest.raises(SourceError, match="does not let us read features"):
+        watched.read(0.01)
+
+
+def test_bins_are_waited_for_while_redis_is_away(monkeypatch):
+    monkeypatch.setattr(b2txt_jax.live.brand, "_LOOK_SECONDS", -1.0)
+    with embedded_redis() as own:
+        node = node_of(own.url)
+        source = BrandStream(node, BrandInput("features", "samples", "float32", 4))
+    watched = _Watched(source, node, Parameters("r", "features"), queue.SimpleQueue())
+    assert watched.read(0.01) == []
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -195,8 +269,6 @@ def test_the_example_graph_has_parameters_that_fit():
 
 
 def test_the_language_model_node_serves_the_graph_and_ends_on_sigint(spoken_lm):
-    from lm_server.serving.embedded_redis import embedded_redis
-
     with embedded_redis() as own:
         client = redis.Redis.from_url(own.url, protocol=2)
         supergraph(client, lm={"lm": str(spoken_lm), "log": "WARNING"})

@@ -1,0 +1,34 @@
+"""What the first bin of a recording under way is normalised with, and what is kept for the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from b2txt_jax.data.normalised import NormalisedReader
+from b2txt_jax.data.reader import open_folder
+from b2txt_jax.inference.run import Run
+from b2txt_jax.signal.rolling import Statistics, cold, read_statistics, write_statistics
+
+STATISTICS_FILE = "statistics.npz"
+"""In a run's folder: those after the last bin that was decoded live."""
+
+
+def first_statistics(run: Run, path: Path) -> Statistics:
+    """Return those of the file, else those after the run's last recorded session, else cold ones.
+
+    Raises:
+      StatisticsError: the file cannot be used.
+    """
+    data, signal = run.config.data, run.config.signal
+    if signal.rolling_seconds > 0 and path.is_file():
+        return read_statistics(path, data.feature_count)
+    if signal.rolling_seconds > 0 and Path(data.root).is_dir():
+        with open_folder(data.root, data.feature_count) as recorded:
+            return NormalisedReader(recorded, signal).after(run.sessions[-1])
+    return cold(data.feature_count)
+
+
+def keep_statistics(run: Run, path: Path, statistics: Statistics) -> None:
+    """Write them, where the run uses any."""
+    if run.config.signal.rolling_seconds > 0:
+        write_statistics(path, statistics)

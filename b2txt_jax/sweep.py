@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax.scipy.special
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from b2txt_jax.api import evaluate
 from b2txt_jax.config import Config, ConfigError, load_config, with_overrides
@@ -161,22 +161,8 @@ def mean_interval(values: Sequence[float]) -> dict[str, float | int | None]:
     if count < 2:
         return {"mean": mean, "low": None, "high": None, "std": None, "seeds": count}
     std = float(np.std(values, ddof=1))
-    half = student_quantile((1 + LEVEL) / 2, count - 1) * std / math.sqrt(count)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * std / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half, "std": std, "seeds": count}
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Return the quantile, above the median, of Student's t distribution.
-
-    >>> round(student_quantile(0.975, 4), 2)
-    2.78
-    """
-    low, high = 0.0, 1e3
-    for _ in range(60):
-        middle = (low + high) / 2
-        tail = jax.scipy.special.betainc(degrees / 2, 0.5, degrees / (degrees + middle**2)) / 2
-        low, high = (middle, high) if 1 - float(tail) < probability else (low, middle)
-    return high
 
 
 def _write(

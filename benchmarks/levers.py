@@ -18,18 +18,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import matplotlib
 import numpy as np
 
+from b2txt_jax.check_device.limits import product_flops
 from b2txt_jax.config import Config, load_config
 from b2txt_jax.data.loader import Batch
+from b2txt_jax.sweep import mean_interval
 from b2txt_jax.training.step import init_state, make_train_step
 
 matplotlib.use("Agg")
@@ -38,8 +38,6 @@ import matplotlib.pyplot as plt
 BINS = 880
 """A whole number of patches near the recordings' mean trial of 875 bins."""
 LAST = 3
-T_975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Quantiles of Student's t by degrees of freedom."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,30 +112,6 @@ LEVERS = {
 }
 
 
-def product_flops(program: Any) -> float:
-    """Count the FLOPs of products and convolutions of a jaxpr, loops by their length."""
-    total = 0.0
-    for equation in program.eqns:
-        name, params = equation.primitive.name, equation.params
-        shapes = [getattr(var.aval, "shape", ()) for var in (*equation.invars, *equation.outvars)]
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
-        elif name == "conv_general_dilated":
-            kernel, numbers = shapes[1], params["dimension_numbers"]
-            outputs = kernel[numbers.rhs_spec[0]]
-            # A dilated input, of a transposed convolution, is zeros between its values.
-            useful = math.prod(kernel) / outputs / math.prod(params["lhs_dilation"])
-            total += 2 * math.prod(shapes[-1]) * useful
-        times = params["length"] if name == "scan" else 1
-        for value in params.values():
-            for one in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(one, "jaxpr", one)
-                if hasattr(inner, "eqns"):
-                    total += times * product_flops(inner)
-    return total
-
-
 def gflop_per_trial(config: Config, days: int) -> float:
     """Return 10^9 FLOPs of a training step per trial of BINS bins."""
     rows, bins = config.data.trials_per_day, BINS
@@ -154,8 +128,7 @@ def gflop_per_trial(config: Config, days: int) -> float:
             )
         )
     )
-    program = jax.make_jaxpr(make_train_step(config, days))(shapes, batch)
-    return product_flops(program.jaxpr) / rows / 1e9
+    return product_flops(make_train_step(config, days), shapes, batch) / rows / 1e9
 
 
 def overrides(lever: Lever, steps: int, seed: int, root: Path) -> list[str]:
@@ -185,10 +158,10 @@ def curve(workdir: Path) -> tuple[np.ndarray, np.ndarray, float]:
 
 def interval(values: np.ndarray) -> str:
     """Return mean and 95 % interval over seeds as text."""
-    if len(values) == 1:
-        return f"{values[0]:+.1f}"
-    half = T_975[len(values) - 1] * values.std(ddof=1) / math.sqrt(len(values))
-    return f"{values.mean():+.1f} ({values.mean() - half:+.1f} to {values.mean() + half:+.1f})"
+    found = mean_interval(values.tolist())
+    if found["low"] is None:
+        return f"{found['mean']:+.1f}"
+    return f"{found['mean']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
 
 
 def picture(path: Path, runs: dict[str, list[Path]]) -> None:

@@ -1,12 +1,7 @@
-"""Pickled logits of phoneme-to-words-lm -> a logits file as `b2txt infer` writes it.
-
-A pickle can run code as it is read. This reader admits nothing but numbers, texts, containers and
-numpy arrays.
-"""
+"""Pickled logits of phoneme-to-words-lm -> a logits file as `b2txt infer` writes it."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,40 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lm_server.atomic_file import regular, replacing
+from lm_server.atomic_file import replacing
 from lm_server.offline import LogitsFileError
+from lm_server.plain_pickle import PickleError, read_pickle
 from lm_server.protocol import CLASSES, ProtocolError, check_logits
 
-_BUILTINS = ("set", "frozenset", "bytearray", "complex", "slice", "range")
-_NUMPY = {
-    ("multiarray", "_reconstruct"),
-    ("multiarray", "scalar"),
-    ("numeric", "_frombuffer"),
-    ("", "ndarray"),
-    ("", "dtype"),
-}
 _NEEDED = "needed a pickle of {logits, adjusted_len, transcription}, each with one entry per trial"
 _USED = ("logits", "adjusted_len", "transcription")
-
-
-class _OnlyArrays(pickle.Unpickler):
-    """Unpickles numpy arrays and plain values, and refuses everything else by its name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        room = module.removeprefix("numpy").removeprefix("._core").removeprefix(".core").lstrip(".")
-        ours = module.partition(".")[0] == "numpy" and (room, name) in _NUMPY
-        scalar = module in ("numpy", "numpy.dtypes") and _is_scalar_type(module, name)
-        plain = module in ("builtins", "__builtin__") and name in _BUILTINS
-        # As protocols below 3 write bytes.
-        if ours or scalar or plain or (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which may run code")
-
-
-def _is_scalar_type(module: str, name: str) -> bool:
-    room = np if module == "numpy" else np.dtypes
-    found = getattr(room, name, None)
-    return isinstance(found, type) and issubclass(found, np.generic | np.dtype)
 
 
 @dataclass(frozen=True)
@@ -72,7 +40,11 @@ def convert(path: Path, out: Path, tokens: Sequence[str] = CLASSES) -> tuple[int
     Raises:
       LogitsFileError: the pickle cannot be read, holds other objects, or a field is not as needed.
     """
-    trials = _trials(path, _read(path))
+    try:
+        found = read_pickle(path, _NEEDED)
+    except PickleError as error:
+        raise LogitsFileError(str(error)) from error
+    trials = _trials(path, found)
     order = [list(tokens).index(name) for name in CLASSES]
     fields = {
         "logits": np.concatenate([one[:, order] for one in trials.logits]),
@@ -84,22 +56,6 @@ def convert(path: Path, out: Path, tokens: Sequence[str] = CLASSES) -> tuple[int
     with replacing(out) as temporary, temporary.open("wb") as file:
         np.savez(file, **fields)  # type: ignore[arg-type]
     return len(trials.logits), list(trials.ignored)
-
-
-def _read(path: Path) -> Any:
-    try:
-        with regular(path).open("rb") as file:
-            return _OnlyArrays(file).load()
-    except FileNotFoundError as error:
-        raise LogitsFileError(f"there is no {path}; {_NEEDED}") from error
-    except pickle.UnpicklingError as error:
-        raise LogitsFileError(
-            f"{path} cannot be read: {error}; needed arrays of numpy, texts and numbers only: "
-            "where it was made, turn tensors into arrays (`.cpu().float().numpy()`) and pickle anew"
-        ) from error
-    # A damaged pickle fails in any way.
-    except Exception as error:
-        raise LogitsFileError(f"{path} is no readable pickle ({error!r}); {_NEEDED}") from error
 
 
 def _trials(path: Path, found: Any) -> _Trials:

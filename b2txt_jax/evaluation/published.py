@@ -1,12 +1,7 @@
-"""The published pickles of figures, `t15_copyTask.pkl` and `t15_personalUse.pkl`.
-
-A pickle can run code as it is read. This reader admits nothing but numbers, texts, containers and
-numpy arrays.
-"""
+"""The published pickles of figures, `t15_copyTask.pkl` and `t15_personalUse.pkl`."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +10,9 @@ from typing import Any
 import numpy as np
 
 from b2txt_jax.errors import UserError
-from lm_server.atomic_file import regular
+from lm_server.plain_pickle import PickleError, read_pickle
 
-_PLAIN = {
-    "builtins": ("set", "frozenset", "bytearray", "complex", "slice", "range"),
-    "_codecs": ("encode",),  # as protocols below 3 write bytes
-}
-_PLAIN["__builtin__"] = _PLAIN["builtins"]
-_ARRAYS = ("_reconstruct", "scalar", "_frombuffer", "ndarray", "dtype")
+_NEEDED = "needed a pickle of the published data set (Dryad dncjsxm85): download it again"
 COPY_TASK = (
     "decoded_logits",
     "cue_sentence",
@@ -37,24 +27,6 @@ COPY_TASK = (
 
 class PublishedDataError(UserError, ValueError):
     """A published file that cannot be used. Names file and field."""
-
-
-class _OnlyArrays(pickle.Unpickler):
-    """Unpickles numpy arrays and plain values, and refuses everything else by its name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        numpy_made = module.partition(".")[0] == "numpy" and (
-            name in _ARRAYS or _is_scalar(module, name)
-        )
-        if numpy_made or name in _PLAIN.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which may run code")
-
-
-def _is_scalar(module: str, name: str) -> bool:
-    room = {"numpy": np, "numpy.dtypes": np.dtypes}.get(module)
-    found = getattr(room, name, None)
-    return isinstance(found, type) and issubclass(found, np.generic | np.dtype)
 
 
 @dataclass(frozen=True)
@@ -96,38 +68,13 @@ class PersonalUse:
     sentences: Mapping[int, int]
 
 
-def read_pickle(path: Path) -> Any:
-    """Read a pickle of numbers, texts, containers and arrays.
-
-    Raises:
-      PublishedDataError: it cannot be read, or holds anything else.
-    """
-    try:
-        with regular(path).open("rb") as file:
-            return _OnlyArrays(file).load()
-    except FileNotFoundError as error:
-        raise PublishedDataError(
-            f"there is no {path}; needed a pickle of the published data set (Dryad dncjsxm85)"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise PublishedDataError(
-            f"{path} cannot be read: {error}; needed the published file, which holds numbers, "
-            "texts and numpy arrays only"
-        ) from error
-    # A damaged pickle fails in any way.
-    except Exception as error:
-        raise PublishedDataError(
-            f"{path} is no readable pickle ({error!r}); download it again"
-        ) from error
-
-
 def read_copy_task(path: Path) -> CopyTask:
     """Read `t15_copyTask.pkl`.
 
     Raises:
       PublishedDataError: it cannot be read, or a field is missing or of another length.
     """
-    found = read_pickle(path)
+    found = _read(path)
     columns = _columns(path, found, COPY_TASK)
     try:
         return CopyTask(
@@ -149,7 +96,7 @@ def read_personal_use(path: Path) -> PersonalUse:
     Raises:
       PublishedDataError: it cannot be read, or a field is missing or of another length.
     """
-    found = read_pickle(path)
+    found = _read(path)
     names = ("trialized_info", "total_use_time", "total_trial_count")
     missing = [name for name in names if not isinstance(found, Mapping) or name not in found]
     if missing:
@@ -169,6 +116,13 @@ def read_personal_use(path: Path) -> PersonalUse:
         )
     except (ValueError, TypeError, KeyError) as error:
         raise PublishedDataError(f"{path}: {error!r}; needed the published file") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_pickle(path, _NEEDED)
+    except PickleError as error:
+        raise PublishedDataError(str(error)) from error
 
 
 def _columns(path: Path, found: Any, names: tuple[str, ...]) -> dict[str, list[Any]]:

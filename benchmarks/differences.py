@@ -91,7 +91,8 @@ def best_per(workdir: Path) -> float:
 
 def evaluation_data(config: Config) -> EvaluationData:
     data = config.data
-    return EvaluationData(data, data.sessions, "val", config.model.least_bins, labels=True)
+    least = config.model.least_bins
+    return EvaluationData(data, data.sessions, "val", least, True, config.signal)
 
 
 def eval_step_of(config: Config) -> Any:

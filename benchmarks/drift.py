@@ -36,7 +36,8 @@ def per_by_layer(model: Run) -> np.ndarray:
     """Return errors and lengths, int [days, layers, 2], of each day's trials with each layer."""
     sessions = model.config.data.sessions
     least = model.config.model.least_bins
-    data = EvaluationData(model.config.data, sessions, "val", least, labels=True)
+    config = model.config
+    data = EvaluationData(config.data, sessions, "val", least, labels=True, signal=config.signal)
     step = jax.jit(make_eval_step(model.config, len(sessions)))
     counts = np.zeros((len(sessions), len(sessions), 2), int)
     for _, trials, batch in data.batches():

@@ -15,7 +15,7 @@ from typing import Any
 
 from b2txt_jax import __version__
 from b2txt_jax.huge_pages import restart_with_huge_pages
-from lm_server.ending import CommandParser, ended_by_interrupt, exit_status
+from lm_server.process import CommandParser, ended_by_interrupt, exit_status
 
 # name -> (module with add_arguments and run, help, whether --config.key=value is allowed)
 COMMANDS: dict[str, tuple[str, str, bool]] = {

@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from b2txt_jax.errors import UserError
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 from lm_server.protocol import CLASS_COUNT
 
 CONFIG_FILE = "config.json"

@@ -37,7 +37,7 @@ from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
 from b2txt_jax.training.loop import train
 from b2txt_jax.training.metrics_log import METRICS_FILE, read_metrics
-from lm_server.atomic_file import replacing, require_writable
+from lm_server.files.atomic_file import replacing, require_writable
 
 _CONFIG = "demo"
 _SUMMARY, _REPORT = "summary.json", "report.html"

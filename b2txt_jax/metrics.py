@@ -10,8 +10,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from b2txt_jax.phonemes import BLANK_ID
+from lm_server.lexicon.text_rules import scored_words
 from lm_server.protocol import check_logits
-from lm_server.text_rules import scored_words
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item", bound=Hashable)

@@ -29,7 +29,7 @@ from b2txt_jax.evaluation.intervals import LEVEL
 from b2txt_jax.evaluation.results import results_of
 from b2txt_jax.provenance import provenance
 from b2txt_jax.training.loop import FINISHED_FILE, train
-from lm_server.atomic_file import replacing, require_writable
+from lm_server.files.atomic_file import replacing, require_writable
 
 SWEEP_FILE = "sweep.json"
 

@@ -53,7 +53,7 @@ from b2txt_jax.simulation.corpus import load_pool
 from b2txt_jax.simulation.plan import SimulationSettings, named_rng
 from b2txt_jax.simulation.write import SETTINGS_FILE, modulation
 from b2txt_jax.training.step import make_eval_step
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 
 @dataclass(frozen=True)

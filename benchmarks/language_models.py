@@ -26,7 +26,7 @@ import numpy as np
 from decoder import wer
 from decoding import TEXT, decode, in_fresh_process, memory, parser_of, simulated
 
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 from lm_server.lm.build import Options, build
 from lm_server.lm.reader import DESCRIPTION
 from lm_server.lm.trie.kenlm_binary import PLAIN, TrieForm, trie_bytes, write_trie

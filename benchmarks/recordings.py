@@ -27,7 +27,7 @@ from b2txt_jax.simulation.plan import (
     named_rng,
     plan_sessions,
 )
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 Row = tuple[str, str, str]
 

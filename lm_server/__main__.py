@@ -9,9 +9,8 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 
-from lm_server.ending import CommandParser, ended_by_interrupt, exit_status
 from lm_server.errors import UserError
-from lm_server.processes import version
+from lm_server.process import CommandParser, ended_by_interrupt, exit_status, version
 
 COMMANDS: Mapping[str, str] = {
     "build": "make a model folder from text and a lexicon",

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_server.atomic_file import regular, replacing
 from lm_server.errors import UserError
+from lm_server.files.atomic_file import regular, replacing
 from lm_server.protocol import unique
 
 FORMAT = 2

@@ -29,8 +29,8 @@ from b2txt_jax.simulation.corpus import (
     WORDNET_GLOSSES,
     WORLD_ENGLISH_BIBLE,
 )
-from lm_server.atomic_file import replacing
-from lm_server.text_rules import normalise
+from lm_server.files.atomic_file import replacing
+from lm_server.lexicon.text_rules import normalise
 
 POOL_SIZES = {"train": 12_000, "val": 2_500, "test": 2_500}
 # Sentence-like text first: glosses are phrases ("a tangible and visible entity").

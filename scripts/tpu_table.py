@@ -40,7 +40,7 @@ from b2txt_jax.tpu.compile import (
 )
 from b2txt_jax.tpu.topologies import SHAPES, parse_topology
 from b2txt_jax.tpu.whole_run import whole_run
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 REPOSITORY = Path(__file__).parents[1]
 BUCKET = (1000, 100)

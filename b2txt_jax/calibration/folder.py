@@ -23,7 +23,7 @@ from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run as Converted
 from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.training.checkpoint import BestScore
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 REPORT_FILE = "calibration.json"
 SESSIONS_FOLDER = "sessions"

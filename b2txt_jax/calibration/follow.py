@@ -28,7 +28,7 @@ from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
 from b2txt_jax.inference.run import Run
 from b2txt_jax.model.interface import Params
 from b2txt_jax.training.step import make_eval_step
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 LOG_FILE = "log.jsonl"
 _KEPT = 10

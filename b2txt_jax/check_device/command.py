@@ -20,7 +20,7 @@ from rich.console import Console
 from b2txt_jax.doctor.checks import Finding
 from b2txt_jax.doctor.command import print_findings
 from b2txt_jax.provenance import provenance
-from lm_server.atomic_file import replacing, require_writable
+from lm_server.files.atomic_file import replacing, require_writable
 
 Result = tuple[Finding, dict[str, Any]]
 """What was found, and its figures for the JSON file."""

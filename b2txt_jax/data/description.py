@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from b2txt_jax.errors import UserError
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 FILE_NAME = "t15_copyTaskData_description.csv"
 COLUMNS = ("Date", "Post-implant day", "Block number", "Number of sentences", "Corpus", "Split")

@@ -48,7 +48,7 @@ from rich.progress import (
 )
 
 from b2txt_jax.data.description import DataError
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 DRYAD, KAGGLE = "https://datadryad.org", "https://www.kaggle.com"
 PIECE = 16 << 20

@@ -17,7 +17,7 @@ import numpy as np
 
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.trial import Reader, TrialRef, listed
-from lm_server.atomic_file import regular, replacing
+from lm_server.files.atomic_file import regular, replacing
 
 DATA_FILE = "data.json"
 """Name in a run's folder of the fingerprint of what it is trained on."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 
 def write_logits_file(

@@ -24,7 +24,7 @@ from b2txt_jax.data.description import DataError, DataWarning
 from b2txt_jax.data.trial import Reader, Trial, TrialRef
 from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
 from b2txt_jax.phonemes import sentence_to_ids
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 SENTENCES, FEATURES = "sentences.jsonl", "features"
 VALIDATED = 5

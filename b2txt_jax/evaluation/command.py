@@ -57,11 +57,11 @@ from b2txt_jax.inference.run import (
 )
 from b2txt_jax.provenance import hardware, provenance
 from b2txt_jax.training.checkpoint import RAW
-from lm_server.atomic_file import require_writable
 from lm_server.client.answers import LanguageModelUnavailableError
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
+from lm_server.files.atomic_file import require_writable
 
 _SUBMISSION = "submission.csv"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"

@@ -24,8 +24,8 @@ from b2txt_jax.evaluation.intervals import LEAST_DAYS, Paired, paired_bootstrap
 from b2txt_jax.evaluation.results import Result, ResultsError, SavedTrial, result_of
 from b2txt_jax.metrics import ErrorRate, differences, total
 from b2txt_jax.provenance import provenance
-from lm_server.atomic_file import replacing, require_writable
-from lm_server.text_rules import normalise, scored_words
+from lm_server.files.atomic_file import replacing, require_writable
+from lm_server.lexicon.text_rules import normalise, scored_words
 
 _CLEAN_WORDS = 2
 """Words in a row that both have right, which end a segment of MAPSSWE."""

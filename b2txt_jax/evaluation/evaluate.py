@@ -27,12 +27,12 @@ from b2txt_jax.metrics import (
     total_by,
     word_error_rates,
 )
-from lm_server.atomic_file import replacing
 from lm_server.client.answers import Result
 from lm_server.client.client import Client, Progress
 from lm_server.client.jobs import JobClient
+from lm_server.files.atomic_file import replacing
 from lm_server.hypothesis import Answer
-from lm_server.text_rules import normalise, scored_words
+from lm_server.lexicon.text_rules import normalise, scored_words
 
 UNKNOWN_CORPUS = "unknown"
 

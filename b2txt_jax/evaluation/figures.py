@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from b2txt_jax.metrics import differences
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 from lm_server.protocol import CLASSES, check_logits
 
 FRAME_SECONDS = 0.08

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 
 from b2txt_jax.phonemes import BLANK_ID, SILENCE_ID, pronunciations
 from b2txt_jax.simulation.corpus import load_pool
+from lm_server.lexicon.text_rules import scored_words
 from lm_server.protocol import CLASSES
-from lm_server.text_rules import scored_words
 
 # Normalisation would change entries such as "a.m." to something that no reference contains. Of the
 # names of letters ("r" sounds like "are"), only two are words.

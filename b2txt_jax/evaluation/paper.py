@@ -39,7 +39,7 @@ from b2txt_jax.evaluation.report.inputs import groups
 from b2txt_jax.evaluation.results import result_of
 from b2txt_jax.metrics import ErrorRate, error_rate, total
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID
-from lm_server.atomic_file import require_writable
+from lm_server.files.atomic_file import require_writable
 
 _RATINGS = {
     "correct": ("correct",),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from b2txt_jax.errors import UserError
-from lm_server.plain_pickle import PickleError, read_pickle
+from lm_server.files.plain_pickle import PickleError, read_pickle
 
 _NEEDED = "needed a pickle of the published data set (Dryad dncjsxm85): download it again"
 COPY_TASK = (

@@ -11,7 +11,7 @@ from typing import Any
 from b2txt_jax.config import CONFIG_FILE
 from b2txt_jax.errors import UserError
 from b2txt_jax.metrics import ErrorRate
-from lm_server.atomic_file import regular
+from lm_server.files.atomic_file import regular
 
 EVALUATION, ANSWERS = "evaluation.json", "answers.jsonl"
 """Files in a result's folder."""

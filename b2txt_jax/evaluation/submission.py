@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from b2txt_jax.evaluation.results import ResultsError
-from lm_server.atomic_file import regular, replacing
+from lm_server.files.atomic_file import regular, replacing
 
 HEADER = ("id", "text")
 

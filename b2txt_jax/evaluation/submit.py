@@ -14,8 +14,8 @@ from pathlib import Path
 from b2txt_jax.data.trial import SPLITS, listed
 from b2txt_jax.evaluation.results import ResultsError, SavedTrial, result_of
 from b2txt_jax.evaluation.submission import read_texts, write_submission
-from lm_server.atomic_file import require_writable
-from lm_server.text_rules import normalise
+from lm_server.files.atomic_file import require_writable
+from lm_server.lexicon.text_rules import normalise
 
 PUBLISHED = {".csv": 1450, ".txt": 1200}
 """Sentences that the benchmarks of T15 and T12 hold out."""

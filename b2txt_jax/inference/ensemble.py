@@ -19,7 +19,7 @@ from b2txt_jax.data.description import DataError
 from b2txt_jax.inference.logits import write_logits
 from b2txt_jax.inference.run import Run, TrialLogits, add_weights_argument, load_run
 from b2txt_jax.metrics import greedy_decode, phoneme_error_rates, total
-from lm_server.atomic_file import require_writable
+from lm_server.files.atomic_file import require_writable
 
 MEANS = ("logarithms", "probabilities")
 

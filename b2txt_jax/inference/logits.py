@@ -14,7 +14,7 @@ from b2txt_jax.data.description import DataWarning
 from b2txt_jax.data.logits_file import write_logits_file
 from b2txt_jax.data.trial import listed
 from b2txt_jax.inference.run import TrialLogits, add_weights_argument, load_run
-from lm_server.atomic_file import require_writable
+from lm_server.files.atomic_file import require_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

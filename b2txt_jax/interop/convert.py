@@ -29,7 +29,7 @@ from b2txt_jax.interop.weights import fresh_state
 from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.training.checkpoint import BestScore, CheckpointError, Checkpoints
 from b2txt_jax.training.step import init_state
-from lm_server.atomic_file import require_writable
+from lm_server.files.atomic_file import require_writable
 
 CHECKPOINTS = "checkpoints"
 

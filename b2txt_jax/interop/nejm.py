@@ -40,7 +40,7 @@ from b2txt_jax.interop.weights import (
 )
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.step import TrainState
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 CHECKPOINT_FILE = "best_checkpoint"
 ARGS_FILE = "args.yaml"

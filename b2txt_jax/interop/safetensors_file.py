@@ -30,7 +30,7 @@ from b2txt_jax.interop.weights import (
     strip_prefixes,
 )
 from b2txt_jax.training.checkpoint import BestScore
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 
 def config_path(path: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from b2txt_jax.interop.torch_reader import STORAGE_DTYPES
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 _ALIGNMENT = 64

@@ -56,7 +56,7 @@ from b2txt_jax.live.statistics import STATISTICS_FILE, first_statistics, keep_st
 from b2txt_jax.live.words import Words
 from b2txt_jax.metrics import total, word_error_rates
 from b2txt_jax.signal.rolling import Statistics, cold
-from lm_server.atomic_file import replacing, require_writable
+from lm_server.files.atomic_file import replacing, require_writable
 
 LOG_FOLDER = "live"
 _VIEW_PORT = 8765

@@ -16,7 +16,7 @@ from b2txt_jax.calibration.follow import Follower, Kept
 from b2txt_jax.live.events import Chosen, Final, Happening
 from b2txt_jax.live.model import LiveModel
 from b2txt_jax.phonemes import sentence_to_ids
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 _REMEMBERED = 16
 """Sentences that the user may still confirm or correct."""

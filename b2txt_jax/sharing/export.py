@@ -32,7 +32,7 @@ from b2txt_jax.signal.rolling import described
 from b2txt_jax.signal.smooth import taps_of
 from b2txt_jax.simulation.write import SETTINGS_FILE
 from b2txt_jax.training.checkpoint import BestScore
-from lm_server.atomic_file import require_writable
+from lm_server.files.atomic_file import require_writable
 from lm_server.protocol import CLASSES
 
 _ROOT = "data/hdf5_data_final"

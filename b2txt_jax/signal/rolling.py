@@ -16,7 +16,7 @@ from scipy.signal import lfilter
 
 from b2txt_jax.config import SignalConfig
 from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 BIN_SECONDS = 0.02
 _LEAST_DEVIATION = 1e-6

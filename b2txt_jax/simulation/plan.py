@@ -16,7 +16,7 @@ import numpy as np
 from b2txt_jax.data.description import DataError
 from b2txt_jax.phonemes import sentence_to_ids
 from b2txt_jax.simulation.corpus import CORPORA, Pool, load_pool
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 _DATES = """
 2023.08.11 2023.08.13 2023.08.18 2023.08.20 2023.08.25 2023.08.27 2023.09.01 2023.09.03 2023.09.24

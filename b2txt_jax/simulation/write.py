@@ -57,7 +57,7 @@ from b2txt_jax.simulation.plan import (
     named_rng,
     plan_sessions,
 )
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
 _SESSIONS_FOLDER = "hdf5_data_final"

@@ -38,7 +38,7 @@ from b2txt_jax.tpu.whole_run import whole_run
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
 from b2txt_jax.training.step import model_of, packing_rules
-from lm_server.atomic_file import replacing, require_writable
+from lm_server.files.atomic_file import replacing, require_writable
 
 TYPICAL_BUCKET = (1000, 100)
 """(bins, labels), used if the configuration derives the buckets from the data."""

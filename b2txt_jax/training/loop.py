@@ -61,8 +61,8 @@ from b2txt_jax.training.step import TrainState, model_of, packing_rules
 from b2txt_jax.training.tracker import PER_KEYS, Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
 from b2txt_jax.training.word_errors import LAST_SECONDS, Decoder, decoder_of
-from lm_server.atomic_file import regular, replacing
-from lm_server.ending import finishing, leave
+from lm_server.files.atomic_file import regular, replacing
+from lm_server.process import finishing, leave
 
 FINISHED_FILE = "finished.json"
 """Name in a run's folder of a complete run: all steps done, or stopped by train.patience."""

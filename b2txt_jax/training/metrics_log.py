@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from b2txt_jax.errors import UserError
-from lm_server.atomic_file import regular, replacing
+from lm_server.files.atomic_file import regular, replacing
 
 
 @contextlib.contextmanager

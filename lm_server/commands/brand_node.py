@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT."""
     from lm_server.commands import serve
-    from lm_server.ending import CommandParser
+    from lm_server.process import CommandParser
 
     node = brand.Node.from_arguments(args)
     with node.running():

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from lm_server.commands import options
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.process import cleaning_up_when_terminated
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from lm_server.atomic_file import require_writable
 from lm_server.commands import options
-from lm_server.processes import cleaning_up_when_terminated, version
+from lm_server.files.atomic_file import require_writable
+from lm_server.process import cleaning_up_when_terminated, version
 from lm_server.rescoring.load import llm_from_options
 from lm_server.search.hot_words import HotWord
 from lm_server.search.load import load_model, need_packages
@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Decode the file."""
-    from lm_server.offline import decode_file, read_logits
+    from lm_server.files.logits_file import read_logits
+    from lm_server.offline import decode_file
 
     need_packages(args.backend)
     workers = options.workers_from(args)

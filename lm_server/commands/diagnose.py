@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lm_server.atomic_file import require_writable
 from lm_server.commands import options
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.files.atomic_file import require_writable
+from lm_server.process import cleaning_up_when_terminated
 from lm_server.settings import SettingsError
 
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Diagnose."""
-    from lm_server.offline import read_logits
+    from lm_server.files.logits_file import read_logits
     from lm_server.search.flashlight import LanguageModel
     from lm_server.tuning.diagnose import as_text, diagnose, write
     from lm_server.tuning.references import read_references

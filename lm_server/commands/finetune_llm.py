@@ -14,7 +14,7 @@ from shlex import quote
 
 from lm_server.commands import options
 from lm_server.commands.serve import Number, add_numbers, check_numbers
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.process import cleaning_up_when_terminated
 from lm_server.rescoring.load import add_llm_options
 from lm_server.settings import SettingsError
 

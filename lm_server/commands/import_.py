@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lm_server.atomic_file import require_writable
 from lm_server.commands import options
 from lm_server.errors import UserError
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.files.atomic_file import require_writable
+from lm_server.process import cleaning_up_when_terminated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Import."""
+    from lm_server.files.pickled_logits import convert
     from lm_server.lm.kenlm_import import import_kenlm, read_tokens
-    from lm_server.pickled_logits import convert
     from lm_server.protocol import CLASSES
 
     if args.kenlm is not None:

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from lm_server.commands import options
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.process import cleaning_up_when_terminated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_server import settings
-from lm_server.atomic_file import regular
-from lm_server.processes import default_workers
+from lm_server.files.atomic_file import regular
+from lm_server.process import default_workers
 from lm_server.protocol import ProtocolError
 from lm_server.rescoring.load import add_llm_options
 from lm_server.search.hot_words import HotWord, HotWordError, parse_hot_words

@@ -11,7 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 from lm_server.commands import options
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.process import cleaning_up_when_terminated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lm_server.commands import options
-from lm_server.ending import leave
 from lm_server.errors import UserError
+from lm_server.process import leave
 from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model, need_packages
 

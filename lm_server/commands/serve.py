@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lm_server import settings
 from lm_server.commands import options
-from lm_server.processes import stop_with_parent
+from lm_server.process import stop_with_parent
 from lm_server.protocol import MAX_MESSAGE_FRAMES
 from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model, need_packages

@@ -18,9 +18,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from lm_server.atomic_file import require_writable
 from lm_server.commands import options
-from lm_server.processes import cleaning_up_when_terminated
+from lm_server.files.atomic_file import require_writable
+from lm_server.process import cleaning_up_when_terminated
 from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model, without_effect
 from lm_server.settings import (
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Tune."""
-    from lm_server.offline import read_logits
+    from lm_server.files.logits_file import read_logits
     from lm_server.rescoring.scorer import SentenceScorer
     from lm_server.tuning.cache import digest
     from lm_server.tuning.references import read_references

@@ -24,7 +24,7 @@ from lm_server.commands.serve import (
     operators_port,
     stopped_by_signals,
 )
-from lm_server.processes import stop_with_parent
+from lm_server.process import stop_with_parent
 from lm_server.rescoring.load import llm_from_options
 from lm_server.search.load import load_model, need_packages
 from lm_server.serving import logs

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from lm_server.hypothesis import Answer, Hypothesis
 from lm_server.rescoring.ranking import augmenting, ranked_answer, ranking, sentences_to_score
 from lm_server.rescoring.scorer import RescoringError, SentenceScorer, checked_scores
+from lm_server.search.sliced import Sliced, finished
 from lm_server.settings import Settings
-from lm_server.sliced import Sliced, finished
 
 _LOG = logging.getLogger(__name__)
 _MERGED = 8

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lm_server.hypothesis import Hypothesis, rank
-from lm_server.sliced import Sliced
+from lm_server.search.sliced import Sliced
 
 _MOST_WORDS = 2_000_000
 """Words compared and made for one sentence, some 2 s of work."""

@@ -1,7 +1,7 @@
 """One sentence of several systems' n-best lists: minimum Bayes risk, and ROVER.
 
-Words are compared as they are scored (`lm_server.text_rules`), so that capitals and punctuation of
-one system are no differences.
+Words are compared as they are scored (`lm_server.lexicon.text_rules`), so that capitals and
+punctuation of one system are no differences.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from lm_server.lexicon.text_rules import scored_words
 from lm_server.rescoring.ranking import posterior, word_confidences
-from lm_server.sliced import finished
-from lm_server.text_rules import scored_words
+from lm_server.search.sliced import finished
 
 Scored = tuple[str, float | None]
 """A sentence and its total (ln). None: the system has no scores."""

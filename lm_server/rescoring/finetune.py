@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
-from lm_server.atomic_file import replacing, require_writable
+from lm_server.files.atomic_file import replacing, require_writable
 from lm_server.lexicon.text import find_texts, read_words
 from lm_server.rescoring.causal_lm import DESCRIPTION, CausalLM, find_model
 from lm_server.rescoring.scorer import RescoringError

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_server.atomic_file import require_writable
+from lm_server.files.atomic_file import require_writable
 from lm_server.rescoring.causal_lm import DESCRIPTION
 from lm_server.rescoring.scorer import RescoringError
 

@@ -10,8 +10,8 @@ from rapidfuzz.distance import Levenshtein
 
 from lm_server.hypothesis import Answer, Hypothesis, in_order, rank
 from lm_server.rescoring.augment import augment
+from lm_server.search.sliced import Sliced, finished
 from lm_server.settings import Settings
-from lm_server.sliced import Sliced, finished
 
 _SLICE_CELLS = 4_000_000
 """Cells of alignments, which grow with the square of the length, between two yields: some 3 ms."""

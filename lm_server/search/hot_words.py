@@ -14,7 +14,7 @@ from lm_server.lexicon.pronunciations import LexiconError, Pronunciation
 from lm_server.lexicon.text import fold
 from lm_server.lm.reader import find_words
 from lm_server.protocol import PHONEMES, decode_hot_words
-from lm_server.sliced import Sliced
+from lm_server.search.sliced import Sliced
 
 MAX_HOT_WORDS = 500
 """Hot words of one search."""

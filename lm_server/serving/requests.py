@@ -22,11 +22,11 @@ from lm_server.protocol import (
     state_key,
 )
 from lm_server.search.hot_words import guess_ahead, parse_hot_words
+from lm_server.search.sliced import Sliced
 from lm_server.serving.keys import scripts
 from lm_server.serving.keys.rights import lasting
 from lm_server.serving.ownership import OwnedSession, OwnedSessions, newest_ids
 from lm_server.serving.session import Entry
-from lm_server.sliced import Sliced
 
 _FULL_SECONDS = 0.5
 """A full server leaves a request to others for so long before it refuses."""

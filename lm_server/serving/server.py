@@ -25,6 +25,7 @@ import redis
 from lm_server.client.connection import LOST, parse_id, plain, text
 from lm_server.errors import UserError
 from lm_server.protocol import DEFAULT_SESSION, MAX_CONTEXT, REGISTRY, context_key, owner_key
+from lm_server.search.sliced import Sliced
 from lm_server.serving.keys.key_types import set_aside, wrong_type
 from lm_server.serving.keys.rights import lasting
 from lm_server.serving.loop import run_rounds
@@ -32,7 +33,6 @@ from lm_server.serving.ownership import BATCH, Limits, OwnedSession, OwnedSessio
 from lm_server.serving.requests import SessionRequests
 from lm_server.serving.session import Entry, Message, Reply, Session
 from lm_server.serving.status import Heartbeat, Meter, Report, longest_finish, new_name
-from lm_server.sliced import Sliced
 
 _BLOCK_MS = 500
 _STOPPING_BLOCK_MS = 50

@@ -16,7 +16,7 @@ import numpy as np
 from lm_server.client.connection import EntryId, text
 from lm_server.errors import shortened
 from lm_server.hypothesis import Answer, Hypothesis
-from lm_server.processes import version
+from lm_server.process import version
 from lm_server.protocol import (
     CLIENT,
     HOLD_MS,
@@ -35,6 +35,7 @@ from lm_server.protocol import (
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.search.hot_words import HotWord, HotWordError, guess_ahead, parse_hot_words
 from lm_server.search.interface import NO_HOT_WORDS, BackendError, SearchModel
+from lm_server.search.sliced import Sliced
 from lm_server.serving.parameters import (
     NO_CEILINGS,
     NOT_NEEDED,
@@ -44,7 +45,6 @@ from lm_server.serving.parameters import (
     named,
 )
 from lm_server.settings import Settings, SettingsError
-from lm_server.sliced import Sliced
 
 STEP_FRAMES = 100
 _AGAIN = "send reset, then the sentence again"

@@ -20,7 +20,7 @@ from typing import Any
 import redis
 
 from lm_server.client.connection import LOST, plain, text
-from lm_server.processes import version
+from lm_server.process import version
 from lm_server.protocol import (
     DEFAULT_SESSION,
     PROTOCOL_VERSION,

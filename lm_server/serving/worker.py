@@ -39,6 +39,7 @@ from lm_server.protocol import (
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.search.hot_words import HotWord, parse_hot_words
 from lm_server.search.interface import NO_HOT_WORDS, Search, SearchModel
+from lm_server.search.sliced import Sliced
 from lm_server.serving.keys import scripts
 from lm_server.serving.keys.dead_letters import KEPT, dead_letter
 from lm_server.serving.keys.key_types import set_aside, wrong_type
@@ -47,7 +48,6 @@ from lm_server.serving.parameters import NO_CEILINGS, changed_settings, idle_set
 from lm_server.serving.session import check_length, final_fields, logits_of, slices
 from lm_server.serving.status import STUCK_SECONDS, Heartbeat, Meter, longest_finish, new_name
 from lm_server.settings import Settings
-from lm_server.sliced import Sliced
 
 _AHEAD = 8
 """Sentences that may wait for their rescoring while the next ones are searched."""

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 from lm_server.hypothesis import Hypothesis
 from lm_server.settings import Settings, names_of
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
+from lm_server.files.logits_file import Logits
 from lm_server.hypothesis import Hypothesis
 from lm_server.lm.reader import find_words
-from lm_server.offline import Logits, decode_trial, searched
+from lm_server.offline import decode_trial, searched
 from lm_server.protocol import to_lm_order
 from lm_server.search.flashlight import LanguageModel
 from lm_server.search.forced import Known, forced

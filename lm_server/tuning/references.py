@@ -13,7 +13,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from lm_server.errors import UserError
-from lm_server.text_rules import scored_words
+from lm_server.lexicon.text_rules import scored_words
 
 _HELP = (
     "needed lines `trial<TAB>sentence`, JSON lines {trial, sentence}, a CSV with these columns, or "

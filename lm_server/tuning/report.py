@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lm_server.atomic_file import replacing
 from lm_server.errors import UserError
+from lm_server.files.atomic_file import replacing
 from lm_server.tuning.tuner import Result, Tried, curves, search_curve
 
 _TUNED = (

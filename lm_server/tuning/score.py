@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lm_server.offline import answered, read_logits, searched
+from lm_server.files.logits_file import read_logits
+from lm_server.offline import answered, searched
 from lm_server.rescoring.scorer import SentenceScorer
 from lm_server.search.interface import SearchModel
 from lm_server.settings import Settings

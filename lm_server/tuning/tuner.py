@@ -24,8 +24,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lm_server.files.logits_file import Logits
 from lm_server.hypothesis import Hypothesis
-from lm_server.offline import Logits, searched
+from lm_server.offline import searched
 from lm_server.rescoring.scorer import SentenceScorer, checked_scores
 from lm_server.search.interface import SearchModel
 from lm_server.settings import LIMITS, PRESETS, Settings, changed

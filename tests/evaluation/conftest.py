@@ -15,7 +15,7 @@ from b2txt_jax.evaluation.evaluate import evaluate
 from b2txt_jax.phonemes import sentence_to_ids
 from lm_server.client.answers import Result
 from lm_server.hypothesis import Answer, Hypothesis
-from lm_server.text_rules import scored_words
+from lm_server.lexicon.text_rules import scored_words
 
 # pytest imports tests by path; the modules that they share are found here.
 sys.path.insert(0, str(Path(__file__).parent))

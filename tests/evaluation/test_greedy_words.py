@@ -6,7 +6,7 @@ from b2txt_jax.evaluation.greedy_words import greedy_words, words_by_pronunciati
 from b2txt_jax.metrics import edit_distance, error_rate, total
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID, pronunciations, sentence_to_ids
 from b2txt_jax.simulation.corpus import load_pool
-from lm_server.text_rules import scored_words
+from lm_server.lexicon.text_rules import scored_words
 
 
 def ids(text: str) -> list[int]:

@@ -9,8 +9,8 @@ import pytest
 from lm_server.client.answers import LanguageModelError, read_answer
 from lm_server.commands.options import hot_words_from
 from lm_server.errors import UserError
+from lm_server.files.logits_file import read_logits
 from lm_server.lm.reader import read_description
-from lm_server.offline import read_logits
 from lm_server.protocol import decode_hot_words
 from lm_server.settings import read_settings
 from lm_server.tuning.references import read_references

@@ -15,10 +15,11 @@ from small_model import say
 
 from lm_server import offline
 from lm_server.__main__ import main
+from lm_server.files.logits_file import Logits, LogitsFileError, read_logits
+from lm_server.files.resumable import ResumeError, resumable
 from lm_server.hypothesis import Hypothesis
-from lm_server.offline import Logits, LogitsFileError, read_logits, searched
+from lm_server.offline import searched
 from lm_server.protocol import to_rnn_order
-from lm_server.resumable import ResumeError, resumable
 from lm_server.search.flashlight import BeamSearch, LanguageModel
 from lm_server.settings import Settings, SettingsError, write_settings
 

@@ -8,7 +8,7 @@ import pytest
 
 from b2txt_jax.phonemes import pronunciations, sentence_to_ids
 from b2txt_jax.simulation.corpus import CORPORA, language_model_text, load_pool
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 POOLS = ("train", "val", "test")
 

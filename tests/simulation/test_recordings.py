@@ -23,7 +23,7 @@ from b2txt_jax.simulation.plan import (
     plan_sessions,
 )
 from b2txt_jax.simulation.write import simulate
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 SMALL = SimulationSettings(preset="recordings", sessions=3, train=4, val=2, test=1, seed=5)
 

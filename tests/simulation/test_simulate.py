@@ -21,7 +21,7 @@ from b2txt_jax.simulation import neural, speech
 from b2txt_jax.simulation.corpus import CORPORA, load_pool
 from b2txt_jax.simulation.plan import SESSIONS, SimulationSettings, plan_sessions
 from b2txt_jax.simulation.write import add_arguments, modulation, run, simulate
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 SMALL = SimulationSettings(sessions=3, train=9, val=3, test=4, seed=5)
 TABLE = "t15_copyTaskData_description.csv"

@@ -7,7 +7,7 @@ import time
 
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.simulation.corpus import language_model_text
-from lm_server.text_rules import normalise
+from lm_server.lexicon.text_rules import normalise
 
 COMMAND = [sys.executable, "-m", "b2txt_jax.cli", "demo"]
 

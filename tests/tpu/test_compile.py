@@ -23,7 +23,7 @@ from b2txt_jax.tpu.roofline import StepTime, bytes_sent, step_time
 from b2txt_jax.tpu.topologies import TopologyError, parse_topology
 from b2txt_jax.tpu.whole_run import whole_run
 from b2txt_jax.training.sharding import make_mesh
-from lm_server.atomic_file import UnwritableError
+from lm_server.files.atomic_file import UnwritableError
 
 BASELINE = Path(__file__).parents[2] / "configs/nejm_baseline.py"
 NOTHING = Cost(0, 0, 0, 0, (), 0, 0, 0, 0, ())

@@ -25,7 +25,7 @@ from b2txt_jax.data.foreign.recording import Format, Labeller, Recording, Uttera
 from b2txt_jax.data.foreign.t12 import T12
 from b2txt_jax.data.hdf5 import session_file
 from b2txt_jax.data.write_hdf5 import PADDED_LABEL, write_trial
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 FOLDER = "hdf5_data_final"
 _SETTINGS = "import.json"

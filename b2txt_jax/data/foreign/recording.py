@@ -13,7 +13,7 @@ import scipy.io
 
 from b2txt_jax.data.description import DataError
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID, pronunciations
-from lm_server.text_rules import scored_words
+from lm_server.lexicon.text_rules import scored_words
 
 LEAST_DEVIATION = 1e-8
 """Added to a standard deviation before it divides (the published T12 loader)."""

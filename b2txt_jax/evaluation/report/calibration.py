@@ -11,7 +11,7 @@ from b2txt_jax.evaluation.figures import greedy_segments
 from b2txt_jax.evaluation.results import SavedTrial
 from b2txt_jax.inference.run import TrialLogits
 from b2txt_jax.metrics import differences
-from lm_server.text_rules import normalise, scored_words
+from lm_server.lexicon.text_rules import normalise, scored_words
 
 BINS = 10
 

@@ -16,7 +16,7 @@ from b2txt_jax.evaluation.report.inputs import distinguished, report_run
 from b2txt_jax.evaluation.report.page import write_report
 from b2txt_jax.evaluation.results import ResultsError, read_result
 from b2txt_jax.inference.run import add_weights_argument
-from lm_server.atomic_file import require_writable
+from lm_server.files.atomic_file import require_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

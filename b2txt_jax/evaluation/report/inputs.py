@@ -25,8 +25,8 @@ from b2txt_jax.model.interface import parameter_count
 from b2txt_jax.training.checkpoint import RAW
 from b2txt_jax.training.loop import CALLS_FILE
 from b2txt_jax.training.metrics_log import METRICS_FILE, MetricsError, read_metrics
-from lm_server.atomic_file import regular
-from lm_server.text_rules import normalise, scored_words
+from lm_server.files.atomic_file import regular
+from lm_server.lexicon.text_rules import normalise, scored_words
 
 LENGTHS = ((1, 3), (4, 6), (7, 9), (10, 10**9))
 """Words of sentences that are counted together."""

@@ -38,8 +38,8 @@ from b2txt_jax.phonemes import BLANK_ID, ids_to_text
 from b2txt_jax.provenance import versions
 from b2txt_jax.training.checksum import text_checksum
 from b2txt_jax.training.optimizer import learning_rates
-from lm_server.atomic_file import replacing
-from lm_server.text_rules import scored_words
+from lm_server.files.atomic_file import replacing
+from lm_server.lexicon.text_rules import scored_words
 
 MOST_BYTES = 3_000_000
 """Of a page. What runs beyond the first lose first are the pictures of their trials."""

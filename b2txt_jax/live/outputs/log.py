@@ -14,7 +14,7 @@ import numpy as np
 
 from b2txt_jax.data.sentence_log import FEATURES, SENTENCES
 from b2txt_jax.live.events import Chosen, Final, Happening
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 _ALTERNATIVES = 10
 

@@ -30,7 +30,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 from lm_server.lm.sorted_ngrams import UNKNOWN, SortedModel, SortedOrder, hashes_of
 from lm_server.lm.trie.quantise import MAX_BITS, Tables, train
 

@@ -18,8 +18,8 @@ from lm_server.protocol import decode_scoring, encode_scoring
 from lm_server.rescoring.answering import Answering
 from lm_server.rescoring.ranking import posterior, word_confidences
 from lm_server.rescoring.scorer import RescoringError
+from lm_server.search.sliced import finished
 from lm_server.settings import Settings
-from lm_server.sliced import finished
 
 SETTINGS = Settings(acoustic_scale=0.5, alpha=0.25, top_candidates_to_augment=0)
 CAT = Hypothesis(("the", "cat"), -10.0, -4.0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lm_server.hypothesis import Hypothesis
 from lm_server.rescoring.augment import augment
-from lm_server.sliced import finished
+from lm_server.search.sliced import finished
 
 SCALE = 0.325
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from small_model import say
 
 from lm_server.__main__ import main
+from lm_server.files.logits_file import Logits, read_logits
 from lm_server.hypothesis import Hypothesis
-from lm_server.offline import Logits, read_logits
 from lm_server.protocol import to_rnn_order
 from lm_server.search.interface import SearchModel
 from lm_server.search.load import default_settings, load_model

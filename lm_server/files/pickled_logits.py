@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lm_server.atomic_file import replacing
-from lm_server.offline import LogitsFileError
-from lm_server.plain_pickle import PickleError, read_pickle
+from lm_server.files.atomic_file import replacing
+from lm_server.files.logits_file import LogitsFileError
+from lm_server.files.plain_pickle import PickleError, read_pickle
 from lm_server.protocol import CLASSES, ProtocolError, check_logits
 
 _NEEDED = "needed a pickle of {logits, adjusted_len, transcription}, each with one entry per trial"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm_server.text_rules import normalise, scored_words
+from lm_server.lexicon.text_rules import normalise, scored_words
 
 # What the published evaluation's function returns for these, found by running it.
 PUBLISHED = [

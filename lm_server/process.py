@@ -1,9 +1,14 @@
-"""How a command ends: at an error, at Ctrl-C, or when the reader of its output has gone."""
+"""This process: its version, its cores, and how it ends.
+
+A command ends at an error, at Ctrl-C, at a signal, with its parent, or when the reader of its
+output has gone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import os
 import re
 import select
@@ -16,6 +21,7 @@ from typing import NoReturn
 
 from lm_server.errors import UserError
 
+_STOP_SECONDS = 20.0
 _PATIENCE = 5.0
 """Seconds in which the main thread must notice an interrupt."""
 _ONE_PRESS = 0.3
@@ -193,3 +199,45 @@ def _forget_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def version() -> str:
+    """Return the version of the installed package, or `unknown` in a checkout that is on the path
+    only."""
+    try:
+        return importlib.metadata.version("b2txt-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def default_workers() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def stop_with_parent(stop: threading.Event) -> None:
+    """Set `stop` when the parent process ends, and exit if this process then takes too long."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        stop.set()
+        time.sleep(_STOP_SECONDS)
+        # A search that never ends or a Redis that hangs must not keep this process alive. The
+        # embedded Redis ends with it.
+        os._exit(3)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def cleaning_up_when_terminated() -> Iterator[None]:
+    """Turn SIGTERM into an exception inside the block, so that no unfinished file stays."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lm_server.atomic_file import replacing
 from lm_server.errors import UserError
+from lm_server.files.atomic_file import replacing
 
 
 class ResumeError(UserError):

@@ -13,8 +13,8 @@ import pytest
 from small_model import say
 
 from lm_server.__main__ import main
-from lm_server.offline import LogitsFileError, read_logits
-from lm_server.pickled_logits import convert
+from lm_server.files.logits_file import LogitsFileError, read_logits
+from lm_server.files.pickled_logits import convert
 from lm_server.protocol import CLASSES, to_lm_order, to_rnn_order
 from lm_server.tuning.references import read_references
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from b2txt_jax.cli import main as b2txt
-from lm_server.atomic_file import UnwritableError, require_writable
-from lm_server.ending import exit_status
 from lm_server.errors import UserError
+from lm_server.files.atomic_file import UnwritableError, require_writable
+from lm_server.process import exit_status
 
 # Work in C that lasts minutes, during which Python runs no handler of a signal.
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'x', b'x', 2**31 - 1)"
 PROGRAM = """
 import os, signal, sys, time
-from lm_server import ending
-ending._PATIENCE = 0.5
+from lm_server import process
+process._PATIENCE = 0.5
 
 def ready():
     print('ready', flush=True)
@@ -28,7 +28,7 @@ def run():
     {work}
     return 0
 
-sys.exit(ending.exit_status(run))
+sys.exit(process.exit_status(run))
 """
 
 
@@ -69,7 +69,7 @@ def test_an_interrupt_lets_a_command_clean_up():
 
 def test_an_interrupt_names_what_it_waits_for_and_a_second_one_ends_at_once():
     own = "signal.signal(signal.SIGINT, lambda *_: None)"
-    process = running(own, f"with ending.finishing('the save'): ready(); {BUSY}")
+    process = running(own, f"with process.finishing('the save'): ready(); {BUSY}")
     process.send_signal(signal.SIGINT)
     process.stderr.readline()
     assert process.stderr.readline().startswith("interrupted: stopping after the save;")

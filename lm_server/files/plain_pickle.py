@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_server.atomic_file import regular
 from lm_server.errors import UserError
+from lm_server.files.atomic_file import regular
 
 _BUILTINS = ("set", "frozenset", "bytearray", "complex", "slice", "range")
 _NUMPY = {

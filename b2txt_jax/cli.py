@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "simulate": ("b2txt_jax.simulation.write", "write simulated sessions in the T15 layout", False),
     "download": ("b2txt_jax.data.download", "fetch the published data sets", False),
     "import": ("b2txt_jax.data.foreign.command", "recordings of other formats", False),
+    "export": ("b2txt_jax.data.foreign.export", "sessions as NWB files, to share", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
     "sweep": ("b2txt_jax.sweep", "train several seeds or a grid, with intervals", True),

@@ -238,13 +238,14 @@ def _reference(
 ) -> TrialRef:
     """Return a trial's reference, its shapes and attributes checked."""
     where = _where(path, group.name)
-    _check_own(group, path, where)
+    check_own(group, path, where)
     features = _dataset(group, "input_features", where)
     if features.ndim != 2 or features.shape[1] != feature_count:
+        found = f"={features.shape[1]}" if features.ndim == 2 else ""
         raise DataError(
             f"{where}: `input_features` is {list(features.shape)}; needed [T, {feature_count}]: "
-            "these are other features than the model's; set data.feature_count, or take the "
-            "published files"
+            f"these are other features than the model's; set --config.data.feature_count{found}, "
+            "or take the published files"
         )
     if features.dtype.kind not in "fiu":
         raise DataError(f"{where}: `input_features` is {features.dtype}; needed float32 numbers")
@@ -348,11 +349,11 @@ def _dataset(group: h5py.Group, name: str, where: str) -> h5py.Dataset:
             f"{where} has no dataset `{name}`, only {held}; needed for this split: take a file "
             "that has it"
         )
-    _check_own(found, Path(group.file.filename), f"{where}: `{name}`")
+    check_own(found, Path(group.file.filename), f"{where}: `{name}`")
     return found
 
 
-def _check_own(found: h5py.Group | h5py.Dataset, path: Path, where: str) -> None:
+def check_own(found: h5py.Group | h5py.Dataset, path: Path, where: str) -> None:
     """Raise DataError where HDF5 would read another file than the one that was opened.
 
     Links, virtual datasets and external storage may name any file of this machine.

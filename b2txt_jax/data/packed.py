@@ -185,7 +185,7 @@ class PackedReader(Reader):
             raise DataError(
                 f"{root} has {self.manifest.feature_count} features per bin; needed "
                 f"{feature_count}: these are other features than the model's; set "
-                "data.feature_count, or pack other sessions"
+                f"--config.data.feature_count={self.manifest.feature_count}, or pack other sessions"
             )
         self._splits: dict[tuple[str, str], PackedSplit] = {}
         self._files: dict[Path, _OpenFile] = {}

@@ -1,9 +1,8 @@
 """Writes recordings of other formats as HDF5 sessions in the published T15 layout.
 
-Features are z-scored per block of sentences, over the bins of its trials. Labels are the words'
-pronunciations in the CMU dictionary. Sessions of participants with fewer channels can be padded
-with zeros (--pad-to), so that one model is trained on several participants: its day layers map each
-session's features to what they share. After an interruption the same command continues.
+Features are z-scored per block of sentences, over the bins of its trials. Labels are the
+words' pronunciations in the CMU dictionary, unless the recording has its own. Sessions with fewer
+channels can be padded with zeros (--pad-to). After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,16 +20,24 @@ from rich.console import Console
 from rich.progress import Progress
 
 from b2txt_jax.data.description import DataError
+from b2txt_jax.data.foreign.falcon_h2 import FalconH2
 from b2txt_jax.data.foreign.inner_speech import InnerSpeech
+from b2txt_jax.data.foreign.nwb import BLOCK, TEXT, Nwb, NwbSettings
 from b2txt_jax.data.foreign.recording import Format, Labeller, Recording, Utterance, z_scored
 from b2txt_jax.data.foreign.t12 import T12
+from b2txt_jax.data.foreign.t12_pickle import T12Pickle
 from b2txt_jax.data.hdf5 import session_file
 from b2txt_jax.data.write_hdf5 import PADDED_LABEL, write_trial
 from lm_server.files.atomic_file import replacing
 
 FOLDER = "hdf5_data_final"
 _SETTINGS = "import.json"
-FORMATS: tuple[type[Format], ...] = (T12, InnerSpeech)
+FORMATS: tuple[type[Format], ...] = (T12, T12Pickle, InnerSpeech, FalconH2, Nwb)
+_CLAIMED = (
+    *("format", "pad_to", "log", "val_blocks", "skip_cue", "skip_unknown"),
+    *("series", "text", "block", "as_is"),
+)
+"""Options that decide what is written."""
 _SHOWN = 20
 
 
@@ -41,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT",
         help="; ".join(f"{one.name}: {one.help}" for one in FORMATS),
     )
-    parser.add_argument("--source", type=Path, required=True, help="folder of the recordings")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="folder of the recordings, or file"
+    )
     parser.add_argument("--out", type=Path, required=True, help=f"folder; sessions go to {FOLDER}")
     parser.add_argument("--lexicon", type=Path, help="pronunciations: WORD PHONEME ... a line")
     parser.add_argument(
@@ -50,33 +60,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pad-to", type=int, help="features, with zeros in the missing channels")
     parser.add_argument("--log", action="store_true", help="t12: logarithms before the z-score")
     parser.add_argument(
-        "--val-blocks", type=int, default=1, help="inner-speech: last blocks of a file (default 1)"
+        "--val-blocks",
+        type=int,
+        default=1,
+        help="where a format has no splits: last blocks of a file for validation (default 1)",
     )
     parser.add_argument(
         "--skip-cue", action="append", default=[], help="inner-speech: a cue without words"
     )
+    parser.add_argument(
+        "--series",
+        action="append",
+        default=[],
+        help="nwb: a time series of features; again for each, in the order of the features",
+    )
+    parser.add_argument("--text", default=TEXT, help=f"nwb: column of sentences (default {TEXT})")
+    parser.add_argument("--block", default=BLOCK, help=f"nwb: column of blocks (default {BLOCK})")
+    parser.add_argument("--as-is", action="store_true", help="nwb: no z-score")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `b2txt import`."""
-    kind: Format = T12(args.log)
-    if args.format == InnerSpeech.name:
-        kind = InnerSpeech(args.val_blocks, args.skip_cue)
-    settings = {
-        "format": args.format,
-        "pad_to": args.pad_to,
-        "log": args.log,
-        "val_blocks": args.val_blocks,
-        "skip_cue": sorted(args.skip_cue),
-        "skip_unknown": args.skip_unknown,
-    }
     written = import_recordings(
-        kind, args.source, args.out, args.lexicon, args.skip_unknown, args.pad_to, settings
+        _format(args),
+        args.source,
+        args.out,
+        args.lexicon,
+        args.skip_unknown,
+        args.pad_to,
+        {name: getattr(args, name) for name in _CLAIMED},
     )
     print(f"{args.out / FOLDER}: {written.total()} trials")
     for (session, split), count in sorted(written.items()):
         print(f"  {session} {split}: {count}")
     return 0
+
+
+def _format(args: argparse.Namespace) -> Format:
+    """Return the chosen format with its settings.
+
+    Raises:
+      DataError: an option belongs to another format, and would not be used.
+    """
+    nwb = NwbSettings(tuple(args.series), args.text, args.block, args.as_is, args.val_blocks)
+    kinds: tuple[Format, ...] = (
+        T12(args.log),
+        T12Pickle(),
+        InnerSpeech(args.val_blocks, args.skip_cue),
+        FalconH2(args.val_blocks),
+        Nwb(nwb),
+    )
+    needs: dict[str, tuple[Any, type[Format]]] = {
+        "--log": (args.log, T12),
+        "--skip-cue": (args.skip_cue, InnerSpeech),
+        "--series, --text, --block, --as-is": (
+            nwb != NwbSettings(val_blocks=args.val_blocks),
+            Nwb,
+        ),
+    }
+    for options, (used, kind) in needs.items():
+        if used and args.format != kind.name:
+            raise DataError(
+                f"{options} belong to the format {kind.name}, and this is {args.format}; needed "
+                "the command without them"
+            )
+    return next(kind for kind in kinds if kind.name == args.format)
 
 
 def import_recordings(
@@ -141,18 +189,23 @@ def _write(one: Recording, path: Path, labeller: Labeller, pad_to: int | None) -
     kept: list[Utterance] = []
     left_out = 0
     for utterance in one.utterances():
-        if utterance.sentence is not None and labeller.unknown(utterance.sentence):
+        text = utterance.sentence
+        if text is not None and utterance.labels is None and labeller.unknown(text):
             left_out += 1
         else:
             kept.append(utterance)
-    features = _normalised(kept)
+    features = [utterance.features for utterance in kept]
+    if not one.normalised:
+        features = _normalised(kept)
     if pad_to is not None:
         features = [_padded(value, pad_to, one.path) for value in features]
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers: Counter[int] = Counter()
     with replacing(path) as unfinished, h5py.File(unfinished, "w") as file:
         for index, (utterance, value) in enumerate(zip(kept, features, strict=True)):
-            labels = None if utterance.sentence is None else labeller(utterance.sentence)
+            labels = utterance.labels
+            if labels is None and utterance.sentence is not None:
+                labels = labeller(utterance.sentence)
             if labels is not None and not 0 < len(labels) <= PADDED_LABEL:
                 raise DataError(
                     f"{one.path}: the sentence {utterance.sentence!r} has {len(labels)} phonemes; "

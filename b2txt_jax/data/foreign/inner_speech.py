@@ -21,6 +21,7 @@ from b2txt_jax.data.foreign.recording import (
     Format,
     Recording,
     Utterance,
+    by_block,
     matrix,
     numbers,
     read_mat,
@@ -97,13 +98,11 @@ class _File(Recording):
                 f"{self.path}: `trialCues` goes from {chosen.min()} to {chosen.max()}; needed 1 to "
                 f"{len(cues)}, the entries of `cueList`"
             )
-        held = sorted({int(blocks[first - 1]) for first, _ in spans})
-        val = held[len(held) - self.val_blocks :] if self.val_blocks < len(held) else []
+        splits = by_block([int(blocks[first - 1]) for first, _ in spans], self.val_blocks)
         return [
             (int(first) - 1, int(last), cues[cue - 1])
-            for (first, last), cue in zip(spans, chosen, strict=True)
-            if (int(blocks[first - 1]) in val) == (self.split == "val")
-            and cues[cue - 1] not in self.skipped
+            for (first, last), cue, split in zip(spans, chosen, splits, strict=True)
+            if split == self.split and cues[cue - 1] not in self.skipped
         ]
 
 

@@ -28,18 +28,22 @@ class Utterance:
     """float32 [T, D], bins of 20 ms, before the z-score."""
     sentence: str | None
     """None in a split without labels."""
+    labels: np.ndarray | None = None
+    """Class ids [L], where the recording has them. None: those of the sentence's words."""
 
 
 class Recording(ABC):
-    """A file of one session and split."""
+    """What a file has of one session and split."""
 
     path: Path
     session: str
     split: str
+    normalised: bool = False
+    """Whether features are z-scored already."""
 
     @abstractmethod
     def sentences(self) -> Sequence[str]:
-        """Return the sentences of the trials that have a label, without reading features."""
+        """Return the sentences whose words become labels, without reading features."""
 
     @abstractmethod
     def utterances(self) -> Iterator[Utterance]:
@@ -59,6 +63,19 @@ class Format(ABC):
         Raises:
           DataError: there is none.
         """
+
+
+def by_block(blocks: Sequence[int], val_blocks: int) -> list[str]:
+    """Return the split of each trial, where a recording has none: the last blocks are for val.
+
+    A recording with no more blocks than that is all for training.
+
+    >>> by_block([3, 3, 4], 1)
+    ['train', 'train', 'val']
+    """
+    held = sorted(set(blocks))
+    val = held[len(held) - val_blocks :] if val_blocks < len(held) else []
+    return ["val" if block in val else "train" for block in blocks]
 
 
 def read_mat(path: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"YAML with {', '.join(_NEEDED)}; its errors show an example",
     )
     parser.add_argument(
-        "--features", type=int, default=DEFAULT_FEATURES, help="a bin (default %(default)s)"
+        "--features", type=int, default=DEFAULT_FEATURES, help=f"a bin (default {DEFAULT_FEATURES})"
     )
     parser.add_argument(
         "--session", action="append", default=[], help="only this one; again for each"

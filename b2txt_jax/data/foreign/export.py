@@ -29,7 +29,7 @@ from b2txt_jax.data.foreign.nwb_file import BIN_SECONDS
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import DEFAULT_FEATURES, SPLITS, Reader, Trial
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID
-from lm_server.atomic_file import replacing
+from lm_server.files.atomic_file import replacing
 
 _NEEDED = ("session_description", "institution", "lab", "unit", "subject", "sessions")
 _SUBJECT = ("subject_id", "species", "sex", "age")

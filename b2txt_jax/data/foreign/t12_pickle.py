@@ -20,7 +20,7 @@ import numpy as np
 from b2txt_jax.data.description import DataError, DataWarning
 from b2txt_jax.data.foreign.recording import Format, Recording, Utterance, matrix, numbers
 from b2txt_jax.phonemes import SILENCE_ID
-from lm_server.plain_pickle import read_pickle
+from lm_server.files.plain_pickle import read_pickle
 
 _DATES = (
     "04.28 05.05 05.17 05.19 05.24 05.26 06.02 06.07 06.14 06.16 06.21 06.23 06.28 07.05 07.14 "

@@ -65,7 +65,10 @@ def setting(
 class DataConfig:
     """Where the trials are and how batches are drawn from them."""
 
-    root: str = setting(help="folder with one folder per session", resumable=True)
+    root: str = setting(
+        help="folder with one folder per session, or several with commas between them",
+        resumable=True,
+    )
     sessions: tuple[str, ...] = setting(help="in the order of the day index; (): all, by name")
     feature_count: int = setting(least=1, help="features per bin of 20 ms")
     days_per_batch: int = setting(least=1, help="different days in a batch")
@@ -85,6 +88,11 @@ class DataConfig:
         help="whether short trials share a row of a training batch; auto: where model and "
         "augmentations can and it saves work",
         resumable=True,
+    )
+
+    widths: tuple[int, ...] = setting(
+        (),
+        help="features of each session, the first of feature_count; (): as the data have them",
     )
 
     @property

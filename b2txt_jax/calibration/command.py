@@ -28,6 +28,7 @@ from b2txt_jax.calibration.folder import SESSIONS_FOLDER, joined_sessions, write
 from b2txt_jax.calibration.moving import ADAPTS, moving_of
 from b2txt_jax.config import ConfigError
 from b2txt_jax.data.description import DataError
+from b2txt_jax.data.joint import folders
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.sentence_log import VALIDATED, SentenceLogReader
 from b2txt_jax.data.trial import Reader
@@ -101,6 +102,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--session is {args.session}, a day that {args.workdir} has already; needed a new "
             "name, or `b2txt train` to go on with the days that it has"
+        )
+    if len(folders(data.root)) > 1:
+        raise ConfigError(
+            f"{args.workdir} was trained on several folders, {data.root}; a new day is added to a "
+            "run of one: train on one folder of them all (`b2txt import --pad-to`), or train the "
+            "run anew with the day among its folders"
         )
     old_root = Path(data.root)
     shared = moving_of(trained.config, 0, args.adapt).shared

@@ -76,6 +76,17 @@ class Hdf5Reader(Reader):
         """Return whether a session in `root` has an HDF5 file."""
         return any(root.glob("*/data_*.hdf5"))
 
+    @classmethod
+    def features(cls, root: Path) -> int:
+        """Return the features of the first trial in the folder."""
+        for path in sorted(root.glob("*/data_*.hdf5")):
+            with _open(path) as file, _readable(path):
+                for key in _trial_keys(file)[:1]:
+                    return int(_dataset(file[key], "input_features", _where(path, key)).shape[-1])
+        raise DataError(
+            f"{root} holds no trial; needed sessions with data_train.hdf5: correct data.root"
+        )
+
     @property
     def sessions(self) -> tuple[str, ...]:
         """Names of the folders that hold a file of trials, sorted. Hidden ones are no sessions."""

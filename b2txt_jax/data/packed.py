@@ -80,6 +80,11 @@ class Manifest:
     buckets: tuple[tuple[int, int], ...]
     """(bins, labels) as chosen when it was packed."""
 
+    @classmethod
+    def features(cls, root: Path) -> int:
+        """Return what the manifest has."""
+        return read_manifest(root).feature_count
+
     @property
     def sessions(self) -> tuple[str, ...]:
         """Sorted names."""

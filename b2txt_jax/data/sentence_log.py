@@ -84,6 +84,13 @@ class SentenceLogReader(Reader):
         """Return whether `b2txt stream` wrote `root`."""
         return (root / SENTENCES).is_file()
 
+    @classmethod
+    def features(cls, root: Path) -> int:
+        """Return the features of the first sentence."""
+        for one in confirmed_sentences(root):
+            return _raw(one.features).shape[-1]
+        raise _none_confirmed(root)
+
     @functools.cached_property
     def _labelled(self) -> dict[tuple[str, str], tuple[TrialRef, np.ndarray, str]]:
         """Return (session, id) -> trial, labels and text of each sentence that has a label."""
@@ -115,10 +122,7 @@ class SentenceLogReader(Reader):
         """Recording days of the confirmed sentences, sorted."""
         days = tuple(sorted({day for day, _ in self._labelled}))
         if not days:
-            raise DataError(
-                f"{self.root} holds no confirmed sentence; needed some that the user confirmed or "
-                "corrected in `b2txt stream --view`"
-            )
+            raise _none_confirmed(self.root)
         return days
 
     def _list(self, session: str, split: str, labels_needed: bool) -> list[TrialRef] | None:
@@ -130,14 +134,7 @@ class SentenceLogReader(Reader):
     def read_into(self, ref: TrialRef, out: np.ndarray) -> Trial:
         """Read a sentence's raw features. A missing value is the mean of its channel's others."""
         _, labels, text = self._labelled[ref.session, ref.key]
-        try:
-            with np.load(ref.path) as file:
-                raw = np.asarray(file["raw"], np.float32)
-        except DAMAGED_ARRAYS as error:
-            raise DataError(
-                f"{ref.path} cannot be read ({error}); needed the features of a sentence of the "
-                f"log: restore the file, or remove the sentence from {SENTENCES}"
-            ) from error
+        raw = _raw(ref.path)
         if raw.ndim != 2 or raw.shape[1] != self.feature_count or len(raw) > len(out):
             raise DataError(
                 f"{ref.path} holds {list(raw.shape)} features; needed [at most {len(out)}, "
@@ -150,3 +147,22 @@ class SentenceLogReader(Reader):
         rows = out[: len(raw)]
         rows[...] = raw
         return Trial(ref, rows, labels, text)
+
+
+def _raw(path: Path) -> np.ndarray:
+    """Return a sentence's features as they arrived, float32 [T, D]."""
+    try:
+        with np.load(path) as file:
+            return np.asarray(file["raw"], np.float32)
+    except DAMAGED_ARRAYS as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); needed the features of a sentence of the "
+            f"log: restore the file, or remove the sentence from {SENTENCES}"
+        ) from error
+
+
+def _none_confirmed(root: Path) -> DataError:
+    return DataError(
+        f"{root} holds no confirmed sentence; needed some that the user confirmed or corrected in "
+        "`b2txt stream --view`"
+    )

@@ -82,6 +82,28 @@ class Reader(ABC):
     def holds(cls, root: Path) -> bool:
         """Return whether the sessions in `root` are of this format."""
 
+    @classmethod
+    def features(cls, root: Path) -> int:
+        """Return how many features a bin the sessions in `root` have, by the first one found.
+
+        A format that may be read beside others, in several folders at once, defines it.
+
+        Raises:
+          DataError: none can be read.
+        """
+        raise DataError(
+            f"{root} is read by {cls.__name__}, which cannot be one of several folders: give it "
+            "alone as data.root, or define its method `features`"
+        )
+
+    def width(self, session: str) -> int:
+        """Return how many features a session has. Zeros follow them where others have more.
+
+        Raises:
+          DataError: there is no such session.
+        """
+        return self.feature_count
+
     @property
     @abstractmethod
     def sessions(self) -> tuple[str, ...]:

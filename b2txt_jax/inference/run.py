@@ -182,12 +182,16 @@ class Run:
                     "for each"
                 )
             return self._of_arrays(
-                [self._checked(one, f"trial {i}") for i, one in enumerate(trials)],
+                [
+                    self._checked(one, f"trial {i}", self.day_index(name))
+                    for i, (one, name) in enumerate(zip(trials, days, strict=True))
+                ],
                 [self.day_index(one) for one in days],
             )
         if day is not None and not isinstance(day, str):
             raise DataError(f"day is {day!r}; needed one name, for one trial")
-        return self._of_arrays([self._checked(trials, "the trial")], [self.day_index(day)])[0]
+        index = self.day_index(day)
+        return self._of_arrays([self._checked(trials, "the trial", index)], [index])[0]
 
     def _of_split(self, split: str, console: Console | None) -> list[TrialLogits]:
         results: dict[int, TrialLogits] = {}
@@ -248,8 +252,11 @@ class Run:
         longest, labels = buckets[-1]
         return -(-bins // longest) * longest, labels
 
-    def _checked(self, trial: ArrayLike, name: str) -> np.ndarray:
+    def _checked(self, trial: ArrayLike, name: str, day: int) -> np.ndarray:
         features = np.asarray(trial, np.float32)
+        widths = self.config.data.widths
+        if widths and features.ndim == 2 and features.shape[1] == widths[day]:
+            features = np.pad(features, ((0, 0), (0, self.config.data.feature_count - widths[day])))
         if features.ndim != 2 or features.shape[1] != self.config.data.feature_count:
             raise DataError(
                 f"{name} is {list(features.shape)}; needed [T, {self.config.data.feature_count}], "

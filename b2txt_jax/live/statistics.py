@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from b2txt_jax.data.joint import folders
 from b2txt_jax.data.normalised import NormalisedReader
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.inference.run import Run
@@ -22,7 +23,7 @@ def first_statistics(run: Run, path: Path) -> Statistics:
     data, signal = run.config.data, run.config.signal
     if signal.rolling_seconds > 0 and path.is_file():
         return read_statistics(path, data.feature_count)
-    if signal.rolling_seconds > 0 and Path(data.root).is_dir():
+    if signal.rolling_seconds > 0 and all(one.is_dir() for one in folders(data.root)):
         with open_folder(data.root, data.feature_count) as recorded:
             return NormalisedReader(recorded, signal).after(run.sessions[-1])
     return cold(data.feature_count)

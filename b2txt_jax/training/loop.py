@@ -30,6 +30,7 @@ from b2txt_jax.config import (
 )
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.fingerprint import check_same_data, fingerprint, short, write_fingerprint
+from b2txt_jax.data.joint import absolute
 from b2txt_jax.data.loader import (
     MUCH_PADDING,
     EvaluationData,
@@ -37,6 +38,7 @@ from b2txt_jax.data.loader import (
     configured_sessions,
     resolve_buckets,
 )
+from b2txt_jax.data.reader import session_widths
 from b2txt_jax.model.interface import Params, compute_dtype, parameter_count
 from b2txt_jax.provenance import hardware, provenance
 from b2txt_jax.training.checkpoint import EMA, RAW, BestScore, Checkpoints, has_checkpoint
@@ -131,10 +133,16 @@ def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
     path = workdir / CONFIG_FILE
     before = read_written_config(path) if resumed else None
     sessions = config.data.sessions or (before.data.sessions if before else ())
+    sessions = sessions or configured_sessions(config.data)
+    widths = config.data.widths or (before.data.widths if before else ())
+    widths = widths or session_widths(config.data.root, sessions, config.data.feature_count)
+    if widths and len(widths) != len(sessions):
+        raise ConfigError(
+            f"configuration key data.widths has {len(widths)} numbers for {len(sessions)} "
+            "sessions; needed one for each, or () to take them from the data"
+        )
     data = dataclasses.replace(
-        config.data,
-        sessions=sessions or configured_sessions(config.data),
-        root=str(Path(config.data.root).absolute()),
+        config.data, sessions=sessions, widths=widths, root=absolute(config.data.root)
     )
     if not data.buckets:
         chosen = before.data.buckets if before else resolve_buckets(data, data.sessions)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from b2txt_jax.config import Config, ConfigError
@@ -116,7 +117,8 @@ def packing_rules(config: Config, days: int, groups: int) -> Rules | None:
         return None
     taps, ahead = taps_of(signal)
     reach = max(ahead, len(taps) - 1 - ahead)
-    return Rules(model.frame_bins, reach, config.model.days_differ, groups)
+    one_day = config.model.days_differ or bool(config.data.widths)
+    return Rules(model.frame_bins, reach, one_day, groups)
 
 
 def init_state(config: Config, days: int) -> TrainState:
@@ -210,6 +212,7 @@ def make_loss(config: Config, days: int) -> Loss:
     # Bad settings raise here, before tracing.
     augmentations(signal)
     taps_of(signal)
+    widths = np.array(config.data.widths, np.int32)
 
     def loss_of(
         params: Params, batch: Batch, keys: StepKeys, step: jax.Array
@@ -220,6 +223,9 @@ def make_loss(config: Config, days: int) -> Loss:
         x, bins = augment(keys.augment, x, batch.bins, signal, segments=segments)
         x = smooth_as(x, signal)
         x, bins = augment(keys.augment, x, bins, signal, smoothed=True, segments=segments)
+        if widths.size:  # Of features that a session does not have, noise is all there would be.
+            own = jnp.arange(x.shape[-1]) < jnp.asarray(widths)[batch.day][:, None]
+            x = jnp.where(own[:, None, :], x, 0.0)
         apart = _apart(batch, model)
         needed = frames_needed(apart.labels, apart.label_length)
 

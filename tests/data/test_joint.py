@@ -1,0 +1,138 @@
+"""Several folders of sessions read as one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import h5py
+import jax
+import numpy as np
+import pytest
+
+from b2txt_jax.config import Config, ConfigError, load_config
+from b2txt_jax.data.description import DataError
+from b2txt_jax.data.joint import absolute, folders
+from b2txt_jax.data.loader import TrainingData
+from b2txt_jax.data.reader import open_folder, session_widths
+from b2txt_jax.data.write_hdf5 import write_trial
+from b2txt_jax.inference.run import Run
+from b2txt_jax.training.loop import resolve
+from b2txt_jax.training.step import init_state, make_loss, packing_rules, step_keys
+
+
+def session(root: Path, name: str, width: int, trials: int = 4) -> Path:
+    rng = np.random.default_rng(width)
+    (root / name).mkdir(parents=True)
+    for split in ("train", "val"):
+        with h5py.File(root / name / f"data_{split}.hdf5", "w") as file:
+            for index in range(trials):
+                values = rng.normal(size=(40, width)).astype(np.float32)
+                labels = np.array([16, 6, 40])
+                group = file.create_group(f"trial_{index:04d}")
+                write_trial(group, name, 1, index, values, labels, "hi")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    """Two participants, of 5 and of 3 features."""
+    large, small = tmp_path / "large", tmp_path / "small"
+    session(large, "a.2023.01.01", 5)
+    session(large, "a.2023.01.02", 5)
+    session(small, "b.2022.01.01", 3)
+    return f"{large},{small}"
+
+
+def config_of(root: str) -> Config:
+    keys = {
+        "data.root": root,
+        "data.feature_count": 5,
+        "data.days_per_batch": 2,
+        "model.units": 8,
+        "model.layers": 1,
+        "model.recurrence": "scan",
+        "signal.white_noise_std": 1.0,
+    }
+    return load_config("demo", [f"--config.{key}={value}" for key, value in keys.items()])
+
+
+def test_sessions_of_all_folders_have_zeros_after_their_own_features(root: str) -> None:
+    with open_folder(root, 5) as reader:
+        assert reader.sessions == ("a.2023.01.01", "a.2023.01.02", "b.2022.01.01")
+        (ref, *_) = reader.find_trials(("b.2022.01.01",), "train")
+        narrow = open_folder(folders(root)[1], 3)
+        own = narrow.read(narrow.find_trials(("b.2022.01.01",), "train")[0])
+        for trial in (reader.read(ref), reader.read_into(ref, np.ones((50, 5), np.float16))):
+            np.testing.assert_allclose(trial.features[:, :3], own.features, atol=2e-3)
+            assert trial.features.shape == (40, 5)
+            assert not trial.features[:, 3:].any()
+        assert reader.sample(ref).features.shape == (3, 5)
+        with pytest.raises(DataError, match="no data_train"):
+            reader.find_trials(("c",), "train")
+    assert session_widths(root, ("b.2022.01.01", "a.2023.01.01"), 5) == (3, 5)
+    assert session_widths(root, ("a.2023.01.01",), 5) == ()
+
+
+def test_what_cannot_be_joined_is_named(root: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--config\.data\.feature_count=5"):
+        open_folder(root, 4)
+    session(tmp_path / "more", "b.2022.01.01", 3)
+    with pytest.raises(DataError, match=r"b.2022.01.01 is in .*small and in .*more"):
+        open_folder(f"{root},{tmp_path / 'more'}", 5)
+    with pytest.raises(DataError, match="nowhere is not there"):
+        open_folder(f"{root},{tmp_path}/nowhere", 5)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no trial"):
+        open_folder(f"{root},{tmp_path / 'empty'}", 5)
+
+
+def test_a_folder_with_a_comma_in_its_name_is_one(tmp_path: Path) -> None:
+    session(tmp_path / "a,b", "a.2023.01.01", 3)
+    assert folders(str(tmp_path / "a,b")) == (tmp_path / "a,b",)
+    assert open_folder(str(tmp_path / "a,b"), 3).sessions == ("a.2023.01.01",)
+    assert absolute("x,y") == f"{Path.cwd()}/x,{Path.cwd()}/y"
+
+
+def test_a_run_keeps_the_widths_of_its_sessions(root: str, tmp_path: Path) -> None:
+    config = config_of(root)
+    assert resolve(config, tmp_path / "run", False).data.widths == (5, 5, 3)
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, widths=(5, 3)))
+    with pytest.raises(ConfigError, match="2 numbers for 3"):
+        resolve(wrong, tmp_path / "run", False)
+
+
+def test_noise_never_reaches_features_that_a_session_does_not_have(root: str) -> None:
+    config = resolve(config_of(root), Path("run"), False)
+    params = init_state(config, 3).params
+    data = TrainingData(config.data, config.data.sessions, 14, lambda bins: (bins - 14) // 4 + 1)
+    _, batch = data.fill([(2, data.refs_of_day[2][0]), (0, data.refs_of_day[0][0])], (40, 3), 2)
+    loss = make_loss(config, 3)
+    keys = step_keys(0, np.int32(0))
+    gradient = jax.grad(lambda p: loss(p, batch, keys, np.int32(0))[0])(params)
+    weight = np.asarray(gradient["day"]["weight"])
+    assert not weight[2, 3:].any()
+    assert weight[2, :3].all()
+    assert weight[0].all()
+
+
+def test_trials_of_days_with_other_features_share_no_row(root: str) -> None:
+    config = config_of(root)
+    shared = dataclasses.replace(config, model=dataclasses.replace(config.model, day_layer=False))
+    rules = packing_rules(shared, 3, 1)
+    assert rules is not None
+    assert not rules.one_day
+    rules = packing_rules(resolve(shared, Path("run"), False), 3, 1)
+    assert rules is not None
+    assert rules.one_day
+
+
+def test_a_trial_may_have_its_own_features_or_zeros_after_them(root: str) -> None:
+    config = resolve(config_of(root), Path("run"), False)
+    run = Run(config, init_state(config, 3).params, 0)
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    padded = np.pad(x, ((0, 0), (0, 2)))
+    own, zeros = (run.logits(one, "b.2022.01.01") for one in (x, padded))
+    np.testing.assert_array_equal(own, zeros)
+    with pytest.raises(DataError, match=r"needed \[T, 5\]"):
+        run.logits(x, "a.2023.01.01")

@@ -2,6 +2,9 @@
 
 Writes a folder with data/, lm_1gram/, lm_3gram/, run/ with the results in run/val/, report.html and
 summary.json. A second call keeps what is finished and continues with the rest.
+
+With --live, of a finished demo: a further day of the simulated participant, whose signals have
+drifted, decoded before a calibration and live after it, with a page for a browser.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from b2txt_jax.evaluation.evaluate import Evaluation
 from b2txt_jax.evaluation.report.inputs import report_run
 from b2txt_jax.evaluation.report.page import write_report
 from b2txt_jax.inference.run import load_run
+from b2txt_jax.live.command import VIEW_PORT
+from b2txt_jax.live.demo import LiveDemo, show_live
 from b2txt_jax.metrics import ErrorRate
 from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
@@ -69,6 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--difficulty", type=float, default=0.5, help="of the simulation, 0 to 1 (default 0.5)"
     )
+    live = parser.add_argument_group("live")
+    live.add_argument(
+        "--live", action="store_true", help="calibrate a further day and decode it live"
+    )
+    live.add_argument(
+        "--view",
+        type=int,
+        default=VIEW_PORT,
+        metavar="PORT",
+        help=f"of the page on this machine (default {VIEW_PORT})",
+    )
+    live.add_argument("--no-view", action="store_true", help="without the page")
     parser.epilog = "Any key of the configuration: --config.section.key=value."
 
 
@@ -76,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt demo`."""
     console = Console()
     out: Path = args.out
+    if args.live:
+        return show_live(out, LiveDemo(None if args.no_view else args.view), console)
     # First, so that a mistake in the configuration is reported before the work.
     root = out / "data" / "hdf5_data_final"
     overrides = [f"--config.data.root={root}"]

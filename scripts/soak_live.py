@@ -6,23 +6,29 @@ Starts `b2txt stream` and feeds it the run's validation trials through a Redis, 
 decoded, for so many hours of stream. Meanwhile faults happen, in turns:
 
     dropped bins, doubled bins, late bins, dead array, NaN channels, narrow bins, source restarted,
-    Redis restarted, server killed, no end mark
+    Redis restarted, server killed, no end mark, clock jump, parameters updated
 
-"Killed" and "restarted" mean SIGKILL. The Redis of the source comes back empty. Each sentence has a
-name, by which its answer is found in the stream that `--publish` writes, on another Redis. A
+"Killed" and "restarted" mean SIGKILL. The Redis of the source comes back empty. A clock jump is one
+of the source's Redis: by an hour ahead in a sentence, and back after it, with the stream deleted.
+Parameters are those of the language model, changed in a sentence by another client. Each sentence
+has a name, by which its answer is found in the stream that `--publish` writes, on another Redis. A
 sentence without a fault must also have the words that it has when all is well.
 
-Prints and writes (--out FILE) the faults, sentences lost, doubled and changed, and memory and delay
-in the first and the last tenth. Exit code 1 if anything was lost, doubled or changed.
+Prints and writes (--out FILE) the faults, sentences lost, doubled and changed, and in the first and
+the last tenth the memory of both processes, their processor time for each bin, and the wall time
+from a sentence's first bin to its answer. Ctrl-C or SIGTERM ends it early, with a report. Exit code
+1 if anything was lost, doubled or changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -40,13 +46,21 @@ from rich.progress import Progress
 
 from b2txt_jax import load_run
 from b2txt_jax.data.reader import open_folder
+from lm_server.client.client import Client
 from lm_server.serving.embedded_redis import embedded_redis, find_program
 
 FAULTS = (
     *("dropped bins", "server killed", "doubled bins", "Redis restarted", "late bins"),
     *("dead array", "source restarted", "NaN channels", "narrow bins", "no end mark"),
+    *("clock jump", "parameters updated"),
 )
 BIN_SECONDS = 0.02
+_STREAM = "bins"
+_KEPT_ENTRIES = 5_000
+"""Of the source's stream: more than two sentences, of which the next is sent after an answer."""
+_JUMP_MS = 3_600_000
+_LOOK_EVERY = 20
+"""Sentences between two looks at memory and processor time."""
 _PATIENCE = 120.0
 
 
@@ -84,6 +98,9 @@ class Rig:
 
     def __init__(self, source: SourceRedis, stream: subprocess.Popen[bytes]) -> None:
         self.source, self.stream, self.number = source, stream, 0
+        self._updates = 0
+        self._queued: list[tuple[dict[str, Any], str]] = []
+        self._id = "*"
 
     def say(self, name: str, features: np.ndarray, fault: str | None, rng: random.Random) -> None:
         """Send a trial, with a fault in its middle."""
@@ -111,26 +128,105 @@ class Rig:
                 if fault == "source restarted":
                     self.number = first = 0
                 if fault == "Redis restarted":
+                    self._send()
                     self.source.restart()
+                if fault == "clock jump":
+                    self._id = f"{round(1000 * time.time()) + _JUMP_MS}-0"
                 if fault == "server killed":
-                    self._kill_server()
+                    self._send()
+                    os.kill(self.server().pid, signal.SIGKILL)
+                if fault == "parameters updated":
+                    self._send()
+                    self._update_parameters()
             self._bins(rows, first)
             if fault == "late bins" and place // 4 == middle // 4 + 2:
                 self._bins(*late)
         if fault != "no end mark":
             self._add(mark="end")
+        self._send()
 
-    def _kill_server(self) -> None:
+    def answered(self, fault: str | None) -> None:
+        """End a fault that outlasts its sentence."""
+        if fault == "clock jump":
+            self.source.client.delete(_STREAM)
+
+    def server(self) -> psutil.Process:
+        """Return the language model server."""
         for child in psutil.Process(self.stream.pid).children(recursive=True):
-            if "lm_server" in " ".join(child.cmdline()):
-                os.kill(child.pid, signal.SIGKILL)
+            if "lm_server" in child.cmdline():
+                return child
+        raise RuntimeError("the language model server does not run")
+
+    def _update_parameters(self) -> None:
+        """Ask for more hypotheses, which leaves the best one as it is."""
+        self._updates += 1
+        for child in self.server().children(recursive=True):
+            # A Redis writes where it listens into its command line.
+            found = re.search(r"unixsocket:(\S+)", " ".join(child.cmdline()))
+            if found:
+                with Client(f"unix://{found[1]}") as client:
+                    client.update_params(nbest=100 + self._updates)
                 return
+        raise RuntimeError("the language model server has no Redis of its own")
 
     def _bins(self, rows: np.ndarray, first: int) -> None:
         self._add(features=np.ascontiguousarray(rows, "<f4").tobytes(), i=first)
 
     def _add(self, **fields: Any) -> None:
-        self.source.client.xadd("bins", fields)
+        self._queued.append((fields, self._id))
+        self._id = "*"  # Redis goes on from the last id, whatever its clock says
+
+    def _send(self) -> None:
+        """Send the entries that are queued, in one go."""
+        pipeline = self.source.client.pipeline(transaction=False)
+        for fields, id_ in self._queued:
+            pipeline.xadd(_STREAM, fields, id_, _KEPT_ENTRIES)
+        self._queued = []
+        pipeline.execute()
+
+
+class Meter:
+    """Memory and processor time of `b2txt stream` and its language model server."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self._stream = psutil.Process(rig.stream.pid)
+        self._server, self._before = rig.server(), (0.0, 0.0)
+        self._bins = 0
+        self.looks: list[dict[str, float]] = []
+        self._before = self._times()
+
+    def _times(self) -> tuple[float, float]:
+        own, server = self._stream.cpu_times(), self._server.cpu_times()
+        return own.user + own.system, server.user + server.system
+
+    def look(self, bins: int, waited: list[float]) -> None:
+        """Note what was used since the last look. `bins`: that were sent so far."""
+        server = self._rig.server()
+        if server.pid != self._server.pid:
+            self._server, self._before = server, (self._before[0], 0.0)
+        now, count = self._times(), max(1, bins - self._bins)
+        self.looks.append(
+            {
+                "stream_mb": self._stream.memory_info().rss / 1e6,
+                "server_mb": server.memory_info().rss / 1e6,
+                "stream_cpu_ms_per_bin": 1000 * (now[0] - self._before[0]) / count,
+                "server_cpu_ms_per_bin": 1000 * (now[1] - self._before[1]) / count,
+                "sentence_s": float(np.median(waited)),
+            }
+        )
+        self._before, self._bins = now, bins
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Return the medians of the first and the last tenth."""
+        tenth = max(1, len(self.looks) // 10)
+        parts = {"first_tenth": self.looks[:tenth], "last_tenth": self.looks[-tenth:]}
+        return {
+            name: {
+                key: round(float(np.median([look[key] for look in looks])), 3) for key in looks[0]
+            }
+            for name, looks in parts.items()
+        }
 
 
 def main() -> None:
@@ -143,15 +239,20 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=8.0, help="of stream (default 8)")
     parser.add_argument("--faults", type=int, default=30, help="(default 30)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--chunk-frames", type=int, default=1, help="of `b2txt stream`; 8 is faster (default 1)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     rng = random.Random(args.seed)
     run = load_run(args.workdir)
     with open_folder(run.config.data.root, run.config.data.feature_count) as reader:
         session = run.sessions[-1]
         trials = [reader.read(ref).features for ref in reader.trials([session], "val")]
     mean = BIN_SECONDS * np.mean([len(one) for one in trials])
-    total = max(args.faults, round(3600 * args.hours / mean))
+    # Before the first fault each trial is decoded once, and after the last one comes another.
+    total = max(len(trials) + args.faults + 1, round(3600 * args.hours / mean))
     faulty = dict(
         zip(
             sorted(rng.sample(range(len(trials), total - 1), args.faults)),
@@ -161,7 +262,8 @@ def main() -> None:
     )
     counts: Counter[str] = Counter()
     expected: dict[int, str] = {}
-    memory: list[float] = []
+    waited: list[float] = []
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, embedded_redis() as said:
         source = SourceRedis(Path(folder))
         answers: Any = redis.Redis.from_url(said.url, protocol=2)
@@ -171,25 +273,32 @@ def main() -> None:
             "--lm",
             str(args.lm),
             "--source",
-            f"unix://{source.path}/bins",
+            f"unix://{source.path}/{_STREAM}",
             "--day",
             session,
         ]
         command += ["--no-record", "--publish", f"{said.url}/said", "--summary", str(summary)]
+        command += ["--chunk-frames", str(args.chunk_frames)]
         with (Path(folder) / "log.txt").open("w+") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             while "decoding with" not in (Path(folder) / "log.txt").read_text():
                 if process.poll() is not None:
                     sys.exit((Path(folder) / "log.txt").read_text())
                 time.sleep(0.2)
-            rig, seen = Rig(source, process), "0-0"
-            with Progress(console=Console(stderr=True)) as progress:
-                task = progress.add_task("sentences", total=total)
-                waiting: list[int] = []
-                for number in range(total):
-                    fault = faulty.get(number)
-                    rig.say(str(number), trials[number % len(trials)], fault, rng)
+            rig, seen, bins = Rig(source, process), "0-0", 0
+            meter = Meter(rig)
+            waiting: list[int] = []
+            sent = 0
+            bar = Progress(console=Console(stderr=True))
+            with bar, contextlib.suppress(KeyboardInterrupt):
+                for number in bar.track(range(total), description="sentences"):
+                    fault, started = faulty.get(number), time.monotonic()
+                    if fault:
+                        print(f"sentence {number} of {total}: {fault}", flush=True)
+                    features = trials[number % len(trials)]
+                    rig.say(str(number), features, fault, rng)
                     waiting.append(number)
+                    sent, bins = number + 1, bins + len(features)
                     if fault == "no end mark":
                         continue  # the next sentence ends it
                     deadline = time.monotonic() + _PATIENCE
@@ -202,23 +311,26 @@ def main() -> None:
                         counts["lost"] += 1
                         print(f"lost: sentence {lost}, fault {faulty.get(lost)}", flush=True)
                     waiting = []
-                    if number % 20 == 0:
-                        memory.append(psutil.Process(process.pid).memory_info().rss / 1e6)
-                    progress.update(task, completed=number + 1)
+                    rig.answered(fault)
+                    waited.append(time.monotonic() - started)
+                    if len(waited) == _LOOK_EVERY:
+                        meter.look(bins, waited)
+                        waited = []
+            if waited:
+                meter.look(bins, waited)
             process.send_signal(signal.SIGINT)
             process.wait(60)
             source.process.kill()
             if not summary.exists():
                 sys.exit((Path(folder) / "log.txt").read_text()[-3000:])
             figures = json.loads(summary.read_text())
-    tenth = max(1, len(memory) // 10)
     figures |= {
-        "hours": round(mean * total / 3600, 2),
-        "sentences_sent": total,
-        "faults": dict(Counter(faulty.values())),
+        "hours": round(BIN_SECONDS * bins / 3600, 2),
+        "took_hours": round((time.monotonic() - began) / 3600, 2),
+        "sentences_sent": sent,
+        "faults": dict(Counter(fault for number, fault in faulty.items() if number < sent)),
         **{name: counts[name] for name in ("answered", "lost", "doubled", "changed")},
-        "memory_mb_first_tenth": round(float(np.median(memory[:tenth])), 1),
-        "memory_mb_last_tenth": round(float(np.median(memory[-tenth:])), 1),
+        **meter.figures(),
     }
     print(json.dumps(figures, indent=1))
     if args.out:

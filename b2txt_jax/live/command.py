@@ -59,7 +59,7 @@ from b2txt_jax.signal.rolling import Statistics, cold
 from lm_server.files.atomic_file import replacing, require_writable
 
 LOG_FOLDER = "live"
-_VIEW_PORT = 8765
+VIEW_PORT = 8765
 
 
 class StreamError(UserError, ValueError):
@@ -144,10 +144,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--view",
         nargs="?",
-        const=_VIEW_PORT,
+        const=VIEW_PORT,
         type=int,
         metavar="PORT",
-        help=f"serve a page for a browser (default port {_VIEW_PORT})",
+        help=f"serve a page for a browser (default port {VIEW_PORT})",
     )
     output.add_argument("--view-host", default="127.0.0.1", help="(default 127.0.0.1)")
     output.add_argument("--view-token", help="that browsers need; required on another --view-host")

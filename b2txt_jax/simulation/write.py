@@ -60,7 +60,7 @@ from b2txt_jax.simulation.plan import (
 from lm_server.files.atomic_file import replacing
 
 _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
-_SESSIONS_FOLDER = "hdf5_data_final"
+SESSIONS_FOLDER = "hdf5_data_final"
 SETTINGS_FILE = "simulation.json"
 _TEXT_FILE = "language_model_text.txt"
 _FEWEST_FOR_PROCESSES = 500
@@ -127,7 +127,7 @@ def simulate(
             work.sort(key=lambda part: part.sentences, reverse=True)
             for done in as_completed([pool.submit(part.write_all) for part in work]):
                 progress.advance(task, done.result())
-    return out / _SESSIONS_FOLDER
+    return out / SESSIONS_FOLDER
 
 
 def modulation(difficulty: float) -> float:
@@ -302,14 +302,14 @@ def _record_block(
 
 
 def _session_folder(out: Path, session: str) -> Path:
-    return out / _SESSIONS_FOLDER / session
+    return out / SESSIONS_FOLDER / session
 
 
 def _claim(out: Path, settings: SimulationSettings, force: bool) -> None:
     """Write the settings to `out`, or check that those there agree."""
     wanted = {"format": _FORMAT, **dataclasses.asdict(settings)}
     path = out / SETTINGS_FILE
-    data = out / _SESSIONS_FOLDER
+    data = out / SESSIONS_FOLDER
     if path.is_file():
         try:
             found = json.loads(path.read_text())

@@ -106,6 +106,18 @@ def test_a_sentence_of_the_graph_becomes_stamped_logits_and_text(client, live_se
         assert 0 <= time.monotonic_ns() - int.from_bytes(fields[b"ts"], "little") < 60e9
         np.testing.assert_array_equal(np.frombuffer(fields[b"logits"], "<f4"), rows[4 * place])
     texts = [(fields[b"event"], fields[b"text"]) for _, fields in client.xrange("d_text")]
+    described = yaml.safe_load((BRAND / "nodes/b2txt_decoder/b2txt_decoder.yaml").read_text())
+    for name, stream in described["RedisStreams"]["Outputs"].items():
+        assert stream["type_nwb"] == "TimeSeries"
+        fields_of = {key: one for key, one in stream.items() if isinstance(one, dict)}
+        for _, entry in client.xrange(name.replace("b2txt_decoder", "d")):
+            for key, one in fields_of.items():
+                # As the export reads it: text, or so many numbers of that type.
+                size = one["chan_per_stream"] * one["samp_per_stream"]
+                assert {"unit", "description"} <= set(one["nwb"])
+                if one["sample_type"] != "str":
+                    assert len(np.frombuffer(entry[key.encode()], one["sample_type"])) == size
+                assert key.encode() in entry
     assert texts[0] == (b"begin", b"")
     assert texts[-1] == (b"final", SAID[1].encode())
     assert any(event == b"partial" for event, _ in texts)
@@ -126,6 +138,18 @@ def test_bins_of_10_ms_are_paired_and_a_lost_half_is_a_missing_bin(client, live_
     # Counts are added, power is averaged.
     np.testing.assert_array_equal(found[0].features, [4, 6, 4, 5])
     np.testing.assert_array_equal(found[1].features, [36, 38, 20, 21])
+
+
+def test_a_stream_that_began_anew_with_lower_ids_is_read_again(client, live_server):
+    """As after the supervisor's flushDb, where the clock went back."""
+    client.xadd("features", {"samples": b""}, id="9999999999999-0")
+    source = BrandStream(node_of(live_server), BrandInput("features", "samples", "float32", 4))
+    client.delete("features")
+    assert source.read(0.01) == []
+    feature(client, "features", np.ones(4, "<f4"), 0)
+    (one,) = source.read(5.0)
+    assert isinstance(one, Bin)
+    source.close()
 
 
 def test_marks_and_bins_keep_the_order_in_which_redis_received_them(client, live_server):

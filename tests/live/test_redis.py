@@ -34,13 +34,18 @@ def test_bins_marks_and_numbers_arrive_from_now_on(live_server):
     source.close()
 
 
-def test_after_the_stream_began_anew_bins_arrive_again(live_server):
+@pytest.mark.parametrize("noticed", ["the connection was lost", "nothing came"])
+def test_after_the_stream_began_anew_bins_arrive_again(live_server, noticed):
     """As after a restart of Redis, or when its clock went back."""
     client = redis.Redis.from_url(live_server, protocol=2)
+    client.delete("rig2")
     client.xadd("rig2", {"mark": "end"}, id="9999999999999-0")
     source = RedisStream(f"{live_server}/rig2", 4)
     client.delete("rig2")
-    source._backoff.failed()
+    if noticed == "nothing came":
+        assert source.read(0.01) == []
+    else:
+        source._backoff.failed()
     client.xadd("rig2", {"features": np.ones(4, "<f4").tobytes(), "i": 0})
     (one,) = source.read(5.0)
     assert isinstance(one, Bin)

@@ -57,6 +57,7 @@ class BrandStream:
         self.origin = Origin()
         self._stop = threading.Event()
         self._backoff = Backoff(self._stop)
+        self._quiet = False
         names = [where.stream, *([where.marks] if where.marks else [])]
         self._seen: dict[str, Any] = {name: self._newest(name) for name in names}
         self._waiting: collections.deque[tuple[Event, Origin]] = collections.deque()
@@ -81,7 +82,7 @@ class BrandStream:
 
     def _fetch(self, timeout: float) -> None:
         try:
-            if self._backoff.failing:
+            if self._quiet or self._backoff.failing:
                 for name, seen in self._seen.items():
                     if parse_id(self._newest(name)) < parse_id(seen):
                         self._seen[name] = "0-0"
@@ -95,6 +96,7 @@ class BrandStream:
             self._backoff.failed()
             return
         self._backoff.worked()
+        self._quiet = not found
         now = time.monotonic()
         entries = [(text(name), id_, fields) for name, listed in found for id_, fields in listed]
         for name, id_, fields in sorted(entries, key=self._place):

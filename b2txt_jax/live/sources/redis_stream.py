@@ -59,6 +59,7 @@ class RedisStream:
         connect(address, _WAIT_SECONDS, self._stop).close()
         self._redis: Any = redis_client(address)
         self._backoff = Backoff(self._stop)
+        self._quiet = False
         try:
             newest = self._redis.xrevrange(self._stream, count=1)
         except LOST as error:
@@ -78,8 +79,9 @@ class RedisStream:
           SourceError: Redis refuses to read the stream.
         """
         try:
-            if self._backoff.failing:
-                # A Redis that lost its memory, or whose clock went back, counts from lower ids.
+            if self._quiet or self._backoff.failing:
+                # A Redis that lost its memory, or whose clock went back before the stream was
+                # deleted, counts from lower ids.
                 newest = self._redis.xrevrange(self._stream, count=1)
                 if newest and parse_id(newest[0][0]) < parse_id(self._seen):
                     self._seen = "0-0"
@@ -91,6 +93,7 @@ class RedisStream:
             self._backoff.failed()
             return []
         self._backoff.worked()
+        self._quiet = not found
         events: list[Event] = []
         for _, entries in found:
             for id_, fields in entries:

@@ -1,6 +1,7 @@
 """How accurate, fast and small are the searches with the whole CMU dictionary and a 3-gram model?
 
-    python benchmarks/decoder.py [--backends flashlight pyctcdecode] [--graph DIR] [--quick]
+    python benchmarks/decoder.py [--backends flashlight pyctcdecode] [--presets accurate fast]
+        [--demanding] [--graph DIR] [--quick]
 
 Builds the model once (kept in the work folder). Simulates logits (`simulated_logits`) at given
 phoneme error rates of greedy decoding and shares of left-out silences. Tunes acoustic_scale and
@@ -11,8 +12,9 @@ hypothesis in the n-best list (oracle), share of sentences right, seconds of CPU
 published decoder, built and tuned, on a similar task. That task has the same dictionary but another
 text (perplexity 329), so its WER is no strict comparison.
 
-The search wfst needs --graph, a folder with TLG.fst and words.txt. Searches slower than 0.2 s per
-sentence decode the first --slow sentences only.
+The search flashlight has a row for each of --presets, and with --demanding another that demands
+every silence. The search wfst needs --graph, a folder with TLG.fst and words.txt. Searches slower
+than 0.2 s per sentence decode the first --slow sentences only.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from rapidfuzz.distance import Levenshtein
 
 from lm_server.lm.reader import DESCRIPTION
 from lm_server.search.load import BACKENDS, default_settings
-from lm_server.settings import Settings
+from lm_server.settings import PRESETS, Settings, changed
 
 PUBLISHED = {0.14: (0.067, 0.046), 0.19: (0.083, 0.084)}
 """WER and seconds per sentence of the published decoder, tuned, at greedy PER 14 and 19 %."""
@@ -113,6 +115,9 @@ def measure(
     model = load_model(folder, backend)
     loading = time.process_time() - started
     base = default_settings(backend)
+    for preset, width in PRESETS.items():
+        if preset in name:
+            base = changed(base, width)
     if "demanding" in name:
         base = dataclasses.replace(base, **_DEMANDING)  # type: ignore[arg-type]
 
@@ -176,6 +181,14 @@ def main() -> None:
     option("--per", type=float, nargs="+", default=[0.14, 0.19], help="greedy error rates")
     option("--dropped", type=float, nargs="+", default=[0.0, 0.08, 0.2], help="silences left out")
     option("--graph", type=Path, help="folder with TLG.fst and words.txt, for the search wfst")
+    option(
+        "--presets",
+        nargs="+",
+        choices=tuple(PRESETS),
+        default=["accurate", "fast"],
+        help="widths of the search flashlight (default accurate fast)",
+    )
+    option("--demanding", action="store_true", help="also demand every silence")
     option("--order", type=int, default=3, help="order of the n-gram model (default 3)")
     args = parser.parse_args()
     if args.quick:
@@ -188,11 +201,16 @@ def main() -> None:
     frames = sum(map(len, tests[0].logits)) / len(tests[0].logits)
     print(f"{args.sentences} sentences, {frames:.0f} frames each; tuned on {args.dev} others")
     rows: list[Row] = []
-    names = [name for name in args.backends if name != "wfst" or args.graph]
+    names: list[str] = []
+    for name in args.backends:
+        if name == "flashlight":
+            names += [f"{name} {preset}" for preset in args.presets]
+            if args.demanding:
+                names += [f"{one}, demanding every silence" for one in names]
+        elif name != "wfst" or args.graph:
+            names.append(name)
     if "wfst" in args.backends and not args.graph:
         print("wfst: left out, because --graph names no folder with TLG.fst and words.txt")
-    if "flashlight" in names:
-        names.insert(names.index("flashlight") + 1, "flashlight demanding every silence")
     for name in names:
         place = args.graph if name == "wfst" else folder
         for row in in_fresh_process(measure, name, place, dev, tests, args.slow):

@@ -152,12 +152,30 @@ def splice_at(
 
 def pieces_of(run: Path) -> Pieces:
     """Return the pieces of a run's validation trials."""
+    return cut(_trials(run))
+
+
+def halves_of(run: Path) -> tuple[Pieces, Pieces]:
+    """Return the pieces of either half of a run's validation trials.
+
+    Labels that a half lacks have the pieces of both.
+    """
+    trials = _trials(run)
+    whole, middle = cut(trials), len(trials) // 2
+    halves = cut(trials[:middle]), cut(trials[middle:])
+    for half in halves:
+        for one in {*whole.right, *whole.wrong} - {*half.right, *half.wrong}:
+            half.right[one], half.wrong[one] = whole.right[one], whole.wrong[one]
+    return halves
+
+
+def _trials(run: Path) -> list[tuple[np.ndarray, list[int]]]:
     order = to_lm_order(np.arange(CLASS_COUNT)[None])[0].tolist()
-    return cut(
+    return [
         (to_lm_order(trial.logits), [order.index(one) for one in trial.labels.tolist()])
         for trial in b2txt_jax.load_run(run).logits("val")
         if trial.labels is not None
-    )
+    ]
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from lm_server.search.hot_words import HotWord
 from lm_server.search.interface import NO_HOT_WORDS, NoSentenceError, Search, SearchModel
 from lm_server.search.load import default_settings, load_model, without_effect
 from lm_server.settings import (
+    NAMES,
     PRESET,
     Settings,
     SettingsError,
@@ -79,9 +80,9 @@ class Decoder:
         if settings is None or isinstance(settings, Mapping):
             given = dict(settings or {})
             wide = given.pop(PRESET, None)
-            if unknown := given.keys() - vars(usual).keys():
+            if unknown := given.keys() - set(NAMES):
                 raise SettingsError(
-                    f"there is no setting {min(unknown)!r}; known are {', '.join(vars(usual))}"
+                    f"there is no setting {min(unknown)!r}; known are {', '.join(NAMES)}"
                 )
             if wide is not None and without_effect(PRESET, backend) is None:
                 usual = changed(usual, preset(wide))

@@ -15,12 +15,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from lm_server.confusion import Confusion, ConfusionError
 from lm_server.errors import UserError
 from lm_server.files.atomic_file import regular, replacing
 from lm_server.protocol import unique
 
-FORMAT = 2
-"""Version of settings files. In format 1, silence_penalty was in units of log-probabilities."""
+FORMAT = 3
+"""Version of settings files. In format 1, silence_penalty was in units of log-probabilities. Before
+format 3 there was no class confusion."""
 NOT_NEEDED: Mapping[str, str] = {"rescore": "its first pass has the whole n-gram model already"}
 """Parameters of the published server that are accepted without effect, with the reason."""
 Stage = Literal["search", "fusion", "answer", "rescoring"]
@@ -149,9 +151,11 @@ class Settings:
     confidence_temperature: float = setting(
         1.0, 0.01, 1000, "confidences are the softmax of the totals divided by this", "answer"
     )
+    confusion: Confusion | None = None
+    """Mixes the posteriors of every frame. No number, so that only a settings file can hold it."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in declared():
             value = getattr(self, field.name)
             least, greatest = field.metadata["limits"]
             # Written so that NaN is refused too.
@@ -163,16 +167,21 @@ class Settings:
                 raise SettingsError(f"{field.name} is {value}; needed a whole number")
 
 
-NAMES = tuple(field.name for field in fields(Settings))
+def declared() -> tuple[dataclasses.Field[Any], ...]:
+    """Return the fields that `setting` has declared, which are numbers."""
+    return tuple(field for field in fields(Settings) if field.metadata)
+
+
+NAMES = tuple(field.name for field in declared())
 LIMITS: Mapping[str, tuple[float, float]] = {
-    field.name: field.metadata["limits"] for field in fields(Settings)
+    field.name: field.metadata["limits"] for field in declared()
 }
 """Least and greatest value of each setting."""
 DEFAULTS = Settings()
 PRESETS: Mapping[str, Mapping[str, float]] = {
     name: {
         field.name: field.metadata["presets"][name]
-        for field in fields(Settings)
+        for field in declared()
         if field.metadata["presets"]
     }
     for name in (DEFAULT_PRESET, "balanced", "fast")
@@ -182,7 +191,7 @@ PRESETS: Mapping[str, Mapping[str, float]] = {
 
 def names_of(stage: Stage) -> tuple[str, ...]:
     """Return the names of the settings that change one stage."""
-    return tuple(field.name for field in fields(Settings) if field.metadata["stage"] == stage)
+    return tuple(field.name for field in declared() if field.metadata["stage"] == stage)
 
 
 def preset(name: object) -> Mapping[str, float]:
@@ -205,7 +214,7 @@ def changed(settings: Settings, values: Mapping[str, float]) -> Settings:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise SettingsError(f"{name} is {value!r}; needed a number")
-    whole = {field.name for field in fields(Settings) if type(field.default) is int}
+    whole = {field.name for field in declared() if type(field.default) is int}
     fitting = {
         name: (int(value) if value == value // 1 else value) if name in whole else float(value)
         for name, value in values.items()
@@ -229,7 +238,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"how wide the search is: {', '.join(PRESETS['fast'])} (default {DEFAULT_PRESET}, or "
         "as in --settings; single options take precedence)",
     )
-    for field in fields(Settings):
+    for field in declared():
         others = "".join(
             f"; {name} {value:g}"
             for name, value in field.metadata["presets"].items()
@@ -246,9 +255,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def read_settings(
     path: Path, defaults: Settings = DEFAULTS, backend: str = "flashlight"
 ) -> Settings:
-    """Read a settings file: JSON {"format": 2, "settings": {name: value}, ...}.
+    """Read a settings file: JSON {"format": 3, "settings": {name: value}, ...}.
 
-    One of format 1 is read as what it meant.
+    It may have a class confusion, the rows of `Confusion` under "confusion". Files of formats 1 and
+    2 are read as what they meant.
 
     Args:
       path: the file.
@@ -266,7 +276,7 @@ def read_settings(
             f"the settings file {path} cannot be read ({error}): make one with `lm-server tune`"
         ) from error
     values = found.get("settings") if isinstance(found, dict) else None
-    if not isinstance(values, dict) or found.get("format") not in (1, FORMAT):
+    if not isinstance(values, dict) or found.get("format") not in (1, 2, FORMAT):
         raise SettingsError(
             f"{path} is no settings file of format {FORMAT}; needed "
             f'{{"format": {FORMAT}, "settings": {{...}}}}: make one with `lm-server tune`'
@@ -289,8 +299,9 @@ def read_settings(
         if found["format"] == 1 and "silence_penalty" in values and read.silence_penalty < most:
             penalty = read.silence_penalty * read.acoustic_scale
             read = dataclasses.replace(read, silence_penalty=min(penalty, most))
-        return read
-    except (SettingsError, OverflowError) as error:
+        rows = found.get("confusion")
+        return read if rows is None else dataclasses.replace(read, confusion=Confusion.of(rows))
+    except (SettingsError, ConfusionError, OverflowError) as error:
         raise SettingsError(f"{path}: {error}") from error
 
 
@@ -318,7 +329,13 @@ def write_settings(path: Path, settings: Settings, about: Mapping[str, Any] | No
     Raises:
       SettingsError: it cannot be written.
     """
-    content = {"format": FORMAT, "settings": dataclasses.asdict(settings), "about": about or {}}
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "settings": {name: getattr(settings, name) for name in NAMES},
+        "about": about or {},
+    }
+    if settings.confusion is not None:
+        content["confusion"] = settings.confusion.rows
     if path.exists() and not path.is_file():
         raise SettingsError(
             f"cannot write {path}: it exists and is no regular file: choose another place"

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".npz files of `b2txt infer --split val` (default: names on the standard input)",
     )
     options.add_search_options(parser, hot_words=False)
+    options.add_fuse_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
     scorer = llm_from_options(args)
     paths: Iterable[Path] = args.logits or _named_on_input()
     status = 0
-    for path in paths:
-        try:
-            found = score_file(model, settings, path, scorer)
-        except UserError as error:
-            found, status = {"error": str(error)}, 1
-        print(json.dumps({"file": str(path), **found}), flush=True)
+    with options.fused(args, model, scorer) as searching:
+        for path in paths:
+            try:
+                found = score_file(searching, settings, path, scorer)
+            except UserError as error:
+                found, status = {"error": str(error)}, 1
+            print(json.dumps({"file": str(path), **found}), flush=True)
     return status
 
 

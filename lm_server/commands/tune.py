@@ -1,18 +1,20 @@
 """Find settings for a model's logits on sentences whose transcripts are known, and write a file
 that `serve`, `worker` and `decode` (--settings) and `b2txt evaluate` read.
 
-acoustic_scale, blank_penalty, silence_penalty, word_bonus, with --budget the width of the search,
-with --llm alpha, and the temperature of the confidences are tuned. Every other setting is as the
-options set it. Settings that are expected to be worse than those of the options, or of a file that
---out has already, are not written: the better ones stay. Results are cached in a folder beside the
-file, so an interrupted tuning resumes. The file names the checkpoint that made the logits. With
---out WORKDIR/lm_settings/NAME.json, `b2txt evaluate` finds the settings of its checkpoint there.
+acoustic_scale, blank_penalty, silence_penalty, word_bonus, a class confusion, with --budget the
+width of the search, with --llm alpha, with --fuse fuse_weight, and the temperature of the
+confidences are tuned. Every other setting is as the options set it. Settings that are expected to
+be worse than those of the options, or of a file that --out has already, are not written: the better
+ones stay. Results are cached in a folder beside the file, so an interrupted tuning resumes. The
+file names the checkpoint that made the logits. With --out WORKDIR/lm_settings/NAME.json,
+`b2txt evaluate` finds the settings of its checkpoint there.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import zlib
 from pathlib import Path
 from shlex import quote
@@ -22,6 +24,7 @@ from lm_server.commands import options
 from lm_server.files.atomic_file import require_writable
 from lm_server.process import cleaning_up_when_terminated
 from lm_server.rescoring.load import llm_from_options
+from lm_server.search.interface import SearchModel
 from lm_server.search.load import load_model, without_effect
 from lm_server.settings import (
     PRESET,
@@ -56,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     options.add_workers_option(parser)
     options.add_search_options(parser, hot_words=False)
+    options.add_fuse_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,17 +101,25 @@ def run(args: argparse.Namespace) -> int:
         # Before the searches: a wrong folder is reported at once.
         find_model(args.llm)
 
+    llm = functools.cache(lambda: llm_from_options(args))
+
     def load() -> tuple[SentenceScorer, list[object]] | None:
-        scorer = llm_from_options(args)
+        scorer = llm()
         if scorer is None:
             return None
         form = str([getattr(scorer, "text_form", ""), *getattr(scorer, "endings", ())])
         return scorer, [digest(find_model(args.llm)), form, args.llm_dtype, args.llm_device]
 
-    with cleaning_up_when_terminated():
+    with cleaning_up_when_terminated(), contextlib.ExitStack() as stack:
         model = load_model(args.lm, args.backend)
         tuner = Tuner(model, logits, references, cache, workers, args.seed)
-        result = tuner.run(base, args.searches, load, in_use, args.budget)
+
+        def fused() -> SearchModel:
+            return stack.enter_context(options.fused(args, model, llm()))
+
+        result = tuner.run(
+            base, args.searches, load, in_use, args.budget, fused if args.fuse else None
+        )
         facts: dict[str, Any] = {"lm": str(args.lm), "llm": args.llm, "logits": str(args.logits)}
         facts["backend"] = args.backend
         described = args.lm / "lm.json"

@@ -12,6 +12,7 @@ kept as keys and values. Models that cannot do that score batches of whole sente
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -41,6 +42,8 @@ DESCRIPTION = "rescoring.json"
 ENDINGS = {"plain": ("",), "sentence": (".", "?", "!")}
 """By text form, the endings of which the likeliest counts. They cost next to nothing: the model
 runs as far as the last word for one as for three."""
+_BITS = ("int8", "int4")
+"""Numbers that are quantised, of 8 and 4 bits."""
 _PROBE = ("the cat sat on the mat", "the cat sat on a mat", "a dog")
 _PROBE_CONTEXT = "we talk of animals"
 _DISTINCT = (*"abcdefghijklmnopqrstuvwxyz", "its", "it's", "the dog bit", "the bit dog", *_PROBE)
@@ -76,7 +79,7 @@ class CausalLM:
         self.endings = ENDINGS[self.text_form]
         if dtype == "auto":
             dtype = "float16" if self.device.type == "cuda" else "float32"
-        self.network, self.tokenizer = _load(path, self.device, getattr(torch, dtype))
+        self.network, self.tokenizer = _load(path, self.device, dtype)
         self._start = _start_token(self.tokenizer)
         self._longest = getattr(self.network.config, "max_position_embeddings", None)
         self.tokens_per_batch = TOKENS_PER_BATCH
@@ -104,26 +107,35 @@ class CausalLM:
                 with self.lock, torch.inference_mode():
                     scores = self._score_trees(distinct) if self.trees else self._score(distinct)
                 break
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-                self.tokens_per_batch //= 2
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                if self.tokens_per_batch < _LEAST_BATCH:
-                    self.tokens_per_batch = TOKENS_PER_BATCH
-                    raise RescoringError(
-                        f"{self.name} ran out of memory on {self.device} even with "
-                        f"{_LEAST_BATCH} tokens at once: free memory or use a smaller model"
-                    ) from error
-                _LOG.warning(
-                    "%s ran out of memory: going on with %d tokens at once",
-                    self.name,
-                    self.tokens_per_batch,
-                )
+            except (MemoryError, RuntimeError) as error:
+                self.shrink_batches(error)
         of = dict(zip(distinct, scores, strict=True))
         each = [[of[one] - length_penalty * len(one) for one in some] for some in tokens]
         return np.array(each, np.float64).max(axis=0)
+
+    def shrink_batches(self, error: Exception) -> None:
+        """Halve the batches after the memory ran out.
+
+        Raises:
+          RescoringError: they are as small as they may be.
+          Exception: the error, if it is another.
+        """
+        if not _out_of_memory(error):
+            raise error
+        self.tokens_per_batch //= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.tokens_per_batch < _LEAST_BATCH:
+            self.tokens_per_batch = TOKENS_PER_BATCH
+            raise RescoringError(
+                f"{self.name} ran out of memory on {self.device} even with {_LEAST_BATCH} tokens "
+                "at once: free memory or use a smaller model"
+            ) from error
+        _LOG.warning(
+            "%s ran out of memory: going on with %d tokens at once",
+            self.name,
+            self.tokens_per_batch,
+        )
 
     def tokens(
         self, sentences: Sequence[str], context: str = "", ending: str = "."
@@ -364,7 +376,35 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and found) else "cpu")
 
 
-def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _numbers(dtype: str, device: torch.device) -> dict[str, Any]:
+    """Return how transformers is asked for numbers of this kind.
+
+    Raises:
+      RescoringError: they are quantised, and there is no GPU or no bitsandbytes.
+    """
+    if dtype not in _BITS:
+        return {"dtype": getattr(torch, dtype)}
+    if device.type != "cuda":
+        raise RescoringError(
+            f"--llm-dtype {dtype} needs a GPU, and the model is to run on {device}: use bfloat16 "
+            "or float32"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RescoringError(
+            f"--llm-dtype {dtype} needs the package bitsandbytes: install the extra `quantised`"
+        )
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=dtype == "int8",
+        load_in_4bit=dtype == "int4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    # Quantised while they are read, so that the GPU never holds them whole.
+    return {"dtype": torch.float16, "quantization_config": config, "device_map": {"": device}}
+
+
+def _load(path: Path, device: torch.device, dtype: str) -> tuple[Any, Any]:
+    numbers = _numbers(dtype, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -373,12 +413,13 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
         # folder is run.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype,
+            **numbers,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-        model, info = loaded[0].to(device).eval(), loaded[1]
+        model, info = loaded
+        model = (model if dtype in _BITS else model.to(device)).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RescoringError(
             f"{path} does not fit into the memory of {device}: use a smaller model"

@@ -74,17 +74,17 @@ class GrowingScores:
             most = _MOST_BYTES // (4 * self._model.vocabulary)
             if self._read > max(most, 2 * self._alive):
                 self._forget()
-            paths = [self._path(one) for one in sequences]
-            new = {id(one): one for path in paths for one in path[:-1] if one.following is None}
             fresh = not self._read
-            try:
-                self._read_tokens(sorted(new.values(), key=lambda one: one.depth))
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                self._forget()
-                raise RescoringError(
-                    f"{self._model.name} ran out of memory during the search: lower "
-                    "fuse_hypotheses, or use a smaller model"
-                ) from error
+            while True:
+                paths = [self._path(one) for one in sequences]
+                try:
+                    self._read_new(paths)
+                    break
+                except (MemoryError, RuntimeError) as error:
+                    # The cache may hold half a batch.
+                    self._forget()
+                    fresh = True
+                    self._model.shrink_batches(error)
             if fresh:
                 self._alive = self._read
             totals = [self._total(path) for path in paths]
@@ -99,8 +99,10 @@ class GrowingScores:
             path.append(last)
         return path
 
-    def _read_tokens(self, tokens: Sequence[_Token]) -> None:
-        """Let the model read new tokens, parents first."""
+    def _read_new(self, paths: Sequence[Sequence[_Token]]) -> None:
+        """Let the model read what words follow and what it has not read, parents first."""
+        new = {id(one): one for path in paths for one in path[:-1] if one.following is None}
+        tokens = sorted(new.values(), key=lambda one: one.depth)
         size = self._model.tokens_per_batch
         for start in range(0, len(tokens), size):
             part = tokens[start : start + size]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _TEXT_FORMS = ("auto", "plain", "sentence")
 _DEVICES = ("auto", "cpu", "cuda")
-_DTYPES = ("auto", "float32", "float16", "bfloat16")
+_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
 
 
 def add_llm_options(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_llm_options(parser: argparse.ArgumentParser) -> None:
         choices=_DTYPES,
         default="auto",
         help="its numbers (default: float16 on a GPU, float32 on a CPU; bfloat16 is faster on CPUs "
-        "made for it, and coarser)",
+        "made for it, and coarser; int8 and int4 quantise the weights while loading, on a GPU)",
     )
     parser.add_argument(
         "--llm-text",
@@ -70,7 +70,8 @@ def load_scorer(
         Hugging Face cache. Nothing is downloaded.
       device: auto (a GPU if there is one), cpu or cuda.
       text_form: auto (as the folder states, else plain), plain or sentence.
-      dtype: auto (float16 on a GPU, float32 on a CPU), float32, float16 or bfloat16.
+      dtype: auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16, or, on a GPU
+        with the extra `quantised`, int8 or int4.
 
     Raises:
       RescoringError: there is no such model or it cannot be used. Says how to get one.

@@ -1,5 +1,6 @@
-"""Logits -> emissions, which a search sums: scaled log-probabilities in which a blank may replace a
-silence, without frames that are almost certainly blank.
+"""Logits -> emissions, which a search sums: scaled log-probabilities, mixed by a class confusion if
+there is one. A blank may replace a silence, and frames that are almost certainly blank are left
+out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lm_server.confusion import mixed
 from lm_server.protocol import LM_CLASSES, SILENCE
 from lm_server.settings import LIMITS, Settings
 
@@ -21,17 +23,23 @@ FLOOR = -1e3
 def scaled_log_probabilities(logits: np.ndarray, settings: Settings) -> np.ndarray:
     """Return acoustic_scale * (log-softmax(logits), less ln(blank_penalty) for the blank): float64
     [frames, 41], ln."""
-    return _scaled(_log_softmax(logits), settings)
+    return _scaled(log_probabilities(logits, settings), settings)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_probabilities(logits: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return log-softmax(logits), mixed by the settings' class confusion: float64 [frames, 41], ln.
+
+    The one place where the confusion is applied.
+    """
     shifted = np.asarray(logits, np.float64) - np.max(logits, axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return np.maximum(log_probabilities, FLOOR)
+    found = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    if settings.confusion is not None:
+        found = mixed(found, settings.confusion.matrix)
+    return np.maximum(found, FLOOR)
 
 
-def _scaled(log_probabilities: np.ndarray, settings: Settings) -> np.ndarray:
-    scaled = settings.acoustic_scale * log_probabilities
+def _scaled(of_classes: np.ndarray, settings: Settings) -> np.ndarray:
+    scaled = settings.acoustic_scale * of_classes
     scaled[:, BLANK_ID] -= settings.acoustic_scale * math.log(settings.blank_penalty)
     return scaled
 
@@ -63,16 +71,16 @@ class Emissions:
         than the likeliest class, whatever the acoustic scale. Where the logits lack the silence
         between two words, a blank completes the first word, or else a spare frame of a phoneme.
         """
-        log_probabilities = _log_softmax(logits)
         settings = self.settings
-        scaled = _scaled(log_probabilities, settings)
+        of_classes = log_probabilities(logits, settings)
+        scaled = _scaled(of_classes, settings)
         never = settings.silence_penalty == LIMITS["silence_penalty"][1]
         penalty = math.inf if never else settings.silence_penalty
         instead = np.maximum(scaled[:, BLANK_ID], scaled.max(axis=1, initial=-np.inf) - 2 * penalty)
         scaled[:, SILENCE_ID] = np.maximum(scaled[:, SILENCE_ID], instead - penalty)
         if settings.ctc_blank_skip_threshold >= 1.0 or not len(scaled):
             return scaled
-        blank = log_probabilities[:, BLANK_ID] > math.log(settings.ctc_blank_skip_threshold)
+        blank = of_classes[:, BLANK_ID] > math.log(settings.ctc_blank_skip_threshold)
         left_out = blank & np.concatenate([[self._after_blank], blank[:-1]])
         self._after_blank = bool(blank[-1])
         self.skipped += float(scaled[left_out, BLANK_ID].sum())

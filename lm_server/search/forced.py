@@ -6,6 +6,7 @@ best path through its words, each in any of its pronunciations, with a silence a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -39,8 +40,7 @@ def forced(
     emissions = Emissions(settings)
     emissions.begin(settings)
     rows = emissions.of(logits)
-    spellings = [[[_IDS[phone] for phone in phones] for phones in known[word][1]] for word in words]
-    scaled = best_path(rows, spellings) + emissions.skipped
+    scaled = best_path(rows, _spelled(known, words)) + emissions.skipped
     if not math.isfinite(scaled):
         return None
     state, log10 = model.ngram.start(False), 0.0
@@ -53,12 +53,36 @@ def forced(
     return Hypothesis(tuple(words), acoustic, ngram, bonus=bonus, total=scaled + ngram + bonus)
 
 
-def best_path(emissions: np.ndarray, spellings: Sequence[Sequence[Sequence[int]]]) -> float:
+def aligned(
+    known: Known, settings: Settings, logits: np.ndarray, words: Sequence[str]
+) -> np.ndarray | None:
+    """Return the class of every frame on a sentence's best path, int64 [frames].
+
+    None if the frames cannot spell the sentence. See `forced`.
+    """
+    settings = dataclasses.replace(settings, ctc_blank_skip_threshold=1.0)
+    emissions = Emissions(settings)
+    emissions.begin(settings)
+    classes: list[int] = []
+    score = best_path(emissions.of(logits), _spelled(known, words), classes)
+    return np.array(classes) if math.isfinite(score) else None
+
+
+def _spelled(known: Known, words: Sequence[str]) -> list[list[list[int]]]:
+    return [[[_IDS[phone] for phone in phones] for phones in known[word][1]] for word in words]
+
+
+def best_path(
+    emissions: np.ndarray,
+    spellings: Sequence[Sequence[Sequence[int]]],
+    classes: list[int] | None = None,
+) -> float:
     """Return the score (ln) of the best CTC path that spells words, -inf if there is none.
 
     Args:
       emissions: [frames, 41].
       spellings: for each word, its pronunciations as classes, without the silence after it.
+      classes: if given and there is a path, the class of each of its frames is added to it.
     """
     # A column of -1 is a pause: blanks and silences after a silence, or before the first word.
     columns: list[int] = [-1]
@@ -95,6 +119,21 @@ def best_path(emissions: np.ndarray, spellings: Sequence[Sequence[Sequence[int]]
     predecessors = np.array([[*some, *[len(columns)] * (width - len(some))] for some in before])
     scores = np.full(len(columns) + 1, -np.inf)
     scores[starts] = rows[0, starts]
+    states = np.arange(len(columns))
+    came: list[np.ndarray] = []
     for row in rows[1:]:
-        scores[:-1] = scores[predecessors].max(axis=1) + row
-    return float(scores[ends].max())
+        so_far = scores[predecessors]
+        chosen = so_far.argmax(axis=1)
+        came.append(predecessors[states, chosen])
+        scores[:-1] = so_far[states, chosen] + row
+    end = max(ends, key=lambda state: float(scores[state]))
+    best = float(scores[end])
+    if classes is not None and math.isfinite(best):
+        path = [end]
+        for sources in reversed(came):
+            path.append(int(sources[path[-1]]))
+        silent = emissions[:, SILENCE_ID] > emissions[:, BLANK_ID]
+        for state, is_silence in zip(reversed(path), silent.tolist(), strict=True):
+            pause = SILENCE_ID if is_silence else BLANK_ID
+            classes.append(pause if columns[state] < 0 else columns[state])
+    return best

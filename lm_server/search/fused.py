@@ -182,7 +182,8 @@ class FusedSearch(BeamSearch):
         if self._batch is not None:
             self._batch[1].cancel()
         self._batch = None
-        self._asking = bool(self.settings.do_opt)
+        settings = self.settings
+        self._asking = bool(settings.do_opt and settings.fuse_weight and settings.alpha)
         self._scores = self._growing()
         self._differences: dict[tuple[str, ...], float] = {}
 

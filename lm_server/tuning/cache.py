@@ -32,7 +32,9 @@ class Cache:
         return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.jsonl"
 
     def _search_file(self, settings: Settings) -> Path:
-        return self._file("nbest", {name: getattr(settings, name) for name in names_of("search")})
+        values = {name: getattr(settings, name) for name in names_of("search")}
+        of_it = [values] if settings.confusion is None else [values, settings.confusion]
+        return self._file("nbest", *of_it)
 
     def _seconds_file(self, settings: Settings) -> Path:
         # The scales as well, on which the number of hypotheses within the beam depends.

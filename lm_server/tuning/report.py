@@ -13,6 +13,8 @@ _TUNED = (
     *("acoustic_scale", "blank_penalty", "silence_penalty", "word_bonus", "max_active", "beam"),
     *("alpha", "confidence_temperature"),
 )
+_EXCHANGES = 8
+"""Exchanges of classes that are shown."""
 _OF_SEARCH = ("acoustic_scale", "blank_penalty", "silence_penalty", "word_bonus")
 
 
@@ -48,12 +50,34 @@ def about(result: Result) -> dict[str, Any]:
         "wer_before": rate(result.default_errors),
         "oracle_wer": rate(result.lists.oracle().sum()),
         "rescored": result.lists.rescored,
+        "confusion": _confusion(result),
+        "asking_during_the_search": result.fusion
+        and {
+            "expected_wer_rescored": round(result.fusion[0], 6),
+            "expected_wer_asked": round(result.fusion[1], 6),
+        },
         "log_loss_of_confidence": [round(one, 4) for one in result.log_loss],
         "searches": [
             {**search(one), "oracle_wer": rate(one.lists.oracle().sum())} for one in result.tried
         ],
         "curves": curves(result),
         "blank_penalty_of_searches": search_curve(result),
+    }
+
+
+def _confusion(result: Result) -> dict[str, Any] | None:
+    """Return what a class confusion brings, and the likeliest exchanges of the one in use."""
+    used, tried = result.settings.confusion, result.confusion
+    if used is None and tried is None:
+        return None
+    return {
+        "expected_wer_without": tried and round(tried[0], 6),
+        "expected_wer_with": tried and round(tried[1], 6),
+        "used": used is not None,
+        "likeliest": [
+            {"shown": shown.strip(), "said": said.strip(), "probability": round(probability, 4)}
+            for shown, said, probability in (used.likeliest(_EXCHANGES) if used else ())
+        ],
     }
 
 
@@ -87,7 +111,19 @@ def as_text(result: Result) -> str:
         + ("not chosen on these" if result.kept else "chosen on one half, counted on the other")
         + f"): {found['expected_wer']:.2%}",
         f"log loss of the sentence confidence: {before:.3f} -> {after:.3f}",
+        *_of_confusion(found["confusion"]),
     ]
+    if result.fusion is not None:
+        alone, asking = result.fusion
+        lines.append(
+            f"WER to expect, the large model asked during the search: {asking:.2%} against "
+            f"{alone:.2%} rescored at the end: "
+            + (
+                f"fuse_weight {result.settings.fuse_weight:g}, for --fuse"
+                if asking < alone
+                else "leave --fuse out"
+            )
+        )
     if result.kept is not None:
         lines.append(
             "note: these are the settings that were in use, with a new temperature. Others are "
@@ -95,6 +131,23 @@ def as_text(result: Result) -> str:
             f"{result.expected:.2%}: tune on more sentences, or with more --searches"
         )
     return "\n".join(lines)
+
+
+def _of_confusion(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lines = []
+    if found["expected_wer_with"] is not None:
+        lines.append(
+            "WER to expect with a class confusion, learned on one half and counted on the other: "
+            f"{found['expected_wer_with']:.2%} against {found['expected_wer_without']:.2%} without"
+        )
+    exchanges = ", ".join(
+        f"{one['said']} shown as {one['shown']} {one['probability']:.1%}"
+        for one in found["likeliest"]
+    )
+    lines.append(f"class confusion: {exchanges}" if found["used"] else "class confusion: none")
+    return lines
 
 
 def _points(points: list[tuple[float, float]]) -> str:

@@ -1,12 +1,14 @@
 """`lm-server tune`: settings for a model's logits, found on sentences with known transcripts.
 
-First come a few real searches: the settings in use (the incumbents), then points that Optuna's
-tree-structured Parzen estimator suggests for acoustic scale, blank and silence penalty. Each is
-judged by its own best re-ranking, with an acoustic scale and a word bonus near the search's. One
-that is hopeless on the first sentences is abandoned. With a large language model, the hypotheses of
-the best searches are then scored, and alpha joins the re-ranking. With a budget, the width is the
-largest that it allows. A last search with the settings found measures their real error rate. If
-cross-validation expects no better than an incumbent's, the incumbent stays.
+First come a few real searches: the settings in use (the incumbents), with a budget at the widest
+width within it too, then points that Optuna's tree-structured Parzen estimator suggests for
+acoustic scale, blank and silence penalty. Each is judged by its own best re-ranking, with an
+acoustic scale and a word bonus near the search's. One that is hopeless on the first sentences is
+abandoned. Halfway, class confusions are tried, each half of the sentences with what the other half
+has taught. With a large language model, the hypotheses of the best searches are then scored, and
+alpha joins the re-ranking. If it is to be asked during the search, that is tried with the settings
+found. A last search with them measures their real error rate. If cross-validation expects no better
+than an incumbent's, the incumbent stays.
 """
 
 from __future__ import annotations
@@ -24,14 +26,24 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lm_server.confusion import Confusion
 from lm_server.files.logits_file import Logits
 from lm_server.hypothesis import Hypothesis
+from lm_server.lm.reader import ModelFolderError, find_words
 from lm_server.offline import searched
 from lm_server.rescoring.scorer import SentenceScorer, checked_scores
 from lm_server.search.interface import SearchModel
-from lm_server.settings import LIMITS, PRESETS, Settings, changed
+from lm_server.settings import (
+    DEFAULT_PRESET,
+    LIMITS,
+    PRESETS,
+    Settings,
+    changed,
+    names_of,
+)
 from lm_server.tuning import lists as tuning
 from lm_server.tuning.cache import Cache, digest
+from lm_server.tuning.confusions import align, learn
 from lm_server.tuning.lists import Lists
 from lm_server.tuning.references import known_trials
 
@@ -43,10 +55,17 @@ if TYPE_CHECKING:
 _SCALE_FACTOR = 4.0
 """Acoustic scales within this factor of the incumbent's best re-ranking are searched."""
 _RANGES = {"blank_penalty": (1.0, 150.0), "silence_penalty": (1.0, 30.0)}
+_KNOWN_GOOD = {"blank_penalty": 4.0}
+"""A point that suits most models. The first to be searched, at the best acoustic scale so far."""
 _STARTUP = 3
 """Random points before the estimator's."""
 _RESCORED = 2
 """Searches whose hypotheses the large language model scores, besides incumbents and the last."""
+_SHARES = (0.3, 0.1)
+"""How much of the confusion learned is tried."""
+_LEAST_LEARNED = 30
+"""Sentences that a confusion is learned from, at least."""
+_FUSE_WEIGHTS = (1.0, 0.5)
 _SENTENCES_AT_ONCE = 64
 _HEAD = 0.15
 """Share of the sentences after which a search may be abandoned."""
@@ -58,12 +77,17 @@ _TIMED = 12
 
 @dataclass(frozen=True)
 class Tried:
-    """One search: its lists, its errors as searched, and the best re-ranking of it."""
+    """One search: its lists, its errors as searched, and the best re-ranking of it.
+
+    Attributes:
+      crossed: whether each half was searched with what the other half has taught.
+    """
 
     lists: Lists
     errors: int
     best: Settings
     best_errors: int
+    crossed: bool = False
 
     @property
     def rate(self) -> float:
@@ -87,6 +111,10 @@ class Result:
       abandoned: searches that were abandoned on the first sentences.
       kept: the rate that was expected of the settings found, where an incumbent is better.
       seconds: of every width that was timed, (max_active, beam, seconds of CPU per sentence).
+      confusion: (expected rate without any class confusion, and with the one learned). None: none
+        was learned.
+      fusion: (expected rate of rescoring alone, and of asking during the search too). None: that
+        was not tried.
     """
 
     settings: Settings
@@ -100,6 +128,8 @@ class Result:
     abandoned: tuple[Tried, ...] = ()
     kept: float | None = None
     seconds: tuple[tuple[int, float, float], ...] = ()
+    confusion: tuple[float, float] | None = None
+    fusion: tuple[float, float] | None = None
 
     @property
     def wer(self) -> float:
@@ -142,13 +172,16 @@ class Tuner:
         head = np.sort(order[: max(_LEAST_HEAD, round(_HEAD * count))])
         of_model = (digest(model.folder), type(model).__name__)
 
-        def part(trials: np.ndarray) -> _Part:
+        def part(trials: np.ndarray, *more: object) -> _Part:
             logits = self._logits.select(trials.tolist())
-            inputs = [of_model[0], logits.digest(), of_model[1]]
+            inputs = [of_model[0], logits.digest(), of_model[1], *more]
             return _Part(trials, logits, Cache(cache, inputs))
 
         self._all, self._head = part(np.arange(count)), part(head)
         self._rest = part(np.setdiff1d(order, head))
+        self._halves = [part(np.sort(half)) for half in np.array_split(order, 2)]
+        self._crossed: dict[Confusion, tuple[Confusion, ...]] = {}
+        self._part = part
         self._seed = seed
         self._console = console or Console(stderr=True)
         self._failed: set[str] = set()
@@ -160,6 +193,7 @@ class Tuner:
         load_scorer: Callable[[], tuple[SentenceScorer, Sequence[object]] | None],
         in_use: Mapping[Settings, float] = MappingProxyType({}),
         budget: float | None = None,
+        fused: Callable[[], SearchModel] | None = None,
     ) -> Result:
         """Tune.
 
@@ -171,46 +205,45 @@ class Tuner:
             word error rate to expect of it. This is above 0 for those chosen on the same sentences.
           budget: seconds of CPU per sentence. The widest search within is chosen. None: that of
             `base`.
+          fused: returns a model whose searches ask the large language model. None: that is not
+            tried.
 
         Raises:
           RescoringError: the large language model fails.
         """
-        incumbents: list[Tried] = []
-        abandoned: list[Tried] = []
-        with self._progress() as progress:
-            task = progress.add_task("searches", total=searches)
-            for settings in dict.fromkeys([base, *in_use]):
-                incumbents.append(self._try(settings))
-                progress.advance(task)
-            tried = list(incumbents)
-            study, ranges = self._study(base, tried)
-            while len(tried) + len(abandoned) < searches:
-                trial = study.ask()
-                settings = self._point(base, trial, ranges, tried)
-                found = self._try_unless_hopeless(settings, min(tried, key=_best_first))
-                complete = len(found.lists.sentences) == len(self._references)
-                (tried if complete else abandoned).append(found)
-                study.tell(trial, found.rate)
-                progress.advance(task)
+        wide, _ = self._widest(base, budget)
+        incumbents, tried, abandoned = self._explored(base, wide, searches, in_use)
         default_errors = tried[0].errors
-        loaded = load_scorer()
         choices = sorted(tried, key=_best_first)
+        learned = [one for one in choices if one.crossed]
+        confusion = None
+        if learned:
+            others = [one for one in choices if not one.crossed]
+            confusion = self._expected(others), self._expected(learned)
+            choices = others if confusion[0] <= confusion[1] else choices
+        loaded = load_scorer()
+
+        def rescored(one: Tried) -> Tried:
+            return one if loaded is None else self._rescored(one, *loaded)
+
         if loaded is not None:
-            choices = [self._rescored(one, *loaded) for one in choices[:_RESCORED]]
-            incumbents = [self._rescored(one, *loaded) for one in incumbents]
+            choices = [rescored(one) for one in choices[:_RESCORED]]
+            incumbents = [rescored(one) for one in incumbents]
         # Without the last search, which is chosen on all trials.
-        expected = tuning.expected_errors([one.lists for one in choices[:4]], self._seed)
+        expected = self._expected(choices)
         best = min(choices, key=_best_first)
         wanted, seconds = self._widest(best.best, budget)
-        finals = [self._rescored(self._try(wanted), *loaded) if loaded else self._try(wanted)]
+        finals = [rescored(self._measured(wanted))]
         # A re-ranked one may look better by chance, so that it is really searched too.
         if finals[0].best_errors + finals[0].lists.reference_words.sum() / 1000 < finals[0].errors:
-            further = self._try(finals[0].best)
-            finals.append(self._rescored(further, *loaded) if loaded else further)
+            finals.append(rescored(self._measured(finals[0].best)))
         tried += finals
-        if budget is None:
-            finals.append(best)
+        if wanted.max_active == best.best.max_active:
+            finals.append(rescored(self._measured(best.lists.settings)))
         last = min(finals, key=lambda one: one.errors)
+        fusion = None
+        if fused is not None and loaded is not None:
+            last, expected, fusion = self._asking(fused(), last, expected, *loaded)
         chosen, errors = last.lists.settings, last.errors
         words = max(int(last.lists.reference_words.sum()), 1)
 
@@ -235,7 +268,109 @@ class Tuner:
             tuple(abandoned),
             kept,
             seconds,
+            confusion,
+            fusion,
         )
+
+    def _explored(
+        self, base: Settings, wide: Settings, searches: int, in_use: Mapping[Settings, float]
+    ) -> tuple[list[Tried], list[Tried], list[Tried]]:
+        """Return the incumbents, all searches of all sentences, and those that were abandoned."""
+        abandoned: list[Tried] = []
+        with self._progress() as progress:
+            task = progress.add_task("searches", total=searches)
+
+            def trying(settings: Settings) -> Tried:
+                found = self._try(settings)
+                progress.advance(task)
+                return found
+
+            incumbents = [trying(settings) for settings in dict.fromkeys([base, *in_use])]
+            tried = list(incumbents)
+            if wide != base:
+                # Scales that suit a narrow search hide its errors.
+                width = {name: getattr(wide, name) for name in PRESETS[DEFAULT_PRESET]}
+                tried.append(trying(changed(min(tried, key=_best_first).best, width)))
+            study, ranges = self._study(wide, tried)
+            learned = False
+            while (done := len(tried) + len(abandoned)) < searches:
+                best = min(tried, key=_best_first)
+                if not learned and 2 * done >= searches:
+                    learned = True
+                    tried += [trying(one) for one in self._confused(best.best)]
+                    continue
+                trial = study.ask()
+                found = self._try_unless_hopeless(self._point(wide, trial, ranges, best), best)
+                complete = len(found.lists.sentences) == len(self._references)
+                (tried if complete else abandoned).append(found)
+                study.tell(trial, found.rate)
+                progress.advance(task)
+        return incumbents, tried, abandoned
+
+    def _expected(self, choices: Sequence[Tried]) -> float:
+        return tuning.expected_errors([one.lists for one in choices[:4]], self._seed)
+
+    def _confused(self, settings: Settings) -> list[Settings]:
+        """Return settings with class confusions that were learned under them.
+
+        There are none if there is too little to learn from, which is named on the error output.
+        """
+        try:
+            words = {word for reference in self._references for word in reference}
+            known = find_words(self._model.folder, words)
+        except ModelFolderError as error:
+            print(f"note: no class confusion is learned: {error}", file=sys.stderr)
+            return []
+        halves = [
+            align(known, settings, self._logits, self._references, half.trials.tolist())
+            for half in self._halves
+        ]
+        count = sum(len(half.said) for half in halves)
+        if count < _LEAST_LEARNED or not all(half.said for half in halves):
+            print(
+                f"note: no class confusion is learned: {count} sentences can be spelled by the "
+                f"vocabulary and aligned; needed {_LEAST_LEARNED}",
+                file=sys.stderr,
+            )
+            return []
+        whole, of_halves = learn(*halves), [learn(half) for half in reversed(halves)]
+        found = []
+        for share in _SHARES:
+            confusion = whole.weakened(share)
+            self._crossed[confusion] = tuple(one.weakened(share) for one in of_halves)
+            found.append(dataclasses.replace(settings, confusion=confusion))
+        return found
+
+    def _asking(
+        self,
+        model: SearchModel,
+        last: Tried,
+        expected: float,
+        scorer: SentenceScorer,
+        identity: Sequence[object],
+    ) -> tuple[Tried, float, tuple[float, float]]:
+        """Search with the large model asked meanwhile.
+
+        Returns the better of both ways to search, its expected rate, and that of either.
+        """
+        found = []
+        for weight in _FUSE_WEIGHTS:
+            settings = dataclasses.replace(last.lists.settings, fuse_weight=weight)
+            asked = [getattr(settings, name) for name in ("alpha", "length_penalty")]
+            asked += [getattr(settings, name) for name in names_of("fusion")]
+            part = self._part(self._all.trials, "fused", *identity, *asked)
+            lists = part.cache.read_search(settings)
+            if lists is None:
+                lists = self._search(settings, part.logits, model)
+                part.cache.write_search(settings, lists)
+            made = tuning.make_lists(lists, self._references, settings)
+            found.append(self._rescored(self._judged(made), scorer, identity))
+        alone, asking = self._expected([last]), self._expected(found)
+        if asking < alone:
+            return min(found, key=lambda one: one.errors), asking, (alone, asking)
+        without = dataclasses.replace(last.lists.settings, fuse_weight=0.0)
+        lists_without = dataclasses.replace(last.lists, settings=without)
+        return dataclasses.replace(last, lists=lists_without), expected, (alone, asking)
 
     def _study(
         self, base: Settings, tried: Sequence[Tried]
@@ -257,21 +392,25 @@ class Tuner:
             # Silences are demanded, which is no degree.
             del ranges["silence_penalty"]
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=len(tried) + _STARTUP, multivariate=True, seed=self._seed
+            n_startup_trials=len(tried) + 1 + _STARTUP, multivariate=True, seed=self._seed
         )
         study = optuna.create_study(sampler=sampler)
         distributions: dict[str, optuna.distributions.BaseDistribution] = {
             name: optuna.distributions.FloatDistribution(*limits, log=True)
             for name, limits in ranges.items()
         }
+
+        def point(of: Mapping[str, float]) -> dict[str, float]:
+            return {name: float(np.clip(of[name], *limits)) for name, limits in ranges.items()}
+
         for one in tried:
-            point = {
-                name: float(np.clip(getattr(one.lists.settings, name), *limits))
-                for name, limits in ranges.items()
-            }
+            params = point(vars(one.lists.settings))
             study.add_trial(
-                optuna.trial.create_trial(params=point, distributions=distributions, value=one.rate)
+                optuna.trial.create_trial(
+                    params=params, distributions=distributions, value=one.rate
+                )
             )
+        study.enqueue_trial(point({**vars(base), "acoustic_scale": centre, **_KNOWN_GOOD}))
         return study, ranges
 
     def _point(
@@ -279,19 +418,36 @@ class Tuner:
         base: Settings,
         trial: Trial,
         ranges: Mapping[str, tuple[float, float]],
-        tried: Sequence[Tried],
+        best: Tried,
     ) -> Settings:
-        """Return the settings of the next search. Re-ranking has found the word bonus."""
+        """Return the settings of the next search. Word bonus and confusion are the best so far."""
         change = {name: trial.suggest_float(name, *of, log=True) for name, of in ranges.items()}
-        change["word_bonus"] = min(tried, key=_best_first).best.word_bonus
-        return tuning.within_limits(base, change)
+        change["word_bonus"] = best.best.word_bonus
+        confusion = best.lists.settings.confusion
+        return dataclasses.replace(tuning.within_limits(base, change), confusion=confusion)
 
     def _try(self, settings: Settings) -> Tried:
+        """Search all sentences, with a confusion that was learned here by halves."""
+        crossed = self._crossed.get(settings.confusion) if settings.confusion else None
+        if crossed is None:
+            return self._measured(settings)
+        found: dict[int, tuple[Hypothesis, ...]] = {}
+        for half, confusion in zip(self._halves, crossed, strict=True):
+            of_half = self._found(dataclasses.replace(settings, confusion=confusion), half)
+            found.update(zip(half.trials.tolist(), of_half, strict=True))
+        every = [found[trial] for trial in sorted(found)]
+        judged = self._judged(tuning.make_lists(every, self._references, settings))
+        return dataclasses.replace(judged, crossed=True)
+
+    def _measured(self, settings: Settings) -> Tried:
+        """Search all sentences with these settings as they are."""
         found = self._found(settings, self._all)
         return self._judged(tuning.make_lists(found, self._references, settings))
 
     def _try_unless_hopeless(self, settings: Settings, best: Tried) -> Tried:
         """Return a search of all sentences, or of the first ones if it is hopeless there."""
+        if settings.confusion in self._crossed:
+            return self._try(settings)
         if self._all.cache.read_search(settings) is None and len(self._rest.trials):
             head = self._found(settings, self._head)
             references = [self._references[index] for index in self._head.trials]
@@ -357,9 +513,13 @@ class Tuner:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         return Progress(*columns, TimeElapsedColumn(), console=self._console)
 
-    def _search(self, settings: Settings, logits: Logits) -> list[tuple[Hypothesis, ...]]:
+    def _search(
+        self, settings: Settings, logits: Logits, fused: SearchModel | None = None
+    ) -> list[tuple[Hypothesis, ...]]:
         found = []
-        with searched(self._model, settings, logits, self._workers) as outcomes:
+        # A large language model works in this process alone.
+        model, workers = (self._model, self._workers) if fused is None else (fused, 1)
+        with searched(model, settings, logits, workers) as outcomes:
             for outcome in outcomes:
                 if outcome.problem and outcome.trial not in self._failed:
                     self._failed.add(outcome.trial)

@@ -29,6 +29,7 @@ from lm_server import offline
 from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.protocol import to_rnn_order
+from lm_server.rescoring import causal_lm
 from lm_server.rescoring.causal_lm import CausalLM, in_form
 from lm_server.rescoring.load import add_llm_options, llm_from_options, load_scorer
 from lm_server.rescoring.scorer import RescoringError
@@ -257,6 +258,24 @@ def test_little_memory_means_smaller_batches_then_an_error(
     least = 0
     with pytest.raises(RescoringError, match="ran out of memory"):
         scorer.score(SENTENCES)
+
+
+def test_quantised_numbers_are_asked_for_on_a_gpu_alone(
+    opt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RescoringError, match="int4 needs a GPU"):
+        CausalLM(opt, "cpu", dtype="int4")
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(causal_lm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RescoringError, match="bitsandbytes: install"):
+        causal_lm._numbers("int8", gpu)
+    monkeypatch.setattr(causal_lm.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", dict)
+    asked = causal_lm._numbers("int8", gpu)
+    assert asked["device_map"] == {"": gpu}
+    kind = asked["quantization_config"]
+    assert (kind["load_in_8bit"], kind["load_in_4bit"]) == (True, False)
+    assert causal_lm._numbers("bfloat16", gpu) == {"dtype": torch.bfloat16}
 
 
 def test_weights_that_are_not_numbers_give_the_ngram_answer(copy: Path) -> None:

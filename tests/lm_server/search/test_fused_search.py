@@ -48,6 +48,34 @@ class Prefers:
         return np.array([-5.0 * len(s.split()) + 30.0 * (self.word in s) for s in sentences])
 
 
+def test_little_memory_means_smaller_batches_with_the_same_scores(tiny, monkeypatch):
+    sentences = ["the cat sat on the mat", "the cat sat", "a dog had two hats", "the bat"]
+    expected = growing(tiny).score(sentences)
+    read, sizes = type(tiny).read, []
+
+    def limited(self, tokens, positions, sees, cache):
+        found = read(self, tokens, positions, sees, cache)
+        sizes.append(len(tokens))
+        # As a CPU says it, and after the cache has changed.
+        if self.tokens_per_batch > 64 and len(sizes) < 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return found
+
+    monkeypatch.setattr(type(tiny), "read", limited)
+    monkeypatch.setattr(tiny, "tokens_per_batch", 128)
+    scores = growing(tiny)
+    np.testing.assert_allclose(scores.score(sentences), expected, atol=1e-4)
+    assert tiny.tokens_per_batch == 64
+    assert len(sizes) == 2
+
+    def broken(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(type(tiny), "read", broken)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        scores.score(["a zebra"])
+
+
 def searched(model, logits, settings=VAGUE, chunk=7):
     search = model.search(settings)
     for start in range(0, len(logits), chunk):

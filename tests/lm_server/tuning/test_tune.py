@@ -449,6 +449,10 @@ def test_the_widest_search_within_the_budget_is_chosen_and_timed_once(
     assert "more than the budget of 0.01" in capsys.readouterr().err
     assert one._widest(base, None) == (base, ())
     result = one.run(base, 1, lambda: None, budget=0.25)
+    assert [
+        result.tried[0].lists.settings.max_active,
+        *{t.lists.settings.max_active for t in result.tried[1:]},
+    ] == [500, 200], "the scales were not found at the width that is used"
     assert "max_active 500, beam 25: 0.500 s of CPU per sentence" in tune_report.as_text(result)
 
 
@@ -489,7 +493,7 @@ def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Pat
         path.write_text(json.dumps({"format": 2, "settings": values}))
         with pytest.raises(SettingsError, match=says):
             read_settings(path)
-    for text in ("", "[]", '{"format": 3, "settings": {}}', '{"format": 2}'):
+    for text in ("", "[]", '{"format": 4, "settings": {}}', '{"format": 2}'):
         path.write_text(text)
         with pytest.raises(SettingsError):
             read_settings(path)

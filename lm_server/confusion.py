@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm_server.errors import UserError
-from lm_server.protocol import CLASS_COUNT, LM_CLASSES
+from lm_server.protocol import CLASS_COUNT, LM_CLASSES, SILENCE
 
+_NAMES = ["silence" if name == SILENCE else name for name in LM_CLASSES]
 _TINY = 1e-300
 
 
@@ -83,7 +84,7 @@ class Confusion:
         off = self.matrix * (1.0 - np.eye(CLASS_COUNT))
         order = np.argsort(-off, axis=None, kind="stable")[:count]
         pairs = [divmod(int(place), CLASS_COUNT) for place in order]
-        return [(LM_CLASSES[c], LM_CLASSES[s], float(off[c, s])) for c, s in pairs]
+        return [(_NAMES[c], _NAMES[s], float(off[c, s])) for c, s in pairs]
 
 
 def of_matrix(matrix: np.ndarray) -> Confusion:

@@ -15,7 +15,7 @@ _TUNED = (
 )
 _EXCHANGES = 8
 """Exchanges of classes that are shown."""
-_OF_SEARCH = ("acoustic_scale", "blank_penalty", "silence_penalty", "word_bonus")
+_OF_SEARCH = ("acoustic_scale", "blank_penalty", "silence_penalty", "word_bonus", "max_active")
 
 
 class ReportError(UserError, OSError):
@@ -28,12 +28,13 @@ def about(result: Result) -> dict[str, Any]:
     def rate(errors: float) -> float:
         return round(float(errors) / max(result.words, 1), 6)
 
-    def search(one: Tried) -> dict[str, float]:
+    def search(one: Tried) -> dict[str, Any]:
         settings = one.lists.settings
         return {
             **{name: getattr(settings, name) for name in _OF_SEARCH},
             "wer": one.errors / max(int(one.lists.reference_words.sum()), 1),
             "wer_reranked": one.rate,
+            "confusion": settings.confusion is not None,
         }
 
     return {
@@ -75,7 +76,7 @@ def _confusion(result: Result) -> dict[str, Any] | None:
         "expected_wer_with": tried and round(tried[1], 6),
         "used": used is not None,
         "likeliest": [
-            {"shown": shown.strip(), "said": said.strip(), "probability": round(probability, 4)}
+            {"shown": shown, "said": said, "probability": round(probability, 4)}
             for shown, said, probability in (used.likeliest(_EXCHANGES) if used else ())
         ],
     }
@@ -84,7 +85,7 @@ def _confusion(result: Result) -> dict[str, Any] | None:
 def as_text(result: Result) -> str:
     """Return every search, the curves around the optimum, and the result."""
     found = about(result)
-    names = ("acoustic scale", "blank penalty", "silence penalty", "word bonus")
+    names = ("acoustic scale", "blank penalty", "silence penalty", "word bonus", "max active")
     lines = ["  ".join(names) + "     WER  re-ranked  oracle"]
     for one in [*found["searches"], *found["abandoned"]]:
         oracle = f"{one['oracle_wer']:7.2%}" if "oracle_wer" in one else "abandoned"
@@ -92,6 +93,7 @@ def as_text(result: Result) -> str:
         lines.append(
             "  ".join(f"{one[key]:{len(name)}g}" for name, key in numbers)
             + f" {one['wer']:7.2%} {one['wer_reranked']:10.2%} {oracle}"
+            + ("  with a class confusion" if one["confusion"] else "")
         )
     for active, beam, seconds in result.seconds:
         lines.append(f"max_active {active}, beam {beam:g}: {seconds:.3f} s of CPU per sentence")

@@ -264,8 +264,11 @@ def main() -> None:
     expected: dict[int, str] = {}
     waited: list[float] = []
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, embedded_redis() as said:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        said = stack.enter_context(embedded_redis())
         source = SourceRedis(Path(folder))
+        stack.callback(lambda: source.process.kill())
         answers: Any = redis.Redis.from_url(said.url, protocol=2)
         summary = Path(folder) / "summary.json"
         command = [sys.executable, "-m", "b2txt_jax.cli", "stream", "--workdir", str(args.workdir)]
@@ -281,6 +284,7 @@ def main() -> None:
         command += ["--chunk-frames", str(args.chunk_frames)]
         with (Path(folder) / "log.txt").open("w+") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(process.kill)  # where this script fails
             while "decoding with" not in (Path(folder) / "log.txt").read_text():
                 if process.poll() is not None:
                     sys.exit((Path(folder) / "log.txt").read_text())
@@ -320,7 +324,6 @@ def main() -> None:
                 meter.look(bins, waited)
             process.send_signal(signal.SIGINT)
             process.wait(60)
-            source.process.kill()
             if not summary.exists():
                 sys.exit((Path(folder) / "log.txt").read_text()[-3000:])
             figures = json.loads(summary.read_text())

@@ -24,7 +24,6 @@ from typing import Any
 from rich.console import Console
 
 from b2txt_jax.calibration.follow import Follower, FollowSettings, Kept, adapted_folder
-from b2txt_jax.data.normalised import NormalisedReader
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import SPLITS, TrialRef
 from b2txt_jax.errors import UserError
@@ -52,10 +51,15 @@ from b2txt_jax.live.session import (
 from b2txt_jax.live.sources.choice import open_source
 from b2txt_jax.live.sources.interface import Source
 from b2txt_jax.live.sources.replay import Replay
-from b2txt_jax.live.statistics import STATISTICS_FILE, first_statistics, keep_statistics
+from b2txt_jax.live.statistics import (
+    STATISTICS_FILE,
+    first_statistics,
+    keep_statistics,
+    replay_statistics,
+)
 from b2txt_jax.live.words import Words
 from b2txt_jax.metrics import total, word_error_rates
-from b2txt_jax.signal.rolling import Statistics, cold
+from b2txt_jax.signal.rolling import Statistics
 from lm_server.files.atomic_file import replacing, require_writable
 
 LOG_FOLDER = "live"
@@ -108,7 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="with signal.rolling_seconds: read at the start and written at the end (default "
-        f"WORKDIR/{STATISTICS_FILE}; where it is not there, those of the last recorded session)",
+        f"WORKDIR/{STATISTICS_FILE}; where it is not there, those of the last recorded session. A "
+        "replay has no default, and without FILE those that its first trial was recorded with)",
     )
     following = parser.add_argument_group("self-calibration (docs/calibration.md)")
     following.add_argument(
@@ -267,8 +272,9 @@ def _checked(args: argparse.Namespace) -> float:
         )
     if args.llm and args.lm is None:
         raise StreamError("--llm is for a server that is started here; needed --lm DIR")
-    if args.summary is not None:
-        require_writable(args.summary, "--summary")
+    for path, option in ((args.summary, "--summary"), (args.statistics, "--statistics")):
+        if path is not None:
+            require_writable(path, option)
     return speed
 
 
@@ -316,7 +322,7 @@ def _source(
     args: argparse.Namespace, trained: Run, speed: float, stack: ExitStack
 ) -> tuple[Source, Statistics]:
     """Return the source, and the statistics that its first bin is normalised with."""
-    data, signal = trained.config.data, trained.config.signal
+    data = trained.config.data
     if args.replay is None:
         source = open_source(args.source, data.feature_count)
         stack.callback(source.close)
@@ -325,9 +331,7 @@ def _source(
     refs: list[TrialRef] = reader.trials(
         [args.replay], args.split, min_bins=trained.config.model.least_bins, labels_needed=False
     )[: args.limit]
-    statistics = cold(data.feature_count)
-    if signal.rolling_seconds > 0:
-        statistics = NormalisedReader(reader, signal).before(refs[0])
+    statistics = replay_statistics(trained, reader, refs[0], args.statistics)
     return Replay(reader, refs, speed), statistics
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from b2txt_jax.data.joint import folders
 from b2txt_jax.data.normalised import NormalisedReader
 from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.trial import Reader, TrialRef
 from b2txt_jax.inference.run import Run
 from b2txt_jax.signal.rolling import Statistics, cold, read_statistics, write_statistics
 
@@ -27,6 +28,26 @@ def first_statistics(run: Run, path: Path) -> Statistics:
         with open_folder(data.root, data.feature_count) as recorded:
             return NormalisedReader(recorded, signal).after(run.sessions[-1])
     return cold(data.feature_count)
+
+
+def replay_statistics(run: Run, reader: Reader, first: TrialRef, path: Path | None) -> Statistics:
+    """Return what a replay's first trial is normalised with.
+
+    Args:
+      run: the trained run.
+      reader: of the replayed session.
+      first: the trial.
+      path: a file. None, or not there yet: those that the trial had when it was recorded.
+
+    Raises:
+      StatisticsError: the file cannot be used.
+    """
+    data, signal = run.config.data, run.config.signal
+    if signal.rolling_seconds <= 0:
+        return cold(data.feature_count)
+    if path is not None and path.is_file():
+        return read_statistics(path, data.feature_count)
+    return NormalisedReader(reader, signal).before(first)
 
 
 def keep_statistics(run: Run, path: Path, statistics: Statistics) -> None:

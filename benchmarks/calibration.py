@@ -235,6 +235,7 @@ def main() -> None:
     option("--confidence", type=float, default=FollowSettings.confidence)
     option("--day-rate", type=float, default=FollowSettings.day_rate)
     option("--follow-steps", type=int, default=FollowSettings.steps)
+    option("--follow-adapt", help="of self-calibration: day or patch (default: as b2txt stream)")
     option("--known", type=float, default=0.3, help="PER of a sentence that counts without --lm")
     option("--out", type=Path, help="JSON file")
     args = parser.parse_args()
@@ -256,7 +257,10 @@ def main() -> None:
                 still = [simulation.said(simulation.last, args.per_day, 1000 * seed + 900)]
                 decoder.shape([one for some in [*days, *still] for one in some])
                 follow = FollowSettings(
-                    confidence=args.confidence, day_rate=args.day_rate, steps=args.follow_steps
+                    adapt=args.follow_adapt,
+                    confidence=args.confidence,
+                    day_rate=args.day_rate,
+                    steps=args.follow_steps,
                 )
                 for name, some in (("drift", days), ("no drift", still)):
                     for kind, settings in (("fixed", None), ("following", follow)):

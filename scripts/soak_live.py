@@ -129,14 +129,17 @@ class Rig:
                     self.number = first = 0
                 if fault == "Redis restarted":
                     self._send()
+                    self._wait_until_read()
                     self.source.restart()
                 if fault == "clock jump":
                     self._id = f"{round(1000 * time.time()) + _JUMP_MS}-0"
                 if fault == "server killed":
                     self._send()
+                    self._wait_until_read()
                     os.kill(self.server().pid, signal.SIGKILL)
                 if fault == "parameters updated":
                     self._send()
+                    self._wait_until_read()
                     self._update_parameters()
             self._bins(rows, first)
             if fault == "late bins" and place // 4 == middle // 4 + 2:
@@ -156,6 +159,15 @@ class Rig:
             if "lm_server" in child.cmdline():
                 return child
         raise RuntimeError("the language model server does not run")
+
+    def _wait_until_read(self) -> None:
+        """Wait until the stream waits for more: a Redis that is killed takes what nobody has read,
+        and without its beginning a sentence has no name."""
+        deadline = time.monotonic() + _PATIENCE
+        while not self.source.client.info("clients")["blocked_clients"]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the stream has not read its bins in {_PATIENCE:g} s")
+            time.sleep(0.005)
 
     def _update_parameters(self) -> None:
         """Ask for more hypotheses, which leaves the best one as it is."""

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "export": ("b2txt_jax.data.foreign.export", "sessions as NWB files, to share", False),
     "prepare": ("b2txt_jax.data.prepare", "pack sessions for fast training", True),
     "train": ("b2txt_jax.training.loop", "train a decoder, or resume a run", True),
+    "pretrain": ("b2txt_jax.training.pretrain", "learn from recordings without labels", True),
     "sweep": ("b2txt_jax.sweep", "train several seeds or a grid, with intervals", True),
     "compile": ("b2txt_jax.tpu.compile", "compile the training step for a TPU, without one", True),
     "doctor": ("b2txt_jax.doctor.command", "check this environment, and how to repair it", True),

@@ -213,6 +213,9 @@ class TrainConfig:
     # with an error, and 'skip' names the trials and goes on.
     on_nonfinite: str = setting("stop", choices=("stop", "skip"), resumable=True)
     ctc_per_label: bool = setting(False, help="divide each trial's CTC loss by its label's length")
+    warm_start: str = setting(
+        "", help="folder of a run whose weights a new run starts from, where they fit"
+    )
     ema: float = setting(0.0, least=0, below=1, help="decay of the averaged weights; 0: none")
     validate_lm: str = setting(
         "", help="model folder of `lm-server build`, for the WER of validations", resumable=True

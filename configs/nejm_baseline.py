@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     # "epochs": every trial once per epoch, shuffled over all days, in batches of days_per_batch *
     # trials_per_day
     config.data.plan = "days"
+    config.data.widths = ()  # features of each session, of several folders: taken from the data
     # Short trials share a row of a training batch ("on", "off"; auto: where the model can and it
     # saves work). Changes no result but for the order of sums.
     config.data.packing = "auto"
@@ -160,6 +161,7 @@ def get_config() -> ConfigDict:
     config.train.on_nonfinite = "stop"  # or "skip"; a NaN or infinite step changes no parameter
     config.train.ctc_per_label = False  # True divides a trial's loss by its number of labels
     # Decay of a moving average of the weights, which is validated and saved too; 0: none
+    config.train.warm_start = ""  # folder of a run to start from: docs/pretraining.md
     config.train.ema = 0.0
     # Model folder of `lm-server build`: validations have a WER too. "": none
     config.train.validate_lm = ""

@@ -168,8 +168,7 @@ class Hdf5Reader(Reader):
         group = file[ref.key]
         # The attributes are read again: the file may not be the one that was listed. Labels that
         # it had then must still be there.
-        needed = ref.label_length > 0 or ref.path.stem == "data_train"
-        ref = _reference(group, ref.session, ref.path, self.feature_count, needed)
+        ref = _reference(group, ref.session, ref.path, self.feature_count, ref.label_length > 0)
         stored = _read(group["input_features"], ref, bins or slice(0, ref.bins))
         features = stored.astype(np.float32, copy=False)
         _check_finite(features, ref)

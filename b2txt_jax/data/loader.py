@@ -222,6 +222,8 @@ class TrainingData(_Loader):
         rules: Rules | None = None,
         sample: tuple[int, int] | None = None,
         signal: SignalConfig | None = None,
+        split: str = "train",
+        labels_needed: bool = True,
     ):
         """List the trials, and choose the shapes of their batches.
 
@@ -234,6 +236,8 @@ class TrainingData(_Loader):
           sample: the run's seed and steps, whose batches decide the shapes. None: all buckets, and
             no trial shares a row.
           signal: how features are normalised as they are read. None: not at all.
+          split: whose trials.
+          labels_needed: whether a trial without labels is an error.
 
         Raises:
           DataError: a file or trial cannot be used, or one fits no bucket.
@@ -242,7 +246,7 @@ class TrainingData(_Loader):
         super().__init__(data, sessions, signal)
         self._data = data
         self._frames_of_bins = frames_of_bins
-        refs = self.reader.trials(sessions, "train", min_bins=min_bins)
+        refs = self.reader.trials(sessions, split, min_bins=min_bins, labels_needed=labels_needed)
         for ref in refs:
             bucket_of([ref], self.buckets)
             self._check_alignable(ref, ref.label_length)

@@ -77,6 +77,9 @@ class Model(abc.ABC):
     frame_bins: int = 0
     """Bins from frame to frame, for a model that takes rows of several trials: `apply` and `loss`
     then have an argument `segments`. 0: one trial a row."""
+    frame_span: int = 0
+    """Bins that a frame is made of, from the first on, for a model that can be pretrained. Its
+    parameters then have a `head` with `weight [C, H]` and `bias [C]`. 0: it cannot."""
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
         """`settings`: of the class `Settings`. `features`: per bin. `days`: recording days."""

@@ -217,7 +217,7 @@ class Transformer(Model):
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
         super().__init__(settings, features, days)
-        self.frame_bins = settings.patch_size
+        self.frame_bins = self.frame_span = settings.patch_size
 
     def init(self, key: Array) -> Params:
         """Return fresh parameters: PyTorch's, and scalars of distances from N(0, 1)."""

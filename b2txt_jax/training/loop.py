@@ -62,6 +62,7 @@ from b2txt_jax.training.sharding import DATA, make_mesh, sharded_state
 from b2txt_jax.training.step import TrainState, model_of, packing_rules
 from b2txt_jax.training.tracker import PER_KEYS, Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
+from b2txt_jax.training.warm_start import warm_started
 from b2txt_jax.training.word_errors import LAST_SECONDS, Decoder, decoder_of
 from lm_server.files.atomic_file import regular, replacing
 from lm_server.process import finishing, leave
@@ -260,6 +261,9 @@ def _train_in(
         best: BestScore | None = None
         if resumed:
             state, best = checkpoints.restore_latest(state)
+        elif config.train.warm_start:
+            state, said = warm_started(state, config)
+            console.print(f"weights at the start: {said}", soft_wrap=True)
         first = int(state.step)
         trials = sum(len(refs) for refs in training.refs_of_day)
         console.print(

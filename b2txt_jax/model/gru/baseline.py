@@ -390,7 +390,7 @@ class GRU(PatchedModel):
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
         super().__init__(settings, features, days)
-        self.frame_bins = settings.patching[1]
+        self.frame_span, self.frame_bins = settings.patching
 
     def module(self, key: Array) -> Decoder:
         """Return a fresh decoder."""

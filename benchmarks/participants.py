@@ -133,18 +133,16 @@ class Comparison:
     def per_of(self, kind: str, seed: int) -> float:
         """Train in one way and return the PER."""
         state = init_state(self.config, self.days)
-        # The step's number decides a step's noise: the seed of the settings is in the program.
-        first = jnp.int32(seed * 100_000)
         if kind == "pretrained":
-            before = pretraining_state(self.config, self.days)._replace(step=first)
+            before = pretraining_state(self.config, self.days)
             learned = self._trained(before, "pretrain", True, seed).params
             state = state._replace(params={**learned, HEAD: state.params[HEAD]})
-        return self._per(
-            self._trained(state._replace(step=first), "train", kind == "joint", seed).params
-        )
+        return self._per(self._trained(state, "train", kind == "joint", seed).params)
 
     def _trained(self, state: TrainState, program: str, both: bool, seed: int) -> TrainState:
         data, rng = self.data, np.random.default_rng(seed)
+        # The step's number decides a step's noise: the seed of the settings is in the program.
+        state = state._replace(step=jnp.int32(seed * 100_000))
         for _ in range(self.config.train.steps):
             drawn = data.draw(data.second, ROWS // 2 if both else ROWS, rng)
             drawn += data.draw(data.first, ROWS // 2, rng) if both else []

@@ -62,7 +62,7 @@ from b2txt_jax.training.sharding import DATA, make_mesh, sharded_state
 from b2txt_jax.training.step import TrainState, model_of, packing_rules
 from b2txt_jax.training.tracker import PER_KEYS, Tracker, percent, progress_bar
 from b2txt_jax.training.validation import validate
-from b2txt_jax.training.warm_start import warm_started
+from b2txt_jax.training.warm_start import check_not_pretrained, warm_started
 from b2txt_jax.training.word_errors import LAST_SECONDS, Decoder, decoder_of
 from lm_server.files.atomic_file import regular, replacing
 from lm_server.process import finishing, leave
@@ -170,6 +170,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
       WorkdirInUseError: another training runs in `workdir`.
     """
     console = console or Console(quiet=not is_first())
+    check_not_pretrained(workdir)
     resumed = has_checkpoint(workdir)
     asked, config = config, resolve(config, workdir, resumed)
     fixed = [key for key in differences(asked, config) if key not in resumable_keys(config)]

@@ -33,13 +33,12 @@ from b2txt_jax.training.loop import resolve
 from b2txt_jax.training.optimizer import make_optimizer
 from b2txt_jax.training.step import TrainState, model_of
 from b2txt_jax.training.tracker import TrainingError
+from b2txt_jax.training.warm_start import PRETRAINING_FILE
 
 HIDDEN = 0.3
 """Share of a trial's channels that the input lacks (the published pretraining's)."""
 HEAD = "head"
 """Of a model's parameters, the linear map of states to logits: `weight [C, H]`, `bias [C]`."""
-LOG_FILE = "pretraining.jsonl"
-"""Name in a run's folder: a line of step and error for each train.log_every steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +160,8 @@ def pretrain(
     if not 0 <= hidden < 1:
         raise ConfigError(f"--hidden is {hidden}; needed 0 <= share of channels < 1")
     resumed = has_checkpoint(workdir)
+    if resumed and not (workdir / PRETRAINING_FILE).is_file():
+        raise ConfigError(f"{workdir} holds a trained run; needed another --workdir to pretrain in")
     config = resolve(config, workdir, resumed)
     days, train = len(config.data.sessions), config.train
     model = model_of(config, days)
@@ -184,7 +185,7 @@ def pretrain(
         losses: list[jax.Array] = []
         batches = data.batches(train.seed, first, train.steps)
         shown = track(batches, "pretraining", train.steps - first, console=console)
-        with (workdir / LOG_FILE).open("a") as log:
+        with (workdir / PRETRAINING_FILE).open("a") as log:
             for step, batch in enumerate(shown, start=first + 1):
                 state, loss = step_of(state, batch)
                 losses.append(loss)

@@ -13,8 +13,20 @@ from b2txt_jax.training.checkpoint import Checkpoints
 from b2txt_jax.training.sharding import abstract_state, make_mesh
 from b2txt_jax.training.step import TrainState, model_of
 
+PRETRAINING_FILE = "pretraining.jsonl"
+"""Name in the folder of a pretrained run: a line of step and error for each train.log_every steps.
+"""
 _DAY = "day"
 """Group of parameters [days, ...], which belong to sessions."""
+
+
+def check_not_pretrained(workdir: Path) -> None:
+    """Raise ConfigError where `b2txt train` would go on in the folder of a pretrained run."""
+    if (workdir / PRETRAINING_FILE).is_file():
+        raise ConfigError(
+            f"{workdir} holds a pretrained run, which has no map to phonemes; needed another "
+            f"--workdir, with --config.train.warm_start={workdir}"
+        )
 
 
 def warm_started(state: TrainState, config: Config) -> tuple[TrainState, str]:

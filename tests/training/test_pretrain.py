@@ -14,7 +14,7 @@ from b2txt_jax.config import Config, ConfigError, load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.data.write_hdf5 import write_trial
 from b2txt_jax.signal.smooth import smooth_as
-from b2txt_jax.training.loop import resolve
+from b2txt_jax.training.loop import resolve, train
 from b2txt_jax.training.pretrain import (
     HEAD,
     make_pretraining_loss,
@@ -160,6 +160,16 @@ def test_a_run_starts_from_the_weights_and_the_day_layers_of_its_sessions(
     kept = warm_started(init_state(other, 2), other)[1]
     assert "fresh: " in kept
     assert "gru/weight_hh_l0" in kept
+
+
+def test_training_does_not_go_on_in_the_folder_of_a_pretrained_run(
+    config: Config, pretrained: tuple[Path, float], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"--config.train.warm_start={pretrained[0]}"):
+        train(config, pretrained[0])
+    (tmp_path / "checkpoints/latest/1").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds a trained run"):
+        pretrain(config, tmp_path)
 
 
 def test_what_cannot_be_pretrained_or_started_from_is_named(config: Config, tmp_path: Path) -> None:

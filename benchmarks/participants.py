@@ -4,17 +4,20 @@ Two simulated participants have tuning, drift and channels of their own. The fir
 sentences and 64 channels, the second few and 48. A small GRU is trained for as many steps
   alone       on the second's sentences
   joint       on both, half of each batch of each
-  pretrained  on the second's, from weights that have learned to predict both's features
-One compiled step serves all three, and batches are in memory.
+and then scored on the second's val sentences, or
+  few         on the first 10 labelled sentences of each of the first's sessions
+  pretrained  on the same, from weights that have learned to predict all of its features
+and then scored on the first's. One compiled step serves all, and batches are in memory.
 
     python benchmarks/participants.py OUT [--seeds 0 1 2] [--steps 300]
 
-Prints the PER of the second participant's val sentences after the last step, for each seed.
+Prints the PER after the last step, for each seed.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ from b2txt_jax.training.step import TrainState, init_state, make_eval_step, make
 
 PARTICIPANTS = (("p1", 64, 3, 80), ("p2", 48, 2, 15))
 """Name, features, sessions, training sentences a session."""
-VAL, ROWS, MOST_LABELS = 20, 8, 40
+VAL, ROWS, MOST_LABELS, FEW = 20, 8, 40, 10
 
 
 def participant(out: Path, name: str, width: int, sessions: int, sentences: int, seed: int) -> Path:
@@ -100,10 +103,12 @@ class Data:
         arrays: Any = (features, counts[0], counts[1], ids, counts[2])
         return Batch(*arrays)
 
-    def draw(self, days: list[int], count: int, rng: np.random.Generator) -> Drawn:
-        """Draw training trials of some days."""
+    def draw(
+        self, days: list[int], count: int, rng: np.random.Generator, most: int | None = None
+    ) -> Drawn:
+        """Draw training trials of some days, of the first `most` of each."""
+        trials = [day[:most] for day in self.trials["train"]]
         chosen = rng.choice(days, count)
-        trials = self.trials["train"]
         return [(day, trials[day][rng.integers(len(trials[day]))]) for day in chosen]
 
 
@@ -132,26 +137,45 @@ class Comparison:
 
     def per_of(self, kind: str, seed: int) -> float:
         """Train in one way and return the PER."""
-        state = init_state(self.config, self.days)
+        data, state = self.data, init_state(self.config, self.days)
         if kind == "pretrained":
             before = pretraining_state(self.config, self.days)
-            learned = self._trained(before, "pretrain", True, seed).params
-            state = state._replace(params={**learned, HEAD: state.params[HEAD]})
-        return self._per(self._trained(state, "train", kind == "joint", seed).params)
 
-    def _trained(self, state: TrainState, program: str, both: bool, seed: int) -> TrainState:
-        data, rng = self.data, np.random.default_rng(seed)
+            def unlabelled(rng: np.random.Generator) -> Drawn:
+                return data.draw(data.first, ROWS, rng)
+
+            learned = self._trained(before, "pretrain", unlabelled, seed).params
+            state = state._replace(params={**learned, HEAD: state.params[HEAD]})
+
+        def drawn(rng: np.random.Generator) -> Drawn:
+            if kind == "alone":
+                return data.draw(data.second, ROWS, rng)
+            if kind == "joint":
+                half = ROWS // 2
+                return data.draw(data.second, half, rng) + data.draw(data.first, half, rng)
+            return data.draw(data.first, ROWS, rng, FEW)
+
+        scored = data.second if kind in ("alone", "joint") else data.first
+        return self._per(self._trained(state, "train", drawn, seed).params, scored)
+
+    def _trained(
+        self,
+        state: TrainState,
+        program: str,
+        draw: Callable[[np.random.Generator], Drawn],
+        seed: int,
+    ) -> TrainState:
+        rng = np.random.default_rng(seed)
         # The step's number decides a step's noise: the seed of the settings is in the program.
         state = state._replace(step=jnp.int32(seed * 100_000))
         for _ in range(self.config.train.steps):
-            drawn = data.draw(data.second, ROWS // 2 if both else ROWS, rng)
-            drawn += data.draw(data.first, ROWS // 2, rng) if both else []
-            state, _ = self.programs[program](state, data.batch(drawn, *self.shape))
+            batch = self.data.batch(draw(rng), *self.shape)
+            state, _ = self.programs[program](state, batch)
         return state
 
-    def _per(self, params: Any) -> float:
+    def _per(self, params: Any, days: list[int]) -> float:
         data, rates = self.data, []
-        held = [(day, one) for day in data.second for one in data.trials["val"][day]]
+        held = [(day, one) for day in days for one in data.trials["val"][day]]
         for start in range(0, len(held), ROWS):
             some = held[start : start + ROWS]
             output = self.programs["evaluate"](params, data.batch(some, *self.shape))
@@ -169,7 +193,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="(default 300)")
     parser.add_argument("--bins", type=int, default=240, help="of a batch (default 240)")
-    parser.add_argument("--kinds", nargs="+", default=["alone", "joint", "pretrained"])
+    parser.add_argument("--kinds", nargs="+", default=["alone", "joint", "few", "pretrained"])
     args = parser.parse_args()
     programs: dict[str, Any] = {}
     for seed in args.seeds:

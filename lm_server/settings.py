@@ -151,6 +151,14 @@ class Settings:
     confidence_temperature: float = setting(
         1.0, 0.01, 1000, "confidences are the softmax of the totals divided by this", "answer"
     )
+    minimum_bayes_risk: int = setting(
+        0,
+        0,
+        1,
+        "1: the answer is the hypothesis with the fewest word errors to expect by the confidences; "
+        "0: the likeliest one",
+        "answer",
+    )
     confusion: Confusion | None = None
     """Mixes the posteriors of every frame. No number, so that only a settings file can hold it."""
 

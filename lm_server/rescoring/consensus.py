@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
 
 from lm_server.lexicon.text_rules import scored_words
 from lm_server.rescoring.ranking import posterior, word_confidences
+from lm_server.rescoring.risk import expected_errors
 from lm_server.search.sliced import finished
 
 Scored = tuple[str, float | None]
@@ -84,14 +83,11 @@ def minimum_bayes_risk(
       ValueError: no system has a hypothesis.
     """
     by_words = shares(systems, temperature, nbest)
-    numbers: dict[str, int] = {}
-    texts = ["".join(chr(numbers.setdefault(w, len(numbers))) for w in words) for words in by_words]
-    mass = np.array([share for _, share in by_words.values()])
-    risks = cdist(texts, texts, scorer=Levenshtein.distance, dtype=np.uint16) @ mass
-    # Rounded: sums in another order differ in their last bits. Then by share, then by the words.
+    risks = expected_errors([*by_words], [share for _, share in by_words.values()])
+    # Equals by share, then by the words.
     ranked = sorted(
-        zip(by_words, risks.tolist(), strict=True),
-        key=lambda one: (round(one[1], 9), -by_words[one[0]][1], one[0]),
+        zip(by_words, risks, strict=True),
+        key=lambda one: (one[1], -by_words[one[0]][1], one[0]),
     )
     confidences = finished(
         word_confidences(

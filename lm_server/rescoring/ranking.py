@@ -9,12 +9,16 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from lm_server.hypothesis import Answer, Hypothesis, in_order, rank
+from lm_server.lexicon.text_rules import scored_words
 from lm_server.rescoring.augment import augment
+from lm_server.rescoring.risk import expected_errors
 from lm_server.search.sliced import Sliced, finished
 from lm_server.settings import Settings
 
 _SLICE_CELLS = 4_000_000
 """Cells of alignments, which grow with the square of the length, between two yields: some 3 ms."""
+_COMPARED = 100
+"""Likeliest candidates of which each is compared with each for `minimum_bayes_risk`."""
 _NEGLIGIBLE = 1e-9
 """Probability below which a candidate's words are not compared."""
 
@@ -56,7 +60,8 @@ def ranked_answer(
 
     With scores, the total is acoustic_scale * acoustic + (1 - alpha) * ngram + alpha * llm + bonus.
     A candidate without words has no such score and is left out. Without scores, the total is
-    acoustic_scale * acoustic + ngram + bonus.
+    acoustic_scale * acoustic + ngram + bonus. With `minimum_bayes_risk` the likeliest candidates
+    are in the order of the word errors to expect of them, and keep their totals.
     """
     return finished(ranking(candidates, settings, scores, problem))
 
@@ -83,6 +88,10 @@ def ranking(
         ranked = in_order(mixed)
     totals = [one.total for one in ranked if one.total is not None]
     shares = posterior(totals, settings.confidence_temperature)
+    if settings.minimum_bayes_risk and ranked:
+        yield
+        order = _by_risk(ranked, shares)
+        ranked, shares = [ranked[index] for index in order], shares[order]
     confidences = yield from word_confidences([one.words for one in ranked], shares)
     return Answer(
         tuple(ranked),
@@ -91,6 +100,15 @@ def ranking(
         scores is not None,
         problem,
     )
+
+
+def _by_risk(ranked: Sequence[Hypothesis], shares: np.ndarray) -> list[int]:
+    """Return the order by the word errors to expect, of the likeliest. The others stay behind."""
+    likeliest = ranked[:_COMPARED]
+    words = [scored_words(one.sentence) for one in likeliest]
+    risks = expected_errors(words, shares[:_COMPARED])
+    # Equals stay in the order of their totals.
+    return [*sorted(range(len(likeliest)), key=risks.__getitem__), *range(_COMPARED, len(ranked))]
 
 
 def posterior(totals: Sequence[float], temperature: float) -> np.ndarray:

@@ -36,6 +36,7 @@ BACKEND = Backend(
         "max_classes": "it searches every class",
         "nbest": "it finds only the best sentence",
         "lattice_beam": "it finds only the best sentence",
+        "minimum_bayes_risk": "it finds only the best sentence",
         "word_bonus": "its scores are those of the graph that it reads",
         PRESET: OWN_WIDTH,
         **NO_FUSION,

@@ -169,6 +169,34 @@ def test_the_confidence_is_the_softmax_of_the_totals() -> None:
     assert cooler.confidence == pytest.approx(1.0 / sum(weights))
 
 
+def test_minimum_bayes_risk_answers_with_the_fewest_expected_word_errors() -> None:
+    """The likeliest shares no word with the others, which share most of theirs."""
+    lone = Hypothesis(("at",), -10.0, 0.0)
+    one, other = (Hypothesis(("the", w, "sat"), -10.2, 0.0) for w in ("cat", "bat"))
+    likeliest = answer_of([lone, one, other], SETTINGS)
+    answer = answer_of([lone, one, other], changed(SETTINGS, minimum_bayes_risk=1))
+    shares = dict(zip(("at", "bat", "cat"), posterior([-5.0, -5.1, -5.1], 1.0), strict=True))
+    assert (likeliest.sentence, answer.sentence) == ("at", "the bat sat")
+    # Errors to expect: 3 of the lone one, of the pair 1 each of the other, 3 of the lone one.
+    assert 3 * (shares["bat"] + shares["cat"]) > shares["cat"] + 3 * shares["at"]
+    assert [h.sentence for h in answer.hypotheses] == ["the bat sat", "the cat sat", "at"]
+    assert answer.confidence == pytest.approx(shares["bat"])
+    both = shares["bat"] + shares["cat"]
+    assert answer.word_confidences == pytest.approx((both, shares["bat"], both))
+    assert {h.sentence: h.total for h in answer.hypotheses} == {
+        h.sentence: h.total for h in likeliest.hypotheses
+    }
+
+
+def test_candidates_past_the_hundredth_are_not_compared_and_stay_behind() -> None:
+    """All but the likeliest are alike, so that comparing them would put one of them first."""
+    words = [("x",), *(("the", "cat", "sat", *("on",) * n) for n in range(120))]
+    many = [Hypothesis(some, -30.0 * n, 0.0) for n, some in enumerate(words)]
+    answer = answer_of(many, changed(SETTINGS, minimum_bayes_risk=1, confidence_temperature=1e3))
+    assert answer.hypotheses[0].words != ("x",)
+    assert [h.words for h in answer.hypotheses[100:]] == words[100:]
+
+
 def test_the_posterior_survives_totals_far_apart() -> None:
     assert posterior([-1e4, -2e4, -1e4], 1.0).tolist() == [0.5, 0.0, 0.5]
 

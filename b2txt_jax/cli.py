@@ -43,6 +43,11 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "figures": ("b2txt_jax.evaluation.paper", "the published paper's figures", False),
     "compare": ("b2txt_jax.evaluation.compare", "two runs on the same sentences", False),
     "consensus": ("b2txt_jax.evaluation.consensus", "one sentence of several systems", False),
+    "correction-data": (
+        "b2txt_jax.evaluation.correction_data",
+        "chats that teach a large language model to correct n-best lists",
+        False,
+    ),
     "export-model": ("b2txt_jax.sharing.export", "a model to share, as a folder", False),
     "submit": ("b2txt_jax.evaluation.submit", "a checked submission to a benchmark", False),
     "calibrate": ("b2txt_jax.calibration.command", "add a recording day to a trained model", True),

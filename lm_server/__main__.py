@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "worker": "decode jobs from Redis, shared with other workers",
     "status": "show servers, workers, sessions and jobs of a Redis",
     "decode": "decode a file of logits",
+    "correct": "correct decoded sentences by a large language model, where they are unsure",
     "score": "count the errors in decoded files of logits",
     "diagnose": "find out why decoded sentences are wrong",
     "tune": "find settings on sentences with known transcripts",

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from b2txt_jax.data.trial import SPLITS, listed
+from b2txt_jax.evaluation.combine import METHODS, agree, as_result, print_systems
 from b2txt_jax.evaluation.command import (
     check_replaceable,
     check_results,
@@ -36,11 +37,8 @@ from b2txt_jax.evaluation.results import (
 from b2txt_jax.evaluation.submission import read_texts
 from b2txt_jax.metrics import total, word_error_rates
 from b2txt_jax.provenance import provenance
-from lm_server.client.answers import Result as Decoded
-from lm_server.hypothesis import Answer, Hypothesis
-from lm_server.rescoring.consensus import Consensus, Scored, minimum_bayes_risk, rover
-
-METHODS = ("mbr", "rover")
+from lm_server.files.answers_file import scored_nbest
+from lm_server.rescoring.consensus import Consensus, Scored
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +125,7 @@ def read_system(path: Path, split: str = "val") -> System:
         if not path.is_file():
             raise ResultsError(f"there is no {path}; needed the JSON lines of `lm-server decode`")
         answers = read_answers(path)
-        return System(str(path), {trial: _hypotheses(one) for trial, one in answers.items()})
+        return System(str(path), {trial: scored_nbest(one) for trial, one in answers.items()})
     if path.suffix in (".csv", ".txt"):
         texts = read_texts(path)
         lines = {str(line): [(text, None)] if text else [] for line, text in enumerate(texts)}
@@ -142,18 +140,8 @@ def read_system(path: Path, split: str = "val") -> System:
 
 def _of_trial(trial: SavedTrial) -> list[Scored]:
     if trial.answer:
-        return _hypotheses(trial.answer)
+        return scored_nbest(trial.answer)
     return [] if trial.decoded is None else [(trial.decoded, None)]
-
-
-def _hypotheses(answer: Mapping[str, object]) -> list[Scored]:
-    found = answer["nbest"]
-    assert isinstance(found, list)  # as `read_answers` has checked
-    totals = [one.get("total") for one in found]
-    if any(not isinstance(total, float | int) for total in totals):
-        # Without scores of all, the first is what the system says.
-        return [(one["sentence"], None) for one in found[:1]]
-    return [(one["sentence"], float(one["total"])) for one in found]
 
 
 def trial_names(systems: Sequence[System]) -> list[str]:
@@ -188,11 +176,9 @@ def agreed(
     columns = [one.of(names) for one in systems]
     found = {}
     for name in names:
-        lists = [column[name] for column in columns if name in column]
-        if lists and method == "rover" and len(systems) > 1:
-            found[name] = rover(lists)
-        elif lists:
-            found[name] = minimum_bayes_risk(lists, temperature, nbest)
+        one = agree([column.get(name, ()) for column in columns], method, temperature, nbest)
+        if one is not None:
+            found[name] = one
     return found
 
 
@@ -204,21 +190,7 @@ def scored(
     settings: Mapping[str, object],
 ) -> Evaluation:
     """Score a consensus against the truth of the first system that has one."""
-    results = []
-    nan = float("nan")
-    for name in names:
-        one = found.get(name)
-        if one is None:
-            results.append(Decoded(name, None, "no system has a sentence", 0.0))
-            continue
-        hypotheses = tuple(
-            Hypothesis(tuple(c.sentence.split()), nan, nan, total=-c.expected_errors)
-            for c in one.candidates
-        )
-        words = one.word_confidences
-        fits = len(words) == len(hypotheses[0].words)
-        answer = Answer(hypotheses, one.candidates[0].share, words if fits else ())
-        results.append(Decoded(name, answer, None, 0.0))
+    results = [as_result(name, found.get(name)) for name in names]
     source = next((one.result for one in systems if one.result), None)
     trials = {} if source is None else {one.trial: one for one in source.trials}
     true = [trials[name].true for name in names if name in trials]
@@ -249,9 +221,6 @@ def _print_each(systems: Sequence[System], names: Sequence[str], console: Consol
     for one in systems:
         found = one.of(names)
         texts = [found[name][0][0] if name in found else "" for name in names]
-        rate = total(word_error_rates([true[name] or "" for name in names], texts))
-        rates.append(rate.rate)
-        console.print(f"{one.name}: WER {rate}", soft_wrap=True, markup=False, highlight=False)
-    known = [rate for rate in rates if rate is not None]
-    if len(known) > 1:
-        console.print(f"mean of the {len(known)} systems: {100 * sum(known) / len(known):.2f} %")
+        said = [true[name] or "" for name in names]
+        rates.append((one.name, total(word_error_rates(said, texts))))
+    print_systems(rates, console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from b2txt_jax.config import CONFIG_FILE
 from b2txt_jax.errors import UserError
 from b2txt_jax.metrics import ErrorRate
+from lm_server.files import answers_file
 from lm_server.files.atomic_file import regular
 
 EVALUATION, ANSWERS = "evaluation.json", "answers.jsonl"
@@ -141,31 +142,10 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.exists():
         return {}
-    found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(_lines(path), start=1):
-        try:
-            answer = json.loads(line)
-            trial = answer["trial"]
-            if not isinstance(trial, str) or trial in found:
-                raise ValueError(f"trial {trial!r} is no name, or there twice")
-            sentences = [one["sentence"] for one in answer["nbest"]]
-            if not all(isinstance(one, str) for one in [answer["sentence"], *sentences]):
-                raise ValueError("a sentence is no text")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ResultsError(
-                f"{path} line {number} is no answer of `b2txt evaluate` or `lm-server decode` "
-                f"({error!r}): decode again"
-            ) from error
-        found[trial] = answer
-    return found
-
-
-def _lines(path: Path) -> Iterable[str]:
     try:
-        # Not at other signs, such as U+2028, which texts may hold.
-        return [one for one in regular(path).read_text("utf-8").split("\n") if one.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} cannot be read ({error}): decode again") from error
+        return answers_file.read_answers(path)
+    except answers_file.AnswersFileError as error:
+        raise ResultsError(str(error)) from error
 
 
 def _trial(row: Mapping[str, Any], answers: Mapping[str, Mapping[str, Any]]) -> SavedTrial:

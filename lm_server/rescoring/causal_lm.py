@@ -59,6 +59,8 @@ class CausalLM:
     Attributes:
       name: its folder's name.
       network, tokenizer: as transformers loads them.
+      start: the token to put before every text, if the tokenizer does not.
+      longest: tokens that it can read. None: not known.
       trees: whether it accepts positions and masks of ours.
       lock: held while it works, since it works for one thread at a time.
       tokens_per_batch: tokens that go through it at once.
@@ -80,8 +82,9 @@ class CausalLM:
         if dtype == "auto":
             dtype = "float16" if self.device.type == "cuda" else "float32"
         self.network, self.tokenizer = _load(path, self.device, dtype)
-        self._start = _start_token(self.tokenizer)
-        self._longest = getattr(self.network.config, "max_position_embeddings", None)
+        start = _start_token(self.tokenizer)
+        self.start = () if start is None else (start,)
+        self.longest = getattr(self.network.config, "max_position_embeddings", None)
         self.tokens_per_batch = TOKENS_PER_BATCH
         self.lock = threading.Lock()
         self._check_tokenizer(path)
@@ -150,13 +153,12 @@ class CausalLM:
         if before:
             texts = [f"{before} {text}" for text in texts]
         encoded = self.tokenizer(texts)["input_ids"]
-        start = () if self._start is None else (self._start,)
-        tokens = [(*start, *ids) for ids in encoded]
+        tokens = [(*self.start, *ids) for ids in encoded]
         longest = max(map(len, tokens))
-        if self._longest is not None and longest > self._longest:
+        if self.longest is not None and longest > self.longest:
             raise RescoringError(
                 f"a sentence with its context has {longest} tokens; {self.name} reads at most "
-                f"{self._longest}: send a shorter context"
+                f"{self.longest}: send a shorter context"
             )
         return tokens
 
@@ -170,16 +172,27 @@ class CausalLM:
                 scores[index] = value
         return scores
 
-    def sums(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return the score (ln) of every sequence of one padded batch, [sequences]."""
+    def sums(
+        self, sequences: Sequence[Sequence[int]], firsts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Return the score (ln) of every sequence of one padded batch, [sequences].
+
+        Args:
+          sequences: token ids.
+          firsts: of each, the first token that counts, 1 or more. None: 1.
+        """
         shape = (len(sequences), max(map(len, sequences)))
         ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        for row, one in enumerate(sequences):
+        counts = torch.zeros(shape, dtype=torch.long)
+        for row, (one, first) in enumerate(
+            zip(sequences, firsts or [1] * len(sequences), strict=True)
+        ):
             ids[row, : len(one)] = torch.tensor(one)
             mask[row, : len(one)] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
+            counts[row, first : len(one)] = 1
+        ids, mask, counts = ids.to(self.device), mask.to(self.device), counts.to(self.device)
         logits = self.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return (_log_probabilities(logits[:, :-1], ids[:, 1:]) * mask[:, 1:]).sum(dim=1)
+        return (_log_probabilities(logits[:, :-1], ids[:, 1:]) * counts[:, 1:]).sum(dim=1)
 
     def _score_trees(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         """Score sorted distinct sequences in trees, behind the beginning that all share."""

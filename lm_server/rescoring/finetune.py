@@ -1,8 +1,9 @@
-"""Adapt a large language model to a person's sentences by LoRA.
+"""Adapt a large language model to a person's sentences, or to correcting them, by LoRA.
 
-It learns what rescoring scores: the same tokens, in the same text form, without dropout. A sentence
-is held out or learned from by its own words, so that no sentence is on both sides, however often it
-is said. The weights are merged, so that the result is a folder like any other.
+It learns what rescoring scores: the same tokens, in the same text form, without dropout. Of a chat
+it learns the reply alone. A sentence, or a reply, is held out or learned from by its own words, so
+that none is on both sides, however often it is said. The weights are merged, so that the result is
+a folder like any other.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
-from lm_server.files.atomic_file import replacing, require_writable
+from lm_server.files.atomic_file import regular, replacing, require_writable
 from lm_server.lexicon.text import find_texts, read_words
 from lm_server.rescoring.causal_lm import DESCRIPTION, CausalLM, find_model
+from lm_server.rescoring.corrector import Chat, prompt_tokens, reply_tokens
 from lm_server.rescoring.scorer import RescoringError
 
 _WARM_UP = 10
@@ -32,14 +34,83 @@ _WARM_UP = 10
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """Sentences as a search writes them. What is said twice is there twice."""
+
+    texts: tuple[str, ...]
+
+    def split(self, share: float) -> tuple[Sentences, Sentences]:
+        """Return what to learn from, and about a `share` of the different ones, held out."""
+        learned, held_out = split(self.texts, share)
+        return Sentences(tuple(learned)), Sentences(tuple(held_out))
+
+    def sequences(self, model: CausalLM) -> list[tuple[Sequence[int], int]]:
+        """Return the token ids of each, and the first token that is learned."""
+        return [(one, 1) for one in model.tokens(self.texts, ending=model.endings[0])]
+
+    def perplexity(self, model: CausalLM) -> float:
+        """Return the perplexity per word."""
+        total = float(model.score(self.texts).sum())
+        return math.exp(-total / sum(len(one.split()) for one in self.texts))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Messages {role, content}, of which the last is the reply to learn."""
+
+    chats: tuple[Chat, ...]
+
+    def split(self, share: float) -> tuple[Chats, Chats]:
+        """Return what to learn from, and the chats of about a `share` of the replies, held out."""
+        replies = [one[-1]["content"] for one in self.chats]
+        held_out = set(split(replies, share)[1])
+        sides: tuple[list[Chat], list[Chat]] = ([], [])
+        for chat, one in zip(self.chats, replies, strict=True):
+            sides[one in held_out].append(chat)
+        return Chats(tuple(sides[0])), Chats(tuple(sides[1]))
+
+    def sequences(self, model: CausalLM) -> list[tuple[Sequence[int], int]]:
+        """Return the token ids of each, and the first token of its reply.
+
+        Raises:
+          RescoringError: a chat is longer than the model can read.
+        """
+        found: list[tuple[Sequence[int], int]] = []
+        for chat in self.chats:
+            prompt = prompt_tokens(model, chat[:-1])
+            whole = [*prompt, *reply_tokens(model, chat[-1]["content"])]
+            if model.longest is not None and len(whole) > model.longest:
+                raise RescoringError(
+                    f"a chat has {len(whole)} tokens; {model.name} reads at most {model.longest}: "
+                    "make shorter lists with `b2txt correction-data --nbest`"
+                )
+            found.append((whole, len(prompt)))
+        return found
+
+    def perplexity(self, model: CausalLM) -> float:
+        """Return the perplexity per word of the replies."""
+        total = 0.0
+        with torch.inference_mode():
+            for tokens, first in self.sequences(model):
+                total += float(model.sums([tokens], [first]))
+        return math.exp(-total / sum(len(one[-1]["content"].split()) or 1 for one in self.chats))
+
+    def __len__(self) -> int:
+        return len(self.chats)
+
+
+@dataclass(frozen=True)
 class Course:
     """How to learn.
 
     Attributes:
-      epochs: times that every sentence is learned from.
+      epochs: times that every sentence or chat is learned from.
       rank: of the adapters. They are scaled by 2.
       learning_rate: greatest. It falls to 0 over all steps.
-      batch: sentences of one step.
+      batch: sentences or chats of one step.
       held_out: share of the sentences that measure.
       seed: of the adapters' start and the order of sentences.
     """
@@ -54,7 +125,7 @@ class Course:
 
 def finetune(
     folder: Path | str,
-    texts: Sequence[Path],
+    material: Sentences | Chats,
     out: Path,
     course: Course,
     device: str = "auto",
@@ -69,7 +140,7 @@ def finetune(
 
     Args:
       folder: the model to adapt.
-      texts: files or folders of sentences.
+      material: what to learn from, and what is held out of it.
       out: folder to write, new or made by this function.
       course: how to learn.
       device: auto, cpu or cuda.
@@ -84,13 +155,12 @@ def finetune(
     Raises:
       RescoringError: the model cannot be adapted, the sentences are too few, no epoch is better
         than the model was, or `out` cannot be written.
-      TextError: a text cannot be read.
     """
     if out.exists() and not (out / DESCRIPTION).is_file():
         raise RescoringError(f"{out} is there and was not made by this command: choose another")
     require_writable(out.parent / DESCRIPTION)
     console = console or Console(stderr=True)
-    learned, held_out = split(read_sentences(texts), course.held_out)
+    learned, held_out = material.split(course.held_out)
     path = find_model(folder)
     gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if dtype == "auto":
@@ -98,7 +168,7 @@ def finetune(
     model = CausalLM(path, device, text_form, dtype)
     unfinished = out.with_name(f"{out.name}.unfinished")
     kept = _kept(unfinished, dict(inputs or {}))
-    perplexities: list[float] = kept.get("perplexities") or [_perplexity(model, held_out)]
+    perplexities: list[float] = kept.get("perplexities") or [held_out.perplexity(model)]
     torch.manual_seed(course.seed)
     adapted = peft.get_peft_model(
         model.network,
@@ -117,12 +187,12 @@ def finetune(
         optimiser.load_state_dict(kept["optimiser"])
     else:
         console.print(
-            f"{len(learned)} sentences, and {len(held_out)} held out with perplexity "
+            f"{len(learned)} to learn from, and {len(held_out)} held out with perplexity "
             f"{perplexities[0]:.2f} per word"
         )
     for epoch in range(len(perplexities) - 1, course.epochs):
         _learn(model, optimiser, learned, course, epoch)
-        perplexities.append(_perplexity(model, held_out))
+        perplexities.append(held_out.perplexity(model))
         console.print(f"epoch {epoch + 1}: perplexity {perplexities[-1]:.2f}")
         now = {name: one.detach().cpu().clone() for name, one in weights.items()}
         if perplexities[-1] < min(perplexities[:-1]):
@@ -135,7 +205,7 @@ def finetune(
         raise RescoringError(
             f"no epoch has a lower perplexity of held-out words than the model itself "
             f"({perplexities[0]:.2f}, then {min(perplexities[1:]):.2f} at best), and nothing is "
-            "written: give more text, or lower --learning-rate or --epochs"
+            "written: give more to learn from, or lower --learning-rate or --epochs"
         )
     _load(weights, best)
     merged: Any = adapted.merge_and_unload()
@@ -150,13 +220,41 @@ def finetune(
     return perplexities
 
 
-def read_sentences(texts: Sequence[Path]) -> list[str]:
-    """Return the sentences of texts as a search writes them. What is said twice is there twice.
+def read_sentences(texts: Sequence[Path]) -> Sentences:
+    """Read the sentences of files or folders of text.
 
     Raises:
       TextError: a text cannot be read.
     """
-    return [" ".join(words) for words, _ in read_words(find_texts(texts)) if words]
+    return Sentences(tuple(" ".join(words) for words, _ in read_words(find_texts(texts)) if words))
+
+
+def read_chats(path: Path) -> Chats:
+    """Read JSON lines {"messages": [{"role", "content"}, ...]} that end with a reply.
+
+    Raises:
+      RescoringError: the file cannot be read, or a line is none.
+    """
+    needed = (
+        'needed lines {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", '
+        '"content": TEXT}]}, as `b2txt correction-data` writes them'
+    )
+    try:
+        lines = regular(path).read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RescoringError(f"{path} cannot be read ({error}): {needed}") from error
+    found: list[Chat] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            chat = json.loads(line)["messages"]
+            if len(chat) < 2 or chat[-1]["role"] != "assistant":
+                raise ValueError("no reply")
+            found.append([{key: str(one[key]) for key in ("role", "content")} for one in chat])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RescoringError(f"{path} line {number} is {line[:60]!r}: {needed}") from error
+    return Chats(tuple(found))
 
 
 def split(sentences: Sequence[str], share: float) -> tuple[list[str], list[str]]:
@@ -174,26 +272,20 @@ def split(sentences: Sequence[str], share: float) -> tuple[list[str], list[str]]
     if not learned or not held_out:
         raise RescoringError(
             f"of {len(sentences)} sentences {len(learned)} are to learn from and {len(held_out)} "
-            "held out; needed some of both: give more text, or another --held-out"
+            "held out; needed some of both: give more, or another --held-out"
         )
     return learned, held_out
-
-
-def _perplexity(model: CausalLM, sentences: Sequence[str]) -> float:
-    """Return the perplexity per word."""
-    total = float(model.score(sentences).sum())
-    return math.exp(-total / sum(len(one.split()) for one in sentences))
 
 
 def _learn(
     model: CausalLM,
     optimiser: torch.optim.Optimizer,
-    sentences: Sequence[str],
+    material: Sentences | Chats,
     course: Course,
     epoch: int,
 ) -> None:
-    """Learn from every sentence once."""
-    tokens = model.tokens(sentences, ending=model.endings[0])
+    """Learn from everything once."""
+    tokens = material.sequences(model)
     order = torch.randperm(
         len(tokens), generator=torch.Generator().manual_seed(course.seed * 1000 + epoch)
     ).tolist()
@@ -204,7 +296,8 @@ def _learn(
             group["lr"] = course.learning_rate * min(left, (number + 1) / _WARM_UP)
         batch = [tokens[index] for index in order[start : start + course.batch]]
         optimiser.zero_grad()
-        loss = -model.sums(batch).sum() / sum(len(one) - 1 for one in batch)
+        sums = model.sums([one for one, _ in batch], [first for _, first in batch])
+        loss = -sums.sum() / sum(len(one) - first for one, first in batch)
         if not torch.isfinite(loss):
             raise RescoringError(
                 f"{model.name} diverges in epoch {epoch + 1}: lower --learning-rate"

@@ -19,15 +19,17 @@ _DEVICES = ("auto", "cpu", "cuda")
 _DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
 
 
-def add_llm_options(parser: argparse.ArgumentParser) -> None:
-    """Add --llm and the options for how to run it."""
+def add_llm_options(
+    parser: argparse.ArgumentParser, purpose: str = "rescore with", scores: bool = True
+) -> None:
+    """Add --llm and the options for how to run it. `scores`: with the text form of scoring."""
     parser.add_argument(
         "--llm",
         nargs="?",
         const=DEFAULT_MODEL,
         default=None,
         metavar="DIR",
-        help="rescore with the causal language model in this folder (transformers format), or one "
+        help=f"{purpose} the causal language model in this folder (transformers format), or one "
         f"of the Hugging Face cache by its name (without a value {DEFAULT_MODEL})",
     )
     parser.add_argument(
@@ -40,6 +42,8 @@ def add_llm_options(parser: argparse.ArgumentParser) -> None:
         help="its numbers (default: float16 on a GPU, float32 on a CPU; bfloat16 is faster on CPUs "
         "made for it, and coarser; int8 and int4 quantise the weights while loading, on a GPU)",
     )
+    if not scores:
+        return
     parser.add_argument(
         "--llm-text",
         choices=_TEXT_FORMS,

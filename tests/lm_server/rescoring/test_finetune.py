@@ -29,7 +29,7 @@ def text(tmp_path_factory):
 
 
 def test_no_sentence_is_on_both_sides_however_often_it_is_said(text):
-    sentences = read_sentences([text])
+    sentences = [*read_sentences([text]).texts]
     assert len(sentences) == 3 * len(set(sentences))
     learned, held_out = split(sentences, 0.3)
     assert not set(learned) & set(held_out)
@@ -41,26 +41,27 @@ def test_no_sentence_is_on_both_sides_however_often_it_is_said(text):
 
 
 def test_it_learns_resumes_and_is_a_folder_like_any_other(folder, text, tmp_path, monkeypatch):
-    perplexities = finetune(folder, [text], tmp_path / "whole", COURSE, "cpu")
+    mine = read_sentences([text])
+    perplexities = finetune(folder, mine, tmp_path / "whole", COURSE, "cpu")
     assert min(perplexities[1:]) < 0.5 * perplexities[0]
     learn = module._learn
 
-    def cut_off(model, optimiser, sentences, course, epoch):
+    def cut_off(model, optimiser, material, course, epoch):
         if epoch == 1:
             raise KeyboardInterrupt
-        learn(model, optimiser, sentences, course, epoch)
+        learn(model, optimiser, material, course, epoch)
 
     monkeypatch.setattr(module, "_learn", cut_off)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        finetune(folder, [text], out, COURSE, "cpu", inputs={"--text": "a"})
+        finetune(folder, mine, out, COURSE, "cpu", inputs={"--text": "a"})
     assert not out.exists()
     monkeypatch.setattr(module, "_learn", learn)
     with pytest.raises(RescoringError, match=r"interrupted run with another --text"):
-        finetune(folder, [text], out, COURSE, "cpu", inputs={"--text": "b"})
-    assert finetune(folder, [text], out, COURSE, "cpu", inputs={"--text": "a"}) == perplexities
+        finetune(folder, mine, out, COURSE, "cpu", inputs={"--text": "b"})
+    assert finetune(folder, mine, out, COURSE, "cpu", inputs={"--text": "a"}) == perplexities
     assert not (tmp_path / "out.unfinished").exists()
-    held_out = split(read_sentences([text]), COURSE.held_out)[1]
+    held_out = split(mine.texts, COURSE.held_out)[1]
     adapted, before = load_scorer(out, "cpu"), load_scorer(folder, "cpu")
     assert adapted.score(held_out).sum() > before.score(held_out).sum()
     assert json.loads((out / "rescoring.json").read_text())["text_form"] == "plain"

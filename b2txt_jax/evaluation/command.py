@@ -9,6 +9,10 @@ machine's port 6379 is used if one answers.
 
 With --workers N, N worker processes share the sentences: --lm DIR starts them, and together with
 --redis they share them with the workers that run elsewhere. --workers 0 leaves all to those.
+
+With --with RUN ..., the runs together answer each trial, all decoded with the same settings: by
+minimum Bayes risk over their n-best lists, by ROVER, or by one decoding of their averaged logits.
+With --passes N, each run is averaged over N augmented versions of a trial and the trial itself.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -32,8 +37,15 @@ from b2txt_jax.config import SignalConfig
 from b2txt_jax.data.description import corpora_of
 from b2txt_jax.data.fingerprint import fingerprint, short
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.data.trial import Reader, listed
+from b2txt_jax.data.trial import SPLITS, Reader, listed
 from b2txt_jax.errors import UserError
+from b2txt_jax.evaluation.combine import (
+    METHODS,
+    agree,
+    as_result,
+    print_systems,
+    scored_hypotheses,
+)
 from b2txt_jax.evaluation.decoder_settings import DecoderSettings, settings_in_use
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
@@ -48,16 +60,18 @@ from b2txt_jax.evaluation.evaluate import (
 from b2txt_jax.evaluation.intervals import DRAWS, LEAST_DAYS, LEVEL
 from b2txt_jax.evaluation.results import ANSWERS, EVALUATION
 from b2txt_jax.evaluation.submission import SubmissionWarning, write_submission
-from b2txt_jax.inference.run import (
-    CHANGEABLE,
-    Run,
-    TrialLogits,
-    add_weights_argument,
-    load_run,
+from b2txt_jax.inference.ensemble import (
+    add_passes_arguments,
+    augmentations_of,
+    ensemble_fingerprint,
+    ensemble_logits,
+    load_runs,
 )
+from b2txt_jax.inference.run import CHANGEABLE, Run, TrialLogits, add_weights_argument
+from b2txt_jax.metrics import total, word_error_rates
 from b2txt_jax.provenance import hardware, provenance
 from b2txt_jax.training.checkpoint import RAW
-from lm_server.client.answers import LanguageModelUnavailableError
+from lm_server.client.answers import LanguageModelUnavailableError, Result
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
@@ -71,9 +85,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `b2txt evaluate`."""
     parser.add_argument("--workdir", required=True, type=Path, help="folder of a trained run")
     parser.add_argument(
-        "--split", choices=("val", "test"), default="val", help="of the data (default val)"
+        "--split",
+        choices=SPLITS,
+        default="val",
+        help="of the data (default val). train: for `b2txt correction-data`",
     )
     add_weights_argument(parser)
+    parser.add_argument(
+        "--with",
+        dest="others",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RUN",
+        help="further runs of the same data, which answer together with --workdir",
+    )
+    parser.add_argument(
+        "--combine",
+        choices=(*METHODS, "logits"),
+        default=METHODS[0],
+        help="with --with: minimum Bayes risk, ROVER, or averaged logits (default mbr)",
+    )
+    add_passes_arguments(parser)
     parser.add_argument(
         "--redis",
         metavar="URL",
@@ -118,12 +151,21 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt evaluate`. Return exit status 1 when trials failed."""
     console = Console()
     options = child_options(args)
-    model = load_run(args.workdir, args.overrides, args.weights)
+    if args.others and args.out is None:
+        raise OptionsError(
+            "--with is given without --out; needed --out DIR: the result is not that of one run"
+        )
+    models = load_runs([args.workdir, *args.others], args.overrides, args.weights, args.passes)
+    model = models[0]
     decoder = settings_in_use(model, args.lm, options)
     options = decoder.options(options)
     args.settings = decoder.file
     out = args.out or args.workdir / args.split / result_name(args)
     check_results(out)
+    if args.split == "train":
+        console.print(
+            "the runs were trained on these sentences: their rates say nothing of other ones"
+        )
     with language_model(args.redis, args.lm, args.workers, options) as (url, name):
         jobs = args.workers is not None
         given = {
@@ -131,14 +173,27 @@ def run(args: argparse.Namespace) -> int:
             "llm": args.llm,
             "lm_settings": args.settings and str(args.settings),
             "lm_options": args.lm_options or None,
+            "passes": args.passes or None,
+            "passes_seed": args.passes_seed if args.passes else None,
+            "augmentations": augmentations_of(model) if args.passes else None,
+            "with": [str(path.absolute()) for path in args.others] or None,
+            "combine": args.combine if args.others else None,
         }
         settings = all_settings(model, given, url, args.lm, jobs)
         check_replaceable(out, settings, args.force)
-        trials = model.logits(args.split, console=console)
-        result = evaluate_run(model, trials, args.split, url, settings, console, jobs, decoder)
+        if args.others or args.passes:
+            passes = (args.passes, args.passes_seed)
+            result = evaluate_together(
+                models, args.combine, passes, args.split, url, settings, console, jobs, decoder
+            )
+        else:
+            trials = model.logits(args.split, console=console)
+            result = evaluate_run(model, trials, args.split, url, settings, console, jobs, decoder)
     write_results(out, result)
     print_results(result, console)
     print_origin(model, decoder, args.lm, args.split, console)
+    if args.others:
+        console.print(f"of {model.workdir}; the other runs are decoded with the same settings")
     console.print(f"written: {out / EVALUATION}, {out / _SUBMISSION}", soft_wrap=True)
     return 1 if result.failed else 0
 
@@ -148,6 +203,7 @@ def result_name(args: argparse.Namespace) -> str:
     server = "workers" if args.workers is not None else "server"
     names = [args.lm.absolute().name if args.lm else server]
     names += [Path(given).absolute().stem for given in (args.settings, args.llm) if given]
+    names += [f"passes_{args.passes}"] if args.passes else []
     return "-".join(names) + ("" if args.weights == RAW else f"_{args.weights}")
 
 
@@ -334,22 +390,102 @@ def evaluate_run(
     Raises:
       LanguageModelUnavailableError: the server is gone.
     """
-    checkpoint = {**model.identity, **model.selection}
-    if decoder is not None:
-        checkpoint["decoder_settings"] = decoder.to_json()
     logits = [trial.logits for trial in trials]
+    results = _decoded(trials, logits, split, url, console, jobs)
+    checkpoint = {**model.identity, **model.selection}
+    return _scored(model, trials, results, split, settings, console, checkpoint, decoder)
+
+
+def evaluate_together(
+    models: Sequence[Run],
+    method: str,
+    passes: tuple[int, int],
+    split: str,
+    url: str,
+    settings: dict[str, Any],
+    console: Console,
+    jobs: bool = False,
+    decoder: DecoderSettings | None = None,
+) -> Evaluation:
+    """Decode what several runs, or one with augmented passes, say together, and score it.
+
+    Args:
+      models: of the same data.
+      method: mbr, rover, or logits for one decoding of averaged logits.
+      passes: augmented versions of each trial, and the seed of their noise.
+      split: val, test or train.
+      url, settings, console, jobs, decoder: as of `evaluate_run`.
+
+    Raises:
+      DataError: the runs are of other data.
+      LanguageModelUnavailableError: the server is gone.
+    """
+    first = models[0]
+    found = ensemble_logits(models, split, console=console, passes=passes[0], seed=passes[1])
+    trials = found.trials
+    if len(models) == 1:
+        return evaluate_run(first, trials, split, url, settings, console, jobs, decoder)
+    checkpoint = {
+        "step": max(one.step for one in models),
+        "weights": first.weights,
+        "parameters": ensemble_fingerprint(models),
+        "of": [{"workdir": str(one.workdir), **one.identity} for one in models],
+    }
+    if method == "logits":
+        logits = [trial.logits for trial in trials]
+        results = _decoded(trials, logits, split, url, console, jobs)
+        return _scored(first, trials, results, split, settings, console, checkpoint, decoder)
+    each = [_decoded(trials, one, split, url, console, jobs) for one in found.members]
+    results = []
+    for of_trial in zip(*each, strict=True):
+        lists = [scored_hypotheses(one.answer) for one in of_trial]
+        seconds = sum(one.seconds for one in of_trial)
+        problems = [one.answer.problem for one in of_trial if one.answer and one.answer.problem]
+        problem = problems[0] if problems else None
+        results.append(as_result(of_trial[0].name, agree(lists, method), seconds, problem))
+    true = [trial.sentence for trial in trials if trial.sentence is not None]
+    if split != "test" and len(true) == len(trials):
+        texts = [[one.answer.sentence if one.answer else "" for one in some] for some in each]
+        rates = [total(word_error_rates(true, some)) for some in texts]
+        names = [str(model.workdir) for model in models]
+        print_systems([*zip(names, rates, strict=True)], console)
+    return _scored(first, trials, results, split, settings, console, checkpoint, decoder)
+
+
+def _decoded(
+    trials: Sequence[TrialLogits],
+    logits: Sequence[np.ndarray],
+    split: str,
+    url: str,
+    console: Console,
+    jobs: bool,
+) -> list[Result]:
     names = [trial.ref.name for trial in trials]
     with Progress(console=console) as progress:
         task = progress.add_task(f"sentences of {split}", total=len(trials))
         decode = run_workers if jobs else run_language_model
-        results = decode(logits, names, url, lambda done, _: progress.update(task, completed=done))
+        return decode(logits, names, url, lambda done, _: progress.update(task, completed=done))
+
+
+def _scored(
+    model: Run,
+    trials: Sequence[TrialLogits],
+    results: Sequence[Result],
+    split: str,
+    settings: dict[str, Any],
+    console: Console,
+    checkpoint: dict[str, Any],
+    decoder: DecoderSettings | None,
+) -> Evaluation:
+    if decoder is not None:
+        checkpoint = {**checkpoint, "decoder_settings": decoder.to_json()}
     problems = {one.name: one.answer.problem for one in results if one.answer}
     not_rescored = [name for name, problem in problems.items() if problem]
     if not_rescored:
         first = not_rescored[0]
         console.print(
-            f"warning: {len(not_rescored)} of {len(names)} sentences were not rescored; the first, "
-            f"{first}: {problems[first]}",
+            f"warning: {len(not_rescored)} of {len(trials)} sentences were not rescored; the "
+            f"first, {first}: {problems[first]}",
             soft_wrap=True,
         )
         settings = {**settings, "not_rescored": not_rescored}
@@ -360,7 +496,7 @@ def evaluate_run(
     return evaluate(
         split=split,
         results=results,
-        logits=logits,
+        logits=[trial.logits for trial in trials],
         labels=labels if known else None,
         sentences=sentences if known else None,
         corpora=corpora_of(
@@ -373,7 +509,7 @@ def evaluate_run(
             **provenance(),
             "hardware": hardware(),
             "data": short(fingerprint(reader, [trial.ref for trial in trials])),
-            "parameters": model.fingerprint,
+            "parameters": checkpoint["parameters"],
         },
     )
 

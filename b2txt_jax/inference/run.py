@@ -6,7 +6,7 @@ import argparse
 import difflib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -41,6 +41,7 @@ from b2txt_jax.training.metrics_log import (
 from b2txt_jax.training.sharding import (
     DATA,
     abstract_state,
+    jit_augmented_step,
     jit_eval_step,
     make_mesh,
     placement,
@@ -61,6 +62,16 @@ CHANGEABLE = frozenset(
     }
 )
 """Keys of a run's configuration that may differ when its model is used. The others made it."""
+
+AUGMENTING = frozenset(
+    f"signal.{name}"
+    for name in (
+        *("augment", "static_gain_std", "white_noise_std", "constant_offset_std"),
+        *("random_walk_std", "random_cut", "speckle_rate", "channel_mask_rate"),
+        *("time_mask_spans", "time_mask_fraction", "time_mask_patch"),
+    )
+)
+"""Keys that may differ where features are augmented as the model is used."""
 
 _BUCKETS = ((512, 64),)
 """(bins, labels), for arrays given to a run without buckets of its own."""
@@ -313,27 +324,41 @@ class Run:
         return jit_eval_step(self.config, len(self.sessions), self._mesh)
 
     @functools.cached_property
+    def _augmented_step(self) -> Callable[[Params, Batch, jax.Array], EvalOutput]:
+        return jit_augmented_step(self.config, len(self.sessions), self._mesh)
+
+    @functools.cached_property
     def _placed_params(self) -> Params:
         state = abstract_state(self.config, len(self.sessions), self._mesh)
         params: Params = jax.device_put(self.params, placement(state.params))
         return params
 
-    def of_batch(self, batch: Batch) -> Iterator[np.ndarray]:
-        """Yield each row's valid logits, float32 [frames, 41]."""
-        output = self._eval_step(self._placed_params, batch)
+    def of_batch(self, batch: Batch, key: jax.Array | None = None) -> Iterator[np.ndarray]:
+        """Yield each row's valid logits, float32 [frames, 41]. With a key, of features augmented
+        by the configuration's `signal`, which has as many frames."""
+        if key is None:
+            output = self._eval_step(self._placed_params, batch)
+        else:
+            output = self._augmented_step(self._placed_params, batch, key)
         logits, frames = np.asarray(output.logits), np.asarray(output.frames)
         for row, count in enumerate(frames):
             yield logits[row, :count].copy()
 
 
-def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = RAW) -> Run:
+def load_run(
+    workdir: Path | str,
+    overrides: Sequence[str] = (),
+    weights: str = RAW,
+    changeable: Collection[str] = CHANGEABLE,
+) -> Run:
     """Read a run's configuration and best parameters.
 
     Args:
       workdir: the run's folder, written by `b2txt train`, or by `b2txt export-model`.
-      overrides: of the keys in `CHANGEABLE`, such as "--config.data.root=DIR".
+      overrides: of the keys in `changeable`, such as "--config.data.root=DIR".
       weights: "raw", or "ema" for the moving average of a run with `train.ema`. Each are those of
         their own best validation.
+      changeable: keys of the configuration that may be overridden.
 
     Raises:
       ConfigError: the folder holds no run, or one without such weights.
@@ -342,8 +367,8 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     """
     workdir = Path(workdir)
     if (workdir / SHARED_FILE).is_file() and not has_checkpoint(workdir):
-        return _load_shared(workdir, overrides, weights)
-    config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
+        return _load_shared(workdir, overrides, weights, changeable)
+    config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, changeable)
     if weights not in WEIGHTS:
         raise ConfigError(f"weights is {weights!r}; needed one of {', '.join(WEIGHTS)}")
     if weights == EMA and not config.train.ema:
@@ -359,13 +384,15 @@ def load_run(workdir: Path | str, overrides: Sequence[str] = (), weights: str = 
     return Run(config, params, best.step, weights, workdir)
 
 
-def _load_shared(workdir: Path, overrides: Sequence[str], weights: str) -> Run:
+def _load_shared(
+    workdir: Path, overrides: Sequence[str], weights: str, changeable: Collection[str]
+) -> Run:
     from b2txt_jax.interop.safetensors_file import read_safetensors
 
     if weights != RAW:
         raise ConfigError(f"{workdir} was exported with one kind of weights; leave out {weights!r}")
     # Only to refuse what must not change. The weights have their configuration with them.
-    with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, CHANGEABLE)
+    with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, changeable)
     found = read_safetensors(workdir / SHARED_FILE, overrides)
     return Run(found.config, found.state.params, int(found.state.step), weights, workdir)
 

@@ -22,6 +22,7 @@ from b2txt_jax.model.interface import DATA, MODEL, Model
 from b2txt_jax.training.step import (
     TrainState,
     init_state,
+    make_augmented_step,
     make_eval_step,
     make_train_step,
     model_of,
@@ -193,4 +194,15 @@ def jit_eval_step(config: Config, days: int, mesh: Mesh, validating: bool = Fals
         _on(mesh, make_eval_step(config, days, validating)),
         in_shardings=(params, batch_shardings(mesh)),
         out_shardings=NamedSharding(mesh, P()),
+    )
+
+
+def jit_augmented_step(config: Config, days: int, mesh: Mesh) -> Any:
+    """Return the jitted (params, batch, key) -> EvalOutput of augmented features."""
+    params = placement(abstract_state(config, days, mesh).params)
+    whole = NamedSharding(mesh, P())
+    return jax.jit(
+        _on(mesh, make_augmented_step(config, days)),
+        in_shardings=(params, batch_shardings(mesh), whole),
+        out_shardings=whole,
     )

@@ -283,17 +283,44 @@ def make_eval_step(
 ) -> Callable[[Params, Batch], EvalOutput]:
     """Return the pure function (params, batch) -> EvalOutput: smoothing, no augmentation, no
     dropout. `validating`: with the further logits that the model has validated."""
+    evaluated = _evaluation(config, days, validating)
+
+    def eval_step(params: Params, batch: Batch) -> EvalOutput:
+        return evaluated(params, batch, None)
+
+    return eval_step
+
+
+def make_augmented_step(
+    config: Config, days: int
+) -> Callable[[Params, Batch, jax.Array], EvalOutput]:
+    """Return the pure function (params, batch, key) -> EvalOutput of augmented features.
+
+    A trial keeps its frames. Where an augmentation moves it up, silence follows its end.
+    """
+    augmentations(config.signal)  # Bad settings raise here, before tracing.
+    return _evaluation(config, days, validating=False)
+
+
+def _evaluation(
+    config: Config, days: int, validating: bool
+) -> Callable[[Params, Batch, jax.Array | None], EvalOutput]:
+    """Return (params, batch, key) -> EvalOutput. Without a key, nothing is augmented."""
     model, signal = model_of(config, days), config.signal
     forward = model.validate if validating else model.apply
 
-    def eval_step(params: Params, batch: Batch) -> EvalOutput:
+    def evaluated(params: Params, batch: Batch, key: jax.Array | None) -> EvalOutput:
         x, bins = jnp.asarray(batch.features, jnp.float32), jnp.asarray(batch.bins)
+        if key is not None:
+            x, _ = augment(key, x, bins, signal)
         x = smooth_as(x, signal, signal.eval_padding)
         if signal.eval_padding == "valid":
             bins = jnp.maximum(bins - (len(taps_of(signal)[0]) - 1), 0)
+        if key is not None:
+            x, _ = augment(key, x, bins, signal, smoothed=True)
         logits, frames, aux = forward(params, x, bins, batch.day)
         loss = ctc_loss(logits, frames, batch.labels, batch.label_length)
         rows = Rows(batch.bins, batch.day, batch.labels, batch.label_length)
         return EvalOutput(logits, frames, loss, rows, aux if validating else {})
 
-    return eval_step
+    return evaluated

@@ -26,10 +26,11 @@ SETTINGS = {
         ({"redis": "redis://:secret@host"}, "server"),
         ({"redis": "redis://:secret@host", "workers": 0}, "workers"),
         ({"lm": Path("lm"), "llm": "runs/smollm2/", "weights": "ema"}, "lm-smollm2_ema"),
+        ({"lm": Path("lm"), "passes": 8}, "lm-passes_8"),
     ],
 )
 def test_a_result_has_the_name_of_what_decoded(given: dict[str, Any], name: str) -> None:
-    usual = dict.fromkeys(("lm", "llm", "settings", "redis", "workers"))
+    usual = {**dict.fromkeys(("lm", "llm", "settings", "redis", "workers")), "passes": 0}
     assert result_name(argparse.Namespace(**{**usual, "weights": "raw", **given})) == name
 
 

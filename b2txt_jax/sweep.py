@@ -28,6 +28,7 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.intervals import LEVEL
 from b2txt_jax.evaluation.results import results_of
 from b2txt_jax.provenance import provenance
+from b2txt_jax.training.experiment_log import add_tracker_argument, check_tracker
 from b2txt_jax.training.loop import FINISHED_FILE, train
 from lm_server.files.atomic_file import replacing, require_writable
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm", type=Path, metavar="DIR", help="evaluate each run with this model folder"
     )
+    add_tracker_argument(parser)
     parser.epilog = "Any key of the configuration: --config.section.key=value."
 
 
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt sweep`. Return exit status 1 when a run failed, 130 when it was interrupted."""
     if args.seeds < 1:
         raise ConfigError(f"--seeds is {args.seeds}; needed 1 or more")
+    check_tracker(args.tracker)
     require_writable(args.out / SWEEP_FILE)
     console = Console()
     base = load_config(args.config, args.overrides)
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         console.rule(f"{number} of {len(planned)}: {name}, seed {seed}")
         try:
             if not (workdir / FINISHED_FILE).is_file():
-                result = train(config, workdir, console)
+                result = train(config, workdir, console, args.tracker)
                 if not result.finished:
                     return 130
             if args.lm is not None and not results_of(workdir):

@@ -50,6 +50,11 @@ from b2txt_jax.training.distributed import (
     stop_on_signals,
     wait_for_all,
 )
+from b2txt_jax.training.experiment_log import (
+    add_tracker_argument,
+    check_tracker,
+    experiment,
+)
 from b2txt_jax.training.lock import WorkdirInUseError, locked
 from b2txt_jax.training.metrics_log import (
     METRICS_FILE,
@@ -100,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one of several hosts: a TPU slice, SLURM, or as JAX_COORDINATOR_ADDRESS says",
     )
+    add_tracker_argument(parser)
     parser.epilog = (
         "Any key of the configuration: --config.section.key=value. Called again with the same "
         "--workdir, training goes on where it stopped. SIGTERM saves and exits 0; "
@@ -115,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.overrides)
     else:
         config = with_overrides(read_written_config(args.workdir / CONFIG_FILE), args.overrides)
-    result = train(config, args.workdir)
+    result = train(config, args.workdir, tracker=args.tracker)
     # Preemption is no failure: everything is saved. An interrupt by the user is one.
     status = 130 if result.stopped_by == signal.SIGINT and not result.finished else 0
     if not result.compiled:
@@ -161,16 +167,26 @@ def resolve(config: Config, workdir: Path, resumed: bool) -> Config:
     return config
 
 
-def train(config: Config, workdir: Path, console: Console | None = None) -> TrainResult:
+def train(
+    config: Config, workdir: Path, console: Console | None = None, tracker: str | None = None
+) -> TrainResult:
     """Train to `config.train.steps`, from the latest checkpoint in `workdir` if there is one.
 
+    Args:
+      config: of the run.
+      workdir: its folder.
+      console: prints what happens.
+      tracker: service that gets the metrics too, one of `experiment_log.TRACKERS`.
+
     Raises:
+      TrackerError: the tracker cannot be used.
       ConfigError, DataError, PlanError, CheckpointError: see their modules.
       TrainingError: a loss or gradient was not finite.
       WorkdirInUseError: another training runs in `workdir`.
     """
     console = console or Console(quiet=not is_first())
     check_not_pretrained(workdir)
+    check_tracker(tracker)
     resumed = has_checkpoint(workdir)
     asked, config = config, resolve(config, workdir, resumed)
     fixed = [key for key in differences(asked, config) if key not in resumable_keys(config)]
@@ -228,7 +244,7 @@ def train(config: Config, workdir: Path, console: Console | None = None) -> Trai
             write_fingerprint(workdir, data)
             _record_call(workdir, short(data))
         return _train_in(
-            config, workdir, console, mesh, steps, training, validation, resumed, decoder
+            config, workdir, console, mesh, steps, training, validation, resumed, decoder, tracker
         )
 
 
@@ -247,6 +263,7 @@ def _train_in(
     validation: EvaluationData,
     resumed: bool,
     decoder: Decoder | None,
+    tracking: str | None,
 ) -> TrainResult:
     """Run `train` in a folder that exists and is locked."""
     days = len(config.data.sessions)
@@ -291,7 +308,10 @@ def _train_in(
             console.print(f"going on from step {first} of {config.train.steps} in {workdir}")
         if is_first():
             (workdir / FINISHED_FILE).unlink(missing_ok=True)
-        log = stack.enter_context(MetricsLog(workdir, first)) if is_first() else None
+        log = None
+        if is_first():
+            sent = stack.enter_context(experiment(tracking, workdir, config, console))
+            log = stack.enter_context(MetricsLog(workdir, first, sent))
         checkpoints.prepare(state)
         if not _compile(steps, config, training, validation, console, stopping):
             console.print(f"stopped before step {first + 1}: the same command starts again there")

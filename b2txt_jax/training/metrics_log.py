@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from b2txt_jax.errors import UserError
+from b2txt_jax.training.experiment_log import Experiment
 from lm_server.files.atomic_file import regular, replacing
 
 
@@ -54,8 +55,10 @@ class MetricsError(UserError, RuntimeError):
 class MetricsLog:
     """Writer of `WORKDIR/metrics.jsonl` and `WORKDIR/tensorboard`."""
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: Path, first_step: int, experiment: Experiment | None = None):
         """Open the files. Drop entries after `first_step`, which belong to work that was lost.
+
+        `experiment`: gets what is written too.
 
         Raises:
           MetricsError: the file of an earlier part of the run holds something else.
@@ -67,13 +70,15 @@ class MetricsLog:
         with replacing(path) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
+        self._experiment = experiment
         # TensorBoard's thread ends at a full disk; a queue with a limit would then block us.
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1, max_queue=0
         )
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line `{kind, step, **values}`. Numbers, also nested, go to TensorBoard too.
+        """Write one line `{kind, step, **values}`. Numbers, also nested, go to TensorBoard and to
+        the experiment too.
 
         Raises:
           MetricsError: it cannot be written, for example on a full disk.
@@ -90,12 +95,16 @@ class MetricsLog:
                 f"{free:.0f} MB are free there. Make room, then start the same command: it goes on "
                 "from the last checkpoint"
             ) from error
+        numbers = {}
         for name, value in values.items():
             nested = value.items() if isinstance(value, Mapping) else [("", value)]
             for key, number in nested:
                 if isinstance(number, int | float):
-                    tag = f"{kind}/{name}/{key}" if key else f"{kind}/{name}"
-                    self._board.add_scalar(tag, number, step)
+                    numbers[f"{kind}/{name}/{key}" if key else f"{kind}/{name}"] = number
+        for tag, number in numbers.items():
+            self._board.add_scalar(tag, number, step)
+        if self._experiment is not None and numbers:
+            self._experiment.log(step, numbers)
 
     def __enter__(self) -> MetricsLog:
         return self

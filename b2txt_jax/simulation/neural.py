@@ -164,6 +164,12 @@ def record(
     return features
 
 
+def written(features: np.ndarray, electrodes: int) -> np.ndarray:
+    """Return the features of the first `electrodes` of each array: [bins, 512] -> [bins, D]."""
+    by_array = features.reshape(len(features), 2, len(ARRAYS), ELECTRODES)
+    return by_array[..., :electrodes].reshape(len(features), -1)
+
+
 def z_score(features: np.ndarray) -> None:
     """Z-score features [bins, 512] over the bins, in place. One that never changes becomes 0."""
     mean, std = features.mean(axis=0), features.std(axis=0)

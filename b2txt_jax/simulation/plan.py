@@ -16,6 +16,7 @@ import numpy as np
 from b2txt_jax.data.description import DataError
 from b2txt_jax.phonemes import sentence_to_ids
 from b2txt_jax.simulation.corpus import CORPORA, Pool, load_pool
+from b2txt_jax.simulation.neural import ELECTRODES
 from lm_server.lexicon.text_rules import normalise
 
 _DATES = """
@@ -98,6 +99,13 @@ class SimulationSettings:
         5.0,
         "strength of bursts that channels share; strong_drift: 1 is about 1.7 times the modulation "
         "by speech at difficulty 0.5 (rms); recordings: 1 is the calibrated strength",
+    )
+    electrodes: int = _setting(
+        ELECTRODES,
+        1,
+        ELECTRODES,
+        "electrodes of each array that are written, two features each, the first ones; fewer "
+        "make training cheaper, with data.feature_count",
     )
     raw: bool = field(
         default=False,

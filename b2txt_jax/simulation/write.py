@@ -171,6 +171,9 @@ def run(args: argparse.Namespace) -> int:
         raise DataError(f"--jobs is {jobs}; needed 1 or more processes")
     root = simulate(args.out, settings, args.force, jobs)
     print(f"{settings.sessions} simulated sessions are in {root}")
+    count = 2 * settings.electrodes * len(neural.ARRAYS)
+    if count != neural.FEATURES:
+        print(f"{count} features a bin: train with --config.data.feature_count={count}")
     return 0
 
 
@@ -271,7 +274,7 @@ def _record_block(
     index: int,
     day: neural.Tuning | recordings.Day,
 ) -> list[np.ndarray]:
-    """Return the features of each trial of a block, float32 [T, 512]."""
+    """Return the features of each trial of a block, float32 [T, D]."""
     strength = modulation(settings.difficulty)
     if isinstance(day, recordings.Day):
         rng_of = functools.partial(named_rng, settings)
@@ -296,6 +299,7 @@ def _record_block(
             timing = named_rng(settings, "bursts", index, block.number)
             bursts = settings.bursts * neural.bursts(sum(lengths), patterns, timing)
         features = neural.record(trajectories, day, strength, rng, bursts)
+    features = neural.written(features, settings.electrodes)
     if not settings.raw:
         neural.z_score(features)
     return np.split(features, np.cumsum(lengths)[:-1])

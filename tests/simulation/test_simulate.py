@@ -245,6 +245,19 @@ def test_a_session_is_the_same_however_many_are_asked_for_and_more_can_be_added(
         assert contents(path) == contents(every[name]), name
 
 
+def test_fewer_electrodes_are_the_first_of_each_array_and_of_both_kinds(
+    folder: Path, tmp_path: Path
+) -> None:
+    fewer = dataclasses.replace(SMALL, sessions=2, electrodes=3)
+    written = Path(simulate(tmp_path, fewer)) / SESSIONS[1] / "data_val.hdf5"
+    every = folder / "hdf5_data_final" / SESSIONS[1] / "data_val.hdf5"
+    columns = [64 * array + electrode for array in range(8) for electrode in range(3)]
+    with h5py.File(written) as some, h5py.File(every) as whole:
+        for trial in whole:
+            expected = whole[trial]["input_features"][()][:, columns]
+            np.testing.assert_allclose(some[trial]["input_features"], expected, atol=1e-6)
+
+
 def test_a_missing_file_is_made_again_as_it_was(folder: Path, tmp_path: Path) -> None:
     simulate(tmp_path, SMALL)
     lost = files_of(tmp_path)[f"{SESSIONS[2]}/data_val.hdf5"]

@@ -121,7 +121,7 @@ def as_text(result: Result) -> str:
             f"WER to expect, the large model asked during the search: {asking:.2%} against "
             f"{alone:.2%} rescored at the end: "
             + (
-                f"fuse_weight {result.settings.fuse_weight:g}, for --fuse"
+                f"use --fuse with fuse_weight {result.settings.fuse_weight:g}"
                 if asking < alone
                 else "leave --fuse out"
             )

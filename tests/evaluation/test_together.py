@@ -14,6 +14,7 @@ from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run as Weights
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.step import init_state
+from lm_server.lexicon.text_rules import normalise
 
 
 def test_a_result_of_several_runs_needs_a_place_of_its_own(tmp_path: Path, capsys) -> None:
@@ -45,7 +46,7 @@ def test_they_answer_what_their_own_results_agree_on(
         write_workdir(Path(folders[-1]), Weights(one, state, BestScore(0.5, 9.0, 0)))
     reader = open_folder(config.data.root, config.data.feature_count)
     refs = reader.find_trials(days, "val", labels_needed=False)
-    lm = ["--lm", str(build_lm([reader.sample(ref).sentence or "" for ref in refs]))]
+    lm = ["--lm", str(build_lm([normalise(reader.sample(ref).sentence or "") for ref in refs]))]
     for folder in folders:
         main(["evaluate", "--workdir", folder, *lm])
     alone = [str(path) for folder in folders for path in (Path(folder) / "val").iterdir()]

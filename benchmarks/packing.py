@@ -24,6 +24,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import dataclasses
 
 import jax
+import numpy as np
 from input import write
 
 from b2txt_jax.config import Config, load_config
@@ -43,7 +44,7 @@ def computed(config: Config, devices: int) -> float:
     rules = packing_rules(config, SESSIONS, devices)
     seed, steps = config.train.seed, config.train.steps
     shapes = choose(config.data, config.data.buckets, lengths, rules, seed, steps)
-    every = content = 0
+    every = content = bins_sent = bins_fullest = 0
     used: dict[str, int] = {}
     # Other steps than those that the shapes are chosen from.
     batches = -(-TRIALS // config.data.batch_rows)
@@ -52,7 +53,11 @@ def computed(config: Config, devices: int) -> float:
         trials = [lengths[day][trial] for day, trial in rows]
         bins = [length for length, _ in trials]
         if shapes.rules is not None:
-            shape = shapes.lay_out(bins, [int(day) for day, _ in rows]).shape
+            layout = shapes.lay_out(bins, [int(day) for day, _ in rows])
+            shape = layout.shape
+            held = np.where(layout.trial >= 0, np.array(bins)[layout.trial], 0)
+            bins_sent += shape.rows * shape.bins
+            bins_fullest += devices * int(held.reshape(devices, -1).sum(1).max())
         else:
             most = max(label for _, label in trials)
             shape = next(s for s in shapes.share if s.bins >= max(bins) and s.labels >= most)
@@ -64,6 +69,12 @@ def computed(config: Config, devices: int) -> float:
         f"computed per frame of content; {used}",
         flush=True,
     )
+    if bins_sent:
+        print(
+            f"if every device received as many bins as the fullest has content: "
+            f"{1 - bins_fullest / bins_sent:.1%} fewer bytes",
+            flush=True,
+        )
     return every / content
 
 

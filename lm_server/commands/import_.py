@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logits",
         type=Path,
         metavar="FILE",
-        help="pickle of {logits, adjusted_len, transcription}",
+        help="pickle of {logits, adjusted_lens, transcription}",
     )
     parser.add_argument(
         "--lexicon", type=Path, metavar="FILE", help="with --kenlm: words, a tab, phonemes and SIL"

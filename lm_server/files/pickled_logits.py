@@ -14,8 +14,8 @@ from lm_server.files.logits_file import LogitsFileError
 from lm_server.files.plain_pickle import PickleError, read_pickle
 from lm_server.protocol import CLASSES, ProtocolError, check_logits
 
-_NEEDED = "needed a pickle of {logits, adjusted_len, transcription}, each with one entry per trial"
-_USED = ("logits", "adjusted_len", "transcription")
+_NEEDED = "needed a pickle of {logits, adjusted_lens, transcription}, each with one entry per trial"
+_USED = ("logits", "adjusted_lens", "transcription")
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def _trials(path: Path, found: Any) -> _Trials:
     if not isinstance(found, Mapping) or "logits" not in found:
         what = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
         raise LogitsFileError(f"{path} holds {what}; {_NEEDED}")
-    if "adjusted_lens" in found and "adjusted_len" not in found:
-        found = {**found, "adjusted_len": found["adjusted_lens"]}
-        del found["adjusted_lens"]
+    if "adjusted_len" in found and "adjusted_lens" not in found:
+        found = {**found, "adjusted_lens": found["adjusted_len"]}
+        del found["adjusted_len"]
     count = _length(path, "logits", found["logits"])
-    for name in ("adjusted_len", "transcription"):
+    for name in ("adjusted_lens", "transcription"):
         if name in found and (other := _length(path, name, found[name])) != count:
             raise LogitsFileError(f"{path} has {count} logits and {other} of {name}; {_NEEDED}")
     if not count:
@@ -82,9 +82,9 @@ def _trials(path: Path, found: Any) -> _Trials:
         if one.ndim == 3 and len(one) == 1:
             one = one[0]
         try:
-            frames = int(found["adjusted_len"][i]) if "adjusted_len" in found else len(one)
+            frames = int(found["adjusted_lens"][i]) if "adjusted_lens" in found else len(one)
             if one.ndim == 2 and not 0 <= frames <= len(one):
-                raise ProtocolError(f"adjusted_len is {frames}, but there are {len(one)} frames")
+                raise ProtocolError(f"adjusted_lens is {frames}, but there are {len(one)} frames")
             logits.append(check_logits(one[:frames] if one.ndim == 2 else one))
         except (ProtocolError, ValueError, TypeError) as error:
             raise LogitsFileError(f"{path}, trial {i}: {error}") from error

@@ -27,7 +27,7 @@ def trials(padded=False):
     if padded:
         most = max(lengths) + 3
         logits = np.stack([np.pad(one, ((0, most - len(one)), (0, 0))) for one in logits])
-    return {"logits": logits, "adjusted_len": lengths, "transcription": SENTENCES}
+    return {"logits": logits, "adjusted_lens": lengths, "transcription": SENTENCES}
 
 
 def codes(text):
@@ -37,7 +37,7 @@ def codes(text):
 LAYOUTS = {
     "lists": trials(),
     "padded": trials(padded=True),
-    "numpy numbers": {**trials(), "adjusted_len": np.array(trials()["adjusted_len"])},
+    "numpy numbers": {**trials(), "adjusted_lens": np.array(trials()["adjusted_lens"])},
     "codes of characters": {**trials(), "transcription": list(map(codes, SENTENCES))},
     "array of texts": {**trials(), "transcription": np.array(SENTENCES)},
     "array of objects": {**trials(), "transcription": np.array(SENTENCES, object)},
@@ -46,7 +46,7 @@ LAYOUTS = {
     ],
     "a batch of one": {**trials(), "logits": [one[None] for one in trials()["logits"]]},
     "the other spelling": {
-        "adjusted_lens" if name == "adjusted_len" else name: value
+        "adjusted_len" if name == "adjusted_lens" else name: value
         for name, value in trials(padded=True).items()
     },
     "half precision": {**trials(), "logits": [one.astype("f2") for one in trials()["logits"]]},
@@ -122,8 +122,11 @@ def test_nothing_but_arrays_and_plain_values_is_unpickled(tmp_path, monkeypatch,
         ([1, 2], "holds list; needed a pickle of"),
         ({"rnn_logits": []}, r"holds \['rnn_logits'\]; needed"),
         ({"logits": []}, "has no trial"),
-        ({**trials(), "adjusted_len": [3]}, "has 3 logits and 1 of adjusted_len"),
-        ({**trials(), "adjusted_len": [3, 3, 999]}, "trial 2: adjusted_len is 999, but there are"),
+        ({**trials(), "adjusted_lens": [3]}, "has 3 logits and 1 of adjusted_lens"),
+        (
+            {**trials(), "adjusted_lens": [3, 3, 999]},
+            "trial 2: adjusted_lens is 999, but",
+        ),
         ({**trials(), "transcription": [1.5, "", ""]}, "trial 0: the transcription is float"),
         ({"logits": [np.zeros((3, 40))]}, r"trial 0: logits have shape \(3, 40\); needed"),
         ({"logits": [np.full((3, 41), np.nan)]}, "trial 0: logits hold 123 NaN"),

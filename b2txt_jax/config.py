@@ -227,10 +227,17 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How devices share the work. Changes no result."""
+    """How devices share the work. Changes no result, but for what reduce_dtype rounds."""
 
     # Devices over which large parameters are split; the others split a batch's rows.
     model_axis: int = setting(1, least=1, help="devices", resumable=True)
+    # 'bfloat16' halves what devices send each other. It needs products in bfloat16.
+    reduce_dtype: str = setting(
+        "float32",
+        choices=("float32", "bfloat16"),
+        help="in which the devices' gradients of weights are added",
+        resumable=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from b2txt_jax.model.product import contract
+from b2txt_jax.model.product import contract, gradient_dtype
 
 
 def day_layer(
@@ -16,5 +16,7 @@ def day_layer(
 
     The product runs in `dtype` with float32 sums. The result has `dtype`.
     """
-    mixed = contract("btd,bdk->btk", x, weight[day], dtype)
+    # The rows' gradients are added in the dtype that they are taken in.
+    chosen = weight.astype(gradient_dtype(dtype))[day]
+    mixed = contract("btd,bdk->btk", x, chosen, dtype)
     return jax.nn.soft_sign(mixed + bias[day][:, None, :]).astype(dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from b2txt_jax.model.interface import Bins
 from b2txt_jax.model.mesh import data_devices, devices_mesh
-from b2txt_jax.model.product import recurrent
+from b2txt_jax.model.product import gradient_dtype, recurrent
 
 _MULTIPLIED_FRAMES = 8
 """Frames up to which a product is used. For the few of a stream's chunk a convolution on a CPU
@@ -64,10 +64,13 @@ def project_patches(
 def _convolve(
     lhs: jax.Array, rhs: jax.Array, axes: tuple[str, str, str], **settings: Any
 ) -> jax.Array:
-    settings = {"window_strides": (1,), "padding": [(0, 0)], **settings}
-    return jax.lax.conv_general_dilated(
-        lhs, rhs, dimension_numbers=axes, preferred_element_type=jnp.float32, **settings
-    )
+    settings = {
+        "window_strides": (1,),
+        "padding": [(0, 0)],
+        "preferred_element_type": jnp.float32,
+        **settings,
+    }
+    return jax.lax.conv_general_dilated(lhs, rhs, dimension_numbers=axes, **settings)
 
 
 def _kernel(x: jax.Array, weight: jax.Array, size: int, dtype: jnp.dtype) -> jax.Array:
@@ -96,6 +99,7 @@ def _backward(
         ("CTN", "ITO", "CTN"),
         padding=[(0, -unused)],
         rhs_dilation=(stride,),
+        preferred_element_type=gradient_dtype(dtype),
     )
     if x.shape[0] // data_devices(devices_mesh()) < _CONVOLVED_ROWS:
         d_x = _overlapping(cotangent, weight.astype(dtype), x.shape, size, stride)
@@ -109,7 +113,7 @@ def _backward(
         )
     # Laid out once: else clipping and each moment of the optimizer would read it across the grain.
     d_weight = jax.lax.optimization_barrier(d_weight.reshape(weight.shape))
-    return d_x.astype(x_like.dtype), d_weight
+    return d_x.astype(x_like.dtype), d_weight.astype(jnp.float32)
 
 
 def _overlapping(

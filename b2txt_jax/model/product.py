@@ -7,9 +7,38 @@ backward products in float32, at a fraction of a matrix unit's speed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
+
+_added_in: ContextVar[str] = ContextVar("added_in", default="float32")
+
+
+@contextmanager
+def gradients_added_in(dtype: jnp.dtype) -> Iterator[None]:
+    """Let the devices that share a batch add their parts of weights' gradients in `dtype`, in what
+    is traced inside. Each part is a float32 sum, rounded once."""
+    token = _added_in.set(jnp.dtype(dtype).name)
+    try:
+        yield
+    finally:
+        _added_in.reset(token)
+
+
+def gradient_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Return in which dtype weights' gradients of products in `dtype` are added."""
+    return max(jnp.dtype(dtype), jnp.dtype(_added_in.get()), key=lambda one: one.itemsize)
+
+
+def over_rows(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return a weight's gradient, float32: the einsum of two operands that sums over the rows of a
+    batch. See `gradients_added_in`."""
+    kind = gradient_dtype(dtype)
+    found = jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=kind)
+    return found.astype(jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -36,7 +65,9 @@ def _backward(
     operands, out = spec.split("->")
     of_a, of_b = operands.split(",")
     d_a = contract(f"{out},{of_b}->{of_a}", cotangent, b, dtype)
-    d_b = contract(f"{of_a},{out}->{of_b}", a, cotangent, dtype)
+    # A weight has no index of the rows.
+    of_rows = contract if set(of_a) & set(of_b) & set(out) else over_rows
+    d_b = of_rows(f"{of_a},{out}->{of_b}", a, cotangent, dtype)
     return d_a.astype(a_like.dtype), d_b.astype(b_like.dtype)
 
 

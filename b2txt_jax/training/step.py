@@ -13,7 +13,8 @@ import optax
 from b2txt_jax.config import Config, ConfigError
 from b2txt_jax.data.batches.layout import Rules
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.interface import Model, Params, make_model, takes_segments
+from b2txt_jax.model.interface import Model, Params, compute_dtype, make_model, takes_segments
+from b2txt_jax.model.product import gradients_added_in
 from b2txt_jax.segments import Segments
 from b2txt_jax.signal.augment import augment, augmentations
 from b2txt_jax.signal.augment import takes_segments as augment_takes_segments
@@ -258,12 +259,19 @@ def make_train_step(
     """
     optimizer = make_optimizer(config.optimizer, model_of(config, days).group)
     loss_of = make_loss(config, days)
+    added_in, products = jnp.dtype(config.parallel.reduce_dtype), compute_dtype(config.model)
+    if added_in.itemsize < products.itemsize:
+        raise ConfigError(
+            f"configuration key parallel.reduce_dtype is {added_in.name!r}, but products are in "
+            f"{products.name}; needed model.dtype='bfloat16', or 'float32' for both"
+        )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         keys = step_keys(config.train.seed, state.step)
-        (loss, (infeasible, parts)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params, batch, keys, state.step
-        )
+        with gradients_added_in(added_in):
+            (loss, (infeasible, parts)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params, batch, keys, state.step
+            )
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)

@@ -19,7 +19,7 @@ from jax.extend.core import jaxprs_in_params
 from published import random_params
 
 import b2txt_jax.model.gru.baseline
-from b2txt_jax.config import load_config
+from b2txt_jax.config import ConfigError, ParallelConfig, load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.model.transformer import TransformerSettings
 from b2txt_jax.training.ctc import ctc_loss
@@ -127,6 +127,54 @@ def test_the_transformer_s_exponentials_and_residuals_are_float32():
     for name, equation in step_equations(TRANSFORMER):
         if equation.primitive.name in ("exp", "rsqrt", "erf", "add_any"):
             assert dtypes(equation) == {"float32"}, (name, equation)
+
+
+def reduced(config):
+    return dataclasses.replace(config, parallel=ParallelConfig(reduce_dtype="bfloat16"))
+
+
+# Weights: input and recurrent ones of each layer, and the head. In the Transformer the patches,
+# four in each layer, and the head. Of both, the days' are picked for each row and added there.
+@pytest.mark.parametrize(
+    ("config", "weights"), [(CONFIG, 2 * LAYERS + 1), (TRANSFORMER, 4 * LAYERS + 2)]
+)
+def test_the_gradients_of_weights_and_no_others_are_added_in_the_dtype_of_the_reduction(
+    config, weights
+):
+    for one, count, days in ((config, 0, "float32"), (reduced(config), weights, "bfloat16")):
+        found = [e for name, e in step_equations(one) if "transpose(" in name and "model" in name]
+        results = [e.outvars[0].aval for e in found if e.primitive.name in PRODUCTS]
+        assert [str(aval.dtype) for aval in results].count("bfloat16") == count
+        added = [e.outvars[0].aval for e in found if e.primitive.name == "scatter-add"]
+        assert days in {
+            str(aval.dtype) for aval in added if aval.shape == (DAYS, FEATURES, FEATURES)
+        }
+
+
+def test_gradients_cannot_be_added_in_fewer_digits_than_products_have():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="float32"))
+    with pytest.raises(
+        ConfigError, match="reduce_dtype is 'bfloat16', but products are in float32"
+    ):
+        make_train_step(reduced(config), DAYS)
+
+
+def test_losses_with_gradients_added_in_bfloat16_stay_near_those_in_float32():
+    model = dataclasses.replace(CONFIG.model, layers=1)
+    optimizer = dataclasses.replace(CONFIG.optimizer, warmup_steps=1, day_warmup_steps=1)
+    config = dataclasses.replace(CONFIG, model=model, optimizer=optimizer)
+    losses = []
+    for one in (config, reduced(config)):
+        state, step = init_state(one, DAYS), jax.jit(make_train_step(one, DAYS))
+        found = []
+        for _ in range(8):
+            state, metrics = step(state, batch_of())
+            found.append(float(metrics.loss))
+        losses.append(found)
+    plain, rounded = map(np.array, losses)
+    assert plain[-1] < 0.95 * plain[0]
+    assert (plain[2:] != rounded[2:]).any()
+    np.testing.assert_allclose(rounded, plain, rtol=0.01)
 
 
 def test_a_float32_product_in_the_forward_pass_is_found(monkeypatch):

@@ -150,6 +150,66 @@ def test_twenty_steps_on_eight_devices_that_share_the_moments_have_the_losses_of
     assert share < 0.25
 
 
+ADDED_IN_BFLOAT16 = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec
+from b2txt_jax.config import load_config
+from b2txt_jax.data.loader import Batch
+from b2txt_jax.model.product import gradients_added_in, linear
+from b2txt_jax.training.sharding import jit_train_step, make_mesh, place, sharded_state
+
+mesh = make_mesh()
+rng = np.random.default_rng(0)
+x, weight = rng.normal(size=(3, 8, 64)), rng.normal(size=(16, 64))
+x, weight = (a.astype(jnp.bfloat16).astype(np.float32) for a in (x, weight))
+
+def loss(weight, x):
+    return linear(x, weight, jnp.dtype("bfloat16")).sum()
+
+whole, rows = (jax.NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "data")))
+with gradients_added_in(jnp.bfloat16):
+    gradient = jax.jit(jax.grad(loss), in_shardings=(whole, rows), out_shardings=whole)(weight, x)
+parts = x.sum(0).astype(jnp.bfloat16).astype(np.float32)
+print(json.dumps([np.asarray(gradient[0]).tolist(), parts.sum(0).tolist(), x.sum((0, 1)).tolist()]))
+
+values = {"model.units": 32, "model.layers": 2, "data.feature_count": 8, "train.steps": 120}
+values |= {"optimizer.warmup_steps": 2, "model.dtype": "bfloat16"}
+batches = [
+    Batch(
+        rng.normal(size=(8, 60, 8)).astype(np.float32),
+        rng.integers(40, 61, 8).astype(np.int32),
+        rng.integers(0, 3, 8).astype(np.int32),
+        rng.integers(1, 41, (8, 6)).astype(np.int32),
+        rng.integers(1, 7, 8).astype(np.int32),
+    )
+    for _ in range(4)
+]
+for dtype in ("float32", "bfloat16"):
+    values["parallel.reduce_dtype"] = dtype
+    config = load_config("configs/demo.py", [f"--config.{k}={v}" for k, v in values.items()])
+    state, step, losses = sharded_state(config, 3, mesh), jit_train_step(config, 3, mesh), []
+    for number in range(120):
+        state, metrics = step(state, place(batches[number % 4], mesh))
+        losses.append(float(metrics.loss))
+    print(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_training_on_eight_devices_that_add_gradients_in_bfloat16_converges_as_in_float32():
+    command = [sys.executable, "-c", ADDED_IN_BFLOAT16]
+    found = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=True)
+    (gradient, parts, exact), plain, rounded = map(json.loads, found.stdout.splitlines())
+    # Each device's part is rounded to 8 bits, and so are their sums.
+    np.testing.assert_allclose(gradient, parts, rtol=0.02, atol=0.06)
+    assert not np.array_equal(gradient, np.float32(exact))
+    ends = [np.mean(losses[-20:]) for losses in (plain, rounded)]
+    assert ends[0] < 0.8 * plain[0]
+    assert ends[1] == pytest.approx(ends[0], rel=0.03)
+    np.testing.assert_allclose(rounded[:20], plain[:20], rtol=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise_units", "patch"), [(0, 0), (16, 4)], ids=["as wide as a patch", "bottleneck"]

@@ -34,7 +34,7 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.model.gru.vmem import LANES, Blocks, Core, choose_blocks, core_of, up, vmem_needed
 from b2txt_jax.model.gru.vmem import fits_vmem as fits_vmem
 from b2txt_jax.model.mesh import data_devices, devices_mesh
-from b2txt_jax.model.product import contract
+from b2txt_jax.model.product import over_rows
 
 # ------------------------------------------------------------------------------------- kernels
 
@@ -388,8 +388,8 @@ def _backward(
     )
     d_weight = jnp.concatenate(
         [
-            contract("pbk,pbh->kh", d_projected[..., : 2 * hidden], before, plan.dtype),
-            contract("pbk,pbh->kh", d_new, before, plan.dtype),
+            over_rows("pbk,pbh->kh", d_projected[..., : 2 * hidden], before, plan.dtype),
+            over_rows("pbk,pbh->kh", d_new, before, plan.dtype),
         ]
     )
     return d_projected.astype(projected_like.dtype), d_h0, d_weight, d_bias.sum(0), None

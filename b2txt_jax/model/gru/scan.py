@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from b2txt_jax.model.product import contract, recurrent, transposed
+from b2txt_jax.model.product import over_rows, recurrent, transposed
 
 
 def _gates(
@@ -144,7 +144,7 @@ def _backward(
     hidden = h0.shape[-1]
     d_projected = jnp.concatenate([d_recurrent[..., : 2 * hidden], d_n], axis=-1)
     flat = d_recurrent.reshape(-1, 3 * hidden)
-    d_weight = contract("nk,nh->kh", flat, before.reshape(-1, hidden), dtype)
+    d_weight = over_rows("nk,nh->kh", flat, before.reshape(-1, hidden), dtype)
     d_bias = flat.sum(0, dtype=jnp.float32)
     d_projected = d_projected.astype(projected_like.dtype)
     return d_projected, d_h0 + d_first, d_weight, d_bias, None

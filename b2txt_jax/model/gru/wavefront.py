@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from b2txt_jax.model.gru.scan import at_begins
+from b2txt_jax.model.product import over_rows
 
 
 class Stack(NamedTuple):
@@ -197,13 +198,10 @@ def _backward(
     )
     d_gates = jnp.concatenate([d_recurrent[..., : 2 * hidden], d_n], axis=-1)
 
-    def of_weight(d: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.einsum("slbo,slbh->loh", d, x, preferred_element_type=jnp.float32)
-
     d_stack = Stack(
-        weight_ih=of_weight(d_gates[:, 1:], below),
+        weight_ih=over_rows("slbo,slbh->loh", d_gates[:, 1:], below, dtype),
         bias_ih=d_gates[:, 1:].sum((0, 2), dtype=jnp.float32),
-        weight_hh=of_weight(d_recurrent, before),
+        weight_hh=over_rows("slbo,slbh->loh", d_recurrent, before, dtype),
         bias_hh=d_recurrent.sum((0, 2), dtype=jnp.float32),
     )
     d_projected = d_gates[:frames, 0].astype(projected_like.dtype)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.model.interface import DATA, MODEL
-from b2txt_jax.model.product import contract
+from b2txt_jax.model.product import over_rows
 
 Frame = tuple[jax.Array, ...]
 
@@ -143,7 +143,7 @@ def _backward(
     first = spread(d_last.astype(jnp.float32), DATA, MODEL)
     d_h0, (d_n, d_gates) = jax.lax.scan(step, first, (d_states, before, r, z, n, h_n), reverse=True)
     d_projected = jnp.concatenate([d_gates[:, :, :2], d_n[:, :, None]], axis=2)
-    d_weight = contract("pbgk,pbh->gkh", d_gates, before, dtype)
+    d_weight = over_rows("pbgk,pbh->gkh", d_gates, before, dtype)
     d_bias = d_gates.sum((0, 1), dtype=jnp.float32)
     return d_projected.astype(projected_like.dtype), d_h0, spread(d_weight, None, MODEL), d_bias
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.signal import lfilter
 
 from b2txt_jax.config import SignalConfig
 from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
@@ -113,6 +112,8 @@ def _averaged(values: np.ndarray, old: np.ndarray, share: float) -> np.ndarray:
     values = np.broadcast_to(values, (len(values), len(old)))
     if not len(values):
         return values
+    from scipy.signal import lfilter  # a third of the time that `b2txt train` takes to import
+
     return np.asarray(lfilter([share], [1, share - 1], values, 0, (1 - share) * old[None])[0])
 
 

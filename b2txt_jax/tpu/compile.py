@@ -33,7 +33,13 @@ from b2txt_jax.errors import UserError
 from b2txt_jax.tpu.hlo_cost import program_cost
 from b2txt_jax.tpu.report import Memory, Result, compared, described, weighed
 from b2txt_jax.tpu.roofline import step_time
-from b2txt_jax.tpu.topologies import Topology, known_topologies, parse_topology, topology_devices
+from b2txt_jax.tpu.topologies import (
+    Topology,
+    known_topologies,
+    parse_topology,
+    require_libtpu,
+    topology_devices,
+)
 from b2txt_jax.tpu.whole_run import whole_run
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
@@ -92,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
         )
     days = args.days or session_count(config)
     model_axis = args.model_axis or config.parallel.model_axis
+    if args.json:
+        require_writable(args.json, "--json", devices=True)  # not after minutes of compiling
+    require_libtpu()  # not after the shapes of batches are found
     used: dict[Shape | None, float] = {None: 1.0}  # none: the bucket's
     if args.bucket is None and args.per_device_batch is None and not args.compare:
         groups, left = divmod(topology.devices, model_axis)
@@ -102,8 +111,6 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"shapes of batches, by {lengths}:", highlight=False, soft_wrap=True)
             for one, share in used.items():
                 console.print(f"  {share:6.1%}  {one}", highlight=False)
-    if args.json:
-        require_writable(args.json, "--json", devices=True)  # not after minutes of compiling
     settings = [config.model]
     if args.compare:
         settings = list(model_of(config, days).variants().values())

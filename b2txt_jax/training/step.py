@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,10 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from b2txt_jax.config import Config, ConfigError
+from b2txt_jax.config import Config, ConfigError, ModelSettings, OptimizerConfig
 from b2txt_jax.data.batches.layout import Rules
 from b2txt_jax.data.loader import Batch
-from b2txt_jax.model.interface import Model, Params, compute_dtype, make_model, takes_segments
+from b2txt_jax.model.interface import (
+    Model,
+    Params,
+    compute_dtype,
+    make_model,
+    model_class,
+    takes_segments,
+)
 from b2txt_jax.model.product import gradients_added_in
 from b2txt_jax.segments import Segments
 from b2txt_jax.signal.augment import augment, augmentations
@@ -124,16 +132,34 @@ def packing_rules(config: Config, days: int, groups: int) -> Rules | None:
 
 def init_state(config: Config, days: int) -> TrainState:
     """Return fresh parameters and optimizer state. Parameters are a function of the seed."""
-    model = model_of(config, days)
+    kind, features = model_class(config.model.name), config.data.feature_count
+    init = _init_of(kind, config.model, features, days, config.optimizer, config.train.ema > 0)
+    return init(jax.random.key(config.train.seed))
+
+
+# A training asks half a dozen times for a fresh state or its shapes, most of which is tracing.
+@functools.lru_cache(maxsize=8)
+def _init_of(
+    kind: type[Model],
+    settings: ModelSettings,
+    features: int,
+    days: int,
+    optimizer: OptimizerConfig,
+    averages: bool,
+) -> Callable[[jax.Array], TrainState]:
+    """Return the function of a key that makes the state.
+
+    It is jitted as a whole: op by op it would be a hundred small compilations.
+    """
+    model = kind(settings, features, days)
 
     def init(key: jax.Array) -> TrainState:
         params = model.init(key)
-        optimizer = make_optimizer(config.optimizer, model.group).init(params)
-        ema = params if config.train.ema else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer, ema)
+        moments = make_optimizer(optimizer, model.group).init(params)
+        ema = params if averages else None
+        return TrainState(jnp.zeros((), jnp.int32), params, moments, ema)
 
-    # Jitted as a whole: op by op it would be a hundred small compilations.
-    return jax.jit(init)(jax.random.key(config.train.seed))
+    return jax.jit(init)
 
 
 def averaged(ema: Params | None, params: Params, step: jax.Array, decay: float) -> Params | None:

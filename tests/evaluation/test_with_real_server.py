@@ -148,5 +148,5 @@ def test_nothing_stays_behind_when_we_are_killed(model: Path) -> None:
     ours.send_signal(signal.SIGKILL)
     ours.wait()
     ours.stdout.close()
-    _, alive = psutil.wait_procs(started, timeout=10)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive

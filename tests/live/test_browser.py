@@ -38,11 +38,11 @@ def test_a_sentence_is_shown_and_confirmed_with_the_keyboard_alone():
         view.wait_for_selector("#sentence .word:has-text('cat')")
         assert view.inner_text("[role=status]") == "the cat"  # what a screen reader says
         view.keyboard.press("2")
-        assert chosen.get(timeout=20) == Chosen("s-1", "a cat", True)
+        assert chosen.get(timeout=120) == Chosen("s-1", "a cat", True)
         page.show(Chosen("s-1", "a cat", True))
         view.wait_for_selector("#earlier li:has-text('a cat (corrected)')")
         view.keyboard.press("Space")
-        assert toggled.get(timeout=20)
+        assert toggled.get(timeout=120)
         unnamed = view.query_selector_all(
             "button:empty, input:not(:is(label + input)), img:not([alt])"
         )

@@ -36,7 +36,7 @@ def asked(url, body=None, **headers):
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(url, data, headers), timeout=10
+            urllib.request.Request(url, data, headers), timeout=120
         ) as found:
             return found.status, found.read().decode()
     except urllib.error.HTTPError as error:
@@ -62,7 +62,7 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_network(page):
 
 
 def test_a_browser_receives_what_happens_and_one_that_comes_later_the_sentences(page):
-    with urllib.request.urlopen(page.url + "events", timeout=10) as stream:
+    with urllib.request.urlopen(page.url + "events", timeout=120) as stream:
         page.show(Began("s-1", "a trial"))
         page.show(PROGRESS)
         page.show(dataclasses.replace(PROGRESS, features=PROGRESS.features[:0]))  # at the end
@@ -75,7 +75,7 @@ def test_a_browser_receives_what_happens_and_one_that_comes_later_the_sentences(
     assert events["final"]["words"] == [["the", 0.6], ["cat", 1.0]]
     assert events["final"]["alternatives"] == ["the cat", "a cat"]
     assert events["problem"] == {"text": "the server is away"}
-    with urllib.request.urlopen(page.url + "events", timeout=10) as stream:
+    with urllib.request.urlopen(page.url + "events", timeout=120) as stream:
         assert read_events(stream, 1)[0][1]["id"] == "s-1"
 
 
@@ -84,9 +84,9 @@ def test_a_click_confirms_or_corrects_a_sentence(page, chosen, toggled):
     for text, corrected in (("the cat", False), ("a  cat", True)):
         status, _ = asked(page.url + "choose", {"id": "s-1", "text": text}, X_B2txt="1")
         assert status == 204
-        assert chosen.get(timeout=5) == Chosen("s-1", " ".join(text.split()), corrected)
+        assert chosen.get(timeout=120) == Chosen("s-1", " ".join(text.split()), corrected)
     assert asked(page.url + "toggle", {}, X_B2txt="1")[0] == 204
-    assert toggled.get(timeout=5)
+    assert toggled.get(timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,6 @@ def test_a_port_in_use_is_an_error_that_names_it(page, chosen):
 
 
 def test_a_browser_that_does_not_read_never_delays_decoding(page):
-    with urllib.request.urlopen(page.url + "events", timeout=10):
+    with urllib.request.urlopen(page.url + "events", timeout=120):
         for _ in range(2000):
             page.show(PROGRESS)

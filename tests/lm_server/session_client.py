@@ -8,7 +8,7 @@ from small_model import say
 REGISTRY, ANSWERS = "remote_lm_sessions", "remote_lm_sessions_answer"
 
 
-def ask(connection, action, session=None, seconds=10.0, **fields):
+def ask(connection, action, session=None, seconds=120.0, **fields):
     """Sends a request and gives its answer's fields."""
     newest = connection.xrevrange(ANSWERS, count=1)
     position = newest[0][0] if newest else b"0-0"
@@ -40,7 +40,7 @@ class SessionClient:
     def add(self, stream, **fields):
         return self.redis.xadd(self.name(stream), fields).decode()
 
-    def wait(self, stream, seconds=10.0):
+    def wait(self, stream, seconds=120.0):
         name = self.name(stream)
         deadline = time.monotonic() + seconds
         while not (found := self._read(name)) and time.monotonic() < deadline:

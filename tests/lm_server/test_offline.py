@@ -209,14 +209,14 @@ def test_an_interruption_does_not_wait_for_the_sentences_under_way():
             return self
 
         def begin(self):
-            time.sleep(8)
+            time.sleep(300)
 
     logits = Logits(np.zeros((8, 41), np.float32), np.arange(1, 9), tuple("abcdefgh"))
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), searched(Slow(), Settings(), logits, 2):  # noqa: PT012
         time.sleep(0.5)
         raise KeyboardInterrupt
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 120
 
 
 def test_when_a_worker_is_killed_the_rest_is_decoded_all_the_same(capsys):

@@ -115,7 +115,7 @@ def test_server_worker_client_and_status_speak_tls_with_a_password(model_folder,
             assert "secret" not in server.line + worker.stdout.readline() + status.stderr
     finally:
         worker.terminate()
-        worker.communicate(timeout=20)
+        worker.communicate(timeout=120)
 
 
 def test_a_certificate_that_is_not_trusted_is_refused_with_what_to_do(model_folder, tls):
@@ -124,7 +124,7 @@ def test_a_certificate_that_is_not_trusted_is_refused_with_what_to_do(model_fold
         *("--lm", str(model_folder), "--wait-seconds", "0"),
         *("--redis", f"rediss://:secret@127.0.0.1:{port}/0"),
     )
-    _, error = server.communicate(timeout=30)
+    _, error = server.communicate(timeout=120)
     assert server.returncode == 2
     assert "not trusted: add ?ssl_ca_certs=FILE to the URL" in error
     assert "secret" not in error
@@ -142,7 +142,7 @@ def test_a_unix_socket_with_a_password_and_logs_as_json(model_folder, tmp_path):
             client._redis.xadd("remote_lm_input", {"logits": b"123", "client": client.name})
             client._redis.xread({"remote_lm_error": "0-0"}, block=4000)
         server.terminate()
-        _, error = server.communicate(timeout=20)
+        _, error = server.communicate(timeout=120)
     finally:
         server.kill()
         process.kill()

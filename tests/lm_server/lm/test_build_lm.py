@@ -287,7 +287,7 @@ def test_a_build_that_is_stopped_leaves_nothing_behind(tmp_path, how, code):
     # Its folder appears first, and the work takes seconds.
     assert wait_until(lambda: len(list(tmp_path.iterdir())) > 1)
     process.send_signal(how)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == code, error
     assert b"Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

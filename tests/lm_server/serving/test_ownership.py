@@ -252,7 +252,7 @@ def test_a_session_that_cannot_be_made_is_left_to_others_and_the_rest_is_served(
         assert answers[0][1][0][1][b"lm_response_final"] == b"the cat"
     finally:
         stop.set()
-        thread.join(timeout=20)
+        thread.join(timeout=120)
 
 
 def test_a_default_session_that_cannot_be_made_ends_the_start(client):
@@ -502,7 +502,7 @@ def test_what_is_wrong_with_one_stream_stops_nobody(model, client, last):
         assert client.xread({"remote_lm_output_final": "0"}, block=10_000)
     finally:
         stop.set()
-        thread.join(timeout=20)
+        thread.join(timeout=120)
     assert finals(client) == ["the cat"]
     # Answered once, though the first attempt failed.
     assert client.xlen("remote_lm_output_partial") == 1

@@ -47,7 +47,7 @@ class NejmClient:
         names += ["done_updating_params", "error"]
         self.seen = {f"remote_lm_{name}": now for name in names}
 
-    def wait(self, name, seconds=10.0):
+    def wait(self, name, seconds=120.0):
         stream = f"remote_lm_{name}"
         answer = self.redis.xread({stream: self.seen[stream]}, count=1, block=int(seconds * 1000))
         assert answer, f"no answer on {stream}"
@@ -198,7 +198,7 @@ def test_a_fault_of_ours_is_answered_and_logged_and_the_server_goes_on(model_fol
                 assert client.finalize()["lm_response_final"] == "a cat"
         finally:
             stop.set()
-            thread.join(timeout=15)
+            thread.join(timeout=120)
     assert "Traceback" in caplog.text
 
 
@@ -246,7 +246,7 @@ def test_a_stop_signal_ends_server_and_embedded_redis_with_exit_code_0(model_fol
         socket = running.url.removeprefix("unix://")
         assert os.path.exists(socket)
         running.process.send_signal(how)
-        assert running.process.wait(timeout=15) == 0
+        assert running.process.wait(timeout=120) == 0
         assert not is_running(redis_process)
         assert not os.path.exists(os.path.dirname(socket))
         assert "Traceback" not in running.process.stderr.read()
@@ -305,7 +305,7 @@ def test_an_embedded_redis_that_dies_ends_the_server_with_its_reason(model_folde
     with serving("--lm", str(model_folder), "--embedded-redis") as running:
         (redis_process,) = children(running.process.pid)
         os.kill(redis_process, signal.SIGKILL)
-        assert running.process.wait(timeout=15) == 2
+        assert running.process.wait(timeout=120) == 2
         assert "error: the embedded Redis ended" in running.process.stderr.read()
 
 
@@ -347,9 +347,9 @@ def test_no_redis_at_the_start_is_an_error_after_the_wait(model_folder):
         *("--lm", str(model_folder), "--wait-seconds", "0.5"),
         *("--redis", f"redis://127.0.0.1:{free_port()}/0"),
     )
-    output, error = process.communicate(timeout=20)
+    output, error = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 100
     assert re.search(r"^error: no Redis answers at redis://127\.0\.0\.1:\d+/0 after 0\.5 s", error)
     assert output == ""
 
@@ -371,7 +371,7 @@ def test_a_wrong_url_or_password_is_an_error_at_once(model_folder, url, reason):
             "--wait-seconds",
             "60",
         )
-        _, error = server.communicate(timeout=30)
+        _, error = server.communicate(timeout=120)
     finally:
         process.kill()
         process.wait()
@@ -383,7 +383,7 @@ def test_a_wrong_url_or_password_is_an_error_at_once(model_folder, url, reason):
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
     server = start_server("--lm", str(tmp_path), "--embedded-redis")
-    _, error = server.communicate(timeout=30)
+    _, error = server.communicate(timeout=120)
     assert server.returncode == 2
     assert f"error: {tmp_path} is no model folder, lm.json is missing in it" in error
     assert "Traceback" not in error
@@ -391,7 +391,7 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
 
 def test_a_setting_outside_its_range_is_an_error(model_folder):
     server = start_server("--lm", str(model_folder), "--embedded-redis", "--acoustic-scale", "0")
-    _, error = server.communicate(timeout=30)
+    _, error = server.communicate(timeout=120)
     assert server.returncode == 2
     assert "error: acoustic_scale is 0.0; needed" in error
 

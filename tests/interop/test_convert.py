@@ -51,11 +51,11 @@ def trials(simulated, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def full_size(trials, tmp_path_factory):
-    """A 5 x 768 model in PyTorch and its converted run."""
+@pytest.fixture(scope="module", params=[96, pytest.param(768, marks=pytest.mark.slow)])
+def five_layers(trials, tmp_path_factory, request):
+    """A model of five layers in PyTorch, at 768 units the published one, and its converted run."""
     args = args_with(
-        model__n_units=768,
+        model__n_units=request.param,
         model__n_layers=5,
         model__n_input_features=512,
         model__patch_size=14,
@@ -86,8 +86,8 @@ def smooth(x: np.ndarray, padding: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_logits_of_the_full_size_model_are_pytorchs(full_size, trials, padding):
-    model, run = full_size
+def test_logits_of_five_layers_are_pytorchs(five_layers, trials, padding):
+    model, run = five_layers
     signal = dataclasses.replace(run.config.signal, eval_padding=padding)
     config = dataclasses.replace(run.config, signal=signal)
     found = TrainedRun(config, run.state.params, 0).logits("val")

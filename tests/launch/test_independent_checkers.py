@@ -18,6 +18,7 @@ from launching import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="no gcloud here")
 def test_the_real_gcloud_knows_every_command_and_flag(tmp_path):
     """Signed out, gcloud reads the whole command line before it asks for an account."""

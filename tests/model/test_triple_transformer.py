@@ -27,7 +27,13 @@ SETTINGS = TripleTransformerSettings(
 DAY = np.array([0, 1])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["shared layer", "day layers"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(False, id="shared layer", marks=pytest.mark.slow),
+        pytest.param(True, id="day layers"),
+    ],
+)
 def model(request):
     return make_model(dataclasses.replace(SETTINGS, day_layer=request.param), FEATURES, DAYS)
 

@@ -191,7 +191,7 @@ def test_the_context_of_a_training_step_is_uniform_and_compiles_once(monkeypatch
         return value
 
     monkeypatch.setattr("b2txt_jax.model.transformer.attention", recorded)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     apply = jax.jit(model.apply)
     x, bins, day = np.zeros((1, 8, FEATURES), np.float32), np.array([8]), np.array([0])
     for seed in range(400):
@@ -226,7 +226,7 @@ def test_dropout_is_at_each_of_its_places_with_its_rate(monkeypatch):
         monkeypatch.setattr(f"b2txt_jax.model.transformer.{recorded.__name__}", recorded)
     settings = dataclasses.replace(SMALL, layers=1)
     model, x = make_model(settings, FEATURES, DAYS), np.zeros((2, 40, FEATURES), np.float32)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     model.apply(params, x, np.full(2, 40), np.zeros(2, int), jax.random.key(1))
     assert places == [
         ((2, 10, 24), 0.2),  # embedded patches
@@ -251,7 +251,7 @@ def test_bfloat16_products_keep_logits_close_and_float32(trials):
 def test_fresh_parameters_are_spread_as_those_of_torch():
     settings = dataclasses.replace(SMALL, width=48, distances=200)
     theirs = TorchTransformer(settings, FEATURES, DAYS).ours()
-    ours = make_model(settings, FEATURES, DAYS).init(jax.random.key(0))
+    ours = jax.jit(make_model(settings, FEATURES, DAYS).init)(jax.random.key(0))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         if one.size > 1000:
             assert np.std(one) == pytest.approx(np.std(other), rel=0.1)

@@ -230,8 +230,21 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("patches", PATCHES)
-@pytest.mark.parametrize("kind", KINDS)
+PATHS = pytest.mark.parametrize(
+    ("kind", "patches"),
+    [
+        ("baseline", "patches"),
+        ("full", "no patches"),
+        ("bottleneck", "patches"),
+        pytest.param("baseline", "no patches", marks=pytest.mark.slow),
+        pytest.param("full", "patches", marks=pytest.mark.slow),
+        pytest.param("bottleneck", "no patches", marks=pytest.mark.slow),
+    ],
+)
+"""Every kind, and both with patches and without; all pairs in `make test-slow`."""
+
+
+@PATHS
 def test_chunk_by_chunk_equals_the_whole_trial(kind, patches):
     """Also where a chunk is too short for a frame, and where one gives several."""
     model = dataclasses.replace(KINDS[kind], **PATCHES[patches])
@@ -249,17 +262,7 @@ def test_chunk_by_chunk_equals_the_whole_trial(kind, patches):
     np.testing.assert_allclose(streamed, whole, atol=3e-6)
 
 
-@pytest.mark.parametrize(
-    ("kind", "patches"),
-    [
-        ("baseline", "patches"),
-        ("full", "no patches"),
-        ("bottleneck", "patches"),
-        pytest.param("baseline", "no patches", marks=pytest.mark.slow),
-        pytest.param("full", "patches", marks=pytest.mark.slow),
-        pytest.param("bottleneck", "no patches", marks=pytest.mark.slow),
-    ],
-)
+@PATHS
 def test_bfloat16_goes_through_every_path_and_stays_near_float32(kind, patches):
     exact = dataclasses.replace(KINDS[kind], **PATCHES[patches])
     half = dataclasses.replace(exact, dtype="bfloat16")

@@ -115,8 +115,8 @@ def test_processes_do_not_change_the_result(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write, "_FEWEST_FOR_PROCESSES", 0)
-    simulate(tmp_path, SMALL, jobs=2)
-    serial, parallel = trials_of(folder), trials_of(tmp_path)
+    simulate(tmp_path, dataclasses.replace(SMALL, sessions=2), jobs=2)
+    serial, parallel = trials_of(folder, 2), trials_of(tmp_path, 2)
     assert serial.keys() == parallel.keys()
     for place, trial in serial.items():
         np.testing.assert_array_equal(trial.features, parallel[place].features)

@@ -133,15 +133,14 @@ from b2txt_jax.training.sharding import make_mesh
 
 rows = random_rows(16, 9, 4)
 wanted = losses_and_gradient(*rows, "scan")
-for model_axis in (1, 2):
-    mesh = make_mesh(model_axis)
-    placed = jax.device_put(rows, NamedSharding(mesh, P("data")))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = losses_and_gradient(*placed, "pallas")
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
-    np.testing.assert_allclose(found[1], wanted[1], atol=3e-4)
-    assert found[1].sharding.shard_shape((16,)) == (16 * model_axis // 8,)
-    print(np.isfinite(wanted[0]).sum())
+mesh = make_mesh(2)  # 4 x 2 of 8 devices
+placed = jax.device_put(rows, NamedSharding(mesh, P("data")))
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    found = losses_and_gradient(*placed, "pallas")
+np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+np.testing.assert_allclose(found[1], wanted[1], atol=3e-4)
+assert found[1].sharding.shard_shape((16,)) == (4,)
+print(np.isfinite(wanted[0]).sum())
 """
 
 
@@ -149,7 +148,7 @@ def test_the_kernels_run_on_each_device_s_rows():
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(Path(__file__).parent)]
     found = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    assert [int(count) > 3 for count in found.stdout.split()] == [True, True]
+    assert int(found.stdout) > 3
 
 
 def test_an_unknown_kind_is_refused():

@@ -193,10 +193,10 @@ def test_text_may_begin_with_a_byte_order_mark(tmp_path):
 
 
 def test_archives_that_unpack_to_more_than_text_does_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_LONGEST_LINE", 1 << 20)
-    monkeypatch.setattr(text, "_SUSPICIOUS_SIZE", 1 << 20)
-    (tmp_path / "line.gz").write_bytes(gzip.compress(bytes(1 << 23)))
-    (tmp_path / "lines.gz").write_bytes(gzip.compress(b"a b\n" * (1 << 21)))
+    monkeypatch.setattr(text, "_LONGEST_LINE", 1 << 17)
+    monkeypatch.setattr(text, "_SUSPICIOUS_SIZE", 1 << 17)
+    (tmp_path / "line.gz").write_bytes(gzip.compress(bytes(1 << 20)))
+    (tmp_path / "lines.gz").write_bytes(gzip.compress(b"a b\n" * (1 << 18)))
     for name, reason in (("line", "a line of more than"), ("lines", "to more than 200 times its")):
         with pytest.raises(TextError, match=rf"{name}\.gz .*{reason}"):
             list(read_words([tmp_path / f"{name}.gz"]))

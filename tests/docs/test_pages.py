@@ -62,6 +62,8 @@ SMALLER: dict[tuple[str, str], Sequence[str]] = {
     ("lm-server", "build"): ["--vocabulary=2000"],
     ("lm-server", "tune"): ["--searches=2"],
 }
+LONG = ("evaluation", "first_steps", "language_models", "report", "rescoring")
+"""Pages whose blocks take long. As those of all pages, their commands are parsed in any case."""
 SENTENCES = 2000
 """Lines that a simulation's text for language models keeps."""
 REDIS = "redis://127.0.0.1:6379/0"
@@ -270,7 +272,12 @@ def small_api(monkeypatch) -> None:
     monkeypatch.setattr(b2txt_jax, "train", small_train)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def page_param(page: Path) -> Any:
+    """Return the page as a parameter; one that takes long is run by `make test-slow`."""
+    return pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else [])
+
+
+@pytest.mark.parametrize("page", map(page_param, PAGES), ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_their_order(page, request):
     blocks = [block for block in blocks_of(page) if block.runs]
     if not blocks:

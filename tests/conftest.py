@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import h5py
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -32,6 +34,7 @@ from b2txt_jax.config import Config, load_config
 from b2txt_jax.phonemes import pronunciations
 from b2txt_jax.simulation.plan import SimulationSettings
 from b2txt_jax.simulation.write import simulate
+from b2txt_jax.training.compiled import CompiledSteps
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -76,11 +79,35 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+FEATURES = 64
+"""Of `narrow`. With the published 512 the day layers alone have more than a million weights."""
+
+
 @pytest.fixture(scope="session")
-def tiny_overrides(simulated: Path) -> list[str]:
-    """Overrides that make configs/demo.py train in seconds on `simulated`."""
+def narrow(simulated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sessions of `simulated` with their first features alone; read it, do not change it."""
+    folder = tmp_path_factory.mktemp("narrow") / simulated.name
+    shutil.copytree(simulated, folder)  # beside the sessions is the description of their blocks
+    make_narrow(folder / "hdf5_data_final")
+    return folder / "hdf5_data_final"
+
+
+def make_narrow(root: Path) -> None:
+    """Leave only the first FEATURES features of the sessions in a folder."""
+    for path in root.rglob("*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            for trial in file.values():
+                features = trial["input_features"][:, :FEATURES]
+                del trial["input_features"]
+                trial["input_features"] = features
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(narrow: Path) -> list[str]:
+    """Overrides that make configs/demo.py train in seconds on `narrow`."""
     values = {
-        "data.root": simulated / "hdf5_data_final",
+        "data.root": narrow,
+        "data.feature_count": FEATURES,
         "data.trials_per_day": 1,
         "data.eval_batch_size": 4,
         "data.buckets": ((180, 40),),  # one, just large enough: less to compile and to compute
@@ -98,6 +125,12 @@ def tiny_overrides(simulated: Path) -> list[str]:
 def tiny_config(tiny_overrides: list[str]) -> Config:
     """configs/demo.py, tiny."""
     return load_config(REPOSITORY / "configs/demo.py", tiny_overrides)
+
+
+@pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings end before their first step, as if they had been told to: nothing is compiled."""
+    monkeypatch.setattr(CompiledSteps, "compile", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from b2txt_jax.inference.run import load_run
 from b2txt_jax.training.loop import train
 from lm_server.__main__ import _parser as lm_server_parser
 from lm_server.__main__ import main as lm_server
+from tests.conftest import FEATURES
 
 COMMAND = [sys.executable, "-m", "b2txt_jax.cli"]
 
@@ -34,29 +35,31 @@ def run_folder(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def language_model(simulated, tmp_path_factory):
-    """A small 2-gram model over the whole CMU dictionary."""
+    """A small 2-gram model over the most frequent words of the CMU dictionary."""
     folder = tmp_path_factory.mktemp("lm")
     text = folder / "text.txt"
     lines = (simulated / "language_model_text.txt").read_text().splitlines()[:2000]
     text.write_text("\n".join(lines) + "\n")
     arguments = ["build", "--text", str(text), "--order", "2", "--lexicon", "cmudict"]
+    arguments += ["--vocabulary", "2000"]
     assert lm_server([*arguments, "--out", str(folder / "lm")]) == 0
     return folder / "lm"
 
 
 @pytest.fixture
-def damaged(simulated, tmp_path):
+def damaged(narrow, tmp_path):
     """A function that copies the sessions, changes the first train file's first trial, and
     trains."""
 
     def train_on(change, tiny_overrides, capsys):
         root = tmp_path / "sessions"
-        shutil.copytree(simulated / "hdf5_data_final", root)
+        shutil.copytree(narrow, root)
         session = open_folder(root).sessions[0]
         change(root / session / "data_train.hdf5")
         arguments = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "run")]
         arguments += [*tiny_overrides, f"--config.data.root={root}"]
-        arguments += ["--config.data.trials_per_day=60"]  # so that the damaged trial is drawn
+        # An epoch has every trial, also the damaged one.
+        arguments += ["--config.data.plan=epochs", "--config.train.steps=8"]
         status = main(["train", *arguments])
         return status, capsys.readouterr().err
 
@@ -82,7 +85,7 @@ def edit(change):
 
 
 def shrink_features(trial):
-    features = trial["input_features"][:, :500]
+    features = trial["input_features"][:, : FEATURES - 1]
     del trial["input_features"]
     trial["input_features"] = features
 
@@ -112,7 +115,7 @@ def truncate(path):
     ("change", "messages"),
     [
         (truncate, ["data_train.hdf5", "copy or download it again"]),
-        (edit(shrink_features), ["trial_0000", "input_features", "needed [T, 512]"]),
+        (edit(shrink_features), ["trial_0000", "input_features", f"needed [T, {FEATURES}]"]),
         (edit(poison), ["trial_0000", "NaN", "bin 5, feature 7"]),
         (edit(label_41), ["trial_0000", "the id 41", "needed 1 to 40"]),
         (edit(long_label), ["trial_0000", "label of 38 phonemes", "drop the trial"]),
@@ -156,12 +159,10 @@ def test_evaluate_writes_rates_and_a_submission_through_its_own_server(
     run_folder, language_model, capfd
 ):
     command = ["evaluate", "--workdir", str(run_folder), "--lm", str(language_model)]
-    done = subprocess.run(
-        [*COMMAND, *command, "--split", "val"], capture_output=True, text=True, check=False
-    )
+    status = main([*command, "--split", "val"])
     result = json.loads((run_folder / "val/lm/evaluation.json").read_text())
     # An untrained model's logits may have no sentence; then the trial is named and the status is 1.
-    assert done.returncode == (1 if result["failed"] else 0), done.stderr
+    assert status == (1 if result["failed"] else 0), capfd.readouterr().err
     assert result["trials"] == 12
     for kind in ("per", "wer"):
         assert result[kind]["all"]["length"] == sum(
@@ -229,7 +230,7 @@ def test_stream_gives_bin_by_bin_what_the_whole_trials_give_and_records_it(
     ]
     assert main([*command, "--view", "0"]) == 0
     decoder = lm_server_package.load(language_model)
-    reader = open_folder(run.config.data.root)
+    reader = open_folder(run.config.data.root, FEATURES)
     refs = reader.find_trials([session], "val")[:2]
     features = [reader.read(ref).features for ref in refs]
     expected = [decoder.decode(logits).sentence for logits in run.logits(features, session)]
@@ -330,27 +331,29 @@ def test_a_key_without_a_value_is_told_how_to_give_one(capsys):
     assert "needed --config.model.units=VALUE" in capsys.readouterr().err
 
 
-def options():
-    """Every option of every command of both packages, with the command's name."""
-    commands = {f"b2txt {name}": subcommands(make_parser(name))[name] for name in COMMANDS}
-    servers = subcommands(lm_server_parser())
-    commands |= {f"lm-server {name}": parser for name, parser in servers.items()}
-    for name, parser in commands.items():
-        for action in parser._actions:
-            yield pytest.param(action, id=f"{name} {(*action.option_strings, action.dest)[0]}")
-
-
 def subcommands(parser):
     (found,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return found.choices
 
 
-@pytest.mark.parametrize("option", options())
-def test_every_option_has_help_that_states_its_default(option):
-    assert option.help
-    if option.default not in (None, False, (), [], argparse.SUPPRESS):
-        assert "default" in option.help
-        assert option.dest in ("redis", "lm_options") or _shown(option) in option.help
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_help_that_states_its_default(command):
+    assert_help_states_defaults(subcommands(make_parser(command))[command])
+
+
+def test_every_option_of_the_server_s_commands_has_help_that_states_its_default():
+    for parser in subcommands(lm_server_parser()).values():
+        assert_help_states_defaults(parser)
+
+
+def assert_help_states_defaults(parser):
+    for option in parser._actions:
+        name = f"{parser.prog} {(*option.option_strings, option.dest)[0]}"
+        assert option.help, name
+        if option.default not in (None, False, (), [], argparse.SUPPRESS):
+            assert "default" in option.help, name
+            told = option.dest in ("redis", "lm_options") or _shown(option) in option.help
+            assert told, name
 
 
 def _shown(option):

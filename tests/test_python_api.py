@@ -15,14 +15,17 @@ from b2txt_jax.data.reader import open_folder
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import check_replaceable
 from lm_server.__main__ import main as lm_server
+from tests.conftest import FEATURES, make_narrow
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Sessions simulated through the function."""
+    """Sessions simulated through the function, of which some features are left."""
     out = tmp_path_factory.mktemp("api") / "sessions"
     settings = {"sessions": 4, "train": 8, "val": 4, "test": 3}
-    return b2t.simulate(str(out), **settings, max_words=4, speaking_rate=2.0)
+    folder = b2t.simulate(str(out), **settings, max_words=4, speaking_rate=2.0)
+    make_narrow(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def run(workdir):
 
 @pytest.fixture(scope="module")
 def trials(root):
-    reader = open_folder(root)
+    reader = open_folder(root, FEATURES)
     return [reader.read(ref) for ref in reader.trials(reader.sessions, "val")]
 
 
@@ -62,10 +65,12 @@ def test_simulated_sessions_are_those_of_the_command(root, tmp_path):
     out = ["--out", str(tmp_path / "sessions")]
     sizes = ["--sessions=4", "--train=8", "--val=4", "--test=3"]
     assert main(["simulate", *out, *sizes, "--max-words=4", "--speaking-rate=2.0"]) == 0
-    command, function = open_folder(tmp_path / "sessions" / root.name), open_folder(root)
+    command = open_folder(tmp_path / "sessions" / root.name)
+    function = open_folder(root, FEATURES)
     refs = command.trials(command.sessions, "train")[::7]
     for mine, theirs in zip(function.trials(function.sessions, "train")[::7], refs, strict=True):
-        np.testing.assert_array_equal(function.read(mine).features, command.read(theirs).features)
+        ours, whole = function.read(mine).features, command.read(theirs).features
+        np.testing.assert_array_equal(ours, whole[:, :FEATURES])
     with pytest.raises(DataError, match="sessions is 1; needed 2 to 45"):
         b2t.simulate(tmp_path / "few", sessions=1)
 
@@ -114,7 +119,7 @@ def test_trials_of_any_length_compile_one_program_per_bucket(run, trials):
         (lambda x: x, "t15.2023.08.12", r"day is 't15.2023.08.12'.*nearest: t15.2023.08."),
         (lambda x: x, None, r"the day is None; needed one of the 4"),
         (lambda x: x, ["t15.2023.08.11"], "needed one name, for one trial"),
-        (lambda x: x[:, :500], "t15.2023.08.11", r"is \[\d+, 500\]; needed \[T, 512\]"),
+        (lambda x: x[:, :50], "t15.2023.08.11", rf"is \[\d+, 50\]; needed \[T, {FEATURES}\]"),
         (lambda x: x[None], "t15.2023.08.11", r"several trials are a list"),
         (lambda x: x[:13], "t15.2023.08.11", "has 13 bins; the model needs 14"),
         (lambda x: x * np.nan, "t15.2023.08.11", "NaN or infinite values, the first in bin 0"),
@@ -142,8 +147,8 @@ def test_evaluate_finds_the_rates_of_the_command(root, workdir, run, tmp_path):
     lines = (root.parent / "language_model_text.txt").read_text().splitlines()[:2000]
     text.write_text("\n".join(lines) + "\n")
     lm = str(tmp_path / "lm")
-    build = ["build", "--text", str(text), "--order", "2", "--lexicon", "cmudict", "--out", lm]
-    assert lm_server(build) == 0
+    build = ["build", "--text", str(text), "--order", "2", "--lexicon", "cmudict"]
+    assert lm_server([*build, "--vocabulary", "2000", "--out", lm]) == 0
     result = b2t.evaluate(run, lm=lm, split="val", out=tmp_path / "mine", quiet=True)
     main(["evaluate", "--workdir", str(workdir), "--lm", lm, "--out", str(tmp_path / "theirs")])
     mine, theirs = (
@@ -168,7 +173,7 @@ import numpy as np
 import b2txt_jax as b2t
 assert "jax" not in sys.modules
 run = b2t.load_run(sys.argv[1])
-logits = run.logits(np.zeros((50, 512), np.float32), day=run.sessions[0])
+logits = run.logits(np.zeros((50, run.config.data.feature_count), np.float32), day=run.sessions[0])
 assert logits.shape == (10, 41)
 b2t.train(run.config, sys.argv[2], ["train.steps=1", "data.buckets=((320, 80),)"], quiet=True)
 from absl import logging

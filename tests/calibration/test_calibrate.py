@@ -24,23 +24,24 @@ from b2txt_jax.interop.nejm import Run as Converted
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.ctc import ctc_loss
 from b2txt_jax.training.step import init_state
+from tests.conftest import FEATURES
 
 FEW = ["--steps=2", "--rows=4"]
 
 
 @pytest.fixture(scope="module")
-def days(simulated):
-    return open_folder(simulated / "hdf5_data_final").sessions
+def days(narrow):
+    return open_folder(narrow).sessions
 
 
 @pytest.fixture(scope="module")
-def workdir(tiny_config, simulated, days, tmp_path_factory):
+def workdir(tiny_config, narrow, days, tmp_path_factory):
     """A run of the first three days with random day layers, whose folder has these days alone."""
     folder = tmp_path_factory.mktemp("calibrated")
     root = folder / "old"
     root.mkdir()
     for day in days[:3]:
-        (root / day).symlink_to(simulated / "hdf5_data_final" / day)
+        (root / day).symlink_to(narrow / day)
     data = dataclasses.replace(tiny_config.data, root=str(root), sessions=days[:3])
     config = dataclasses.replace(tiny_config, data=data)
     state = init_state(config, 3)
@@ -51,10 +52,10 @@ def workdir(tiny_config, simulated, days, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def written(workdir, simulated, days, tmp_path_factory):
+def written(workdir, narrow, days, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "new"
     command = ["calibrate", "--workdir", str(workdir), "--session", days[3], "--out", str(out)]
-    data = ["--data", str(simulated / "hdf5_data_final")]
+    data = ["--data", str(narrow)]
     assert main([*command, *data, *FEW, "--curve", "4", "--day-rate=0.01"]) == 0
     return out
 
@@ -79,10 +80,10 @@ def test_the_new_run_has_a_day_more_and_old_days_are_decoded_as_before(workdir, 
     assert not (written / "sessions" / days[3]).is_dir() or (written / "sessions").is_dir()
 
 
-def test_the_layer_starts_from_the_old_day_with_the_lowest_loss(workdir, written, simulated, days):
+def test_the_layer_starts_from_the_old_day_with_the_lowest_loss(workdir, written, narrow, days):
     report = json.loads((written / "calibration.json").read_text())
     run = load_run(workdir)
-    reader = open_folder(simulated / "hdf5_data_final")
+    reader = open_folder(narrow, FEATURES)
     trials = spoken(reader, reader.trials([days[3]], "train"), 3)
     labels, lengths = np.zeros((8, 40), np.int32), np.array([len(one.labels) for one in trials])
     for row, one in enumerate(trials):
@@ -103,14 +104,14 @@ def transformer(days):
     """A Transformer without day layers, with fresh parameters."""
     config = load_config("transformer_demo")
     small = {"width": 16, "layers": 1, "heads": 2, "head_width": 8, "feedforward": 16}
-    data = dataclasses.replace(config.data, sessions=tuple(days), feature_count=512)
+    data = dataclasses.replace(config.data, sessions=tuple(days), feature_count=FEATURES)
     model = dataclasses.replace(config.model, **small)
     config = dataclasses.replace(config, data=data, model=model)
     return Run(config, init_state(config, len(days)).params, 0)
 
 
-def test_without_day_layers_the_patch_embedding_moves_and_old_days_are_replayed(simulated, days):
-    reader = open_folder(simulated / "hdf5_data_final")
+def test_without_day_layers_the_patch_embedding_moves_and_old_days_are_replayed(narrow, days):
+    reader = open_folder(narrow, FEATURES)
     run = transformer(days[:3])
     old = [(reader, reader.trials([day], "train")) for day in days[:3]]
     new = spoken(reader, reader.trials([days[3]], "train")[:3], 3)
@@ -139,8 +140,8 @@ def test_a_batch_is_a_function_of_seed_and_step_and_has_the_share_of_old_trials(
     assert sorted(epoch) == sorted([one.name for one in new] * 2)
 
 
-def test_steps_lower_the_loss_with_one_compiled_program(workdir, simulated, days):
-    run, reader = load_run(workdir), open_folder(simulated / "hdf5_data_final")
+def test_steps_lower_the_loss_with_one_compiled_program(workdir, narrow, days):
+    run, reader = load_run(workdir), open_folder(narrow, FEATURES)
     trials = spoken(reader, reader.trials([days[2]], "train"), 2)[:4]
     moving = moving_of(run.config, 2)
     tuner = Tuner(run.config, moving, Rates(0.003, 0.0), seed=0, dropout=False)
@@ -155,10 +156,10 @@ def test_steps_lower_the_loss_with_one_compiled_program(workdir, simulated, days
 
 
 @pytest.fixture
-def attempt(workdir, simulated, days, tmp_path, capsys):
+def attempt(workdir, narrow, days, tmp_path, capsys):
     """A function that calibrates with other arguments, and returns status and error."""
 
-    def calibrated(session=days[3], data=simulated / "hdf5_data_final", *more):
+    def calibrated(session=days[3], data=narrow, *more):
         arguments = ["--workdir", str(workdir), "--session", session, "--data", str(data)]
         status = main(["calibrate", *arguments, "--out", str(tmp_path / "out"), *FEW, *more])
         return status, capsys.readouterr().err
@@ -166,8 +167,8 @@ def attempt(workdir, simulated, days, tmp_path, capsys):
     return calibrated
 
 
-def copy_of_new_day(simulated, day, folder: Path, change) -> Path:
-    shutil.copytree(simulated / "hdf5_data_final" / day, folder / day)
+def copy_of_new_day(narrow, day, folder: Path, change) -> Path:
+    shutil.copytree(narrow / day, folder / day)
     with h5py.File(folder / day / "data_train.hdf5", "r+") as file:
         for trial in file.values():
             change(trial)
@@ -179,32 +180,30 @@ def without_labels(trial):
 
 
 def fewer_features(trial):
-    features = trial["input_features"][:, :256]
+    features = trial["input_features"][:, : FEATURES // 2]
     del trial["input_features"]
     trial["input_features"] = features
 
 
-def test_what_cannot_be_calibrated_is_named_and_leaves_no_folder(
-    attempt, simulated, days, tmp_path
-):
+def test_what_cannot_be_calibrated_is_named_and_leaves_no_folder(attempt, narrow, days, tmp_path):
     status, said = attempt("t15.2030.01.01")
     assert (status, "t15.2030.01.01" in said) == (2, True)
     status, said = attempt(days[0])
     assert (status, "has already" in said) == (2, True)
-    for change, needed in ((without_labels, "seq_class_ids"), (fewer_features, "[T, 512]")):
-        data = copy_of_new_day(simulated, days[3], tmp_path / change.__name__, change)
+    for change, needed in ((without_labels, "seq_class_ids"), (fewer_features, f"[T, {FEATURES}]")):
+        data = copy_of_new_day(narrow, days[3], tmp_path / change.__name__, change)
         status, said = attempt(days[3], data)
         assert (status, needed in said) == (2, True), said
-    status, said = attempt(days[3], simulated / "hdf5_data_final", "--replay=1")
+    status, said = attempt(days[3], narrow, "--replay=1")
     assert (status, "needed 0 to below 1" in said) == (2, True)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_the_data_of_old_days_nothing_is_replayed_and_that_is_said(
-    attempt, simulated, days, tmp_path
+    attempt, narrow, days, tmp_path
 ):
     nowhere = f"--config.data.root={tmp_path / 'nowhere'}"
-    status, said = attempt(days[3], simulated / "hdf5_data_final", nowhere, "--adapt=all")
+    status, said = attempt(days[3], narrow, nowhere, "--adapt=all")
     assert status == 0, said
     assert "neither replayed nor scored" in said
     report = json.loads((tmp_path / "out/calibration.json").read_text())

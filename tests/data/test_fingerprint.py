@@ -12,19 +12,20 @@ from b2txt_jax.data.description import DataError
 from b2txt_jax.data.fingerprint import check_same_data, differences, fingerprint
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.training.loop import train
+from tests.conftest import FEATURES
 from tests.data.packing import packed
 
 SESSION = "t15.2023.08.13"
 
 
 def of(root: Path) -> dict:
-    reader = open_folder(root)
+    reader = open_folder(root, FEATURES)
     return fingerprint(reader, reader.trials(reader.sessions, "train"))
 
 
 @pytest.fixture(scope="module")
-def root(simulated: Path) -> Path:
-    return simulated / "hdf5_data_final"
+def root(narrow: Path) -> Path:
+    return narrow
 
 
 @pytest.fixture
@@ -87,7 +88,6 @@ def test_a_run_without_fingerprint_or_with_a_damaged_one_has_a_way_on(tmp_path: 
 def test_a_run_is_not_resumed_on_changed_data_before_the_user_says_so(
     tiny_config, copy, tmp_path
 ) -> None:
-    """Without steps to do, so that nothing is compiled."""
     run, short = tmp_path / "run", ["--config.train.steps=1", f"--config.data.root={copy}"]
     config = with_overrides(tiny_config, short)
     train(config, run)

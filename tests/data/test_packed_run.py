@@ -46,6 +46,7 @@ def test_packed_float32_trains_and_infers_as_hdf5_bit_for_bit(tiny_config, from_
             assert mine.logits.tobytes() == theirs.logits.tobytes()
 
 
+@pytest.mark.slow
 def test_packed_bfloat16_trains_and_infers_nearly_the_same(tiny_config, from_hdf5, tmp_path):
     root = packed(tiny_config.data.root, tmp_path / "packed", "bfloat16")
     train(on(tiny_config, root), tmp_path / "run")

@@ -133,8 +133,8 @@ def test_chips_in_use_are_a_problem_that_names_the_process():
 
 def test_a_runtime_that_hangs_is_a_problem_and_ends():
     started = time.monotonic()
-    finding, _ = checks.check_devices(V5E, (), python("import time; time.sleep(60)"), timeout=0.5)
-    assert time.monotonic() - started < 10
+    finding, _ = checks.check_devices(V5E, (), python("import time; time.sleep(600)"), timeout=0.5)
+    assert time.monotonic() - started < 120
     assert finding.status == "problem"
     assert "did not answer" in finding.found
 
@@ -357,12 +357,12 @@ def count_trials(root: Path, split: str) -> int:
     return total
 
 
-def test_a_run_that_can_start_has_no_problem(capsys, simulated, tiny_overrides, tmp_path):
+def test_a_run_that_can_start_has_no_problem(capsys, narrow, tiny_overrides, tmp_path):
     workdir = tmp_path / "run"
     arguments = ["--config", str(REPOSITORY / "configs/demo.py"), "--workdir", str(workdir)]
     status, findings, _ = diagnose(capsys, *arguments, overrides=tuple(tiny_overrides))
     assert status == 0, findings
-    train, val = (count_trials(simulated / "hdf5_data_final", split) for split in ("train", "val"))
+    train, val = (count_trials(narrow, split) for split in ("train", "val"))
     found = findings["data"]["found"]
     assert f"4 sessions, {train} training and {val} validation trials" in found
     assert "buckets 180x40" in findings["data"]["found"]
@@ -370,8 +370,8 @@ def test_a_run_that_can_start_has_no_problem(capsys, simulated, tiny_overrides, 
     assert not workdir.exists()
 
 
-def test_a_damaged_session_is_a_problem_that_names_it(capsys, simulated, tiny_overrides, tmp_path):
-    root = shutil.copytree(simulated / "hdf5_data_final", tmp_path / "data")
+def test_a_damaged_session_is_a_problem_that_names_it(capsys, narrow, tiny_overrides, tmp_path):
+    root = shutil.copytree(narrow, tmp_path / "data")
     file = next(root.glob("*/data_train.hdf5"))
     file.write_bytes(file.read_bytes()[:1000])
     status, findings, _ = diagnose(
@@ -490,7 +490,7 @@ def test_packages_that_decoding_lacks_are_a_problem_with_the_extra_that_brings_t
     assert checks.check_packages("decoding here", "lm", ("kenlm",), lambda name: name) == []
 
 
-def test_much_padding_and_sessions_too_few_for_a_batch_are_found(capsys, simulated, tiny_overrides):
+def test_much_padding_and_sessions_too_few_for_a_batch_are_found(capsys, tiny_overrides):
     config = ("--config", str(REPOSITORY / "configs/demo.py"))
     wide = "--config.data.buckets=((3000,80),)"
     alone = "--config.data.packing=off"

@@ -21,9 +21,9 @@ from b2txt_jax.training.step import init_state, step_keys
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_config: Config, simulated: Path) -> list[Run]:
+def runs(tiny_config: Config, narrow: Path) -> list[Run]:
     """Two runs with fresh parameters of other seeds."""
-    days = sorted(path.name for path in (simulated / "hdf5_data_final").iterdir())
+    days = sorted(path.name for path in narrow.iterdir())
     config = replace(tiny_config, data=replace(tiny_config.data, sessions=tuple(days)))
     seeds = (replace(config, train=replace(config.train, seed=seed)) for seed in (1, 2))
     return [Run(one, init_state(one, len(days)).params, 0) for one in seeds]

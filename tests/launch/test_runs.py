@@ -57,7 +57,7 @@ def test_a_preempted_run_goes_on_where_it_was_saved(cloud):
 
 @pytest.mark.slow  # the other tests play the training
 @pytest.mark.timeout(600)
-def test_a_real_training_survives_the_loss_of_its_vm(cloud, simulated, tiny_overrides):
+def test_a_real_training_survives_the_loss_of_its_vm(cloud, narrow, tiny_overrides):
     program(
         cloud.folder / "vm_bin/uv",
         "#!/bin/sh\n"
@@ -72,7 +72,7 @@ def test_a_real_training_survives_the_loss_of_its_vm(cloud, simulated, tiny_over
         "--config.train.save_every=5",
         limit=560,
         ACCELERATOR="v5litepod-4",  # as many devices as the tiny batch has rows
-        DATA=str(simulated / "hdf5_data_final"),
+        DATA=str(narrow),
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((cloud.workdir / "finished.json").read_text())["step"] == 40

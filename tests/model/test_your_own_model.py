@@ -17,6 +17,7 @@ from b2txt_jax.data.batches.layout import Shape
 from b2txt_jax.training.compiled import abstract_batch
 from b2txt_jax.training.sharding import abstract_state, jit_train_step, make_mesh
 from b2txt_jax.training.step import model_of
+from tests.conftest import FEATURES
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO = str(REPOSITORY / "configs/demo.py")
@@ -49,9 +50,10 @@ def my_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def overrides_of(simulated: Path) -> list[str]:
+def overrides_of(narrow: Path) -> list[str]:
     values = {
-        "data.root": simulated / "hdf5_data_final",
+        "data.root": narrow,
+        "data.feature_count": FEATURES,
         "data.trials_per_day": 1,
         "data.eval_batch_size": 4,
         "data.buckets": ((180, 40),),
@@ -65,11 +67,11 @@ def overrides_of(simulated: Path) -> list[str]:
 
 
 def test_train_infer_and_evaluate_use_it(
-    my_models: Path, simulated: Path, build_lm, tmp_path: Path
+    my_models: Path, narrow: Path, build_lm, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     train = ["train", "--config", DEMO, "--workdir", str(run)]
-    assert main([*train, *SMALL, *overrides_of(simulated)]) == 0
+    assert main([*train, *SMALL, *overrides_of(narrow)]) == 0
     assert json.loads((run / "finished.json").read_text())["step"] == 4
     assert set(json.loads((run / "config.json").read_text())["model"]) == {
         *("name", "classes", "dtype", "stride", "width", "layers", "taps", "dropout")

@@ -16,14 +16,15 @@ from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.step import init_state
+from tests.conftest import FEATURES
 
 DAY = "t15.2023.08.13"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config, simulated: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Config, narrow: Path) -> Path:
     """A run's folder with fresh parameters of four days, whose layers differ."""
-    days = sorted(path.name for path in (simulated / "hdf5_data_final").iterdir())
+    days = sorted(path.name for path in (narrow).iterdir())
     config = replace(tiny_config, data=replace(tiny_config.data, sessions=tuple(days)))
     workdir = tmp_path_factory.mktemp("runs") / "run"
     state = init_state(config, len(days))
@@ -44,19 +45,19 @@ def shared(run: Path) -> Path:
     return folder
 
 
-def test_the_exported_model_is_read_as_a_run(run: Path, shared: Path, simulated: Path) -> None:
+def test_the_exported_model_is_read_as_a_run(run: Path, shared: Path, narrow: Path) -> None:
     ours, theirs = load_run(run), load_run(shared)
     assert theirs.fingerprint == ours.fingerprint
     assert (theirs.step, theirs.sessions) == (ours.step, ours.sessions)
-    root = f"--config.data.root={simulated / 'hdf5_data_final'}"
+    root = f"--config.data.root={narrow}"
     trial, expected = load_run(shared, [root]).logits("val")[0], ours.logits("val")[0]
     np.testing.assert_array_equal(trial.logits, expected.logits)
 
 
-def test_nothing_of_the_machine_is_in_it_and_its_own_settings_alone(run, shared, simulated) -> None:
+def test_nothing_of_the_machine_is_in_it_and_its_own_settings_alone(run, shared, narrow) -> None:
     for path in shared.rglob("*"):
         if path.is_file():
-            assert str(simulated).encode() not in path.read_bytes(), path
+            assert str(narrow).encode() not in path.read_bytes(), path
     assert [path.name for path in (shared / "lm_settings").iterdir()] == ["ours.json"]
     phonemes = json.loads((shared / "phonemes.json").read_text())
     assert (len(phonemes), phonemes[1], phonemes[40]) == (41, "AA", "silence")
@@ -86,7 +87,7 @@ except ValueError as error:
 
 
 def test_plain_jax_computes_the_same_logits_to_1e_5(run: Path, shared: Path, tmp_path) -> None:
-    x = np.random.default_rng(0).normal(size=(120, 512)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(120, FEATURES)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     names = [str(shared), str(tmp_path / "x.npy"), DAY, str(tmp_path / "logits.npy")]
     subprocess.run([sys.executable, "-c", PLAIN, *names], check=True)

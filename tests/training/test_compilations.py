@@ -11,6 +11,7 @@ from rich.console import Console
 
 from b2txt_jax.config import with_overrides
 from b2txt_jax.training.loop import train
+from tests.conftest import FEATURES
 
 BUCKETS = ((140, 40), (180, 80), (640, 160))
 SAID, LOGGED = "said", "logged"
@@ -68,11 +69,11 @@ def bins_of_used_buckets(root, split):
 
 
 def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up(
-    tiny_config, simulated, events, tmp_path
+    tiny_config, narrow, events, tmp_path
 ):
     wanted = {
-        "train_step": bins_of_used_buckets(simulated, "train"),
-        "eval_step": bins_of_used_buckets(simulated, "val"),
+        "train_step": bins_of_used_buckets(narrow, "train"),
+        "eval_step": bins_of_used_buckets(narrow, "val"),
     }
     assert wanted == {"train_step": {140, 180}, "eval_step": {140}}
     keys = {
@@ -99,7 +100,7 @@ def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up
             made = [text for text in warm_up if f"XLA compilation of jit({step})" in text]
             assert len(made) == len(buckets), made
             shapes = Counter(
-                int(re.findall(r"float32\[\d+,(\d+),512\]", text)[-1])  # after day layers
+                int(re.findall(rf"float32\[\d+,(\d+),{FEATURES}\]", text)[-1])  # after day layers
                 for text in warm_up
                 if text.startswith(f"Compiling jit({step})")
             )

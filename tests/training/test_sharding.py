@@ -25,7 +25,7 @@ from b2txt_jax.training.sharding import (
 )
 from b2txt_jax.training.step import model_of
 
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def overrides(tiny_overrides):
     """Rows for up to eight devices; every step logged; with dropout and augmentation."""
     return [
         *tiny_overrides,
+        "--config.model.layers=1",
         "--config.data.trials_per_day=2",
         "--config.data.eval_batch_size=8",
         f"--config.train.steps={STEPS}",
@@ -223,7 +224,7 @@ def test_the_triple_gru_has_the_losses_of_one_device_when_devices_share_its_unit
         **{"patch_size": patch, "patch_stride": patch or 1, "recompute_frames": 32},
     }
     more = [*overrides, *(f"--config.model.{key}={value}" for key, value in model.items())]
-    # Shorter than the other runs: 512 units and 320 frames of bins are slow on a CPU. One process:
+    # Shorter than the other runs: 320 frames of bins are slow on a CPU. One process:
     # between two, every frame would wait for a socket, for more than five minutes in all.
     more += ["--config.train.steps=5", "--config.train.validate_every=5"]
     more += ["--config.data.buckets=((320, 80),)"]
@@ -233,10 +234,10 @@ def test_the_triple_gru_has_the_losses_of_one_device_when_devices_share_its_unit
     np.testing.assert_allclose(losses(tmp_path / "shared"), losses(tmp_path / "alone"), rtol=1e-5)
 
 
-def without_features_of_others(simulated, config, rows, to):
+def without_features_of_others(narrow, config, rows, to):
     """Copies the sessions; of the validation trials only those in these rows of their batches can
     be read. Returns how many."""
-    shutil.copytree(simulated / "hdf5_data_final", to)
+    shutil.copytree(narrow, to)
     data = EvaluationData(config.data, configured_sessions(config.data), "val", 14, labels=True)
     mine = {index for indices, _, _ in data.batches(rows) for index in indices}
     for index, ref in enumerate(data.refs):
@@ -248,13 +249,13 @@ def without_features_of_others(simulated, config, rows, to):
 
 @pytest.mark.slow
 def test_each_of_two_processes_reads_only_its_rows_in_validation_and_gets_the_result_of_one(
-    overrides, alone_in, tiny_config, simulated, tmp_path
+    overrides, alone_in, tiny_config, narrow, tmp_path
 ):
     """Each process has sessions of its own, in which the other's validation trials are broken."""
     config = with_overrides(tiny_config, ["--config.data.eval_batch_size=8"])
     roots = [tmp_path / "first", tmp_path / "second"]
     counts = [
-        without_features_of_others(simulated, config, slice(4 * host, 4 * host + 4), root)
+        without_features_of_others(narrow, config, slice(4 * host, 4 * host + 4), root)
         for host, root in enumerate(roots)
     ]
     assert sum(counts) == 12

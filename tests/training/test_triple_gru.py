@@ -19,6 +19,7 @@ from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.loop import out_of_patience, train
 from b2txt_jax.training.sharding import abstract_state
 from b2txt_jax.training.step import model_of
+from tests.conftest import FEATURES
 
 STEPS = 4
 
@@ -84,7 +85,7 @@ def test_inference_decodes_the_clean_path_and_a_stream_equals_it(config, run):
 def _smoothed(config, trial):
     from b2txt_jax.data.reader import open_folder
 
-    features = open_folder(config.data.root).read(trial.ref).features[None]
+    features = open_folder(config.data.root, FEATURES).read(trial.ref).features[None]
     return smooth(features, config.signal.smooth_std, config.signal.smooth_size)
 
 

@@ -91,7 +91,7 @@ class EvalOutput(NamedTuple):
     """Further logits of the model, float32 [B, P, C] by name, in validation."""
 
 
-def step_keys(seed: int, step: jax.Array) -> StepKeys:
+def step_keys(seed: jax.Array | int, step: jax.Array) -> StepKeys:
     """Return keys as a function of (seed, step): resuming needs no more than the step's number."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return StepKeys(*jax.random.split(key, 2))
@@ -275,10 +275,11 @@ def make_loss(config: Config, days: int) -> Loss:
     return loss_of
 
 
-def make_train_step(
-    config: Config, days: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+def make_train_step(config: Config, days: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Return the pure function (state, batch) -> (state, metrics). Jit it with the state donated.
+
+    Its third argument, the seed of all draws, is train.seed by default. Traced, one program serves
+    runs of several seeds.
 
     Raises:
       ConfigError: the model, the smoothing or an augmentation cannot be used.
@@ -292,8 +293,10 @@ def make_train_step(
             f"{products.name}; needed model.dtype='bfloat16', or 'float32' for both"
         )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        keys = step_keys(config.train.seed, state.step)
+    def train_step(
+        state: TrainState, batch: Batch, seed: jax.Array | int = config.train.seed
+    ) -> tuple[TrainState, StepMetrics]:
+        keys = step_keys(seed, state.step)
         with gradients_added_in(added_in):
             (loss, (infeasible, parts)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
                 state.params, batch, keys, state.step

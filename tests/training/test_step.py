@@ -65,6 +65,14 @@ def test_keys_are_a_function_of_seed_and_step_and_differ_by_use():
     assert again == keys[-1]
 
 
+def test_a_seed_that_is_an_argument_draws_as_the_configured_one(small):
+    step, state, seed = train_step_of(small), init_state(small, DAYS), small.train.seed
+    given = [float(step(state, batch_of(4), np.int32(seed + n))[1].loss) for n in (0, 1)]
+    configured = float(step(state, batch_of(4))[1].loss)
+    np.testing.assert_allclose(given[0], configured, rtol=1e-6)
+    assert abs(given[1] - configured) > 1e-3
+
+
 def test_training_lowers_the_loss_of_a_batch_it_sees_again_and_again(small):
     config = without_noise(small)
     step = train_step_of(config)

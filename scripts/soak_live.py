@@ -10,9 +10,9 @@ decoded, for so many hours of stream. Meanwhile faults happen, in turns:
 
 "Killed" and "restarted" mean SIGKILL. The Redis of the source comes back empty. A clock jump is one
 of the source's Redis: by an hour ahead in a sentence, and back after it, with the stream deleted.
-Parameters are those of the language model, changed in a sentence by another client. Each sentence
-has a name, by which its answer is found in the stream that `--publish` writes, on another Redis. A
-sentence without a fault must also have the words that it has when all is well.
+Parameters are those of the language model, changed in a sentence. Each sentence has a name, by
+which its answer is found in the stream that `--publish` writes, on another Redis. A sentence
+without a fault must also have the words that it has when all is well.
 
 Prints and writes (--out FILE) the faults, sentences lost, doubled and changed, and in the first and
 the last tenth the memory of both processes, their processor time for each bin, and the wall time
@@ -46,7 +46,6 @@ from rich.progress import Progress
 
 from b2txt_jax import load_run
 from b2txt_jax.data.reader import open_folder
-from lm_server.client.client import Client
 from lm_server.serving.embedded_redis import embedded_redis, find_program
 
 FAULTS = (
@@ -176,10 +175,21 @@ class Rig:
             # A Redis writes where it listens into its command line.
             found = re.search(r"unixsocket:(\S+)", " ".join(child.cmdline()))
             if found:
-                with Client(f"unix://{found[1]}") as client:
-                    client.update_params(nbest=100 + self._updates)
+                with redis.Redis(unix_socket_path=found[1], protocol=2) as client:
+                    self._ask_for_more(client)
                 return
         raise RuntimeError("the language model server has no Redis of its own")
+
+    def _ask_for_more(self, client: Any) -> None:
+        # In the stream's own name: the server lets no other client change its session.
+        ((_, newest),) = client.xrevrange("remote_lm_done_resetting", count=1)
+        done = "remote_lm_done_updating_params"
+        last = client.xrevrange(done, count=1)
+        fields = {"nbest": 100 + self._updates, "client": newest[b"client"]}
+        client.xadd("remote_lm_update_params", fields)
+        seen = last[0][0] if last else "0-0"
+        if not client.xread({done: seen}, block=round(1000 * _PATIENCE)):
+            raise RuntimeError(f"the server did not accept {fields}")
 
     def _bins(self, rows: np.ndarray, first: int) -> None:
         self._add(features=np.ascontiguousarray(rows, "<f4").tobytes(), i=first)

@@ -150,7 +150,8 @@ def pretrain(
     """Train to `config.train.steps` on a split's features alone.
 
     Returns:
-      The mean squared error at the end, about 1 where nothing can be predicted.
+      The mean squared error at the end. Where nothing can be predicted it is the variance of the
+      targets, which are means of several bins.
 
     Raises:
       ConfigError: the model cannot be pretrained, or the folder holds another run.

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         args.lexicon,
         args.skip_unknown,
         args.pad_to,
-        {name: getattr(args, name) for name in _CLAIMED},
+        {name: getattr(args, name) for name in _CLAIMED} | {"skip_cue": sorted(args.skip_cue)},
     )
     print(f"{args.out / FOLDER}: {written.total()} trials")
     for (session, split), count in sorted(written.items()):
@@ -142,6 +142,14 @@ def import_recordings(
       DataError: a recording is damaged, a word has no pronunciation, or `out` holds other data.
     """
     recordings = kind.recordings(source)
+    files: dict[tuple[str, str], Path] = {}
+    for one in recordings:
+        other = files.setdefault((one.session, one.split), one.path)
+        if other != one.path:
+            raise DataError(
+                f"{other} and {one.path} both hold the session {one.session}, {one.split}; needed "
+                "one file for it: move the other away"
+            )
     labeller = Labeller(lexicon)
     unknown = Counter(
         word

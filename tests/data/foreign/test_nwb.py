@@ -254,6 +254,18 @@ def test_a_broken_file_is_named_and_nothing_is_written(
     assert not list(tmp_path.rglob("data_train.hdf5"))
 
 
+def test_two_files_of_one_session_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = "T5_2022.05.18_held_in_calib.nwb", FILES["falcon-h2"][0]
+    for name in names:
+        falcon(tmp_path / name)
+    assert imported("falcon-h2", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in names)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", list(FILES))
 def test_what_is_no_nwb_file_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str

@@ -20,7 +20,6 @@ from decoding import Words, decode, model_folder, parser_of
 from simulated_logits import held_out, label
 from spliced_logits import halves_of, splice_at
 
-from lm_server.confusion import Confusion, of_matrix
 from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.lm.reader import find_words
 from lm_server.protocol import CLASS_COUNT
@@ -28,6 +27,7 @@ from lm_server.search.emissions import log_probabilities
 from lm_server.search.flashlight import LanguageModel
 from lm_server.search.forced import aligned
 from lm_server.settings import PRESETS, Settings
+from lm_server.settings.confusion import Confusion, of_matrix
 from lm_server.tuning.confusions import Aligned, learn
 from lm_server.tuning.lists import Lists, make_lists, rerank
 

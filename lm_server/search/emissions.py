@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm_server.confusion import mixed
 from lm_server.protocol import LM_CLASSES, SILENCE
 from lm_server.settings import LIMITS, Settings
+from lm_server.settings.confusion import mixed
 
 BLANK_ID = 0
 SILENCE_ID = LM_CLASSES.index(SILENCE)

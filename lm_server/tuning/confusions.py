@@ -1,4 +1,4 @@
-"""Learns a class confusion (`lm_server.confusion`) from sentences whose truth is known."""
+"""Learns a class confusion (`lm_server.settings.confusion`) from sentences whose truth is known."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm_server.confusion import Confusion, of_matrix
 from lm_server.files.logits_file import Logits
 from lm_server.protocol import CLASS_COUNT, to_lm_order
 from lm_server.search.emissions import log_probabilities
 from lm_server.search.forced import Known, aligned
 from lm_server.settings import Settings
+from lm_server.settings.confusion import Confusion, of_matrix
 
 _ROUNDS = 30
 """Rounds of expectation and maximisation, after which hardly anything moves."""

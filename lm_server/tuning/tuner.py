@@ -26,7 +26,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lm_server.confusion import Confusion
 from lm_server.files.logits_file import Logits
 from lm_server.hypothesis import Hypothesis
 from lm_server.lm.reader import ModelFolderError, find_words
@@ -41,6 +40,7 @@ from lm_server.settings import (
     changed,
     names_of,
 )
+from lm_server.settings.confusion import Confusion
 from lm_server.tuning import lists as tuning
 from lm_server.tuning.cache import Cache, digest
 from lm_server.tuning.confusions import align, learn

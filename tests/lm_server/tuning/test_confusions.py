@@ -11,7 +11,6 @@ from small_model import LEXICON, say
 from test_offline import write
 
 import lm_server
-from lm_server.confusion import Confusion, of_matrix
 from lm_server.files.logits_file import read_logits
 from lm_server.protocol import LM_CLASSES, SILENCE, to_rnn_order
 from lm_server.search.emissions import Emissions, log_probabilities
@@ -19,6 +18,7 @@ from lm_server.search.forced import aligned, best_path, forced
 from lm_server.search.load import load_model
 from lm_server.serving.parameters import changed_settings
 from lm_server.settings import Settings, SettingsError, read_settings, write_settings
+from lm_server.settings.confusion import Confusion, of_matrix
 from lm_server.tuning import lists as tuning
 from lm_server.tuning import report
 from lm_server.tuning import tuner as tuner_module

@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_server.confusion import Confusion, ConfusionError
 from lm_server.errors import UserError
 from lm_server.files.atomic_file import regular, replacing
 from lm_server.protocol import unique
+from lm_server.settings.confusion import Confusion, ConfusionError
 
 FORMAT = 3
 """Version of settings files. In format 1, silence_penalty was in units of log-probabilities. Before

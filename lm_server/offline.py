@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -33,6 +32,7 @@ from rich.progress import (
 from lm_server.files.logits_file import Logits, LogitsFileError
 from lm_server.files.resumable import resumable
 from lm_server.hypothesis import Answer, Hypothesis
+from lm_server.process import end_with_parent
 from lm_server.protocol import ProtocolError, check_logits, to_lm_order
 from lm_server.rescoring.answering import Answering, PendingAnswer
 from lm_server.rescoring.load import load_scorer
@@ -358,10 +358,7 @@ def _prepare_worker(parent: int) -> None:
     """Leave Ctrl-C to the parent, and end this worker when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 is PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_parent(parent)
 
 
 def _decode_index(index: int) -> Outcome:

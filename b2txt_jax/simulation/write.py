@@ -58,6 +58,7 @@ from b2txt_jax.simulation.plan import (
     plan_sessions,
 )
 from lm_server.files.atomic_file import replacing
+from lm_server.process import end_with_parent
 
 _IMPLANTED = datetime.date(2023, 7, 17)  # 25 days before the first published session
 SESSIONS_FOLDER = "hdf5_data_final"
@@ -122,7 +123,9 @@ def simulate(
         else:
             # A fork of a process that has run JAX may never return.
             context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(jobs, context))
+            pool = stack.enter_context(
+                ProcessPoolExecutor(jobs, context, end_with_parent, (os.getpid(),))
+            )
             # The longest first, so that the last ones end together.
             work.sort(key=lambda part: part.sentences, reverse=True)
             for done in as_completed([pool.submit(part.write_all) for part in work]):

@@ -185,6 +185,24 @@ def test_a_url_without_a_login_is_named_in_the_error_about_it(capsys, monkeypatc
     assert url in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+def test_no_worker_of_a_pool_outlives_a_killed_command():
+    pool = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from lm_server.process import end_with_parent
+with ProcessPoolExecutor(2, get_context("fork"), end_with_parent, (os.getpid(),)) as pool:
+    list(pool.map(time.sleep, [0.1, 0.1]))
+    print("ready", flush=True)
+    time.sleep(3600)
+"""
+    process = started([sys.executable, "-c", pool])
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.communicate(timeout=120)  # returns when nobody holds its output any more
+
+
 def test_a_result_replaces_nothing_that_is_read_for_it(tmp_path):
     read = tmp_path / "lm" / "lm.bin"
     read.parent.mkdir()

@@ -175,7 +175,7 @@ assert "jax" not in sys.modules
 run = b2t.load_run(sys.argv[1])
 logits = run.logits(np.zeros((50, run.config.data.feature_count), np.float32), day=run.sessions[0])
 assert logits.shape == (10, 41)
-b2t.train(run.config, sys.argv[2], ["train.steps=1", "data.buckets=((320, 80),)"], quiet=True)
+{training}
 from absl import logging
 assert logging.get_verbosity() == logging.WARNING
 import b2txt_jax.simulation.write
@@ -197,8 +197,17 @@ def test_evaluate_refuses_what_the_command_refuses(run, arguments, message):
         b2t.evaluate(run, **arguments)
 
 
-def test_the_library_prints_nothing_and_leaves_logging_as_it_was(workdir, tmp_path):
-    command = [sys.executable, "-c", QUIET, str(workdir), str(tmp_path / "run")]
+TRAINING = """
+b2t.train(run.config, sys.argv[2], ["train.steps=1", "data.buckets=((320, 80),)"], quiet=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "training", ["", pytest.param(TRAINING, marks=pytest.mark.slow)], ids=["read", "trained"]
+)
+def test_the_library_prints_nothing_and_leaves_logging_as_it_was(training, workdir, tmp_path):
+    program = QUIET.format(training=training)
+    command = [sys.executable, "-c", program, str(workdir), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

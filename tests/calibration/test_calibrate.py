@@ -199,6 +199,7 @@ def test_what_cannot_be_calibrated_is_named_and_leaves_no_folder(attempt, narrow
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_without_the_data_of_old_days_nothing_is_replayed_and_that_is_said(
     attempt, narrow, days, tmp_path
 ):

@@ -159,6 +159,7 @@ def test_gradients_cannot_be_added_in_fewer_digits_than_products_have():
         make_train_step(reduced(config), DAYS)
 
 
+@pytest.mark.slow
 def test_losses_with_gradients_added_in_bfloat16_stay_near_those_in_float32():
     model = dataclasses.replace(CONFIG.model, layers=1)
     optimizer = dataclasses.replace(CONFIG.optimizer, warmup_steps=1, day_warmup_steps=1)

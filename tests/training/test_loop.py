@@ -96,6 +96,7 @@ def averaged(epochs_config, tmp_path_factory):
     return workdir, said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_in_two_parts_equals_an_uninterrupted_one(
     averaged, epochs_config, tmp_path
 ):

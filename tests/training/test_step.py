@@ -65,6 +65,7 @@ def test_keys_are_a_function_of_seed_and_step_and_differ_by_use():
     assert again == keys[-1]
 
 
+@pytest.mark.slow
 def test_a_seed_that_is_an_argument_draws_as_the_configured_one(small):
     step, state, seed = train_step_of(small), init_state(small, DAYS), small.train.seed
     given = [float(step(state, batch_of(4), np.int32(seed + n))[1].loss) for n in (0, 1)]

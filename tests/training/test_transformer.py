@@ -54,6 +54,7 @@ def test_a_resumed_run_logs_the_losses_of_a_whole_one(overrides, tmp_path):
     np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_inference_equals_a_stream_of_frames(run):
     model = load_run(run)
     config, (trial, *_) = model.config, model.logits("val")

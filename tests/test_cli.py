@@ -360,4 +360,6 @@ def _shown(option):
     """A default as help texts have it. `auto` is told by its effect, memory by its unit."""
     special = {"auto": "default", 2 * 10**9: "2G"}
     value = option.default
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return special.get(value, f"{value:g}" if isinstance(value, float) else str(value))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from b2txt_jax.data.packed import MANIFEST
 from b2txt_jax.data.prepare import PackSettings, prepare
-from tests.conftest import FEATURES
 
 # Packs in a process of its own, which dies or is limited at a chosen moment.
 PROGRAM = """
@@ -73,7 +72,7 @@ def pack_in_process(
     )
 
 
-def packed(root: Path, out: Path, dtype: str = "float32", features: int = FEATURES) -> Path:
+def packed(root: Path, out: Path, dtype: str = "float32", features: int = 512) -> Path:
     """`root`, with so many features, packed into `out`."""
     prepare(root, out, PackSettings(dtype=dtype, min_bins=14, feature_count=features))
     return out

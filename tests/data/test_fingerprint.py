@@ -70,8 +70,8 @@ def test_a_change_of_one_trial_is_named_by_its_file(root, copy, change, text) ->
 
 
 def test_copies_and_packed_copies_have_the_same_fingerprint(root, copy, tmp_path) -> None:
-    assert of(copy) == of(root) == of(packed(root, tmp_path / "packed"))
-    rounded = of(packed(root, tmp_path / "rounded", "float16"))
+    assert of(copy) == of(root) == of(packed(root, tmp_path / "packed", features=FEATURES))
+    rounded = of(packed(root, tmp_path / "rounded", "float16", features=FEATURES))
     assert rounded != of(root)
     assert differences(of(root), rounded) == []
     shutil.rmtree(copy / SESSION)

@@ -241,7 +241,8 @@ def stored(request, tiny_config, tmp_path_factory):
         return tiny_config.data
     out = tmp_path_factory.mktemp("packed") / request.param
     return dataclasses.replace(
-        tiny_config.data, root=str(packed(tiny_config.data.root, out, request.param))
+        tiny_config.data,
+        root=str(packed(tiny_config.data.root, out, request.param, features=FEATURES)),
     )
 
 
@@ -318,7 +319,7 @@ def test_the_hosts_evaluation_batches_are_the_global_batch_in_pieces(stored, hos
 
 
 def test_packed_float32_gives_the_batches_of_hdf5_bit_for_bit(tiny_config, tmp_path):
-    out = packed(tiny_config.data.root, tmp_path / "out")
+    out = packed(tiny_config.data.root, tmp_path / "out", features=FEATURES)
     both = [training(tiny_config, root) for root in (tiny_config.data.root, out)]
     for step in range(12):
         for got, expected in zip(*(filled(data.batch(1, step)) for data in both), strict=True):
@@ -339,7 +340,7 @@ def test_packed_float32_gives_the_batches_of_hdf5_bit_for_bit(tiny_config, tmp_p
 
 
 def test_packed_half_precision_stays_so_until_the_step(tiny_config, tmp_path):
-    out = packed(tiny_config.data.root, tmp_path / "out", "float16")
+    out = packed(tiny_config.data.root, tmp_path / "out", "float16", features=FEATURES)
     half, single = training(tiny_config, out), training(tiny_config)
     assert (half.features_dtype, single.features_dtype) == (np.float16, np.float32)
     got, expected = half.batch(1, 0).features, single.batch(1, 0).features
@@ -352,7 +353,7 @@ def test_without_configured_buckets_those_of_prepare_are_taken_on_either_layout(
 ):
     sessions = configured_sessions(tiny_config.data)
     data = dataclasses.replace(tiny_config.data, buckets=(), days_per_batch=4, trials_per_day=16)
-    out = packed(data.root, tmp_path / "out")
+    out = packed(data.root, tmp_path / "out", features=FEATURES)
     on_packed = dataclasses.replace(data, root=str(out))
     chosen = resolve_buckets(data, sessions)
     assert resolve_buckets(on_packed, sessions) == chosen == read_manifest(out).buckets
@@ -397,7 +398,7 @@ def test_no_trial_to_choose_buckets_from_is_told(tiny_config, tmp_path):
 
 
 def test_a_damaged_packed_trial_is_named_to_the_training_loop(tiny_config, tmp_path):
-    out = packed(tiny_config.data.root, tmp_path / "out")
+    out = packed(tiny_config.data.root, tmp_path / "out", features=FEATURES)
     for path in out.rglob("data_train.features"):
         path.write_bytes(b"\1" * path.stat().st_size)
     with pytest.raises(DataError, match=r"data_train.features trial_\d+ does not match its check"):

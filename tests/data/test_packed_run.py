@@ -8,6 +8,7 @@ import pytest
 
 from b2txt_jax.inference.run import load_run
 from b2txt_jax.training.loop import train
+from tests.conftest import FEATURES
 from tests.data.packing import packed
 
 
@@ -34,7 +35,7 @@ def from_hdf5(tiny_config, tmp_path_factory):
 
 
 def test_packed_float32_trains_and_infers_as_hdf5_bit_for_bit(tiny_config, from_hdf5, tmp_path):
-    root = packed(tiny_config.data.root, tmp_path / "packed")
+    root = packed(tiny_config.data.root, tmp_path / "packed", features=FEATURES)
     train(on(tiny_config, root), tmp_path / "run")
     assert losses(tmp_path / "run") == losses(from_hdf5)
     for split in ("val", "test"):
@@ -48,7 +49,7 @@ def test_packed_float32_trains_and_infers_as_hdf5_bit_for_bit(tiny_config, from_
 
 @pytest.mark.slow
 def test_packed_bfloat16_trains_and_infers_nearly_the_same(tiny_config, from_hdf5, tmp_path):
-    root = packed(tiny_config.data.root, tmp_path / "packed", "bfloat16")
+    root = packed(tiny_config.data.root, tmp_path / "packed", "bfloat16", features=FEATURES)
     train(on(tiny_config, root), tmp_path / "run")
     got, expected = losses(tmp_path / "run"), losses(from_hdf5)
     assert [entry[:2] for entry in got] == [entry[:2] for entry in expected]

@@ -15,6 +15,7 @@ from b2txt_jax.data import packed, prepare
 from b2txt_jax.data.description import DataError, read_description
 from b2txt_jax.data.prepare import PackSettings
 from b2txt_jax.data.reader import open_folder
+from tests.conftest import FEATURES
 from tests.data.packing import contents, finished, pack_in_process
 from tests.data.packing import packed as pack
 
@@ -233,7 +234,7 @@ def test_the_command_takes_sessions_and_patches_from_a_configuration(
     two = open_folder(root).sessions[:2]
     overrides = [*tiny_overrides, f"--config.data.sessions={two}"]
     assert call("--config", CONFIG, "--out", out, overrides=overrides) == 0
-    assert open_folder(out).sessions == two
+    assert open_folder(out, FEATURES).sessions == two
     with pytest.raises(DataError, match=r"has \d+ bins; the model needs 5000"):
         call(
             *("--config", CONFIG, "--out", tmp_path / "other"),

@@ -274,6 +274,15 @@ def main() -> None:
     files = {
         name: [args.out / f"{name}_{seed}.json" for seed in args.seeds] for name in args.levers
     }
+    made = {"data": str(root.resolve()), "steps": args.steps, "keys": args.keys}
+    note = args.out / "made.json"
+    if note.is_file() and json.loads(note.read_text()) != made:
+        parser.error(
+            f"{args.out} holds curves made with {note.read_text()}; these are made with "
+            f"{json.dumps(made)}: give another --out"
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(made))
     for name, of_lever in files.items():
         train(config_of(LEVERS[name], keys, steps[name]), args.seeds, of_lever)
     found = {

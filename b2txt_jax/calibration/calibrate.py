@@ -116,7 +116,9 @@ def extended(config: Config, session: str, trials: Sequence[Spoken]) -> Config:
     _, bins, labels = shape_for(trials, 1)
     if buckets and (bins > buckets[-1][0] or labels > buckets[-1][1]):
         buckets = (*buckets, (max(bins, buckets[-1][0]), max(labels, buckets[-1][1])))
-    data = dataclasses.replace(data, sessions=(*data.sessions, session), buckets=buckets)
+    widths = (*data.widths, data.feature_count) if data.widths else ()
+    sessions = (*data.sessions, session)
+    data = dataclasses.replace(data, sessions=sessions, widths=widths, buckets=buckets)
     # The averaged weights of the training are not those that are written.
     train = dataclasses.replace(config.train, ema=0.0)
     return dataclasses.replace(config, data=data, train=train)

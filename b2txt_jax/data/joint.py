@@ -85,6 +85,12 @@ class JointReader(Reader):
         """Names of the sessions of all folders, sorted."""
         return tuple(sorted(self._owner))
 
+    def together(self, session: str) -> tuple[str, ...]:
+        """Return the sessions of the folder that has this one: those of one participant."""
+        if session not in self._owner:
+            raise self._unknown(session)
+        return self._owner[session].sessions
+
     def width(self, session: str) -> int:
         """Return how many features a session has, before zeros."""
         if session not in self._owner:

@@ -92,7 +92,7 @@ class NormalisedReader(Reader):
         return sorted((ref for refs in listed for ref in refs), key=lambda r: (r.block, r.trial))
 
     def _pass(self, session: str) -> dict[tuple[Path, str], Statistics]:
-        earlier = [name for name in self.sessions if name < session]
+        earlier = [name for name in self._raw.together(session) if name < session]
         statistics = self.after(earlier[-1]) if earlier else cold(self.feature_count)
         found = {}
         for ref in self._in_order(session):

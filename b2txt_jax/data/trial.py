@@ -104,6 +104,14 @@ class Reader(ABC):
         """
         return self.feature_count
 
+    def together(self, session: str) -> tuple[str, ...]:
+        """Return the sessions of the participant whose this one is, sorted.
+
+        Raises:
+          DataError: there is no such session.
+        """
+        return self.sessions
+
     @property
     @abstractmethod
     def sessions(self) -> tuple[str, ...]:

@@ -77,13 +77,16 @@ def run(args: argparse.Namespace) -> int:
         split: read_part([read_system(path, split) for path in args.systems], split, nbest)
         for split in dict.fromkeys(args.mix)
     }
-    held_out = {
-        one.trial: one.said
-        for part in parts.values()
-        for one in part.lists
-        if args.folds > 1 and fold_of(one.said, args.folds) == args.fold
-    }
-    kept = [one for split in args.mix for one in parts[split].lists if one.trial not in held_out]
+    kept, left_out = [], {}
+    for split in args.mix:
+        for one in parts[split].lists:
+            if args.folds > 1 and fold_of(one.said, args.folds) == args.fold:
+                left_out[split, one.trial] = one.said
+            else:
+                kept.append(one)
+    # Trials of two splits may have the same name. Those of val are what is measured on.
+    measured = "val" if "val" in parts else args.mix[0]
+    held_out = {trial: said for (split, trial), said in left_out.items() if split == measured}
     if not kept:
         raise ResultsError("no list is left to learn from; needed more trials, or more --folds")
     with replacing(args.out) as unfinished:

@@ -181,6 +181,7 @@ def ensemble_logits(
             ("sessions", first.sessions, one.sessions),
             ("data.root", first.config.data.root, one.config.data.root),
             ("data.feature_count", *(r.config.data.feature_count for r in (first, one))),
+            ("signal.log, rolling_seconds, rolling_clip", *map(_normalisation, (first, one))),
         ):
             if ours != theirs:
                 raise DataError(
@@ -239,6 +240,12 @@ def average(logits: Sequence[np.ndarray], mean: str = MEANS[0]) -> np.ndarray:
     return averaged.astype(np.float32)
 
 
+def _normalisation(run: Run) -> tuple[object, ...]:
+    """Return what decides on the features that are read. Smoothing is each run's own."""
+    signal = run.config.signal
+    return signal.log, signal.rolling_seconds, signal.rolling_clip
+
+
 def _short(value: object) -> str:
-    text = ", ".join(value) if isinstance(value, tuple) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

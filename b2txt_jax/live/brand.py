@@ -183,7 +183,9 @@ def _decode(node: brand.Node, chosen: Parameters) -> dict[str, Any] | None:
         model.warm_up()
         watched = _Watched(source, node, chosen, commands)
         statistics = Path(chosen.workdir) / STATISTICS_FILE
-        intake = Intake(features, trained.config.signal, first_statistics(trained, statistics))
+        intake = Intake(
+            features, trained.config.signal, first_statistics(trained, statistics, chosen.day)
+        )
         session = LiveSession(
             watched,
             intake,

@@ -326,7 +326,7 @@ def _source(
     if args.replay is None:
         source = open_source(args.source, data.feature_count)
         stack.callback(source.close)
-        return source, first_statistics(trained, _statistics_file(args))
+        return source, first_statistics(trained, _statistics_file(args), args.day)
     reader = stack.enter_context(open_folder(data.root, data.feature_count))
     refs: list[TrialRef] = reader.trials(
         [args.replay], args.split, min_bins=trained.config.model.least_bins, labels_needed=False

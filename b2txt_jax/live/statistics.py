@@ -15,8 +15,14 @@ STATISTICS_FILE = "statistics.npz"
 """In a run's folder: those after the last bin that was decoded live."""
 
 
-def first_statistics(run: Run, path: Path) -> Statistics:
-    """Return those of the file, else those after the run's last recorded session, else cold ones.
+def first_statistics(run: Run, path: Path, day: str | None = None) -> Statistics:
+    """Return those of the file, else those after the last recorded session, else cold ones.
+
+    Args:
+      run: the trained run.
+      path: the file.
+      day: the recording day whose input layer is used. The last session is that of its
+        participant. None: the run's last day.
 
     Raises:
       StatisticsError: the file cannot be used.
@@ -26,7 +32,9 @@ def first_statistics(run: Run, path: Path) -> Statistics:
         return read_statistics(path, data.feature_count)
     if signal.rolling_seconds > 0 and all(one.is_dir() for one in folders(data.root)):
         with open_folder(data.root, data.feature_count) as recorded:
-            return NormalisedReader(recorded, signal).after(run.sessions[-1])
+            peers = recorded.together(day or run.sessions[-1])
+            last = [name for name in run.sessions if name in peers][-1]
+            return NormalisedReader(recorded, signal).after(last)
     return cold(data.feature_count)
 
 

@@ -11,6 +11,7 @@ It runs on one device. The same command goes on after an interruption.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -186,7 +187,11 @@ def pretrain(
         losses: list[jax.Array] = []
         batches = data.batches(train.seed, first, train.steps)
         shown = track(batches, "pretraining", train.steps - first, console=console)
-        with (workdir / PRETRAINING_FILE).open("a") as log:
+        logged = _logged(workdir / PRETRAINING_FILE, first)
+        if logged:
+            mean = logged[-1]["loss"]
+        with (workdir / PRETRAINING_FILE).open("w") as log:
+            log.writelines(json.dumps(one) + "\n" for one in logged)
             for step, batch in enumerate(shown, start=first + 1):
                 state, loss = step_of(state, batch)
                 losses.append(loss)
@@ -207,3 +212,15 @@ def pretrain(
         checkpoints.save_best(int(state.step), {**state.params, HEAD: fresh}, score)
         checkpoints.wait()
     return mean
+
+
+def _logged(path: Path, last: int) -> list[dict[str, float]]:
+    """Return what was logged up to a step. Later lines are of steps that are done again.
+
+    A call that was killed may have left a part of a line.
+    """
+    found: list[dict[str, float]] = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return [one for one in found if one["step"] <= last]

@@ -222,6 +222,17 @@ def _apart(batch: Batch, model: Model) -> _Apart:
     return _Apart(labels, length, there.reshape(-1), frames_of_rows, of_rows)
 
 
+def _own_features(x: jax.Array, day: jax.Array, widths: np.ndarray) -> jax.Array:
+    """Return [B, T, D] with zeros in the features that a row's session does not have.
+
+    Of those, noise is all there would be. `widths` [days] is empty where all have D.
+    """
+    if not widths.size:
+        return x
+    own = jnp.arange(x.shape[-1]) < jnp.asarray(widths)[day][:, None]
+    return jnp.where(own[:, None, :], x, 0.0)
+
+
 Loss = Callable[
     [Params, Batch, StepKeys, jax.Array], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]
 ]
@@ -250,9 +261,7 @@ def make_loss(config: Config, days: int) -> Loss:
         x, bins = augment(keys.augment, x, batch.bins, signal, segments=segments)
         x = smooth_as(x, signal)
         x, bins = augment(keys.augment, x, bins, signal, smoothed=True, segments=segments)
-        if widths.size:  # Of features that a session does not have, noise is all there would be.
-            own = jnp.arange(x.shape[-1]) < jnp.asarray(widths)[batch.day][:, None]
-            x = jnp.where(own[:, None, :], x, 0.0)
+        x = _own_features(x, batch.day, widths)
         apart = _apart(batch, model)
         needed = frames_needed(apart.labels, apart.label_length)
 
@@ -345,6 +354,7 @@ def _evaluation(
     """Return (params, batch, key) -> EvalOutput. Without a key, nothing is augmented."""
     model, signal = model_of(config, days), config.signal
     forward = model.validate if validating else model.apply
+    widths = np.array(config.data.widths, np.int32)
 
     def evaluated(params: Params, batch: Batch, key: jax.Array | None) -> EvalOutput:
         x, bins = jnp.asarray(batch.features, jnp.float32), jnp.asarray(batch.bins)
@@ -355,6 +365,7 @@ def _evaluation(
             bins = jnp.maximum(bins - (len(taps_of(signal)[0]) - 1), 0)
         if key is not None:
             x, _ = augment(key, x, bins, signal, smoothed=True)
+            x = _own_features(x, batch.day, widths)
         logits, frames, aux = forward(params, x, bins, batch.day)
         loss = ctc_loss(logits, frames, batch.labels, batch.label_length)
         rows = Rows(batch.bins, batch.day, batch.labels, batch.label_length)

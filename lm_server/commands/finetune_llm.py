@@ -54,6 +54,11 @@ def run(args: argparse.Namespace) -> int:
     """Write the adapted model."""
     if args.llm is None:
         raise SettingsError("there is no model to adapt: add --llm DIR")
+    if args.llm_dtype in ("int8", "int4"):
+        raise SettingsError(
+            f"--llm-dtype {args.llm_dtype} has no weights that the adapted ones could be added to: "
+            "take bfloat16, and load the result in fewer bits"
+        )
     check_numbers(args, _NUMBERS)
     from lm_server.lexicon.text import find_texts
     from lm_server.rescoring.causal_lm import find_model

@@ -42,7 +42,12 @@ def prompt_tokens(model: CausalLM, chat: Chat) -> list[int]:
 
 def _templated(tokenizer: Any, chat: Chat) -> list[int]:
     found: list[int] = tokenizer.apply_chat_template(
-        list(chat), add_generation_prompt=True, tokenize=True, return_dict=False
+        list(chat),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        # Models that think first by default must not. Other templates ignore it.
+        enable_thinking=False,
     )
     return found
 
@@ -83,6 +88,8 @@ def reply(model: CausalLM, listed: Sequence[str]) -> tuple[str, str | None]:
             ),
         )[0, len(prompt) :].tolist()
     text = model.tokenizer.decode(found, skip_special_tokens=True).strip()
+    if text.startswith("<think>"):
+        return "", "unfinished"
     # A plain model may go on with another list after its line.
     line, more, _ = text.partition("\n")
     return line, None if more or (found and found[-1] in ends) else "unfinished"

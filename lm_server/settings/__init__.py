@@ -308,7 +308,9 @@ def read_settings(
             penalty = read.silence_penalty * read.acoustic_scale
             read = dataclasses.replace(read, silence_penalty=min(penalty, most))
         rows = found.get("confusion")
-        return read if rows is None else dataclasses.replace(read, confusion=Confusion.of(rows))
+        # A file says everything: without one, no confusion is meant.
+        confusion = None if rows is None else Confusion.of(rows)
+        return dataclasses.replace(read, confusion=confusion)
     except (SettingsError, ConfusionError, OverflowError) as error:
         raise SettingsError(f"{path}: {error}") from error
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -211,9 +211,14 @@ class Tuner:
         Raises:
           RescoringError: the large language model fails.
         """
-        wide, _ = self._widest(base, budget)
-        incumbents, tried, abandoned = self._explored(base, wide, searches, in_use)
-        default_errors = tried[0].errors
+        # A confusion that these sentences have taught finds none of them new. Settings with it
+        # stand as what to be better than, by the rate that they expect, and are no choice.
+        taught = {one.confusion for one, rate in in_use.items() if rate and one.confusion}
+        plain = dataclasses.replace(base, confusion=None) if base.confusion in taught else base
+        wide, _ = self._widest(plain, budget)
+        standing = list(dict.fromkeys([base, *in_use]))
+        incumbents, tried, abandoned = self._explored(standing, plain, wide, searches, taught)
+        default_errors = incumbents[0].errors
         choices = sorted(tried, key=_best_first)
         learned = [one for one in choices if one.crossed]
         confusion = None
@@ -273,7 +278,12 @@ class Tuner:
         )
 
     def _explored(
-        self, base: Settings, wide: Settings, searches: int, in_use: Mapping[Settings, float]
+        self,
+        standing: Sequence[Settings],
+        plain: Settings,
+        wide: Settings,
+        searches: int,
+        taught: Container[Confusion | None],
     ) -> tuple[list[Tried], list[Tried], list[Tried]]:
         """Return the incumbents, all searches of all sentences, and those that were abandoned."""
         abandoned: list[Tried] = []
@@ -285,9 +295,11 @@ class Tuner:
                 progress.advance(task)
                 return found
 
-            incumbents = [trying(settings) for settings in dict.fromkeys([base, *in_use])]
-            tried = list(incumbents)
-            if wide != base:
+            incumbents = [trying(settings) for settings in standing]
+            tried = [one for one in incumbents if one.lists.settings.confusion not in taught]
+            if plain not in standing:
+                tried.append(trying(plain))
+            if wide != plain:
                 # Scales that suit a narrow search hide its errors.
                 width = {name: getattr(wide, name) for name in PRESETS[DEFAULT_PRESET]}
                 tried.append(trying(changed(min(tried, key=_best_first).best, width)))

@@ -82,6 +82,29 @@ def test_a_fold_is_left_out_with_every_repetition_of_its_sentences(make_result, 
     assert len(set(found)) == 12
 
 
+def test_what_is_left_out_for_measuring_is_of_val_though_train_has_trials_of_that_name(
+    make_result, tmp_path
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    words = ["yes", "no", "how are you", "the cat sat", "see", "way"]
+    said = {
+        split: {f"d/{n}": (words[n - shift], [(words[n - shift], -1.0)]) for n in range(6)}
+        for split, shift in (("val", 0), ("train", 1))
+    }
+    for split in said:
+        make_result(f"run/{split}/lm", said[split], split)
+    out = tmp_path / "chats.jsonl"
+    command = ["correction-data", str(run), "--out", str(out), "--mix", "val", "train"]
+    assert main([*command, "--folds", "2", "--fold", "0"]) == 0
+    left_out = [one for one in words if fold_of(one, 2) == 0]
+    assert 0 < len(left_out) < 6
+    held_out = (tmp_path / "chats.held_out.tsv").read_text().splitlines()
+    assert held_out == [f"d/{n}\t{one}" for n, one in enumerate(words) if one in left_out]
+    assert len(lines(out)) == 2 * (6 - len(left_out))
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -121,6 +121,7 @@ def test_hidden_channels_and_channels_of_others_do_not_reach_the_loss(config: Co
     assert loss(params, other, key) != loss(params, batch, key)
 
 
+@pytest.mark.slow
 def test_waves_without_labels_are_learned_and_a_call_goes_on(
     config: Config, pretrained: tuple[Path, float]
 ) -> None:
@@ -132,6 +133,17 @@ def test_waves_without_labels_are_learned_and_a_call_goes_on(
     assert [line.split(",")[0] for line in lines] == [
         f'{{"step": {step}' for step in (10, 20, 30, 40, 45)
     ]
+
+
+def test_a_finished_pretraining_called_again_has_the_error_that_it_had(
+    config: Config, pretrained: tuple[Path, float]
+) -> None:
+    workdir, error = pretrained
+    log = workdir / "pretraining.jsonl"
+    before = log.read_text()
+    log.write_text(before + '{"step": 41, "lo')  # killed amid a line
+    assert pretrain(config, workdir) == error
+    assert log.read_text() == before
 
 
 def test_a_run_starts_from_the_weights_and_the_day_layers_of_its_sessions(

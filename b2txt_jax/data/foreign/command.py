@@ -223,7 +223,7 @@ def _write(one: Recording, path: Path, labeller: Labeller, pad_to: int | None) -
                 file.create_group(f"trial_{index:04d}"),
                 one.session,
                 utterance.block,
-                numbers[utterance.block],
+                numbers[utterance.block] if utterance.trial is None else utterance.trial,
                 value,
                 labels,
                 utterance.sentence,

@@ -21,6 +21,7 @@ from b2txt_jax.data.trial import SPLITS
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID
 
 TEXT, SPLIT, BLOCK, PHONEMES = "sentence", "split", "block_num", "phonemes"
+TRIAL = "trial_num"
 """Columns of the table of trials that `b2txt export --nwb` writes."""
 SILENCE = "|"
 
@@ -59,6 +60,7 @@ class _Part(Recording):
             trials = Trials(file, self.path)
             blocks = blocks_of(trials, self.settings)
             own = trials.texts(PHONEMES) if PHONEMES in trials.columns else None
+            placed = trials.whole_numbers(TRIAL) if TRIAL in trials.columns else None
             for index, text in self._chosen(trials):
                 where = f"{self.path}: trial {index}"
                 span = trials.start[index], trials.stop[index]
@@ -72,7 +74,8 @@ class _Part(Recording):
                 elif own is not None:
                     text = None  # A trial for testing, whose words nobody has labelled.
                 features = np.concatenate(parts, axis=1)
-                yield Utterance(blocks[index], features, text, labels)
+                number = None if placed is None else placed[index]
+                yield Utterance(blocks[index], features, text, labels, number)
 
     def _chosen(self, trials: Trials) -> list[tuple[int, str | None]]:
         """Return the numbers and texts of the split's trials."""

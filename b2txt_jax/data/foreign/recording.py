@@ -30,6 +30,8 @@ class Utterance:
     """None in a split without labels."""
     labels: np.ndarray | None = None
     """Class ids [L], where the recording has them. None: those of the sentence's words."""
+    trial: int | None = None
+    """Number within the block, where the recording has it. None: counted from 0."""
 
 
 class Recording(ABC):

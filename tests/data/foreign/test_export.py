@@ -42,7 +42,7 @@ def source(tmp_path: Path) -> Path:
                 group = file.create_group(f"trial_{index:04d}")
                 values = rng.normal(size=(20 + index, 6)).astype(np.float32)
                 known = (np.array([16, 6, 40]), "hi") if split == "train" else (None, None)
-                write_trial(group, SESSION, 5, index, values, *known)
+                write_trial(group, SESSION, 5, 2 * index + 1, values, *known)
     return tmp_path / "sessions"
 
 
@@ -85,6 +85,7 @@ def test_an_exported_session_is_imported_as_it_was(source: Path, tmp_path: Path)
                 was, is_ = before.read(old), now.read(new)
                 np.testing.assert_array_equal(was.features, is_.features)
                 assert (was.sentence, old.block) == (is_.sentence, new.block)
+                assert old.trial == new.trial
                 assert (was.labels is None) == (is_.labels is None)
                 if was.labels is not None and is_.labels is not None:
                     np.testing.assert_array_equal(was.labels, is_.labels)

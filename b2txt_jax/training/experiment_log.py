@@ -110,8 +110,15 @@ def experiment(
         yield _Careful(found, name, console)
         failed = False
     finally:
-        with contextlib.suppress(Exception):  # What is raised already names the cause.
+        try:
             found.close(failed)
+        # The training stands, whatever the tracker's library raises at the end.
+        except Exception as error:
+            console.print(
+                f"warning: {name} did not take the end of the run ({error}); the run's folder has "
+                "all metrics",
+                style="yellow",
+            )
 
 
 _VARIABLES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as standard_logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ def other_libraries_quiet() -> Iterator[None]:
 
     Orbax logs a failed save in hundreds of lines, and its exception reaches the caller as well.
     TensorStore's other operations then come back to an event loop that Orbax has closed, each with
-    a traceback.
+    a traceback. Of several arrays that fail, Orbax raises the first: asyncio logs the others when
+    their tasks are collected, which may be after the block.
     """
     before, hook = logging.get_verbosity(), sys.unraisablehook
 
@@ -23,6 +25,7 @@ def other_libraries_quiet() -> Iterator[None]:
         if str(fault.exc_value) != "Event loop is closed":
             hook(fault)
 
+    standard_logging.getLogger("asyncio").addFilter(_not_of_a_save)
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook = quiet
     try:
@@ -30,3 +33,8 @@ def other_libraries_quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(before)
         sys.unraisablehook = hook
+
+
+def _not_of_a_save(record: standard_logging.LogRecord) -> bool:
+    """Return whether a record is of anything but an array that Orbax saves."""
+    return "async_serialize" not in record.getMessage()

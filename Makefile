@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= 3
 
 TPU_VENV := .venv-tpu
 TPU_STAMP := $(TPU_VENV)/.installed
@@ -63,6 +63,7 @@ docs:
 test-slow: setup setup-tpu
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	HYPOTHESIS_PROFILE=thorough OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow' $$(grep -rl --include='*.py' '@given' tests)
 	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(TPU_VENV)/bin/pytest tests/slow/test_compile_full_size.py
 
 setup-tpu: $(TPU_STAMP)

@@ -41,9 +41,11 @@ REPOSITORY = Path(__file__).parents[1]
 # Where tests run in the background Ctrl-C is ignored, and every process of a test inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes depends on what else the machine does.
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("here")
+# How long an example takes depends on what else the machine does. `make test-slow` tries more.
+ANY_TIME = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("quick", ANY_TIME, max_examples=25)
+settings.register_profile("thorough", ANY_TIME, max_examples=200)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 LONGEST_FIRST = (

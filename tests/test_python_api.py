@@ -142,6 +142,7 @@ def test_what_can_be_repaired_is_a_user_error(tmp_path):
         b2t.nosuch  # noqa: B018
 
 
+@pytest.mark.slow
 def test_evaluate_finds_the_rates_of_the_command(root, workdir, run, tmp_path):
     text = tmp_path / "text.txt"
     lines = (root.parent / "language_model_text.txt").read_text().splitlines()[:2000]

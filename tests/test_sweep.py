@@ -36,6 +36,7 @@ def test_intervals_are_student_s() -> None:
     assert mean_interval([0.1])["low"] is None
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_names_what_failed_and_a_mistake_comes_before_the_work(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,6 +110,7 @@ def transformer(days):
     return Run(config, init_state(config, len(days)).params, 0)
 
 
+@pytest.mark.slow
 def test_without_day_layers_the_patch_embedding_moves_and_old_days_are_replayed(narrow, days):
     reader = open_folder(narrow, FEATURES)
     run = transformer(days[:3])

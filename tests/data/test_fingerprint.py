@@ -85,6 +85,7 @@ def test_a_run_without_fingerprint_or_with_a_damaged_one_has_a_way_on(tmp_path: 
         check_same_data(tmp_path, {"dtype": "float32", "files": {}})
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_changed_data_before_the_user_says_so(
     tiny_config, copy, tmp_path
 ) -> None:

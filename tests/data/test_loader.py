@@ -257,7 +257,7 @@ def assert_concatenation(parts, whole):
         assert {piece.dtype for piece in pieces} == {expected.dtype}
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_hosts_batches_of_shared_rows_are_the_global_batch_in_pieces(tiny_config, hosts):
     stored = dataclasses.replace(
         tiny_config.data, days_per_batch=2, trials_per_day=16, buckets=(), packing="on"
@@ -288,7 +288,7 @@ def test_the_hosts_batches_of_shared_rows_are_the_global_batch_in_pieces(tiny_co
 
 
 @pytest.mark.parametrize("plan", ["days", "epochs"])
-@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_hosts_training_batches_are_the_global_batch_in_pieces(stored, hosts, plan):
     stored = dataclasses.replace(stored, days_per_batch=4, trials_per_day=2, buckets=(), plan=plan)
     whole = list(

@@ -34,6 +34,7 @@ def from_hdf5(tiny_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_packed_float32_trains_and_infers_as_hdf5_bit_for_bit(tiny_config, from_hdf5, tmp_path):
     root = packed(tiny_config.data.root, tmp_path / "packed", features=FEATURES)
     train(on(tiny_config, root), tmp_path / "run")

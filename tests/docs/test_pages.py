@@ -62,7 +62,10 @@ SMALLER: dict[tuple[str, str], Sequence[str]] = {
     ("lm-server", "build"): ["--vocabulary=2000"],
     ("lm-server", "tune"): ["--searches=2"],
 }
-LONG = ("evaluation", "first_steps", "language_models", "report", "rescoring")
+LONG = (
+    *("evaluation", "first_steps", "language_models", "python", "report", "rescoring"),
+    *("search", "sharing"),
+)
 """Pages whose blocks take long. As those of all pages, their commands are parsed in any case."""
 SENTENCES = 2000
 """Lines that a simulation's text for language models keeps."""

@@ -416,6 +416,7 @@ def test_the_batch_is_compared_with_the_devices_that_jax_has(capsys, tiny_overri
     assert findings["batch"]["found"] == "8 rows, 1 for each of 8 devices"
 
 
+@pytest.mark.slow
 def test_a_root_without_a_configuration_is_looked_at_and_other_keys_are_named(capsys, simulated):
     root = f"--config.data.root={simulated / 'hdf5_data_final'}"
     status, findings, _ = diagnose(capsys, overrides=(root, "--config.model.units=3"))
@@ -490,6 +491,7 @@ def test_packages_that_decoding_lacks_are_a_problem_with_the_extra_that_brings_t
     assert checks.check_packages("decoding here", "lm", ("kenlm",), lambda name: name) == []
 
 
+@pytest.mark.slow
 def test_much_padding_and_sessions_too_few_for_a_batch_are_found(capsys, tiny_overrides):
     config = ("--config", str(REPOSITORY / "configs/demo.py"))
     wide = "--config.data.buckets=((3000,80),)"

@@ -129,6 +129,7 @@ def test_other_contents_of_personal_use_are_errors(tmp_path: Path, content: Any)
         read_personal_use(written(tmp_path / "p.pkl", content))
 
 
+@pytest.mark.slow
 def test_the_command_writes_each_figure_in_each_format(make_result, tmp_path, capsys) -> None:
     copy, personal = written(tmp_path / "c.pkl", copy_task()), written(tmp_path / "p.pkl", use())
     said = {f"t15.2023.08.1{n}/trial_0000": ("yes", [("yes", -1.0)]) for n in (1, 3)}

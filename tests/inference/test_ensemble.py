@@ -56,6 +56,7 @@ def test_each_trial_has_the_mean_of_the_runs_own_logits(runs: list[Run]) -> None
     np.testing.assert_allclose(found.trials[3].logits, average(both), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_passes_are_the_model_on_features_augmented_by_seed_pass_and_batch(
     runs: list[Run],
 ) -> None:

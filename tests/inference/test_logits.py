@@ -64,6 +64,7 @@ def run(tiny_config, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_logits_of_eight_devices_are_those_of_one_and_each_has_its_rows(run, tmp_path):
     assert main(["infer", "--workdir", str(run), "--out", str(tmp_path / "one.npz")]) == 0
     with np.load(tmp_path / "one.npz") as file:

@@ -145,6 +145,7 @@ def test_from_nejm_train_and_back(small, tmp_path, capsys):
     assert main(["infer", "--workdir", str(workdir), "--out", str(tmp_path / "logits.npz")]) == 0
 
 
+@pytest.mark.slow
 def test_a_converted_run_can_be_evaluated(small, tmp_path):
     workdir, text, words = tmp_path / "run", tmp_path / "text.txt", tmp_path / "words.dict"
     assert main(["convert", "--from-nejm", str(small[0]), "--workdir", str(workdir)]) == 0
@@ -163,6 +164,7 @@ def test_a_converted_run_can_be_evaluated(small, tmp_path):
     assert result["per"]["all"]["errors"] == total(rates).errors > 0
 
 
+@pytest.mark.slow
 def test_the_latest_state_is_what_trains_on_elsewhere(small, tmp_path, capsys):
     folder, _ = small
     workdir, back = tmp_path / "run", tmp_path / "back"

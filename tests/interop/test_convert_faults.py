@@ -64,6 +64,7 @@ def older(workdir, tmp_path) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_the_best_weights_of_an_older_run_can_be_exported(older, workdir, tmp_path, capsys):
     old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
     convert("--to-safetensors", new, "--workdir", workdir)

@@ -83,6 +83,7 @@ def test_a_real_training_survives_the_loss_of_its_vm(cloud, narrow, tiny_overrid
     assert str(cloud.folder) in (cloud.workdir / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_saved_after_a_signal_is_not_taken_for_a_complete_one(cloud):
     (cloud.workdir / "maintenance").touch()
     done = cloud.run("up")
@@ -106,6 +107,7 @@ def test_a_vm_that_shuts_down_lets_the_training_save(cloud):
     assert (state / "exit").read_text() == "0\n"
 
 
+@pytest.mark.slow
 def test_a_training_that_has_just_been_asked_for_is_running_and_can_be_stopped(cloud):
     # A machine that is slow to begin with it: until there is a file `go`.
     program(
@@ -144,6 +146,7 @@ def test_the_exit_status_is_the_last_thing_that_a_training_leaves(cloud):
     assert not (state / "pid").exists()
 
 
+@pytest.mark.slow
 def test_up_goes_on_from_a_tpu_that_was_created_and_no_more(cloud):
     assert cloud.run("create").returncode == 0
     done = cloud.run("up")
@@ -152,6 +155,7 @@ def test_up_goes_on_from_a_tpu_that_was_created_and_no_more(cloud):
     assert len(cloud.calls("queued-resources", "create")) == 1
 
 
+@pytest.mark.slow
 def test_a_training_that_always_ends_early_is_not_restarted_for_ever(cloud):
     text = (cloud.folder / "trainer.py").read_text()
     (cloud.folder / "trainer.py").write_text(text.replace("while step < 20", "while step < 0"))
@@ -182,6 +186,7 @@ def test_an_error_of_the_users_is_shown_and_not_tried_again(cloud):
     assert len(cloud.starts()) == 1
 
 
+@pytest.mark.slow
 def test_watch_survives_a_cloud_that_does_not_answer_for_a_while(cloud):
     (cloud.workdir / "hold").touch()
     cloud.play("ACTIVE", "unreachable", "unreachable", "release", "ACTIVE")
@@ -247,6 +252,7 @@ def test_stop_saves_and_train_goes_on_with_data_of_this_machine(cloud, tmp_path)
     assert cloud.run("delete").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_on_the_vms_disk_is_fetched_beside_what_was_fetched_before(cloud):
     for command in ("create", "setup"):
         assert cloud.run(command).returncode == 0

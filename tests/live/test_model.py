@@ -38,7 +38,7 @@ def run(request):
     return Run(config, params, 0)
 
 
-@pytest.mark.parametrize("kernel", ["symmetric", "one_sided"])
+@pytest.mark.parametrize("kernel", [pytest.param("symmetric", marks=pytest.mark.slow), "one_sided"])
 def test_chunks_give_the_logits_of_the_whole_trial_with_one_compiled_program(run, kernel):
     signal = dataclasses.replace(run.config.signal, smooth_kernel=kernel)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, signal=signal))

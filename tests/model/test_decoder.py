@@ -47,6 +47,7 @@ def test_frame_count_is_the_published_formula(bins, frames):
     assert int(frame_count(jnp.asarray(bins), 14, 4)) == frames
 
 
+@pytest.mark.slow
 def test_dropout_is_on_with_a_key_and_off_without():
     params = perturbed_params(SMALL)
     x = np.random.default_rng(2).normal(size=(2, 20, FEATURES)).astype(np.float32)

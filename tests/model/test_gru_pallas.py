@@ -154,6 +154,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_that_share_the_rows_give_what_one_device_gives():
     # Each weight gradient summed over the devices exactly once, whoever divides the rows.
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

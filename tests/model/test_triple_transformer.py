@@ -74,6 +74,7 @@ def test_the_adversary_s_gradient_comes_back_reversed_and_scaled(model, params, 
     assert any(leaf.any() for leaf in jax.tree.leaves(one["noisy"]))
 
 
+@pytest.mark.slow
 def test_a_stream_equals_the_whole_trial(model, params, x):
     whole = jax.jit(model.apply)(params, x, np.array([48, 48]), DAY).logits
     start, step = model.stream()
@@ -85,6 +86,7 @@ def test_a_stream_equals_the_whole_trial(model, params, x):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_changes_no_logit(model, params, x):
     padded = np.concatenate([x[1:, :30], np.full((1, 37, FEATURES), 3.0, np.float32)], axis=1)
     whole = jax.jit(model.apply)(params, x, np.array([48, 30]), DAY).logits[1, :8]

@@ -65,7 +65,10 @@ def torch_model(settings, dtype=torch.float32):
     [
         SMALL,
         dataclasses.replace(SMALL, day_layer=True),
-        dataclasses.replace(SMALL, patch_size=3, context=30.0, distances=200),
+        pytest.param(
+            dataclasses.replace(SMALL, patch_size=3, context=30.0, distances=200),
+            marks=pytest.mark.slow,
+        ),
         dataclasses.replace(SMALL, layers=1, context=0.0, heads=1),
     ],
     ids=["short context", "day layer", "whole trial", "frame by itself"],

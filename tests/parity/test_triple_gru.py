@@ -233,8 +233,8 @@ KINDS = {
 PATHS = pytest.mark.parametrize(
     ("kind", "patches"),
     [
-        ("baseline", "patches"),
-        ("full", "no patches"),
+        pytest.param("baseline", "patches", marks=pytest.mark.slow),
+        pytest.param("full", "no patches", marks=pytest.mark.slow),
         ("bottleneck", "patches"),
         pytest.param("baseline", "no patches", marks=pytest.mark.slow),
         pytest.param("full", "patches", marks=pytest.mark.slow),
@@ -296,6 +296,7 @@ def test_bfloat16_goes_through_every_path_and_stays_near_float32(kind, patches):
     )
 
 
+@pytest.mark.slow
 def test_recomputed_frames_change_no_gradient():
     params, (x, bins, day) = fresh(SMALL), data()
     again = gradient_of(dataclasses.replace(SMALL, recompute_frames=4))

@@ -106,6 +106,7 @@ def test_a_stream_that_differs_is_not_exported(run: Path, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_causal_model_is_exported_with_its_own_kernel_and_normalisation(
     tmp_path: Path, tiny_config: Config
 ) -> None:

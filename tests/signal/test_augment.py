@@ -134,6 +134,7 @@ def test_a_span_has_a_uniform_length_and_a_uniform_start_where_it_fits(bins, fra
         assert found[span] == pytest.approx(share, abs=5 * np.sqrt(0.25 / rows))
 
 
+@pytest.mark.slow
 def test_twenty_spans_of_a_twentieth_cover_what_the_same_draws_in_numpy_do():
     random = np.random.default_rng(0)
     patches, rows = 220, 400

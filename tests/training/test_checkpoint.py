@@ -27,6 +27,7 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_and_a_short_file_name_the_step_and_the_way_back_and_that_way_works(
     tiny_config, tmp_path, request
 ):

@@ -68,8 +68,15 @@ def bins_of_used_buckets(root, split):
     return used
 
 
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param((6,), id="from the start"),
+        pytest.param((3, 6), id="from a checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up(
-    tiny_config, narrow, events, tmp_path
+    tiny_config, narrow, events, tmp_path, ends
 ):
     wanted = {
         "train_step": bins_of_used_buckets(narrow, "train"),
@@ -88,7 +95,7 @@ def test_each_used_bucket_has_one_program_and_nothing_compiles_after_the_warm_up
         "train.validate_every": 2,
     }
     more = [f"--config.{key}={value}" for key, value in keys.items()]
-    for steps in (3, 6):  # from the start, and from a checkpoint
+    for steps in ends:
         jax.clear_caches()
         events.events.clear()
         config = with_overrides(tiny_config, [*more, f"--config.train.steps={steps}"])

@@ -144,6 +144,7 @@ print(np.isfinite(wanted[0]).sum())
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_run_on_each_device_s_rows():
     command = [sys.executable, "-c", ON_EIGHT_DEVICES, str(Path(__file__).parent)]
     found = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)

@@ -304,6 +304,7 @@ def test_a_full_disk_is_one_error_that_names_the_step_and_loses_no_earlier_one(
     assert losses(workdir) == uninterrupted(STEPS)
 
 
+@pytest.mark.slow
 def test_a_save_that_the_system_refuses_names_the_step_and_what_is_left(
     tiny_overrides, two_steps, tmp_path
 ):

@@ -115,6 +115,7 @@ def test_a_run_of_epochs_in_two_parts_equals_an_uninterrupted_one(
     jax.tree.map(np.testing.assert_array_equal, states[0][0], states[1][0])
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_last_validations_stands_beside_the_best_of_both_weights(averaged):
     workdir, said = averaged
     lines = lines_of(workdir, "val")
@@ -276,6 +277,7 @@ def test_steps_per_second_are_the_steps_of_a_window_over_its_seconds(trained):
         assert entry["steps_per_second"] == pytest.approx(2 / entry["seconds"])
 
 
+@pytest.mark.slow
 def test_a_run_out_of_patience_ends_early_and_stays_complete(tiny_overrides, tmp_path, request):
     """Without a learning rate no validation is better than the first."""
     keys = {

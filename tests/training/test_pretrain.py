@@ -135,6 +135,7 @@ def test_waves_without_labels_are_learned_and_a_call_goes_on(
     ]
 
 
+@pytest.mark.slow
 def test_a_finished_pretraining_called_again_has_the_error_that_it_had(
     config: Config, pretrained: tuple[Path, float]
 ) -> None:

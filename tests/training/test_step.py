@@ -132,6 +132,7 @@ def test_padding_of_a_batch_never_changes_the_training_loss_without_noise(small)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_valid_padding_gives_the_logits_of_a_trial_cut_by_half_a_kernel_at_each_end(small):
     valid = dataclasses.replace(
         small, signal=dataclasses.replace(small.signal, eval_padding="valid")
@@ -149,6 +150,7 @@ def test_valid_padding_gives_the_logits_of_a_trial_cut_by_half_a_kernel_at_each_
     np.testing.assert_allclose(cut.logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_divided_by_label_length_is_torchs_mean_with_its_gradient(small):
     """Torch's reduction "mean" divides by the label's length, or by 1 without labels."""
     config = without_noise(small)
@@ -175,6 +177,7 @@ def test_the_loss_divided_by_label_length_is_torchs_mean_with_its_gradient(small
     assert float(divided.gradient_norm) == pytest.approx(float(plain.gradient_norm) / 7, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_averaged_weights_are_those_computed_by_hand(small):
     config = without_noise(small)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema=0.3))
@@ -197,6 +200,7 @@ def test_the_averaged_weights_are_those_computed_by_hand(small):
     jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
 
 
+@pytest.mark.slow
 def test_averaging_changes_nothing_of_the_training(small):
     """And without it there is no second copy of the weights."""
     with_ema = dataclasses.replace(small, train=dataclasses.replace(small.train, ema=0.9))

@@ -72,6 +72,7 @@ def test_inference_equals_a_stream_of_frames(run):
     np.testing.assert_allclose(np.concatenate(parts), trial.logits, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_its_weights_cross_safetensors_bit_for_bit(run, tmp_path, capsys):
     file, copy = tmp_path / "m.safetensors", tmp_path / "copy"
     assert main(["convert", "--to-safetensors", str(file), "--workdir", str(run)]) == 0

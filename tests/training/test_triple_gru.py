@@ -48,6 +48,7 @@ def logged(workdir, kind):
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_the_parts_losses_and_the_growing_reversal_are_logged(config, run):
     steps = logged(run, "train")
     assert [one["step"] for one in steps] == [1, 2, 3, 4]
@@ -66,6 +67,7 @@ def test_validation_tells_the_clean_and_the_noisy_per(run):
         assert one["noisy_per"] > 0
 
 
+@pytest.mark.slow
 def test_inference_decodes_the_clean_path_and_a_stream_equals_it(config, run):
     model = load_run(run)
     trials = model.logits("val")

@@ -177,6 +177,7 @@ def children() -> Sequence[psutil.Process]:
     return [one for one in psutil.Process().children() if "score" in one.cmdline()]
 
 
+@pytest.mark.slow
 def test_a_training_logs_the_wer_with_the_step_that_it_belongs_to(
     tiny_config, lm, tmp_path
 ) -> None:

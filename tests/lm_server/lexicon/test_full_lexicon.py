@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from processes import ROOT
 from rich.console import Console
 from small_model import TEXT
@@ -39,6 +40,7 @@ print(json.dumps({"words": len(model.words), "best": best, "seconds": seconds, "
 """
 
 
+@pytest.mark.slow
 def test_the_whole_dictionary_decodes_fast_and_within_400_megabytes(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 20)
     build([tmp_path / "text.txt"], 2, "cmudict", tmp_path / "lm", Console(quiet=True))

@@ -112,6 +112,7 @@ def test_hot_words_with_no_pronunciation_given_are_said_by_rule(model):
     assert sentence(search, spoken(["B", "AA", "T"])) == "bot"
 
 
+@pytest.mark.slow
 def test_a_search_takes_its_hot_words_with_it(flashlight):
     before = set(flashlight.trie.search([]).children)
     for _ in range(3):

@@ -28,6 +28,7 @@ def babble(seed):
     return logits
 
 
+@pytest.mark.slow
 def test_speech_whose_hypotheses_all_die_is_searched_again_and_wider(model):
     search = model.search(default_settings("pyctcdecode"))
     wide = model.search(Settings(beam=50.0, max_active=100, max_classes=41))

@@ -251,6 +251,7 @@ def test_tuning_lowers_errors_and_goes_on_from_its_cache(
     assert knowing.asked == asked, "a score was asked for twice"
 
 
+@pytest.mark.slow
 def test_an_interrupted_cache_is_mended(
     model: SearchModel, logits_file: Path, tmp_path: Path
 ) -> None:
@@ -514,7 +515,7 @@ class Likes:
         return np.where(begun, -1.0, -60.0)
 
 
-@pytest.mark.parametrize("helps", [True, False])
+@pytest.mark.parametrize("helps", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_asking_during_the_search_is_written_only_if_it_is_expected_to_help(
     model: SearchModel,
     logits_file: Path,

@@ -54,6 +54,7 @@ class Answer:
         in its place. Empty: unknown.
       rescored: whether a large language model's scores are in the ranking.
       problem: why they are not, although they should be. None when nothing went wrong.
+      temperature: by which the totals are divided for the confidences. None: unknown.
     """
 
     hypotheses: tuple[Hypothesis, ...]
@@ -61,6 +62,7 @@ class Answer:
     word_confidences: tuple[float, ...] = ()
     rescored: bool = False
     problem: str | None = None
+    temperature: float | None = None
 
     @property
     def sentence(self) -> str:
@@ -82,6 +84,7 @@ class Answer:
             "word_confidences": list(self.word_confidences),
             "rescored": self.rescored,
             "problem": self.problem,
+            "temperature": self.temperature,
             "nbest": [
                 {
                     "sentence": one.sentence,

@@ -1,8 +1,9 @@
-"""Decoding without Redis: trials in this process, or a logits file -> JSON lines on all cores."""
+"""Decoding without Redis: trials in this process, or logits files -> JSON lines on all cores."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from rich.console import Console
@@ -31,10 +32,12 @@ from rich.progress import (
 
 from lm_server.files.logits_file import Logits, LogitsFileError
 from lm_server.files.resumable import resumable
+from lm_server.files.several_logits import in_turn
 from lm_server.hypothesis import Answer, Hypothesis
 from lm_server.process import end_with_parent
 from lm_server.protocol import ProtocolError, check_logits, to_lm_order
 from lm_server.rescoring.answering import Answering, PendingAnswer
+from lm_server.rescoring.consensus import METHODS, together
 from lm_server.rescoring.load import load_scorer
 from lm_server.rescoring.scorer import SentenceScorer
 from lm_server.search.hot_words import HotWord
@@ -174,6 +177,7 @@ class Outcome:
 
 
 _Found = tuple[Outcome, Answer | None]
+_Line = tuple[dict[str, Any] | None, list[str]]
 
 
 def decode_trial(search: Search, trial: str, logits: np.ndarray) -> Outcome:
@@ -189,15 +193,17 @@ def decode_trial(search: Search, trial: str, logits: np.ndarray) -> Outcome:
 def decode_file(
     model: SearchModel,
     settings: Settings,
-    logits: Logits,
+    systems: Mapping[str, Logits],
     out: Path,
     workers: int,
     load_scorer: Callable[[], SentenceScorer | None] = lambda: None,
     hot_words: Mapping[str, HotWord] = NO_HOT_WORDS,
     inputs: Mapping[str, str] = MappingProxyType({}),
     restart: bool = False,
+    method: str = METHODS[0],
 ) -> int:
-    """Decode a logits file to JSON lines: trial, and the fields of `Answer.as_json`.
+    """Decode logits files of the same trials to JSON lines: trial, and the fields of
+    `Answer.as_json`. Several systems answer each trial together.
 
     Every answer is written at once (`lm_server.files.resumable`), and an interrupted run is
     resumed. The output appears whole at the end, in the order of the file. A trial that cannot be
@@ -207,7 +213,8 @@ def decode_file(
     Args:
       model: a model folder in memory.
       settings: how to search.
-      logits: the logits file in memory.
+      systems: the logits files in memory, by their names. All have the trials of the first, in its
+        order.
       out: the file to write.
       workers: number of processes that search.
       load_scorer: loads the large language model that rescores, if any. Called once, when the
@@ -215,9 +222,10 @@ def decode_file(
       hot_words: words to favour.
       inputs: fingerprints of all that the answers depend on. Only a run with the same is resumed.
       restart: decode all trials again.
+      method: of the consensus of several systems.
 
     Returns:
-      Number of trials that could not be decoded, or not rescored although they should.
+      Number of trials that a system could not decode, or not rescore although it should.
 
     Raises:
       LogitsFileError: the output cannot be written.
@@ -227,27 +235,27 @@ def decode_file(
         raise LogitsFileError(
             f"cannot write {out}: it is there and is no regular file: choose another place"
         )
-    trials, problems, total = logits.trials, 0, len(logits.trials)
+    trials = next(iter(systems.values())).trials
+    problems, total = 0, len(trials)
     try:
         with resumable(out, inputs, restart) as answers:
-            left = [i for i, trial in enumerate(logits.trials) if trial not in answers.done]
+            left = [i for i, trial in enumerate(trials) if trial not in answers.done]
             if answers.done:
                 print(
                     f"resuming: {total - len(left)} of {total} trials are in {answers.path}",
                     file=sys.stderr,
                 )
-                logits = logits.select(left)
+                systems = {name: one.select(left) for name, one in systems.items()}
+            each = in_turn(systems)
             try:
-                with searched(model, settings, logits, workers, hot_words) as outcomes:
+                with searched(model, settings, each, workers, hot_words) as outcomes:
                     found = answered(outcomes, settings, load_scorer() if left else None)
-                    for outcome, answer in _shown(found, total, total - len(left)):
-                        problem = outcome.problem
-                        if answer is not None:
-                            answers.add({"trial": outcome.trial, **answer.as_json()})
-                            if answer.problem:
-                                problem = f"trial {outcome.trial} is not rescored: {answer.problem}"
-                        if problem is not None:
-                            problems += 1
+                    lines = _lines(found, [trials[i] for i in left], len(systems), method)
+                    for line, of_line in _shown(lines, total, total - len(left)):
+                        if line is not None:
+                            answers.add(line)
+                        problems += bool(of_line)
+                        for problem in of_line:
                             print(f"warning: {problem}", file=sys.stderr)
             except BaseException:
                 answers.interrupted()
@@ -260,7 +268,30 @@ def decode_file(
     return problems
 
 
-def _shown(found: Iterator[_Found], total: int, done: int) -> Iterator[_Found]:
+def _lines(
+    found: Iterator[_Found], trials: Sequence[str], systems: int, method: str
+) -> Iterator[_Line]:
+    """Yield the line of each trial, None where no system has a sentence, and what went wrong.
+
+    `found` has the outcomes of all systems for one trial after the other. A line of several systems
+    of which one failed has a `problem`, so that a resumed run decodes it again.
+    """
+    for trial in trials:
+        of_systems, problems = [], []
+        for outcome, answer in itertools.islice(found, systems):
+            if answer is not None:
+                of_systems.append({"trial": trial, **answer.as_json()})
+            if outcome.problem:
+                problems.append(outcome.problem)
+            elif answer is not None and answer.problem:
+                problems.append(f"trial {outcome.trial} is not rescored: {answer.problem}")
+        line = together(of_systems, method) if of_systems else None
+        if line is not None and systems > 1 and problems:
+            line["problem"] = "; ".join(problems)
+        yield line, problems
+
+
+def _shown(found: Iterator[_Line], total: int, done: int) -> Iterator[_Line]:
     """Yield everything, and show the progress with the time left, as lines where no terminal is."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
@@ -282,7 +313,7 @@ def _shown(found: Iterator[_Found], total: int, done: int) -> Iterator[_Found]:
 
 def answered(
     outcomes: Iterator[Outcome], settings: Settings, scorer: SentenceScorer | None
-) -> Iterator[tuple[Outcome, Answer | None]]:
+) -> Iterator[_Found]:
     """Yield each outcome with its answer, in order. None: the search failed."""
     waiting: deque[tuple[Outcome, PendingAnswer | None]] = deque()
     with contextlib.closing(Answering(scorer)) as answering:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lm_server.files.atomic_file import replacing
+from lm_server.protocol import CLASSES
 
 
 def write_logits_file(
@@ -31,6 +32,7 @@ def write_logits_file(
         "logits": np.concatenate(logits).astype(np.float32),
         "frames": np.array([len(one) for one in logits], np.int32),
         "trial": np.array(names),
+        "classes": np.array(CLASSES),
         **{name: np.array(value) for name, value in checkpoint.items()},
     }
     if all(sentence is not None for sentence in sentences):

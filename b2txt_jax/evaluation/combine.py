@@ -1,4 +1,4 @@
-"""One answer to a trial out of several systems' hypotheses, and the error rate of each system."""
+"""The consensus of several systems as the result of a trial, and the error rate of each system."""
 
 from __future__ import annotations
 
@@ -9,27 +9,7 @@ from rich.console import Console
 from b2txt_jax.metrics import ErrorRate
 from lm_server.client.answers import Result as Decoded
 from lm_server.hypothesis import Answer, Hypothesis
-from lm_server.rescoring.consensus import Consensus, Scored, minimum_bayes_risk, rover
-
-METHODS = ("mbr", "rover")
-
-
-def agree(
-    lists: Sequence[Sequence[Scored]],
-    method: str = METHODS[0],
-    temperature: float = 1.0,
-    nbest: int = 100,
-) -> Consensus | None:
-    """Return the consensus of the systems that have a hypothesis. None: no system has one.
-
-    A single list is always taken by minimum Bayes risk.
-    """
-    known = [one for one in lists if one]
-    if not known:
-        return None
-    if method == "rover" and len(lists) > 1:
-        return rover(known)
-    return minimum_bayes_risk(known, temperature, nbest)
+from lm_server.rescoring.consensus import Consensus
 
 
 def as_result(
@@ -51,11 +31,6 @@ def as_result(
     share = found.candidates[0].share
     answer = Answer(hypotheses, share, words if fits else (), problem=problem)
     return Decoded(name, answer, None, seconds)
-
-
-def scored_hypotheses(answer: Answer | None) -> list[Scored]:
-    """Return the sentences of an answer with their totals, best first."""
-    return [(one.sentence, one.total) for one in answer.hypotheses] if answer else []
 
 
 def print_systems(rates: Sequence[tuple[str, ErrorRate]], console: Console) -> None:

@@ -39,13 +39,7 @@ from b2txt_jax.data.fingerprint import fingerprint, short
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import SPLITS, Reader, listed
 from b2txt_jax.errors import UserError
-from b2txt_jax.evaluation.combine import (
-    METHODS,
-    agree,
-    as_result,
-    print_systems,
-    scored_hypotheses,
-)
+from b2txt_jax.evaluation.combine import as_result, print_systems
 from b2txt_jax.evaluation.decoder_settings import DecoderSettings, settings_in_use
 from b2txt_jax.evaluation.evaluate import (
     Evaluation,
@@ -75,7 +69,9 @@ from lm_server.client.answers import LanguageModelUnavailableError, Result
 from lm_server.client.client import Client
 from lm_server.client.connection import mask_password
 from lm_server.client.process import serve_child
+from lm_server.files.answers_file import scored_nbest
 from lm_server.files.atomic_file import require_writable
+from lm_server.rescoring.consensus import METHODS, agree
 
 _SUBMISSION = "submission.csv"
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
@@ -438,7 +434,7 @@ def evaluate_together(
     each = [_decoded(trials, one, split, url, console, jobs) for one in found.members]
     results = []
     for of_trial in zip(*each, strict=True):
-        lists = [scored_hypotheses(one.answer) for one in of_trial]
+        lists = [scored_nbest(one.answer.as_json()) if one.answer else [] for one in of_trial]
         seconds = sum(one.seconds for one in of_trial)
         problems = [one.answer.problem for one in of_trial if one.answer and one.answer.problem]
         problem = problems[0] if problems else None

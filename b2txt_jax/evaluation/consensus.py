@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from b2txt_jax.data.trial import SPLITS, listed
-from b2txt_jax.evaluation.combine import METHODS, agree, as_result, print_systems
+from b2txt_jax.evaluation.combine import as_result, print_systems
 from b2txt_jax.evaluation.command import (
     check_replaceable,
     check_results,
@@ -38,7 +38,7 @@ from b2txt_jax.evaluation.submission import read_texts
 from b2txt_jax.metrics import total, word_error_rates
 from b2txt_jax.provenance import provenance
 from lm_server.files.answers_file import scored_nbest
-from lm_server.rescoring.consensus import Consensus, Scored
+from lm_server.rescoring.consensus import METHODS, Consensus, Scored, agree
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         default=1.0,
-        help="mbr: of the totals; above 1 trusts the first hypotheses less (default 1)",
+        help="mbr: of the totals, besides that of each system's confidences; above 1 trusts the "
+        "first hypotheses less (default 1)",
     )
     parser.add_argument("--force", action="store_true", help="replace a result of other settings")
 

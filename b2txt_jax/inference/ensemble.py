@@ -11,7 +11,6 @@ is the mean of all of them. One run alone is then a pseudo-ensemble.
 from __future__ import annotations
 
 import argparse
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,7 @@ from b2txt_jax.metrics import greedy_decode, phoneme_error_rates, total
 from b2txt_jax.signal.augment import augmentations
 from b2txt_jax.training.step import step_keys
 from lm_server.files.atomic_file import require_writable
-
-MEANS = ("logarithms", "probabilities")
+from lm_server.files.several_logits import MEANS, average, joint_fingerprint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
 
 def ensemble_fingerprint(runs: Sequence[Run]) -> str:
     """Return eight hexadecimal digits that are the same for equal parameters of all runs."""
-    return f"{zlib.crc32(' '.join(one.fingerprint for one in runs).encode()):08x}"
+    return joint_fingerprint([one.fingerprint for one in runs])
 
 
 def _per(trials: Sequence[TrialLogits], logits: Sequence[np.ndarray]) -> str:
@@ -226,18 +224,6 @@ def _pass_key(seed: int, number: int, batch: int) -> jax.Array:
 def _passes(run: Run, batch: Batch, keys: Sequence[jax.Array]) -> list[list[np.ndarray]]:
     """Return the logits of a batch's rows, then those of an augmented pass for each key."""
     return [list(run.of_batch(batch, key)) for key in (None, *keys)]
-
-
-def average(logits: Sequence[np.ndarray], mean: str = MEANS[0]) -> np.ndarray:
-    """Return the mean of several [frames, 41], as normalised log-probabilities float32."""
-    every = np.stack(logits).astype(np.float64)
-    every -= np.logaddexp.reduce(every, axis=-1, keepdims=True)
-    if mean == "probabilities":
-        averaged = np.logaddexp.reduce(every, axis=0) - np.log(len(every))
-    else:
-        averaged = every.mean(0)
-        averaged -= np.logaddexp.reduce(averaged, axis=-1, keepdims=True)
-    return averaged.astype(np.float32)
 
 
 def _normalisation(run: Run) -> tuple[object, ...]:

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="the .npz file to write")
     parser.epilog = (
-        "Writes `logits` float32 [all frames, 41] (RNN class order), `frames` int32 [N], `trial` "
-        "str [N] and, for val, `sentence` str [N], and the `step`, `weights`, `parameters` (a "
-        "fingerprint) and `split` that the logits are of. Keys of the run's configuration can be "
-        "changed: --config.data.root=DIR, --config.signal.eval_padding=valid."
+        "Writes `logits` float32 [all frames, 41] (RNN class order), `classes` str [41], `frames` "
+        "int32 [N], `trial` str [N] and, for val, `sentence` str [N], and the `step`, `weights`, "
+        "`parameters` (a fingerprint) and `split` that the logits are of. Keys of the run's "
+        "configuration can be changed: --config.data.root=DIR, --config.signal.eval_padding=valid."
     )
 
 

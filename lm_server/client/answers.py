@@ -32,9 +32,9 @@ class Result:
 def read_answer(fields: Mapping[bytes, bytes]) -> Answer:
     """Return the answer in a final entry or a job's result.
 
-    Its hypotheses are distinct, best total first. One may be the empty sentence: nothing was said.
-    A published server sends no confidences, and without an n-best list no scores, which are NaN
-    then.
+    Its hypotheses are distinct, the server's answer first, then by their totals. One may be the
+    empty sentence: nothing was said. A published server sends no confidences, and without an n-best
+    list no scores, which are NaN then.
 
     Raises:
       LanguageModelError: there is no candidate, or the scores or confidences cannot be read.
@@ -59,9 +59,15 @@ def read_answer(fields: Mapping[bytes, bytes]) -> Answer:
     for one in sorted(found, key=lambda one: round(one.total or 0.0, 6), reverse=True):
         unique.setdefault(one.words, one)
     hypotheses = tuple(unique.values())
+    if b"lm_response_final" in fields:
+        # By `minimum_bayes_risk` a server answers another than the likeliest.
+        hypotheses = tuple(sorted(hypotheses, key=lambda one: one.sentence != best))
     try:
         words = tuple(map(float, json.loads(fields.get(b"word_confidences", b"[]"))))
-        confidence = float(fields[b"confidence"]) if b"confidence" in fields else None
+        confidence, temperature = (
+            float(fields[name]) if name in fields else None
+            for name in (b"confidence", b"temperature")
+        )
     except (ValueError, TypeError, RecursionError) as error:
         raise LanguageModelError(f"the confidences of {best!r} cannot be read: {error}") from error
     return Answer(
@@ -70,6 +76,7 @@ def read_answer(fields: Mapping[bytes, bytes]) -> Answer:
         words if len(words) == len(hypotheses[0].words) else (),
         fields.get(b"rescored") == b"1",
         _text(fields, b"problem") or None,
+        temperature,
     )
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lm_server.files.answers_file import AnswersFileError, read_answers
 from lm_server.files.atomic_file import require_writable
 from lm_server.process import cleaning_up_when_terminated, version
+from lm_server.rescoring.consensus import together
 from lm_server.rescoring.correction import (
     CONFIDENT,
     EMPTY,
@@ -32,7 +33,6 @@ from lm_server.rescoring.correction import (
     candidates,
     is_confident,
     outcome,
-    together,
     with_outcome,
 )
 from lm_server.rescoring.load import add_llm_options

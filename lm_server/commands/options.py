@@ -202,17 +202,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return chosen
 
 
-def warn_of_another_checkpoint(args: argparse.Namespace, made_by: Mapping[str, Any]) -> None:
-    """Name the steps where --settings was tuned for another checkpoint than that of the logits."""
-    if args.settings is None or not made_by:
+def warn_of_another_checkpoint(args: argparse.Namespace, *made_by: Mapping[str, Any]) -> None:
+    """Name the steps where --settings was tuned for none of the checkpoints of the logits."""
+    if args.settings is None or not all(made_by):
         return
     tuned = settings.tuned_for(args.settings)
-    if tuned.get("parameters") != made_by.get("parameters"):
+    if all(tuned.get("parameters") != one.get("parameters") for one in made_by):
         of = f"step {tuned['step']} ({tuned.get('weights')})" if "step" in tuned else "no step"
         print(
             f"warning: {args.settings} was tuned for {of}, and the logits are of step "
-            f"{made_by.get('step')} ({made_by.get('weights')}): errors may be more for that reason "
-            "alone. Tune again",
+            f"{made_by[0].get('step')} ({made_by[0].get('weights')}): errors may be more for that "
+            "reason alone. Tune again",
             file=sys.stderr,
         )
 

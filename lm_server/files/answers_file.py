@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
             sentences = [one["sentence"] for one in answer["nbest"]]
             if not all(isinstance(one, str) for one in [answer["sentence"], *sentences]):
                 raise ValueError("a sentence is no text")
+            temperature = answer.get("temperature")
+            if not (temperature is None or 0 < float(temperature) < math.inf):
+                raise ValueError(f"temperature is {temperature!r}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise AnswersFileError(
                 f"{path} line {number} is no answer of `b2txt evaluate` or `lm-server decode` "
@@ -46,10 +50,23 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def scored_nbest(answer: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-    """Return the sentences of an answer with their totals (ln), best first. If one has no total,
-    the first sentence alone, which is what the system says."""
+    """Return the sentences of an answer, best first, with their totals (ln) over its temperature.
+
+    The softmax of these is the confidence of each, so that systems whose totals have other scales
+    can be compared. If a sentence has no total, the first alone is returned, which is what the
+    system says.
+    """
     found = answer["nbest"]
     totals = [one.get("total") for one in found]
-    if any(not isinstance(total, float | int) for total in totals):
+    if not all(isinstance(total, float | int) and math.isfinite(total) for total in totals):
         return [(one["sentence"], None) for one in found[:1]]
-    return [(one["sentence"], float(one["total"])) for one in found]
+    temperature = answer.get("temperature") or 1.0
+    return [
+        (one["sentence"], total / temperature) for one, total in zip(found, totals, strict=True)
+    ]
+
+
+def unscored(sentence: str, total: float | None) -> dict[str, Any]:
+    """Return a sentence as an entry of `nbest` that has no scores but its total."""
+    scores = dict.fromkeys(("acoustic", "ngram", "bonus", "llm"))
+    return {"sentence": sentence, **scores, "total": total}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lm_server.errors import DAMAGED_ARRAYS, UserError
-from lm_server.protocol import CLASS_COUNT
+from lm_server.protocol import CLASS_COUNT, CLASSES
 
 
 class LogitsFileError(UserError, ValueError):
@@ -60,6 +60,8 @@ class Logits:
 def read_logits(path: Path) -> Logits:
     """Read an .npz file: `logits` float [all frames, 41], `frames` int [N], `trial` str [N].
 
+    A file may name its `classes`, str [41], which must then be in the RNN's order.
+
     Raises:
       LogitsFileError: the file is missing, damaged, or one of its fields is not as needed.
     """
@@ -86,6 +88,7 @@ def read_logits(path: Path) -> Logits:
                 for name in ("step", "weights", "parameters", "split")
                 if name in file.files and file[name].shape == ()
             }
+            classes = file["classes"] if "classes" in file.files else np.array(CLASSES)
     except LogitsFileError:
         raise
     except DAMAGED_ARRAYS as error:
@@ -96,6 +99,11 @@ def read_logits(path: Path) -> Logits:
         raise LogitsFileError(
             f"{path}: logits are {logits.dtype} {logits.shape}; "
             f"needed float32 [all frames, {CLASS_COUNT}]"
+        )
+    if classes.tolist() != list(CLASSES):
+        raise LogitsFileError(
+            f"{path}: classes are {_beginning(classes)}; needed the RNN's order, "
+            f"{_beginning(np.array(CLASSES))}: reorder the columns of logits"
         )
     if frames.ndim != 1 or frames.dtype.kind not in "iu" or (frames < 0).any():
         raise LogitsFileError(
@@ -125,3 +133,8 @@ def read_logits(path: Path) -> Logits:
         )
     ends = np.cumsum(frames, dtype=np.int64)
     return Logits(logits.astype(np.float32, copy=False), ends, names, checkpoint)
+
+
+def _beginning(classes: np.ndarray) -> str:
+    names = [repr(str(name)) for name in classes.reshape(-1)]
+    return f"{len(names)} names, {', '.join(names[:3])} to {', '.join(names[-1:])}"

@@ -50,6 +50,7 @@ def convert(path: Path, out: Path, tokens: Sequence[str] = CLASSES) -> tuple[int
         "logits": np.concatenate([one[:, order] for one in trials.logits]),
         "frames": np.array([len(one) for one in trials.logits], np.int32),
         "trial": np.array([f"trial_{i:05d}" for i in range(len(trials.logits))]),
+        "classes": np.array(CLASSES),
     }
     if trials.sentences is not None:
         fields["sentence"] = np.array(trials.sentences)

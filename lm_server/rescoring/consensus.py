@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from lm_server.files.answers_file import scored_nbest, unscored
 from lm_server.lexicon.text_rules import scored_words
 from lm_server.rescoring.ranking import posterior, word_confidences
 from lm_server.rescoring.risk import expected_errors
 from lm_server.search.sliced import finished
 
+METHODS = ("mbr", "rover")
 Scored = tuple[str, float | None]
 """A sentence and its total (ln). None: the system has no scores."""
 
@@ -37,6 +40,51 @@ class Consensus:
 
     candidates: tuple[Candidate, ...]
     word_confidences: tuple[float, ...]
+
+
+def together(answers: Sequence[Mapping[str, Any]], method: str = METHODS[0]) -> dict[str, Any]:
+    """Return one answer to a trial out of several systems' answers. A single one is returned as is.
+
+    Its totals are the negative word errors to expect.
+
+    Args:
+      answers: lines of `lm-server decode` about one trial, one or more.
+      method: one of `METHODS`.
+    """
+    found = None
+    if len(answers) > 1:
+        found = agree([scored_nbest(one) for one in answers], method)
+    if found is None:
+        return dict(answers[0])
+    best = found.candidates[0]
+    return {
+        "trial": answers[0]["trial"],
+        "sentence": best.sentence,
+        "confidence": best.share,
+        "word_confidences": list(found.word_confidences),
+        "rescored": all(one.get("rescored") for one in answers),
+        "problem": None,
+        "temperature": None,
+        "nbest": [unscored(one.sentence, -one.expected_errors) for one in found.candidates],
+    }
+
+
+def agree(
+    lists: Sequence[Sequence[Scored]],
+    method: str = METHODS[0],
+    temperature: float = 1.0,
+    nbest: int = 100,
+) -> Consensus | None:
+    """Return the consensus of the systems that have a hypothesis. None: no system has one.
+
+    A single list is always taken by minimum Bayes risk.
+    """
+    known = [one for one in lists if one]
+    if not known:
+        return None
+    if method == "rover" and len(lists) > 1:
+        return rover(known)
+    return minimum_bayes_risk(known, temperature, nbest)
 
 
 def shares(

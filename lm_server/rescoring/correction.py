@@ -13,9 +13,8 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from lm_server.files.answers_file import scored_nbest
+from lm_server.files.answers_file import unscored
 from lm_server.lexicon.text_rules import scored_words
-from lm_server.rescoring.consensus import minimum_bayes_risk
 
 INSTRUCTION = (
     "The lines below are attempts to write down one spoken sentence, decoded from brain signals. "
@@ -131,28 +130,6 @@ def outcome(
     return CORRECTED
 
 
-def together(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the answer to a trial of one system, or of several by minimum Bayes risk.
-
-    Args:
-      answers: lines of `lm-server decode` about one trial.
-    """
-    lists = [some for one in answers if (some := scored_nbest(one))]
-    if len(answers) == 1 or not lists:
-        return dict(answers[0])
-    found = minimum_bayes_risk(lists)
-    best = found.candidates[0]
-    return {
-        "trial": answers[0]["trial"],
-        "sentence": best.sentence,
-        "confidence": best.share,
-        "word_confidences": list(found.word_confidences),
-        "rescored": False,
-        "problem": None,
-        "nbest": [_unscored(one.sentence, -one.expected_errors) for one in found.candidates],
-    }
-
-
 def with_outcome(answer: Mapping[str, Any], found: str, reply: str | None) -> dict[str, Any]:
     """Return an answer with what became of it. A used reply is its first sentence, without a
     confidence and without a total, so that it stays the first wherever totals rank."""
@@ -167,11 +144,6 @@ def with_outcome(answer: Mapping[str, Any], found: str, reply: str | None) -> di
         "sentence": sentence,
         "confidence": None,
         "word_confidences": [],
-        "nbest": [_unscored(sentence, None), *others],
+        "nbest": [unscored(sentence, None), *others],
         **about,
     }
-
-
-def _unscored(sentence: str, total: float | None) -> dict[str, Any]:
-    scores = dict.fromkeys(("acoustic", "ngram", "bonus", "llm"))
-    return {"sentence": sentence, **scores, "total": total}

@@ -99,6 +99,7 @@ def ranking(
         confidences,
         scores is not None,
         problem,
+        settings.confidence_temperature,
     )
 
 

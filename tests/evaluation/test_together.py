@@ -8,13 +8,14 @@ import pytest
 from b2txt_jax.cli import main
 from b2txt_jax.config import Config
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.evaluation.combine import agree, as_result
+from b2txt_jax.evaluation.combine import as_result
 from b2txt_jax.evaluation.results import read_result
 from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run as Weights
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.step import init_state
 from lm_server.lexicon.text_rules import normalise
+from lm_server.rescoring.consensus import agree
 
 
 def test_a_result_of_several_runs_needs_a_place_of_its_own(tmp_path: Path, capsys) -> None:

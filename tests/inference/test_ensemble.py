@@ -11,13 +11,14 @@ import pytest
 from b2txt_jax.cli import main
 from b2txt_jax.config import Config
 from b2txt_jax.data.description import DataError
-from b2txt_jax.inference.ensemble import average, ensemble_logits
+from b2txt_jax.inference.ensemble import ensemble_logits
 from b2txt_jax.inference.run import Run
 from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run as Weights
 from b2txt_jax.signal.augment import augment
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.step import init_state, step_keys
+from lm_server.files.several_logits import average
 
 
 @pytest.fixture(scope="module")

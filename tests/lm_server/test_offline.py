@@ -19,7 +19,7 @@ from lm_server.files.logits_file import Logits, LogitsFileError, read_logits
 from lm_server.files.resumable import ResumeError, resumable
 from lm_server.hypothesis import Hypothesis
 from lm_server.offline import searched
-from lm_server.protocol import to_rnn_order
+from lm_server.protocol import LM_CLASSES, to_rnn_order
 from lm_server.search.flashlight import BeamSearch, LanguageModel
 from lm_server.settings import Settings, SettingsError, write_settings
 
@@ -128,6 +128,7 @@ def test_an_output_that_is_no_regular_file_is_refused_and_left(model_folder, tmp
         ({"trial": np.arange(20)}, "trial is int64"),
         ({"trial": np.array(["one"] * 20)}, "trial 'one' is there 20 times"),
         ({"trial": np.array(["one"])}, "trial is <U3 (1,); needed str (20,)"),
+        ({"classes": np.array(LM_CLASSES)}, "classes are 41 names, 'BLANK', ' | ', 'AA' to 'ZH'"),
     ],
 )
 def test_a_wrong_file_is_refused_with_field_found_and_needed(

@@ -410,10 +410,11 @@ def test_confidences_and_problems_come_as_the_server_sends_them() -> None:
     text = encode_scoring([Hypothesis(("a", "b"), -1.0, -1.0, -3.0, total=-2.0)]).encode()
     answer = read_answer(
         {b"scoring": text, b"confidence": b"0.75", b"word_confidences": b"[0.5, 1.0]"}
-        | {b"rescored": b"1", b"problem": b"none"}
+        | {b"rescored": b"1", b"problem": b"none", b"temperature": b"2.5"}
     )
     assert answer.words == (Word("a", 0.5), Word("b", 1.0))
     assert (answer.confidence, answer.rescored, answer.problem) == (0.75, True, "none")
+    assert answer.temperature == 2.5
 
 
 def test_an_empty_sentence_that_is_the_best_candidate_is_the_answer() -> None:
@@ -454,12 +455,19 @@ def test_scores_that_cannot_be_read_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("broken", [b"[0.5", b"abc", b"5", b'["x"]'])
-@pytest.mark.parametrize("field", [b"word_confidences", b"confidence"])
+@pytest.mark.parametrize("field", [b"word_confidences", b"confidence", b"temperature"])
 def test_confidences_that_cannot_be_read_cost_one_trial(field: bytes, broken: bytes) -> None:
-    if field == b"confidence" and broken == b"5":
+    if field != b"word_confidences" and broken == b"5":
         broken = b""
     with pytest.raises(LanguageModelError, match=r"confidences of 'a cat' cannot be read"):
         read_answer({b"lm_response_final": b"a cat", field: broken})
+
+
+def test_the_servers_answer_is_the_first_although_another_is_likelier() -> None:
+    """As with `minimum_bayes_risk`."""
+    ranked = [Hypothesis((word,), -n, 0.0, total=-n) for n, word in enumerate("abc", start=1)]
+    fields = {b"lm_response_final": b"b", b"scoring": encode_scoring(ranked).encode()}
+    assert [one.sentence for one in read_answer(fields).hypotheses] == ["b", "a", "c"]
 
 
 def test_of_equal_totals_the_servers_first_stays_first() -> None:

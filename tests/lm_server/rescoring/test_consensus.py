@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lm_server.rescoring.consensus import minimum_bayes_risk, rover, shares
+from lm_server.rescoring.consensus import minimum_bayes_risk, rover, shares, together
 
 WORDS = "abc"
 
@@ -89,3 +89,18 @@ def test_a_system_without_an_answer_has_no_part_and_without_any_there_is_an_erro
 def test_the_confidence_of_a_word_is_the_share_of_what_has_it_in_its_place():
     systems = [[("a b", None)], [("a b", None)], [("a c", None)], [("a", None)]]
     assert minimum_bayes_risk(systems).word_confidences == pytest.approx((1.0, 0.5))
+
+
+def test_systems_are_weighed_at_the_temperature_of_their_own_confidences():
+    """Totals that are ten times too sharp outvote a system that is surer, unless they are cooled:
+    shares of "c d" (0.269 + 0.881) / 2 instead of (0.000 + 0.881) / 2."""
+
+    def answer(temperature, **totals):
+        nbest = [{"sentence": " ".join(text), "total": one} for text, one in totals.items()]
+        return {"trial": "t", "temperature": temperature, "nbest": nbest}
+
+    sure = answer(1.0, cd=0.0, ab=-2.0)
+    cooled = together([answer(10.0, ab=0.0, cd=-10.0), sure])
+    assert (cooled["sentence"], cooled["confidence"]) == ("c d", pytest.approx(0.5749, abs=1e-4))
+    sharp = together([answer(None, ab=0.0, cd=-10.0), sure])
+    assert (sharp["sentence"], sharp["confidence"]) == ("a b", pytest.approx(0.5596, abs=1e-4))

@@ -9,6 +9,7 @@ from test_causal_lm import make
 
 from lm_server.__main__ import main
 from lm_server.rescoring import corrector
+from lm_server.rescoring.consensus import together
 from lm_server.rescoring.correction import (
     CORRECTED,
     OUTCOMES,
@@ -18,7 +19,6 @@ from lm_server.rescoring.correction import (
     is_confident,
     messages,
     outcome,
-    together,
     with_outcome,
 )
 from lm_server.rescoring.finetune import Course, finetune, read_chats

@@ -33,8 +33,8 @@ def files(tmp_path):
 def said(text, rng):
     """Frames that leave some doubt, as many for each sentence."""
     frames = np.zeros((36, 41), np.float32)
-    frames[:, 0] = 3.0
-    spelled = say(text.split(), frames=1, strength=3.0)
+    frames[:, 0] = 6.0
+    spelled = say(text.split(), frames=1, strength=6.0)
     frames[: len(spelled)] = spelled
     return to_rnn_order(frames + rng.normal(0.0, 0.7, frames.shape).astype(np.float32))
 

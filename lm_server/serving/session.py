@@ -457,7 +457,7 @@ def final_fields(answer: Answer, context: str) -> tuple[dict[str, bytes], str]:
     }
     if answer.confidence is not None:
         fields["confidence"] = repr(round(answer.confidence, 6))
-    if answer.temperature is not None:
+    if answer.confidence is not None and answer.temperature is not None:
         fields["temperature"] = repr(answer.temperature)
     if answer.problem:
         fields["problem"] = answer.problem

@@ -67,7 +67,8 @@ def test_a_sentence_is_answered_with_partials_a_final_and_its_end(session, model
     assert done == Message("remote_lm_done_finalizing", {"done": b"1"})
     assert final.stream == "remote_lm_output_final"
     published = {"lm_response_final", "scoring", "context_str"}
-    assert set(final.fields) == published | {"rescored", "confidence", "word_confidences"}
+    ours = {"rescored", "confidence", "word_confidences", "temperature"}
+    assert set(final.fields) == published | ours
     assert final.fields["rescored"] == b"0"
     assert final.fields["lm_response_final"] == b"the cat sat"
     assert final.fields["context_str"] == b"what was said before"

@@ -116,7 +116,9 @@ def truncate(path):
     [
         (truncate, ["data_train.hdf5", "copy or download it again"]),
         (edit(shrink_features), ["trial_0000", "input_features", f"needed [T, {FEATURES}]"]),
-        (edit(poison), ["trial_0000", "NaN", "bin 5, feature 7"]),
+        pytest.param(
+            edit(poison), ["trial_0000", "NaN", "bin 5, feature 7"], marks=pytest.mark.slow
+        ),
         (edit(label_41), ["trial_0000", "the id 41", "needed 1 to 40"]),
         (edit(long_label), ["trial_0000", "label of 38 phonemes", "drop the trial"]),
         (edit(cut_trial), ["trial_0000", "9 bins", "the model needs 14"]),
@@ -305,6 +307,7 @@ def test_a_place_that_cannot_be_written_is_an_error_in_one_line_before_all_else(
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "extra"), [("cuda", "cuda"), pytest.param("rocm", "cuda", marks=pytest.mark.slow)]
 )

@@ -203,6 +203,7 @@ b2t.train(run.config, sys.argv[2], ["train.steps=1", "data.buckets=((320, 80),)"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "training", ["", pytest.param(TRAINING, marks=pytest.mark.slow)], ids=["read", "trained"]
 )

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from rich.console import Console
 from transformers import AutoConfig
@@ -156,6 +155,8 @@ def finetune(
       RescoringError: the model cannot be adapted, the sentences are too few, no epoch is better
         than the model was, or `out` cannot be written.
     """
+    import peft  # seconds: whoever only reads sentences does not wait for it
+
     if out.exists() and not (out / DESCRIPTION).is_file():
         raise RescoringError(f"{out} is there and was not made by this command: choose another")
     require_writable(out.parent / DESCRIPTION)

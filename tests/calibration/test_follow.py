@@ -64,6 +64,7 @@ def test_a_sentence_moves_the_layer_of_its_day_alone_and_lowers_its_loss(run):
     )
 
 
+@pytest.mark.slow
 def test_the_change_against_the_trained_values_stays_within_the_bound(run):
     follower = Follower(run, 1, dataclasses.replace(STRONG, bound=0.001))
     for seed in range(3):
@@ -176,6 +177,7 @@ def test_a_damaged_update_is_named(run, tmp_path):
             kept.load(start)
 
 
+@pytest.mark.slow
 def test_an_update_that_fails_is_named_and_later_sentences_are_learned(run, tmp_path, monkeypatch):
     _, output, kept = following(run, tmp_path / "day", background=True)
     monkeypatch.setattr(kept, "save", lambda _: (_ for _ in ()).throw(RuntimeError("no memory")))

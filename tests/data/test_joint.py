@@ -102,6 +102,7 @@ def test_a_run_keeps_the_widths_of_its_sessions(root: str, tmp_path: Path) -> No
         resolve(wrong, tmp_path / "run", False)
 
 
+@pytest.mark.slow
 def test_noise_never_reaches_features_that_a_session_does_not_have(root: str) -> None:
     config = resolve(config_of(root), Path("run"), False)
     params = init_state(config, 3).params

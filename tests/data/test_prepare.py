@@ -56,13 +56,13 @@ def test_nothing_of_a_trial_is_lost(root, whole, split):
 @pytest.mark.parametrize(
     ("call", "number"),
     [
-        ("read", 1),
+        pytest.param("read", 1, marks=pytest.mark.slow),
         ("read", 11),
-        ("fsync", 1),
+        pytest.param("fsync", 1, marks=pytest.mark.slow),
         ("replace", 1),
-        ("replace", 2),
+        pytest.param("replace", 2, marks=pytest.mark.slow),
         ("fsync", 12),
-        ("replace", 21),
+        pytest.param("replace", 21, marks=pytest.mark.slow),
     ],
 )
 def test_after_kill_9_the_same_command_goes_on_and_nothing_half_written_is_used(

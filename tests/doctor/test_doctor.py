@@ -404,6 +404,7 @@ def test_devices_that_cannot_share_a_batch_are_a_problem(
     assert advised in finding.advice
 
 
+@pytest.mark.slow
 def test_the_batch_is_compared_with_the_devices_that_jax_has(capsys, tiny_overrides, monkeypatch):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     monkeypatch.setenv("XLA_FLAGS", flags)

@@ -172,6 +172,7 @@ def test_worst_median_and_best_are_by_words_then_by_phonemes(make_run) -> None:
     assert chosen["Random"] in trials
 
 
+@pytest.mark.slow
 def test_several_runs_share_the_curves_and_have_their_own_trials(make_run) -> None:
     runs = [make_run("one", outputs={}), make_run("two", outputs={})]
     text = Page(report_html(runs, MADE)[0]).text
@@ -187,6 +188,7 @@ def test_runs_of_equal_names_are_told_apart_and_none_is_given_twice(make_run) ->
         distinguished([one, one])
 
 
+@pytest.mark.slow
 def test_a_page_that_would_be_too_large_leaves_out_trials_and_names_them(
     make_run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def smooth(x: np.ndarray, padding: str) -> torch.Tensor:
     return torch.nn.functional.conv1d(channels, weight, padding=padding)[:, 0].T[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_logits_of_five_layers_are_pytorchs(five_layers, trials, padding):
     model, run = five_layers
@@ -205,6 +206,7 @@ def test_safetensors_there_and_back_bit_for_bit(small, tmp_path, capsys):
     assert_same(load_file(again), load_file(file))
 
 
+@pytest.mark.slow
 def test_keys_can_be_changed_and_training_restarted_on_the_way_in(small, tmp_path):
     folder, _ = small
     command = ["convert", "--from-nejm", str(folder), "--workdir", str(tmp_path / "run")]

@@ -88,6 +88,7 @@ def test_the_best_weights_of_an_older_run_can_be_exported(older, workdir, tmp_pa
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_exporting_changes_nothing_in_the_run(workdir, tmp_path):
     before = sorted(workdir.rglob("*"))
     assert convert("--to-safetensors", tmp_path / "m.safetensors", "--workdir", workdir) == 0

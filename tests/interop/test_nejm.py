@@ -323,6 +323,7 @@ def test_overrides_are_checked_as_the_settings_are(trained, tmp_path, override, 
         read_nejm(trained.save(tmp_path / "theirs"), [override])
 
 
+@pytest.mark.slow
 def test_shapes_by_arithmetic_are_those_of_the_model(trained, tmp_path):
     run = read_nejm(trained.save(tmp_path / "theirs"))
     for change in ({}, {"patch_size": 0, "layers": 1}, {"day_layer": False}):

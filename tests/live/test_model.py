@@ -57,6 +57,7 @@ def test_chunks_give_the_logits_of_the_whole_trial_with_one_compiled_program(run
     assert model.programs == 1
 
 
+@pytest.mark.slow
 def test_a_sentence_too_short_for_a_frame_has_none_and_the_next_one_is_whole(run):
     model = LiveModel(run)
     least = run.config.model.least_bins

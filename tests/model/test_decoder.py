@@ -60,6 +60,7 @@ def test_dropout_is_on_with_a_key_and_off_without():
     assert np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_products_keep_float32_logits_close_to_the_float32_model():
     params = perturbed_params(SMALL)
     x = np.random.default_rng(2).normal(size=(2, 20, FEATURES)).astype(np.float32)

@@ -78,6 +78,7 @@ def test_float32_values_and_gradients_are_those_of_layer_after_layer(
         assert np.abs(one - other).max() <= 1e-6 * max(1, np.abs(other).max())
 
 
+@pytest.mark.slow
 def test_bfloat16_differs_by_its_own_rounding():
     (projected, *rest), kept, begins, _ = arguments(9, 3, True, True)
     dtype = jnp.dtype("bfloat16")
@@ -87,6 +88,7 @@ def test_bfloat16_differs_by_its_own_rounding():
     assert np.abs(np.asarray(ours - theirs, np.float32)).max() <= 2**-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gru", pytest.param("triple_gru", marks=pytest.mark.slow)])
 def test_a_model_along_the_wavefront_has_the_loss_and_gradient_of_the_layered_one(name):
     keys = {"name": name, "units": 6, "layers": 3, "patch_size": 4, "patch_stride": 2}

@@ -111,6 +111,7 @@ for chunk in (0, 3):
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_that_share_units_and_rows_give_what_one_gives():
     program = SHARED.format(tests=str(Path(__file__).parent))
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"

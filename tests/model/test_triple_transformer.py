@@ -48,6 +48,7 @@ def x():
     return np.random.default_rng(0).normal(size=(2, 48, FEATURES)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_the_noise_is_subtracted_from_the_transformer_s_patches(model, params, x):
     whole = jax.jit(model.full)
     full = whole(params, x, np.array([48, 30]), DAY)
@@ -60,6 +61,7 @@ def test_the_noise_is_subtracted_from_the_transformer_s_patches(model, params, x
     assert np.abs(np.asarray(full.logits - alone.logits)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_adversary_s_gradient_comes_back_reversed_and_scaled(model, params, x):
     def noisy(params, reversal):
         return model.full(params, x, np.array([48, 30]), DAY, None, reversal).aux["noisy"].sum()

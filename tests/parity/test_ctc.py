@@ -97,6 +97,7 @@ def test_empty_repeated_and_infeasible_labels_equal_torch(scale):
     )
 
 
+@pytest.mark.slow
 def test_a_long_sentence_with_confident_logits_equals_torch():
     rng = np.random.default_rng(3)
     labels = rng.integers(1, 41, (2, 110)).astype(np.int32)

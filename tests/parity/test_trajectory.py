@@ -111,6 +111,7 @@ def test_a_hundred_steps_give_the_parameters_of_pytorch(ours_and_theirs):
     assert max(found.values()) < 5e-5, found
 
 
+@pytest.mark.slow
 def test_both_models_have_the_same_validation_loss_and_phoneme_error_rate(ours_and_theirs):
     _, params, decoder, _, held_out = ours_and_theirs
     output = jax.jit(make_eval_step(CONFIG, DAYS))(params, held_out)

@@ -185,6 +185,7 @@ def test_a_frame_by_itself_streams_too(trials):
     np.testing.assert_allclose(jax.jit(step)(params, x, day, start(params, 1))[0], whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_context_of_a_training_step_is_uniform_and_compiles_once(monkeypatch):
     model = make_model(SMALL, FEATURES, DAYS)
     seen = []
@@ -251,6 +252,7 @@ def test_bfloat16_products_keep_logits_close_and_float32(trials):
     assert 0 < np.abs(np.asarray(half) - exact)[0, :22].max() < 0.1
 
 
+@pytest.mark.slow
 def test_fresh_parameters_are_spread_as_those_of_torch():
     settings = dataclasses.replace(SMALL, width=48, distances=200)
     theirs = TorchTransformer(settings, FEATURES, DAYS).ours()

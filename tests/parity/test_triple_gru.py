@@ -151,7 +151,7 @@ def test_the_parts_give_what_pytorch_gives(model):
     np.testing.assert_allclose(outputs.aux["noisy"], peer.noisy_of(noise).detach(), atol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("factor", [pytest.param(0.0, marks=pytest.mark.slow), 0.3, 1.0])
 def test_gradients_are_those_of_two_passes(model, factor):
     """First the adversary's loss, whose gradient at the noise is taken out, multiplied by -factor
     and sent into the noise model by hand; then the clean loss."""
@@ -195,6 +195,7 @@ def test_inference_gives_the_clean_logits_of_the_full_pass(model):
     np.testing.assert_array_equal(decoded, full)
 
 
+@pytest.mark.slow
 def test_the_modes_do_not_retrace_each_other(model):
     params, (x, bins, day) = fresh(model), data()
     traced = []
@@ -262,6 +263,7 @@ def test_chunk_by_chunk_equals_the_whole_trial(kind, patches):
     np.testing.assert_allclose(streamed, whole, atol=3e-6)
 
 
+@pytest.mark.slow
 @PATHS
 def test_bfloat16_goes_through_every_path_and_stays_near_float32(kind, patches):
     exact = dataclasses.replace(KINDS[kind], **PATCHES[patches])

@@ -151,6 +151,7 @@ def test_twenty_spans_of_a_twentieth_cover_what_the_same_draws_in_numpy_do():
     assert both.mean() == pytest.approx(expected.mean() ** 2, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_masked_patch_reaches_the_model_as_zeros_although_features_are_smoothed():
     """Listed first, it acts last: smoothing would fill a span of one patch."""
     signal = dataclasses.replace(

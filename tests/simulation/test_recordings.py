@@ -111,6 +111,7 @@ def test_a_trial_is_a_function_of_seed_session_block_and_place(
         np.testing.assert_array_equal(trial.features, everything[place].features)
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_result(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

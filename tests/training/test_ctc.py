@@ -109,13 +109,19 @@ def assert_kernels_equal_the_scan(rows):
 
 @pytest.mark.parametrize(
     ("batch", "length", "longest"),
-    [(1, 1, 1), (5, 8, 3), (8, 21, 9), (3, 40, 70)],
+    [
+        (1, 1, 1),
+        pytest.param(5, 8, 3, marks=pytest.mark.slow),
+        (8, 21, 9),
+        pytest.param(3, 40, 70, marks=pytest.mark.slow),
+    ],
     ids=["one frame", "whole blocks", "a part of a block", "states beyond a tile"],
 )
 def test_the_kernels_have_the_values_and_gradients_of_the_scan(batch, length, longest):
     assert_kernels_equal_the_scan(random_rows(batch, length, longest))
 
 
+@pytest.mark.slow
 def test_rows_cut_into_blocks_change_nothing(monkeypatch):
     rows = random_rows(20, 19, 4, seed=1)
     monkeypatch.setattr(ctc_pallas, "_MOST_ENTRIES", 8 * 128)  # 8, 8 and 4 rows

@@ -89,6 +89,7 @@ def wait_for(condition, run, seconds=600.0):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills",
     [pytest.param((1,), id="once"), pytest.param((1, 4), id="twice", marks=pytest.mark.slow)],
@@ -344,6 +345,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_names_step_and_trials(poiso
         train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_counted_where_so_configured(poisoned, tmp_path):
     config, session = poisoned
     config = with_overrides(config, ["--config.train.on_nonfinite=skip"])

@@ -145,6 +145,7 @@ def test_only_the_last_ten_validations_count(tiny_config):
     assert (tracker.best.per, tracker.best.validations_since) == (0.0, 13)
 
 
+@pytest.mark.slow
 def test_either_weights_of_a_run_can_be_used(averaged, trained):
     workdir, _ = averaged
     lines = lines_of(workdir, "val")
@@ -190,6 +191,7 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
         train(other, trained)
 
 
+@pytest.mark.slow
 def test_a_key_that_the_run_has_fixed_is_named_when_it_is_asked_for_anew(
     trained, tiny_config, tiny_overrides
 ):

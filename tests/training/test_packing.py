@@ -112,6 +112,7 @@ def shared(trials, rules, shape=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gru", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_five_steps_are_those_of_trials_alone_with_noise_and_dropout(name):
     config = config_of(MODELS[name])
@@ -133,7 +134,7 @@ def test_five_steps_are_those_of_trials_alone_with_noise_and_dropout(name):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["scan", "pallas"])
+@pytest.mark.parametrize("kind", ["scan", pytest.param("pallas", marks=pytest.mark.slow)])
 def test_each_trial_of_a_row_has_the_states_and_the_gradient_of_itself_alone(kind):
     rng = np.random.default_rng(0)
     lengths, hidden = [[5, 9, 6], [20]], 8

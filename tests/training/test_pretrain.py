@@ -147,6 +147,7 @@ def test_a_finished_pretraining_called_again_has_the_error_that_it_had(
     assert log.read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_and_the_day_layers_of_its_sessions(
     config: Config, pretrained: tuple[Path, float]
 ) -> None:

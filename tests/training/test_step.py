@@ -74,6 +74,7 @@ def test_a_seed_that_is_an_argument_draws_as_the_configured_one(small):
     assert abs(given[1] - configured) > 1e-3
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_of_a_batch_it_sees_again_and_again(small):
     config = without_noise(small)
     step = train_step_of(config)
@@ -85,6 +86,7 @@ def test_training_lowers_the_loss_of_a_batch_it_sees_again_and_again(small):
     assert int(state.step) == 150
 
 
+@pytest.mark.slow
 def test_the_first_step_has_rate_zero_and_changes_nothing(small):
     state = init_state(small, DAYS)
     after, _ = train_step_of(small)(state, batch_of(4))
@@ -120,6 +122,7 @@ def test_a_step_that_is_not_finite_says_so_and_leaves_the_parameters_as_they_wer
         np.testing.assert_array_equal(before, now)
 
 
+@pytest.mark.slow
 def test_padding_of_a_batch_never_changes_the_training_loss_without_noise(small):
     config = without_noise(small)
     step = train_step_of(config)

@@ -61,6 +61,7 @@ def test_the_parts_losses_and_the_growing_reversal_are_logged(config, run):
     np.testing.assert_allclose([one["reversal"] for one in steps], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_validation_tells_the_clean_and_the_noisy_per(run):
     for one in logged(run, "val"):
         assert one["per"] > 0

@@ -102,6 +102,7 @@ def test_what_is_written_reads_back_the_same(tmp_path, lexicon_file):
     assert read_lexicon(tmp_path / "copy.txt") == lexicon
 
 
+@pytest.mark.slow
 def test_the_cmu_dictionary_has_over_120_thousand_words_and_no_full_stops():
     lexicon = read_lexicon("cmudict")
     assert len(lexicon) > 120_000

@@ -163,6 +163,7 @@ def test_only_the_best_take_part() -> None:
     assert found(three, top=0).keys() == {"a b", "a c", "d e"}
 
 
+@pytest.mark.slow
 def test_the_work_on_the_longest_sentences_is_bounded_and_comes_in_short_slices() -> None:
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2000, 1200).astype(str)

@@ -329,6 +329,7 @@ def test_a_damaged_lexicon_in_a_model_folder_is_refused_by_its_line(
         LanguageModel(tmp_path / "lm")
 
 
+@pytest.mark.slow
 def test_the_acoustic_score_of_a_long_sentence_is_within_what_its_frames_allow(model_folder):
     # No path is likelier than the likeliest class of every frame, here ln(1/41) in each.
     search = BeamSearch(LanguageModel(model_folder), Settings())

@@ -197,6 +197,7 @@ def test_a_real_model_rescores_sentences_jobs_and_files(model_folder, opt, tmp_p
             assert one.llm == pytest.approx(best["llm"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_large_model_that_is_not_there_is_an_error_at_the_start(model_folder, tmp_path):
     done = subprocess.run(
         [

@@ -196,6 +196,7 @@ def test_decode_fuses(model_folder, tmp_path, capsys):
             assert one["ngram"] < 0
 
 
+@pytest.mark.slow
 def test_score_and_tune_ask_during_the_search_too(model_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuning_lists, "_SAMPLES", 20)
     truth, val, out = [" ".join(SAID), "a dog ran"], tmp_path / "val.npz", tmp_path / "s.json"

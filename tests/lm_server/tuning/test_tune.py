@@ -298,6 +298,7 @@ def test_the_command_writes_settings_that_decode_reads(
     assert errors == round(about["wer"] * about["words"])
 
 
+@pytest.mark.slow
 def test_settings_name_the_checkpoint_of_their_logits_and_decode_warns_of_another(
     model_folder: Path, logits_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,7 +353,7 @@ def test_score_counts_what_decode_finds_and_the_nearest_of_each_list(
     assert "there is no logits file" in missing["error"]
 
 
-@pytest.mark.parametrize("expected", [0.9, 0.0])
+@pytest.mark.parametrize("expected", [0.9, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_settings_that_are_expected_to_be_worse_than_those_in_use_are_not_chosen(
     model: SearchModel,
     logits_file: Path,
@@ -384,6 +385,7 @@ def test_settings_that_are_expected_to_be_worse_than_those_in_use_are_not_chosen
     assert about["expected_wer"] <= about["wer_before"]
 
 
+@pytest.mark.slow
 def test_a_file_that_was_tuned_on_the_same_sentences_counts_with_the_rate_that_it_expects(
     model: SearchModel, logits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +517,7 @@ class Likes:
         return np.where(begun, -1.0, -60.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("helps", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_asking_during_the_search_is_written_only_if_it_is_expected_to_help(
     model: SearchModel,

@@ -36,6 +36,7 @@ from lm_server.rescoring.correction import (
     with_outcome,
 )
 from lm_server.rescoring.load import add_llm_options
+from lm_server.rescoring.scorer import find_model
 from lm_server.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -106,7 +107,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from lm_server.files.resumable import resumable
-    from lm_server.rescoring.causal_lm import find_model
     from lm_server.rescoring.load import load_scorer
     from lm_server.tuning.references import read_references
 
@@ -191,7 +191,6 @@ def _corrected(
 
 
 def _fingerprints(args: argparse.Namespace, gate: Gate, nbest: int) -> dict[str, str]:
-    from lm_server.rescoring.causal_lm import find_model
     from lm_server.tuning.cache import digest
 
     return {

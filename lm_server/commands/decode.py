@@ -28,6 +28,7 @@ from lm_server.files.atomic_file import require_writable
 from lm_server.process import cleaning_up_when_terminated, version
 from lm_server.rescoring.consensus import METHODS
 from lm_server.rescoring.load import llm_from_options
+from lm_server.rescoring.scorer import find_model
 from lm_server.search.hot_words import HotWord
 from lm_server.search.load import load_model, need_packages
 from lm_server.settings import Settings
@@ -144,8 +145,6 @@ def _fingerprints(
         "--fuse": str(args.fuse),
     }
     if args.llm is not None:
-        from lm_server.rescoring.causal_lm import find_model
-
         model = digest(find_model(args.llm))
         found["--llm"] = f"{model} {args.llm_device} {args.llm_dtype} {args.llm_text}"
     return found

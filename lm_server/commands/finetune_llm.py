@@ -17,6 +17,7 @@ from lm_server.commands import options
 from lm_server.commands.serve import Number, add_numbers, check_numbers
 from lm_server.process import cleaning_up_when_terminated
 from lm_server.rescoring.load import add_llm_options
+from lm_server.rescoring.scorer import find_model
 from lm_server.settings import SettingsError
 
 _NUMBERS = (
@@ -61,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
         )
     check_numbers(args, _NUMBERS)
     from lm_server.lexicon.text import find_texts
-    from lm_server.rescoring.causal_lm import find_model
     from lm_server.rescoring.finetune import Course, finetune, read_chats, read_sentences
     from lm_server.tuning.cache import digest
 

@@ -24,6 +24,7 @@ from lm_server.commands import options
 from lm_server.files.atomic_file import require_writable
 from lm_server.process import cleaning_up_when_terminated
 from lm_server.rescoring.load import llm_from_options
+from lm_server.rescoring.scorer import find_model
 from lm_server.search.interface import SearchModel
 from lm_server.search.load import load_model, without_effect
 from lm_server.settings import (
@@ -96,8 +97,6 @@ def run(args: argparse.Namespace) -> int:
                 there = read_settings(path, base, args.backend)
                 in_use[there] = expected_wer(path, logits.digest())
     if args.llm is not None:
-        from lm_server.rescoring.causal_lm import find_model
-
         # Before the searches: a wrong folder is reported at once.
         find_model(args.llm)
 

@@ -30,7 +30,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm_server.rescoring.scorer import DEFAULT_MODEL, RescoringError
+from lm_server.rescoring.scorer import RescoringError, find_model
 from lm_server.rescoring.token_tree import Tree, batches, shared_length, trees
 
 _LOG = logging.getLogger(__name__)
@@ -332,37 +332,6 @@ def in_form(sentence: str, form: str, ending: str = ".") -> str:
     ]
     text = " ".join(words)
     return text[:1].upper() + text[1:] + ending
-
-
-def find_model(folder: Path | str) -> Path:
-    """Return the model's folder, or the one of that name in the Hugging Face cache.
-
-    Raises:
-      RescoringError: there is neither. Says how to get one.
-    """
-    path = Path(folder)
-    if (path / "config.json").is_file():
-        return path
-    name = str(folder)
-    if not path.exists() and name.count("/") == 1:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-            pass
-    what = "is no model folder (it has no config.json)" if path.is_dir() else "is not there"
-    wanted = name if name.count("/") == 1 and not name.startswith((".", "/")) else DEFAULT_MODEL
-    raise RescoringError(
-        f"the large language model {name} {what}: fetch one where there is a network, "
-        f"`hf download {wanted} --local-dir DIR` (facebook/opt-6.7b: 13 GB), or make a small one "
-        "with `lm-server prepare-llm --out DIR`, and use --llm DIR"
-    )
 
 
 def _text_form(path: Path) -> str:

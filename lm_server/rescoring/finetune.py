@@ -24,9 +24,9 @@ from transformers import AutoConfig
 
 from lm_server.files.atomic_file import regular, replacing, require_writable
 from lm_server.lexicon.text import find_texts, read_words
-from lm_server.rescoring.causal_lm import DESCRIPTION, CausalLM, find_model
+from lm_server.rescoring.causal_lm import DESCRIPTION, CausalLM
 from lm_server.rescoring.corrector import Chat, prompt_tokens, reply_tokens
-from lm_server.rescoring.scorer import RescoringError
+from lm_server.rescoring.scorer import RescoringError, find_model
 
 _WARM_UP = 10
 """Steps in which the learning rate rises."""

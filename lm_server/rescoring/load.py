@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_server.rescoring.scorer import DEFAULT_MODEL
+from lm_server.rescoring.scorer import DEFAULT_MODEL, find_model
 
 if TYPE_CHECKING:
     from lm_server.rescoring.causal_lm import CausalLM
@@ -81,6 +81,7 @@ def load_scorer(
       RescoringError: there is no such model or it cannot be used. Says how to get one.
       ModuleNotFoundError: the extra `llm` is not installed.
     """
+    path = find_model(folder)  # before torch, which takes seconds to import
     from lm_server.rescoring.causal_lm import CausalLM
 
-    return CausalLM(folder, device, text_form, dtype)
+    return CausalLM(path, device, text_form, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,37 @@ DEFAULT_MODEL = "facebook/opt-6.7b"
 
 class RescoringError(UserError, RuntimeError):
     """A large language model that cannot be loaded or did not score. Names the next step."""
+
+
+def find_model(folder: Path | str) -> Path:
+    """Return the model's folder, or the one of that name in the Hugging Face cache.
+
+    Raises:
+      RescoringError: there is neither. Says how to get one.
+    """
+    path = Path(folder)
+    if (path / "config.json").is_file():
+        return path
+    name = str(folder)
+    if not path.exists() and name.count("/") == 1:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            pass
+    what = "is no model folder (it has no config.json)" if path.is_dir() else "is not there"
+    wanted = name if name.count("/") == 1 and not name.startswith((".", "/")) else DEFAULT_MODEL
+    raise RescoringError(
+        f"the large language model {name} {what}: fetch one where there is a network, "
+        f"`hf download {wanted} --local-dir DIR` (facebook/opt-6.7b: 13 GB), or make a small one "
+        "with `lm-server prepare-llm --out DIR`, and use --llm DIR"
+    )
 
 
 class SentenceScorer(Protocol):

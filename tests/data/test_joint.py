@@ -14,11 +14,20 @@ from b2txt_jax.config import Config, ConfigError, load_config
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.joint import absolute, folders
 from b2txt_jax.data.loader import TrainingData
+from b2txt_jax.data.normalised import NormalisedReader
 from b2txt_jax.data.reader import open_folder, session_widths
 from b2txt_jax.data.write_hdf5 import write_trial
 from b2txt_jax.inference.run import Run
+from b2txt_jax.live.statistics import first_statistics
+from b2txt_jax.signal.rolling import cold
 from b2txt_jax.training.loop import resolve
-from b2txt_jax.training.step import init_state, make_loss, packing_rules, step_keys
+from b2txt_jax.training.step import (
+    init_state,
+    make_augmented_step,
+    make_loss,
+    packing_rules,
+    step_keys,
+)
 
 
 def session(root: Path, name: str, width: int, trials: int = 4) -> Path:
@@ -115,6 +124,52 @@ def test_noise_never_reaches_features_that_a_session_does_not_have(root: str) ->
     assert not weight[2, 3:].any()
     assert weight[2, :3].all()
     assert weight[0].all()
+
+
+def test_noise_of_augmented_passes_never_reaches_them_either(root: str) -> None:
+    config = resolve(config_of(root), Path("run"), False)
+    params = init_state(config, 3).params
+    run = Run(config, params, 0)
+    batch = next(batch for _, _, batch in run.batches("val") if 2 in batch.day)
+    weight = np.asarray(params["day"]["weight"])
+    loud = weight.copy()
+    loud[2, 3:] = 1e3
+    step = jax.jit(make_augmented_step(config, 3))
+    plain, other = (
+        step({**params, "day": {**params["day"], "weight": one}}, batch, jax.random.key(1)).logits
+        for one in (weight, loud)
+    )
+    np.testing.assert_array_equal(plain, other)
+
+
+def test_sessions_of_one_folder_are_together_and_normalised_apart_from_others(root: str) -> None:
+    signal = dataclasses.replace(config_of(root).signal, rolling_seconds=1.0)
+    with open_folder(root, 5) as reader:
+        large, small = ("a.2023.01.01", "a.2023.01.02"), ("b.2022.01.01",)
+        assert [reader.together(name) for name in (*large, *small)] == [large, large, small]
+        with pytest.raises(DataError, match="nowhere"):
+            reader.together("nowhere")
+        normalised = NormalisedReader(reader, signal)
+        first = normalised.find_trials(small, "train")[0]
+        np.testing.assert_array_equal(np.stack(normalised.before(first)), np.stack(cold(5)))
+
+
+def test_a_live_day_begins_with_the_statistics_of_its_own_participant(
+    root: str, tmp_path: Path
+) -> None:
+    config = config_of(root)
+    config = dataclasses.replace(
+        config, signal=dataclasses.replace(config.signal, rolling_seconds=1.0)
+    )
+    run = Run(resolve(config, tmp_path, False), {}, 0)
+    large, small = folders(root)
+    of_large = NormalisedReader(open_folder(large, 5), config.signal).after("a.2023.01.02")
+    of_small = NormalisedReader(open_folder(small, 3), config.signal).after("b.2022.01.01")
+    for day, expected in (("a.2023.01.01", of_large), ("b.2022.01.01", of_small), (None, of_small)):
+        found = first_statistics(run, tmp_path / "none.npz", day)
+        own = np.stack(found)[:, : expected.first.size]
+        np.testing.assert_allclose(own, np.stack(expected), rtol=1e-2, atol=1e-3)
+        assert np.abs(expected.first).max() > 0.1
 
 
 def test_trials_of_days_with_other_features_share_no_row(root: str) -> None:

@@ -91,6 +91,9 @@ def test_runs_that_do_not_fit_are_refused(runs: list[Run]) -> None:
     fewer = replace(second.config.data, sessions=second.sessions[:-1])
     with pytest.raises(DataError, match="has other sessions than"):
         ensemble_logits([first, replace(second, config=replace(second.config, data=fewer))], "val")
+    rolling = augmented(second, rolling_seconds=10.0)
+    with pytest.raises(DataError, match=r"has other signal\.log, rolling_seconds"):
+        ensemble_logits([first, rolling], "val")
     strides = replace(second.config.model, patch_stride=7)
     other = replace(second, config=replace(second.config, model=strides))
     with pytest.raises(DataError, match="the runs have other frames of"):

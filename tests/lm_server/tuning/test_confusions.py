@@ -231,6 +231,32 @@ def test_tuning_writes_a_confusion_where_it_is_expected_to_help(
         assert not about["used"]
 
 
+@pytest.mark.parametrize(("rate", "kept"), [(0.9, False), (0.1, True)])
+def test_a_confusion_that_the_same_sentences_have_taught_is_what_to_beat_and_no_choice(
+    model_folder, tmp_path, monkeypatch, rate, kept
+):
+    monkeypatch.setattr(tuning, "_SAMPLES", 20)
+    monkeypatch.setattr(tuning, "expected_errors", lambda *_: 0.5)
+    file = tmp_path / "val.npz"
+    write(file, SAID)
+    with np.load(file) as arrays:
+        np.savez(file, **arrays, sentence=list(SAID))
+    tuner = Tuner(
+        load_model(model_folder),
+        read_logits(file),
+        read_references(file),
+        tmp_path / "cache",
+        1,
+        console=Console(quiet=True),
+    )
+    taught = Settings(max_active=50, confusion=exchange())
+    result = tuner.run(taught, 1, lambda: None, {taught: rate})
+    assert result.tried
+    assert all(one.lists.settings.confusion is None for one in result.tried)
+    assert (result.settings.confusion == taught.confusion) is kept
+    assert result.expected == (rate if kept else 0.5)
+
+
 def test_too_few_sentences_teach_no_confusion(model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "_SAMPLES", 20)
     file = tmp_path / "val.npz"

@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-blocks",
         type=int,
         default=1,
-        help="where a format has no splits: last blocks of a file for validation (default 1)",
+        help="where a format has no splits: last blocks of a file (nwb: of a session) for val "
+        "(default 1)",
     )
     parser.add_argument(
         "--skip-cue", action="append", default=[], help="inner-speech: a cue without words"

@@ -22,6 +22,7 @@ from b2txt_jax.data.hdf5 import check_own
 
 BIN_SECONDS = 0.02
 _TRIALS = "intervals/trials"
+_SECONDS = ("s", "seconds")
 _TOLERANCE = 1e-6
 """Seconds by which a time may miss the edge of a trial, as clocks are stored in floating point."""
 
@@ -93,7 +94,8 @@ class Series:
         if merged < 1 or abs(merged * width - BIN_SECONDS) > 0.05 * BIN_SECONDS:
             raise DataError(
                 f"{self.where} has a sample every {1000 * width:.4g} ms; needed every 20 ms, or a "
-                "whole part of it"
+                "whole part of it: bin the stream so, or export it again with the right rate of "
+                "its clock (BRAND's sync_timing_hz)"
             )
         first, last = np.searchsorted(self.times, np.array([start, stop]) - _TOLERANCE)
         held = self.times[first:last]
@@ -130,9 +132,12 @@ def series_of(file: h5py.File, path: Path, names: tuple[str, ...]) -> list[Serie
         for one in _children(parent)
         if "data" in one
     }
-    # What is no table of numbers, such as pictures, holds no features.
+    # What is no table of numbers, such as pictures, holds no features, and neither do times, such
+    # as those of each entry of a stream, which BRAND's export adds.
     numeric = [
-        name for name, one in groups.items() if one["data"].ndim == 2 and _is_number(one["data"])
+        name
+        for name, one in groups.items()
+        if one["data"].ndim == 2 and _is_number(one["data"]) and not _is_time(one["data"])
     ]
     listed = ", ".join(sorted(groups)) or "none"
     if not names and len(numeric) != 1:
@@ -160,6 +165,11 @@ def _children(parent: h5py.Group | None) -> list[h5py.Group]:
 
 def _is_number(data: h5py.Dataset) -> bool:
     return data.dtype.kind in "iufb"
+
+
+def _is_time(data: h5py.Dataset) -> bool:
+    unit = data.attrs.get("unit", "")
+    return (unit.decode(errors="replace") if isinstance(unit, bytes) else unit) in _SECONDS
 
 
 def _times(group: h5py.Group, path: Path, where: str) -> np.ndarray:
@@ -244,8 +254,14 @@ class Trials:
     def whole_numbers(self, name: str) -> list[int]:
         """Return a column of whole numbers."""
         values = self._column(name)
-        if values.dtype.kind not in "iuf" or not (np.mod(values, 1) == 0).all():
+        if values.dtype.kind not in "iuf":
             raise DataError(f"{self.where} {name} is {values.dtype}; needed whole numbers")
+        wrong = np.flatnonzero(np.mod(values, 1) != 0)
+        if wrong.size:
+            raise DataError(
+                f"{self.where} {name} is {values[wrong[0]]} in trial {wrong[0]}; needed whole "
+                "numbers"
+            )
         return [int(value) for value in values]
 
     def _column(self, name: str) -> np.ndarray:

@@ -19,10 +19,13 @@ BRAND = ("--series", "thresholds_bins", "--series", "power_bins", "--text", "cue
 BRAND_SERIES, FALCON_SERIES = "acquisition/thresholds_bins", "acquisition/binned_spikes"
 
 
-def series(file: h5py.File, name: str, data: np.ndarray, times: np.ndarray) -> None:
+def series(
+    file: h5py.File, name: str, data: np.ndarray, times: np.ndarray, unit: str = "none"
+) -> None:
     group = file.create_group(f"acquisition/{name}")
     group.attrs["neurodata_type"] = "TimeSeries"
     group["data"], group["timestamps"] = data, times
+    group["data"].attrs["unit"] = unit
 
 
 def table(file: h5py.File, **columns: Any) -> None:
@@ -40,20 +43,24 @@ def features(width: float, count: int = 400) -> tuple[np.ndarray, np.ndarray, np
 
 
 def brand(path: Path, width: float = 0.02) -> None:
-    """A file as BRAND's exportNWB writes it, with a stream of trials and one of their texts."""
+    """A file as BRAND's exportNWB writes it, with a stream of trials and one of their texts.
+
+    Its times of each stream's entries are a series of several columns, too.
+    """
     counts, power, times = features(width)
     with h5py.File(path, "w") as file:
         file.attrs["nwb_version"] = "2.6.0"
         series(file, "thresholds_bins", counts.astype(np.int16), times)
         series(file, "power_bins", power.astype(np.float32), times)
-        series(file, "thresholds_ts", np.stack([times, times], axis=1), times)
-        series(file, "unusual_monotonic_ts", np.zeros(2), times[:2])
+        series(file, "thresholds_ts", np.stack([times, times], axis=1), times, "seconds")
+        series(file, "unusual_monotonic_ts", np.zeros((2, 1)), times[:2], "s")
         at = times[[10, 50, 100, 200]]
         table(
             file,
             start_time=at,
             stop_time=at + 0.6,
             start_indicator=["start_trial"] * 4,
+            stop_indicator=["end_trial"] * 4,
             go_cue=[np.nan, *at[1:]],
             cue_text=["hello world", "good", "I am here", "hello"],
             block_num=[1.0, 1.0, 2.0, 3.0],
@@ -111,6 +118,39 @@ def test_trials_of_brands_export_are_cut_out_by_their_times(tmp_path: Path, widt
     expected = (raw[0] - block.mean(axis=0)) / (block.std(axis=0) + 1e-8)
     np.testing.assert_allclose(trials[0].features, expected, atol=1e-4)
     np.testing.assert_array_equal(trials[0].labels, sentence_to_ids(["hello", "world"]))
+
+
+def test_the_runs_of_a_day_in_brands_folders_are_blocks_of_one_session(tmp_path: Path) -> None:
+    for name in ("T15_240813T0930_speech", "T15_240813T1100_speech", "T15_240815T0900_speech"):
+        day = f"2024-08-{name[8:10]}"
+        path = tmp_path / "T15" / day / "RawData/NWB" / f"{name}.nwb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        brand(path)
+        with h5py.File(path, "a") as file:
+            del file["acquisition/power_bins"]
+            if "0930" in name:
+                file["acquisition/thresholds_bins/data"][...] += 100
+    options = ["--source", str(tmp_path / "T15"), "--out", str(tmp_path / "out")]
+    # The times of the streams are no features: there is one series of several channels.
+    assert cli.main(["import", "nwb", *options, "--text", "cue_text"]) == 0
+    with open_folder(tmp_path / "out/hdf5_data_final", 3) as reader:
+        assert reader.sessions == ("T15.2024.08.13", "T15.2024.08.15")
+        train, val = (reader.find_trials(reader.sessions[:1], one) for one in ("train", "val"))
+        assert [ref.block for ref in train] == [1, 1, 2, 3, 4, 4, 5]
+        assert [ref.block for ref in val] == [6]  # the last block of the day, not of each file
+        same = [reader.read(train[at]).features for at in (0, 4)]
+    # The runs are normalised apart, so that the offset of one of them is gone.
+    np.testing.assert_allclose(*same, atol=1e-4)
+
+
+def test_a_session_of_two_files_with_other_names_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        brand(tmp_path / folder / "day.nwb")
+    assert imported("nwb", tmp_path) == 2
+    assert "both hold the session day" in " ".join(capsys.readouterr().err.split())
 
 
 def test_handwriting_has_letters_as_labels_and_no_masked_bin(tmp_path: Path) -> None:
@@ -187,7 +227,8 @@ BROKEN_NWB: list[tuple[Change, str]] = [
     (put(f"{T}/cue_text", ["good", "", "good", "nan"]), "trials have no text"),
     (put(f"{T}/cue_text", ["good"] * 3), "needed one value for each trial"),
     (put(f"{T}/cue_text", [b"\xff", b"a", b"a", b"a"]), "needed UTF-8"),
-    (put(f"{T}/block_num", [1, 1, 2, 2.5]), "needed whole numbers"),
+    (put(f"{T}/block_num", [1, 1, 2, 2.5]), "is 2.5 in trial 3; needed whole numbers"),
+    (put(f"{T}/block_num", [np.nan, 1, 2, 2]), "is nan in trial 0; needed whole numbers"),
     (put(f"{T}/block_num", ["a"] * 4), "needed whole numbers"),
     (put(f"{T}/start_time", ["a"] * 4), "needed seconds"),
     (shift(f"{T}/stop_time", 2, 0.0), "trial 2 lasts from"),
@@ -202,6 +243,7 @@ BROKEN_NWB: list[tuple[Change, str]] = [
     (put(f"{BRAND_SERIES}/timestamps", np.repeat(TIMES[::4], 4)), "share a time"),
     (put(f"{BRAND_SERIES}/timestamps", np.full(400, np.nan)), "do not rise"),
     (put(f"{BRAND_SERIES}/timestamps", 1e5 + np.arange(400) * 0.03), "every 30 ms"),
+    (put(f"{BRAND_SERIES}/timestamps", 30 * TIMES), "every 600 ms"),
     (put(f"{BRAND_SERIES}/timestamps", TIMES + 0.02 * (np.arange(400) > 20)), "are missing"),
     (put(f"{BRAND_SERIES}/timestamps", TIMES + 500), "has no bins"),
     (shift(f"{T}/stop_time", 0, 1e5 + 9), "and thresholds_bins has samples from"),
@@ -288,7 +330,7 @@ def test_the_names_of_several_series_are_asked_for(
     arguments = ["import", "nwb", "--source", str(tmp_path), "--out", str(tmp_path / "out")]
     assert cli.main([*arguments, "--text", "cue_text"]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "power_bins, thresholds_bins, thresholds_ts" in error
+    assert "2 time series of several channels (power_bins, thresholds_bins, thresh" in error
     assert "--series" in error
     assert cli.main([*arguments, "--log"]) == 2
     assert "--log belong to the format t12" in " ".join(capsys.readouterr().err.split())

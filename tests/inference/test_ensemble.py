@@ -45,6 +45,7 @@ def test_a_mean_is_of_normalised_scores_so_that_no_run_weighs_more() -> None:
     np.testing.assert_allclose(average([a, b], "probabilities"), arithmetic, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_trial_has_the_mean_of_the_runs_own_logits(runs: list[Run]) -> None:
     found = ensemble_logits(runs, "val")
     for run, logits, member in zip(runs, found.plain, found.members, strict=True):

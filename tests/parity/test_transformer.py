@@ -209,6 +209,7 @@ def test_the_context_of_a_training_step_is_uniform_and_compiles_once(monkeypatch
     assert np.abs(counts - 50).max() < 27
 
 
+@pytest.mark.slow
 def test_dropout_is_at_each_of_its_places_with_its_rate(monkeypatch):
     places, used = [], []
 

@@ -165,6 +165,7 @@ def test_a_masked_patch_reaches_the_model_as_zeros_although_features_are_smoothe
     assert set(map(tuple, spans.tolist())) == {(0.0,) * 4, (1.0,) * 4}
 
 
+@pytest.mark.slow
 def test_the_training_step_masks_after_smoothing():
     """With everything masked but nothing else, the loss is that of features of zero."""
     config = load_config("configs/demo.py", ["--config.data.feature_count=4"])

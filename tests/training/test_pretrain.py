@@ -176,6 +176,7 @@ def test_a_run_starts_from_the_weights_and_the_day_layers_of_its_sessions(
     assert "gru/weight_hh_l0" in kept
 
 
+@pytest.mark.slow
 def test_training_does_not_go_on_in_the_folder_of_a_pretrained_run(
     config: Config, pretrained: tuple[Path, float], tmp_path: Path
 ) -> None:

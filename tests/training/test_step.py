@@ -109,6 +109,7 @@ def test_a_row_that_cannot_be_aligned_is_counted_and_does_not_train(small):
     assert float(metrics.loss) == pytest.approx(float(expected.loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_says_so_and_leaves_the_parameters_as_they_were(small):
     step = train_step_of(small)
     state, _ = step(init_state(small, DAYS), batch_of(4))

@@ -92,6 +92,7 @@ def _smoothed(config, trial):
     return smooth(features, config.signal.smooth_std, config.signal.smooth_size)
 
 
+@pytest.mark.slow
 def test_conversion_says_that_only_the_baseline_has_a_published_format(run):
     with pytest.raises(ConversionError, match="'triple_gru'; needed 'gru'"):
         read_workdir(run, "best")

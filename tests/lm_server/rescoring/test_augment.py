@@ -104,6 +104,7 @@ def lists(draw: st.DrawFn) -> list[Hypothesis]:
     return [Hypothesis(one, draw(score), draw(score)) for one in sentences]
 
 
+@pytest.mark.slow
 @given(lists(), st.integers(0, 6), st.sampled_from([0.0, 0.01, 0.5]))
 @settings(max_examples=300)
 def test_it_makes_what_the_plain_version_makes(

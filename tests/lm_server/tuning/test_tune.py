@@ -402,6 +402,7 @@ def test_a_file_that_was_tuned_on_the_same_sentences_counts_with_the_rate_that_i
         assert result.expected == (0.5 if kept else rate)
 
 
+@pytest.mark.slow
 def test_a_hopeless_corner_is_abandoned_after_the_first_sentences(
     model: SearchModel, logits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

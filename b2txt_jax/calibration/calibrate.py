@@ -71,6 +71,10 @@ class Material:
     """To replay, by old day."""
     old_val: list[Spoken] = field(default_factory=list)
     """Of the old days, to score."""
+    width: int | None = None
+    """Features of the new day, before zeros. None: as many as the model reads."""
+    peers: Sequence[int] | None = None
+    """Old days whose layers the new day's may start from. None: all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +113,26 @@ def evenly(by_day: Sequence[Sequence[TrialRef]], most: int = _OLD_SCORED) -> lis
     return [list(refs[:limit]) for refs in by_day]
 
 
-def extended(config: Config, session: str, trials: Sequence[Spoken]) -> Config:
-    """Return the configuration with one more day, and a bucket for its trials if they need one."""
+def extended(
+    config: Config, session: str, trials: Sequence[Spoken], width: int | None = None
+) -> Config:
+    """Return the configuration with one more day, and a bucket for its trials if they need one.
+
+    Args:
+      config: of the run.
+      session: name of the day.
+      trials: its trials.
+      width: its features, before zeros. None: as many as the model reads.
+    """
     data = config.data
     buckets = data.buckets
     _, bins, labels = shape_for(trials, 1)
     if buckets and (bins > buckets[-1][0] or labels > buckets[-1][1]):
         buckets = (*buckets, (max(bins, buckets[-1][0]), max(labels, buckets[-1][1])))
-    widths = (*data.widths, data.feature_count) if data.widths else ()
+    width = data.feature_count if width is None else width
+    widths = (*(data.widths or (data.feature_count,) * len(data.sessions)), width)
+    if min(widths) == data.feature_count:
+        widths = ()
     sessions = (*data.sessions, session)
     data = dataclasses.replace(data, sessions=sessions, widths=widths, buckets=buckets)
     # The averaged weights of the training are not those that are written.
@@ -150,14 +166,15 @@ def calibrate(
     settings.check()
     began = time.monotonic()
     day = len(run.sessions)
-    config = extended(run.config, session, [*material.new, *material.val])
+    config = extended(run.config, session, [*material.new, *material.val], material.width)
     _check_alignable(config, material.new)
     moving = moving_of(config, day, settings.adapt)
     scorer = Scorer(config, [*material.new, *material.val, *material.old_val])
     order = np.random.default_rng([0x6F7264, settings.seed]).permutation(len(material.new))
     shuffled = [material.new[i] for i in order]
     params = jax.device_put(run.params, jax.devices()[0])
-    params, start = _started(run, config, params, shuffled, scorer, settings, progress)
+    peers = range(len(run.sessions)) if material.peers is None else material.peers
+    params, start = _started(run, peers, params, shuffled, scorer, settings, progress)
     mixture = _mixture(material, shuffled, settings, moving.shared)
     tuner = Tuner(config, moving, Rates(settings.day_rate, settings.shared_rate), settings.seed)
     shape = _shape(material, settings, mixture)
@@ -236,35 +253,35 @@ def _check_alignable(config: Config, trials: Sequence[Spoken]) -> None:
 
 def _started(
     run: Run,
-    config: Config,
+    peers: Sequence[int],
     params: Params,
     shuffled: Sequence[Spoken],
     scorer: Scorer,
     settings: Settings,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Params, dict[str, Any]]:
-    """Return the parameters with the new day, and where its layer starts."""
+    """Return the parameters with the new day, and where its layer starts: at those of `peers`."""
     if settings.start not in STARTS:
         raise ConfigError(f"--start is {settings.start!r}; needed one of {', '.join(STARTS)}")
     paths, names = day_paths(run.config), run.sessions
     if not paths:
         return params, {"kind": "none", "why": "days have no layers of their own"}
     if settings.start == "mean":
-        return with_day(params, paths, None), {"kind": "mean"}
-    with_last = with_day(params, paths, len(names) - 1)
-    if settings.start == "last" or len(names) == 1:
-        return with_last, {"kind": "last", "day": names[-1]}
+        return with_day(params, paths, peers), {"kind": "mean"}
+    with_last = with_day(params, paths, peers[-1:])
+    if settings.start == "last" or len(peers) == 1:
+        return with_last, {"kind": "last", "day": names[peers[-1]]}
     losses = []
-    for day in range(len(names)):
+    for done, day in enumerate(peers, start=1):
         losses.append(scorer.loss(with_last, shuffled[:_CHOSEN_BY], day))
-        progress("nearest day", day + 1, len(names))
-    nearest = int(np.argmin(losses))
+        progress("nearest day", done, len(peers))
+    nearest = peers[int(np.argmin(losses))]
     found = {
         "kind": "nearest",
         "day": names[nearest],
-        "losses": dict(zip(names, losses, strict=True)),
+        "losses": dict(zip((names[day] for day in peers), losses, strict=True)),
     }
-    return with_day(params, paths, nearest), found
+    return with_day(params, paths, [nearest]), found
 
 
 def _mixture(

@@ -3,12 +3,17 @@
 DATA holds the new day's session, in the same layout as the run's, or is the record of
 `b2txt stream`: then the confirmed sentences of all its days are the new day. OUT becomes a run's
 folder like any other, with the old days and the new one.
+
+Of a run with several participants, DATA is best the folder of one of them, to which the new day
+was added: then its layer starts from that participant's days. Otherwise it starts from those with
+as many features, and OUT/sessions becomes one more folder of the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +29,19 @@ from b2txt_jax.calibration.calibrate import (
     evenly,
     spoken,
 )
-from b2txt_jax.calibration.folder import SESSIONS_FOLDER, joined_sessions, write_run
+from b2txt_jax.calibration.folder import (
+    SESSIONS_FOLDER,
+    joined_sessions,
+    session_alone,
+    write_run,
+)
 from b2txt_jax.calibration.moving import ADAPTS, moving_of
 from b2txt_jax.config import ConfigError
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.joint import folders
-from b2txt_jax.data.reader import open_folder
+from b2txt_jax.data.reader import format_of, open_folder
 from b2txt_jax.data.sentence_log import VALIDATED, SentenceLogReader
-from b2txt_jax.data.trial import Reader
+from b2txt_jax.data.trial import Reader, existing_folder
 from b2txt_jax.inference.run import Run, add_weights_argument, load_run
 from b2txt_jax.provenance import hardware, provenance
 
@@ -97,26 +107,28 @@ def run(args: argparse.Namespace) -> int:
     settings.check()
     _check_free(args.out)
     trained = load_run(args.workdir, args.overrides, args.weights)
-    data = trained.config.data
+    old_folders = folders(trained.config.data.root)
     if args.session in trained.sessions:
         raise ConfigError(
             f"--session is {args.session}, a day that {args.workdir} has already; needed a new "
             "name, or `b2txt train` to go on with the days that it has"
         )
-    if len(folders(data.root)) > 1:
-        raise ConfigError(
-            f"{args.workdir} was trained on several folders, {data.root}; a new day is added to a "
-            "run of one: train on one folder of them all (`b2txt import --pad-to`), or train the "
-            "run anew with the day among its folders"
-        )
-    old_root = Path(data.root)
     shared = moving_of(trained.config, 0, args.adapt).shared
-    with open_folder(args.data, data.feature_count) as new:
+    width = _width(trained, args.data)
+    with open_folder(args.data, width) as new:
         recorded = _recorded(new, args.session)
-        joining = joined_sessions(args.out, old_root, trained.sessions, new, recorded, args.session)
+        renamed = recorded, args.session
+        own = _own_folder(trained, new, *renamed)
+        joining: AbstractContextManager[Path]
+        if own is not None:
+            joining = nullcontext(own)
+        elif len(old_folders) > 1:
+            joining = session_alone(args.out, new, *renamed)
+        else:
+            joining = joined_sessions(args.out, old_folders[0], trained.sessions, new, *renamed)
         with joining as root:
-            material = _material(trained, root, args, console)
-            _say_replay(old_root, shared, settings.replay, console)
+            material = _material(trained, root, width, args, console)
+            _say_replay(trained, shared, settings.replay, console)
             with _bar(console) as progress:
                 task = progress.add_task("", total=None)
 
@@ -127,8 +139,9 @@ def run(args: argparse.Namespace) -> int:
     calibrated.report.update(
         {"run": str(args.workdir), "data": str(args.data), "made": provenance() | hardware()}
     )
-    kept = args.out / SESSIONS_FOLDER
-    write_run(args.out, kept if kept.is_dir() else root, calibrated, trained.step)
+    kept = [] if own is not None else [args.out / SESSIONS_FOLDER]
+    before = old_folders if own is not None or len(old_folders) > 1 else ()
+    write_run(args.out, ",".join(map(str, [*before, *kept])), calibrated, trained.step)
     _print(args.out, calibrated, console)
     return 0
 
@@ -151,11 +164,55 @@ def _recorded(new: Reader, session: str) -> str:
     return session if session in new.sessions else new.sessions[0]
 
 
-def _material(trained: Run, root: Path, args: argparse.Namespace, console: Console) -> Material:
+def _width(trained: Run, data: Path) -> int:
+    """Return the features of the new day, which a run of several participants may have fewer of.
+
+    Raises:
+      DataError: they are more than the run reads, or cannot be read.
+    """
+    most = trained.config.data.feature_count
+    if len(folders(trained.config.data.root)) == 1:
+        return most
+    found = format_of(existing_folder(data)).features(data)
+    if found > most:
+        raise DataError(
+            f"the sessions in {data} have {found} features a bin; needed at most {most}, which the "
+            "run was trained with"
+        )
+    return found
+
+
+def _own_folder(trained: Run, new: Reader, recorded: str, session: str) -> Path | None:
+    """Return the folder of the run's data that has the new day already, if one has it."""
+    for one in folders(trained.config.data.root) if recorded == session else ():
+        if one.is_dir() and new.root.resolve() == one.resolve():
+            return one
+    return None
+
+
+def _peers(trained: Run, root: Path, width: int) -> list[int] | None:
+    """Return the days whose layers the new day's may start from: those of its participant.
+
+    They are the days in the folder of the new one, else those with as many features. None: all.
+    """
+    if len(folders(trained.config.data.root)) == 1:
+        return None
+    with open_folder(root, width) as reader:
+        beside = [n for n, name in enumerate(trained.sessions) if name in reader.sessions]
+    return (
+        beside
+        or [n for n, name in enumerate(trained.sessions) if trained.width(name) == width]
+        or None
+    )
+
+
+def _material(
+    trained: Run, root: Path, width: int, args: argparse.Namespace, console: Console
+) -> Material:
     """Read the new day's trials, and list those of the old days."""
     config, day = trained.config, len(trained.sessions)
     least, features = config.model.least_bins, config.data.feature_count
-    reader = open_folder(root, features, config.signal)
+    reader = open_folder(root, features, config.signal, narrower=width < features)
     refs = reader.trials([args.session], "train", min_bins=least)
     held = reader.find_trials([args.session], "val", min_bins=least, labels_needed=True)
     if args.sentences is not None:
@@ -172,10 +229,14 @@ def _material(trained: Run, root: Path, args: argparse.Namespace, console: Conso
             f"{args.session} has no val split: {len(held)} of its sentences, every fifth, are held "
             "out to measure the PER"
         )
-    old_root = Path(config.data.root)
     old, val = [], []
-    if old_root.is_dir():
-        past = open_folder(old_root, features, config.signal)
+    if _have_old(trained):
+        past = open_folder(config.data.root, features, config.signal)
+        if args.session in past.sessions and root not in folders(config.data.root):
+            raise DataError(
+                f"{config.data.root} has a session {args.session} too; needed another --session, "
+                "or that folder as --data"
+            )
         have = [name if name in past.sessions else None for name in trained.sessions]
         lists = {
             split: [past.find_trials([n], split, min_bins=least) if n else [] for n in have]
@@ -185,14 +246,19 @@ def _material(trained: Run, root: Path, args: argparse.Namespace, console: Conso
         labelled = [[ref for ref in one if ref.label_length] for one in lists["val"]]
         for number, some in enumerate(evenly(labelled)):
             val += spoken(past, some, number)
-    return Material(spoken(reader, refs, day), spoken(reader, held, day), old, val)
+    new, val_of_new = spoken(reader, refs, day), spoken(reader, held, day)
+    return Material(new, val_of_new, old, val, width, _peers(trained, root, width))
 
 
-def _say_replay(old_root: Path, shared: bool, replay: float, console: Console) -> None:
-    if not old_root.is_dir():
+def _have_old(trained: Run) -> bool:
+    return all(one.is_dir() for one in folders(trained.config.data.root))
+
+
+def _say_replay(trained: Run, shared: bool, replay: float, console: Console) -> None:
+    if not _have_old(trained):
         console.print(
-            f"the old days' folder {old_root} is not here: they are neither replayed nor scored. "
-            "--config.data.root=DIR names another place"
+            f"the old days' folder {trained.config.data.root} is not here: they are neither "
+            "replayed nor scored. --config.data.root=DIR names another place"
         )
     elif not shared and replay > 0:
         console.print("the new day's layer moves alone: old days stay as they are, no replay")

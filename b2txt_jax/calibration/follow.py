@@ -24,6 +24,7 @@ from b2txt_jax.calibration.moving import Moved, moving_of
 from b2txt_jax.calibration.trials import Shape, Spoken, batch_of
 from b2txt_jax.calibration.tune import Rates, Tuner
 from b2txt_jax.config import ConfigError
+from b2txt_jax.data.joint import with_zeros
 from b2txt_jax.errors import DAMAGED_ARRAYS, UserError
 from b2txt_jax.inference.run import Run
 from b2txt_jax.model.interface import Params
@@ -98,7 +99,7 @@ class Follower:
         """The values in use."""
         rates = Rates(settings.day_rate, settings.shared_rate)
         self._tuner = Tuner(config, self._moving, rates, settings.seed, dropout=False)
-        self._buckets = config.data.buckets
+        self._buckets, self._features = config.data.buckets, config.data.feature_count
         self._evaluate = jax.jit(make_eval_step(config, len(config.data.sessions)))
         self._earlier: collections.deque[Spoken] = collections.deque(maxlen=settings.remembered)
         self._updates = 0
@@ -114,8 +115,11 @@ class Follower:
         return self._change(self.moved)
 
     def update(self, features: np.ndarray, labels: np.ndarray) -> Update:
-        """Take the steps of one sentence: normalised features [T, D], labels [L]."""
-        one = Spoken(self._day, features, labels)
+        """Take the steps of one sentence: normalised features [T, D], labels [L].
+
+        D may be the day's own number of features.
+        """
+        one = Spoken(self._day, with_zeros(features, self._features), labels)
         earlier = list(self._earlier)
         self._earlier.append(one)
         self._updates += 1

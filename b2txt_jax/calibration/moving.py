@@ -6,12 +6,13 @@ day one row moves alone: no other day is changed by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from b2txt_jax.config import Config, ConfigError
 from b2txt_jax.model.interface import Params
@@ -81,16 +82,15 @@ def day_paths(config: Config) -> tuple[str, ...]:
     return tuple(name for name, leaf in now.items() if leaf.shape != one_more[name].shape)
 
 
-def with_day(params: Params, paths: tuple[str, ...], row: int | None) -> Params:
-    """Return parameters with one more day, which begins as a copy of the day `row`. None: as the
-    mean of all days."""
+def with_day(params: Params, paths: tuple[str, ...], rows: Sequence[int]) -> Params:
+    """Return parameters with one more day, which begins as the mean of the days `rows`."""
 
     def of(name: str, leaf: jax.Array) -> jax.Array:
         if name not in paths:
             return leaf
         leaf = jnp.asarray(leaf)
-        new = leaf.mean(axis=0) if row is None else leaf[row]
-        return jnp.concatenate([leaf, new[None]])
+        new = leaf[np.array(rows)].mean(axis=0, keepdims=True)
+        return jnp.concatenate([leaf, new])
 
     return _mapped(of, params)
 

@@ -35,6 +35,12 @@ def absolute(root: str) -> str:
     return ",".join(str(one.absolute()) for one in folders(root))
 
 
+def with_zeros(features: np.ndarray, count: int) -> np.ndarray:
+    """Return features with zeros after them: [T, D] -> [T, count]."""
+    missing = count - features.shape[-1]
+    return np.pad(features, ((0, 0), (0, missing))) if missing else features
+
+
 class JointReader(Reader):
     """The sessions of several folders, each read by a reader of its format."""
 

@@ -22,7 +22,10 @@ A new format is one file with a `Reader` and one entry here.
 
 
 def open_folder(
-    root: Path | str, feature_count: int = DEFAULT_FEATURES, signal: SignalConfig | None = None
+    root: Path | str,
+    feature_count: int = DEFAULT_FEATURES,
+    signal: SignalConfig | None = None,
+    narrower: bool = False,
 ) -> Reader:
     """Return a reader of the sessions in `root`, whatever their format.
 
@@ -31,6 +34,7 @@ def open_folder(
         commas between them.
       feature_count: features per 20 ms bin that trials must have. Of several folders, the most.
       signal: the configured normalisation, which trials get as they are read. None: none.
+      narrower: whether a single folder may have fewer features too, which zeros follow.
 
     Raises:
       DataError: `root` is no folder, packing it was not finished, or it has other features.
@@ -41,7 +45,7 @@ def open_folder(
         return NormalisedReader(reader, signal) if signal and changes(signal) else reader
 
     listed = [existing_folder(one) for one in folders(root)]
-    if len(listed) == 1:
+    if len(listed) == 1 and not narrower:
         return opened(listed[0], feature_count)
     widths = {one: format_of(one).features(one) for one in listed}
     return JointReader(widths, feature_count, opened)

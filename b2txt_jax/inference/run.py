@@ -26,6 +26,7 @@ from b2txt_jax.config import (
     with_overrides,
 )
 from b2txt_jax.data.description import DataError
+from b2txt_jax.data.joint import with_zeros
 from b2txt_jax.data.loader import Batch, EvaluationData
 from b2txt_jax.data.trial import SPLITS, Trial, TrialRef, too_short
 from b2txt_jax.model.interface import Params
@@ -265,9 +266,8 @@ class Run:
 
     def _checked(self, trial: ArrayLike, name: str, day: int) -> np.ndarray:
         features = np.asarray(trial, np.float32)
-        widths = self.config.data.widths
-        if widths and features.ndim == 2 and features.shape[1] == widths[day]:
-            features = np.pad(features, ((0, 0), (0, self.config.data.feature_count - widths[day])))
+        if features.ndim == 2 and features.shape[1] == self._width(day):
+            features = with_zeros(features, self.config.data.feature_count)
         if features.ndim != 2 or features.shape[1] != self.config.data.feature_count:
             raise DataError(
                 f"{name} is {list(features.shape)}; needed [T, {self.config.data.feature_count}], "
@@ -302,6 +302,18 @@ class Run:
             f"the day is {day!r}; needed one of the {len(self.sessions)} that the run was trained "
             f"on, whose input layer is used; nearest: {shown}"
         )
+
+    def width(self, day: str) -> int:
+        """Return how many features a bin of a recording day has, before zeros.
+
+        Raises:
+          DataError: the run has no such day.
+        """
+        return self._width(self.day_index(day))
+
+    def _width(self, day: int) -> int:
+        data = self.config.data
+        return data.widths[day] if data.widths else data.feature_count
 
     # What follows is all that this module knows of the model and its step.
 

@@ -32,7 +32,7 @@ from b2txt_jax.live.outputs.log import SentenceLog
 from b2txt_jax.live.session import RULES, Command, LiveSession, Stop, stopped_by_signals
 from b2txt_jax.live.sources.brand import BrandInput, BrandStream
 from b2txt_jax.live.sources.interface import Event, SourceError
-from b2txt_jax.live.statistics import STATISTICS_FILE, first_statistics, keep_statistics
+from b2txt_jax.live.statistics import first_statistics, keep_statistics, statistics_file
 from b2txt_jax.live.words import Words
 from lm_server.client import brand
 from lm_server.client.connection import LOST
@@ -152,11 +152,12 @@ class _Watched:
 def _decode(node: brand.Node, chosen: Parameters) -> dict[str, Any] | None:
     """Decode until SIGINT. Return other parameters where the graph has them."""
     trained = load_run(Path(chosen.workdir))
-    features = trained.config.data.feature_count
+    day = chosen.day or trained.sessions[-1]
+    features = trained.width(day)
     if features != chosen.n_features:
         raise SourceError(
             f"n_features is {chosen.n_features}, the run {chosen.workdir} was trained with "
-            f"{features}; needed the same"
+            f"{features} of {day}; needed the same"
         )
     where = BrandInput(
         chosen.input_stream,
@@ -170,7 +171,7 @@ def _decode(node: brand.Node, chosen: Parameters) -> dict[str, Any] | None:
     with ExitStack() as stack:
         source = BrandStream(node, where)
         stack.callback(source.close)
-        model = LiveModel(trained, chosen.day, chosen.chunk_frames)
+        model = LiveModel(trained, day, chosen.chunk_frames)
         lm = Path(chosen.lm) if chosen.lm else None
         options = settings_in_use(trained, lm, []).options([])
         server = functools.partial(language_model, None if lm else node.url, lm, options=options)
@@ -182,10 +183,8 @@ def _decode(node: brand.Node, chosen: Parameters) -> dict[str, Any] | None:
             stack.callback(outputs[-1].close)
         model.warm_up()
         watched = _Watched(source, node, chosen, commands)
-        statistics = Path(chosen.workdir) / STATISTICS_FILE
-        intake = Intake(
-            features, trained.config.signal, first_statistics(trained, statistics, chosen.day)
-        )
+        statistics = statistics_file(trained, Path(chosen.workdir), day)
+        intake = Intake(features, trained.config.signal, first_statistics(trained, statistics, day))
         session = LiveSession(
             watched,
             intake,

@@ -56,6 +56,7 @@ from b2txt_jax.live.statistics import (
     first_statistics,
     keep_statistics,
     replay_statistics,
+    statistics_file,
 )
 from b2txt_jax.live.words import Words
 from b2txt_jax.metrics import total, word_error_rates
@@ -112,8 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="with signal.rolling_seconds: read at the start and written at the end (default "
-        f"WORKDIR/{STATISTICS_FILE}; where it is not there, those of the last recorded session. A "
-        "replay has no default, and without FILE those that its first trial was recorded with)",
+        f"WORKDIR/{STATISTICS_FILE}, with several participants statistics.DAY.npz; where it is not "
+        "there, those of the last recorded session. A replay has no default, and without FILE "
+        "those that its first trial was recorded with)",
     )
     following = parser.add_argument_group("self-calibration (docs/calibration.md)")
     following.add_argument(
@@ -190,9 +192,10 @@ def run(args: argparse.Namespace) -> int:
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     scores = _Scores()
     with ExitStack() as stack:
-        source, statistics = _source(args, trained, speed, stack)
         day = args.day or (args.replay if args.replay in trained.sessions else None)
         model = LiveModel(trained, day, args.chunk_frames)
+        kept = args.statistics or statistics_file(trained, args.workdir, model.day)
+        source, statistics = _source(args, trained, model.day, kept, speed, stack)
         outputs = _outputs(args, console, commands, stack)
         following = _following(args, trained, model, math.isfinite(speed), stack)
         options = ["--llm", args.llm] if args.llm else []
@@ -211,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
             f"{1000 * model.chunk_seconds:.0f} ms of bins",
             soft_wrap=True,
         )
-        intake = Intake(trained.config.data.feature_count, trained.config.signal, statistics)
+        intake = Intake(statistics.first.size, trained.config.signal, statistics)
         session = LiveSession(
             source,
             intake,
@@ -236,7 +239,7 @@ def run(args: argparse.Namespace) -> int:
                 soft_wrap=True,
             )
         if args.source is not None or args.statistics is not None:
-            keep_statistics(trained, _statistics_file(args), intake.statistics)
+            keep_statistics(trained, kept, intake.statistics)
     _report(args, console, session, intake, scores)
     return 0
 
@@ -308,25 +311,20 @@ def _following(
     return found
 
 
-def _statistics_file(args: argparse.Namespace) -> Path:
-    path: Path = args.statistics or args.workdir / STATISTICS_FILE
-    return path
-
-
 def _log_folder(args: argparse.Namespace) -> Path:
     folder: Path = args.record or args.workdir / LOG_FOLDER
     return folder
 
 
 def _source(
-    args: argparse.Namespace, trained: Run, speed: float, stack: ExitStack
+    args: argparse.Namespace, trained: Run, day: str, kept: Path, speed: float, stack: ExitStack
 ) -> tuple[Source, Statistics]:
     """Return the source, and the statistics that its first bin is normalised with."""
     data = trained.config.data
     if args.replay is None:
-        source = open_source(args.source, data.feature_count)
+        source = open_source(args.source, trained.width(day))
         stack.callback(source.close)
-        return source, first_statistics(trained, _statistics_file(args), args.day)
+        return source, first_statistics(trained, kept, day)
     reader = stack.enter_context(open_folder(data.root, data.feature_count))
     refs: list[TrialRef] = reader.trials(
         [args.replay], args.split, min_bins=trained.config.model.least_bins, labels_needed=False

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from b2txt_jax.data.joint import with_zeros
 from b2txt_jax.inference.run import Run
 from b2txt_jax.model.interface import Params, make_model
 from b2txt_jax.signal.rolling import BIN_SECONDS
@@ -107,8 +108,11 @@ class LiveModel:
         self._carried: Any = None
 
     def push(self, x: np.ndarray) -> np.ndarray:
-        """Take normalised bins [T, D]. Return the logits that they complete, float32 [F, 41]."""
-        self._waiting += list(np.asarray(x, np.float32))
+        """Take normalised bins [T, D]. Return the logits that they complete, float32 [F, 41].
+
+        D may be the day's own number of features, which zeros follow.
+        """
+        self._waiting += list(with_zeros(np.asarray(x, np.float32), self._features))
         self._bins += len(x)
         return self._advance()
 

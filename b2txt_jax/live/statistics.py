@@ -15,31 +15,37 @@ STATISTICS_FILE = "statistics.npz"
 """In a run's folder: those after the last bin that was decoded live."""
 
 
-def first_statistics(run: Run, path: Path, day: str | None = None) -> Statistics:
+def statistics_file(run: Run, workdir: Path, day: str) -> Path:
+    """Return where a run keeps them: for each day apart where it has several participants."""
+    name = STATISTICS_FILE if len(folders(run.config.data.root)) == 1 else f"statistics.{day}.npz"
+    return workdir / name
+
+
+def first_statistics(run: Run, path: Path, day: str) -> Statistics:
     """Return those of the file, else those after the last recorded session, else cold ones.
 
     Args:
       run: the trained run.
       path: the file.
       day: the recording day whose input layer is used. The last session is that of its
-        participant. None: the run's last day.
+        participant, and the statistics are of its own features.
 
     Raises:
       StatisticsError: the file cannot be used.
     """
-    data, signal = run.config.data, run.config.signal
+    data, signal, width = run.config.data, run.config.signal, run.width(day)
     if signal.rolling_seconds > 0 and path.is_file():
-        return read_statistics(path, data.feature_count)
+        return read_statistics(path, width)
     if signal.rolling_seconds > 0 and all(one.is_dir() for one in folders(data.root)):
         with open_folder(data.root, data.feature_count) as recorded:
-            peers = recorded.together(day or run.sessions[-1])
+            peers = recorded.together(day)
             last = [name for name in run.sessions if name in peers][-1]
-            return NormalisedReader(recorded, signal).after(last)
-    return cold(data.feature_count)
+            return _own(NormalisedReader(recorded, signal).after(last), width)
+    return cold(width)
 
 
 def replay_statistics(run: Run, reader: Reader, first: TrialRef, path: Path | None) -> Statistics:
-    """Return what a replay's first trial is normalised with.
+    """Return what a replay's first trial is normalised with, of the session's own features.
 
     Args:
       run: the trained run.
@@ -50,12 +56,16 @@ def replay_statistics(run: Run, reader: Reader, first: TrialRef, path: Path | No
     Raises:
       StatisticsError: the file cannot be used.
     """
-    data, signal = run.config.data, run.config.signal
+    signal, width = run.config.signal, reader.width(first.session)
     if signal.rolling_seconds <= 0:
-        return cold(data.feature_count)
+        return cold(width)
     if path is not None and path.is_file():
-        return read_statistics(path, data.feature_count)
-    return NormalisedReader(reader, signal).before(first)
+        return read_statistics(path, width)
+    return _own(NormalisedReader(reader, signal).before(first), width)
+
+
+def _own(statistics: Statistics, width: int) -> Statistics:
+    return Statistics(*(one[:width] for one in statistics))
 
 
 def keep_statistics(run: Run, path: Path, statistics: Statistics) -> None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import h5py
 import jax
 import numpy as np
 import pytest
 
-from b2txt_jax.config import Config, ConfigError, load_config
+from b2txt_jax.config import ConfigError
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.joint import absolute, folders
 from b2txt_jax.data.loader import TrainingData
 from b2txt_jax.data.normalised import NormalisedReader
 from b2txt_jax.data.reader import open_folder, session_widths
-from b2txt_jax.data.write_hdf5 import write_trial
 from b2txt_jax.inference.run import Run
-from b2txt_jax.live.statistics import first_statistics
+from b2txt_jax.live.statistics import first_statistics, keep_statistics, statistics_file
 from b2txt_jax.signal.rolling import cold
 from b2txt_jax.training.loop import resolve
 from b2txt_jax.training.step import (
@@ -28,19 +26,7 @@ from b2txt_jax.training.step import (
     packing_rules,
     step_keys,
 )
-
-
-def session(root: Path, name: str, width: int, trials: int = 4) -> Path:
-    rng = np.random.default_rng(width)
-    (root / name).mkdir(parents=True)
-    for split in ("train", "val"):
-        with h5py.File(root / name / f"data_{split}.hdf5", "w") as file:
-            for index in range(trials):
-                values = rng.normal(size=(40, width)).astype(np.float32)
-                labels = np.array([16, 6, 40])
-                group = file.create_group(f"trial_{index:04d}")
-                write_trial(group, name, 1, index, values, labels, "hi")
-    return root
+from tests.data.participants import config_of, session
 
 
 @pytest.fixture
@@ -51,19 +37,6 @@ def root(tmp_path: Path) -> str:
     session(large, "a.2023.01.02", 5)
     session(small, "b.2022.01.01", 3)
     return f"{large},{small}"
-
-
-def config_of(root: str) -> Config:
-    keys = {
-        "data.root": root,
-        "data.feature_count": 5,
-        "data.days_per_batch": 2,
-        "model.units": 8,
-        "model.layers": 1,
-        "model.recurrence": "scan",
-        "signal.white_noise_std": 1.0,
-    }
-    return load_config("demo", [f"--config.{key}={value}" for key, value in keys.items()])
 
 
 def test_sessions_of_all_folders_have_zeros_after_their_own_features(root: str) -> None:
@@ -126,6 +99,7 @@ def test_noise_never_reaches_features_that_a_session_does_not_have(root: str) ->
     assert weight[0].all()
 
 
+@pytest.mark.slow
 def test_noise_of_augmented_passes_never_reaches_them_either(root: str) -> None:
     config = resolve(config_of(root), Path("run"), False)
     params = init_state(config, 3).params
@@ -165,11 +139,13 @@ def test_a_live_day_begins_with_the_statistics_of_its_own_participant(
     large, small = folders(root)
     of_large = NormalisedReader(open_folder(large, 5), config.signal).after("a.2023.01.02")
     of_small = NormalisedReader(open_folder(small, 3), config.signal).after("b.2022.01.01")
-    for day, expected in (("a.2023.01.01", of_large), ("b.2022.01.01", of_small), (None, of_small)):
-        found = first_statistics(run, tmp_path / "none.npz", day)
-        own = np.stack(found)[:, : expected.first.size]
-        np.testing.assert_allclose(own, np.stack(expected), rtol=1e-2, atol=1e-3)
+    for day, expected in (("a.2023.01.01", of_large), ("b.2022.01.01", of_small)):
+        path = statistics_file(run, tmp_path, day)
+        found = first_statistics(run, path, day)
+        np.testing.assert_allclose(np.stack(found), np.stack(expected), rtol=1e-2, atol=1e-3)
         assert np.abs(expected.first).max() > 0.1
+        keep_statistics(run, path, cold(len(expected.first)))
+    assert len([*tmp_path.glob("statistics.*.npz")]) == 2
 
 
 def test_trials_of_days_with_other_features_share_no_row(root: str) -> None:

@@ -28,7 +28,8 @@ class Replay:
         for ref in refs:
             trial = reader.read(ref)
             yield Begin(ref.name, trial.sentence)
-            for features in trial.features:
+            # As the session was recorded: without the zeros of other participants' channels.
+            for features in trial.features[:, : reader.width(ref.session)]:
                 yield Bin(features, number, 0.0)
                 number += 1
             yield End()

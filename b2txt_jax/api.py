@@ -11,6 +11,7 @@ from rich.console import Console
 
 from b2txt_jax.config import Config, load_config, with_overrides
 from b2txt_jax.evaluation.command import (
+    Decoding,
     OptionsError,
     all_settings,
     check_decoders,
@@ -133,7 +134,8 @@ def evaluate(
         if out is not None:
             check_replaceable(Path(out), settings, force)
         trials = trained.logits(split, console=console)
-        result = evaluate_run(trained, trials, split, url, settings, console, jobs, decoder)
+        how = Decoding(split, url, settings, console, jobs, decoder)
+        result = evaluate_run(trained, trials, how)
     if out is not None:
         write_results(Path(out), result)
     print_origin(trained, decoder, folder, split, console)

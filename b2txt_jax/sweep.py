@@ -1,8 +1,9 @@
 """Train a configuration with several seeds, or a grid of settings, and report means and intervals.
 
 Each run has its folder, OUT/SETTINGS/seed_N. The same command goes on where it was stopped. With
---lm, each run is evaluated too. A run that fails is named, and the others go on. OUT/sweep.json has
-all figures. `b2txt report`, `compare` and `consensus` take the runs' folders.
+--lm, each run is evaluated too, by this language model. A run that fails, or whose folder holds one
+of another configuration, is named, and the others go on. OUT/sweep.json has all figures. `b2txt
+report`, `compare` and `consensus` take the runs' folders.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +25,21 @@ from rich.table import Table
 from scipy import stats
 
 from b2txt_jax.api import evaluate
-from b2txt_jax.config import Config, ConfigError, load_config, with_overrides
+from b2txt_jax.config import (
+    CONFIG_FILE,
+    Config,
+    ConfigError,
+    differences,
+    load_config,
+    read_written_config,
+    with_overrides,
+)
 from b2txt_jax.errors import UserError
 from b2txt_jax.evaluation.intervals import LEVEL
-from b2txt_jax.evaluation.results import results_of
+from b2txt_jax.evaluation.results import EVALUATION, read_result
 from b2txt_jax.provenance import provenance
 from b2txt_jax.training.experiment_log import add_tracker_argument, check_tracker
-from b2txt_jax.training.loop import FINISHED_FILE, train
+from b2txt_jax.training.loop import FINISHED_FILE, resolve, train
 from lm_server.files.atomic_file import replacing, require_writable
 
 SWEEP_FILE = "sweep.json"
@@ -75,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
     for number, (name, seed, workdir, config) in enumerate(planned, start=1):
         console.rule(f"{number} of {len(planned)}: {name}, seed {seed}")
         try:
-            if not (workdir / FINISHED_FILE).is_file():
+            if not is_complete(config, workdir):
                 result = train(config, workdir, console, args.tracker)
                 if not result.finished:
                     return 130
-            if args.lm is not None and not results_of(workdir):
-                evaluate(workdir, args.lm, out=workdir / "val" / args.lm.absolute().name)
-            done[name].append(_outcome(seed, workdir))
+            if args.lm is not None and not is_evaluated(workdir, args.lm):
+                evaluate(workdir, args.lm, out=_result_folder(workdir, args.lm))
+            done[name].append(_outcome(seed, workdir, args.lm))
         except UserError as error:
             failed[str(workdir)] = str(error)
             console.print(f"failed: {error}", soft_wrap=True, markup=False)
@@ -101,7 +111,7 @@ def combinations(grid: Sequence[str]) -> dict[str, list[str]]:
     ['--config.model.units=128']
 
     Raises:
-      ConfigError: one is not KEY=VALUES, or a key is there twice.
+      ConfigError: one is not KEY=VALUES, a key is there twice, or it is the seed's.
     """
     values: dict[str, list[str]] = {}
     for one in grid:
@@ -111,6 +121,8 @@ def combinations(grid: Sequence[str]) -> dict[str, list[str]]:
         if not equals or not parts or key in values:
             raise ConfigError(f"--grid is {one!r}; needed KEY=VALUE,VALUE, and each key once")
         values[key.removeprefix("--config.")] = parts
+    if "train.seed" in values:
+        raise ConfigError("--grid has train.seed, which --seeds sets; needed --seeds N alone")
     found = {}
     for chosen in itertools.product(*values.values()):
         pairs = list(zip(values, chosen, strict=True))
@@ -128,9 +140,51 @@ def _configured(base: Config, changes: Sequence[str], seed: int) -> Config:
     return with_overrides(base, [*changes, f"--config.train.seed={seed}"])
 
 
+def is_complete(config: Config, workdir: Path) -> bool:
+    """Return whether a folder holds the run of this configuration with all of its steps.
+
+    Raises:
+      ConfigError: it holds a complete run of another configuration.
+    """
+    if not (workdir / FINISHED_FILE).is_file():
+        return False
+    before = read_written_config(workdir / CONFIG_FILE)
+    return not differences(before, resolve(config, workdir, resumed=True))
+
+
+def is_evaluated(workdir: Path, lm: Path) -> bool:
+    """Return whether the result in a run's folder is of its best checkpoint by this model.
+
+    Raises:
+      ResultsError: it is damaged.
+    """
+    folder = _result_folder(workdir, lm)
+    if not (folder / EVALUATION).is_file():
+        return False
+    result = read_result(folder)
+    described = lm / "lm.json"
+    crc = zlib.crc32(described.read_bytes()) if described.is_file() else None
+    made = result.content["settings"]
+    step = _finished(workdir)["best"]["step"]
+    return (made.get("language_model"), made.get("language_model_crc32"), made.get("step")) == (
+        str(lm.absolute()),
+        crc,
+        step,
+    )
+
+
+def _result_folder(workdir: Path, lm: Path) -> Path:
+    return workdir / "val" / lm.absolute().name
+
+
+def _finished(workdir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((workdir / FINISHED_FILE).read_bytes())
+    return found
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """One run: its best PER, the mean of its last ten, and its WER where it was evaluated."""
+    """One run: its best PER, the mean of its last ten, and its WER by the model of --lm."""
 
     seed: int
     workdir: str
@@ -139,10 +193,9 @@ class Outcome:
     wer: float | None
 
 
-def _outcome(seed: int, workdir: Path) -> Outcome:
-    finished = json.loads((workdir / FINISHED_FILE).read_bytes())
-    results = results_of(workdir)
-    rate = results[-1].rate("wer") if results else None
+def _outcome(seed: int, workdir: Path, lm: Path | None) -> Outcome:
+    finished = _finished(workdir)
+    rate = None if lm is None else read_result(_result_folder(workdir, lm)).rate("wer")
     best = finished.get("best") or {}
     wer = rate.rate if rate else None
     return Outcome(seed, str(workdir), best.get("per"), finished.get("per_last_ten"), wer)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from b2txt_jax.cli import main
-from b2txt_jax.config import ConfigError
-from b2txt_jax.sweep import combinations, mean_interval
+from b2txt_jax.config import CONFIG_FILE, Config, ConfigError, with_overrides, write_config
+from b2txt_jax.sweep import combinations, is_complete, is_evaluated, mean_interval
+from b2txt_jax.training.loop import resolve
 
 
 def test_a_grid_has_all_combinations_and_a_value_in_brackets_is_one() -> None:
@@ -22,7 +23,8 @@ def test_a_grid_has_all_combinations_and_a_value_in_brackets_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "grid", [["model.units"], ["model.units="], ["a=1", "a=2"], ["model.units=8,8"]]
+    "grid",
+    [["model.units"], ["model.units="], ["a=1", "a=2"], ["model.units=8,8"], ["train.seed=3"]],
 )
 def test_a_grid_that_is_none_is_refused(grid: list[str]) -> None:
     with pytest.raises(ConfigError, match="--grid"):
@@ -34,6 +36,37 @@ def test_intervals_are_student_s() -> None:
     half = 2.7764 * 0.0158114 / 5**0.5  # the table's quantile for 4 degrees of freedom
     assert (found["low"], found["high"]) == pytest.approx((0.11 - half, 0.11 + half), abs=1e-6)
     assert mean_interval([0.1])["low"] is None
+
+
+def test_a_complete_run_of_another_configuration_is_not_taken_for_this_one(
+    tiny_config: Config, tmp_path: Path
+) -> None:
+    assert not is_complete(tiny_config, tmp_path)
+    write_config(resolve(tiny_config, tmp_path, resumed=False), tmp_path / CONFIG_FILE)
+    (tmp_path / "finished.json").write_text('{"best": {"per": 0.1, "step": 6}}')
+    assert is_complete(tiny_config, tmp_path)
+    with pytest.raises(ConfigError, match="optimizer.learning_rate was"):
+        is_complete(with_overrides(tiny_config, ["--config.optimizer.learning_rate=1"]), tmp_path)
+    # More steps of the same run are trained.
+    assert not is_complete(with_overrides(tiny_config, ["--config.train.steps=60"]), tmp_path)
+
+
+def test_a_result_by_another_language_model_or_checkpoint_is_none_of_this_sweep(
+    tmp_path: Path,
+) -> None:
+    lm = tmp_path / "other" / "lm"
+    lm.mkdir(parents=True)
+    (lm / "lm.json").write_text("{}")
+    run, crc = tmp_path / "run", 2745614147  # crc32 of b"{}"
+    (run / "val" / "lm").mkdir(parents=True)
+    (run / "finished.json").write_text('{"best": {"per": 0.1, "step": 6}}')
+    assert not is_evaluated(run, lm)
+    right = {"language_model": str(lm), "language_model_crc32": crc, "step": 6}
+    wrong = {"language_model": str(tmp_path / "lm"), "language_model_crc32": 1, "step": 5}
+    for made in [right, *({**right, key: value} for key, value in wrong.items())]:
+        content = {"settings": made, "made": {}, "checkpoint": {}, "sentences": []}
+        (run / "val" / "lm" / "evaluation.json").write_text(json.dumps(content))
+        assert is_evaluated(run, lm) == (made == right), made
 
 
 @pytest.mark.slow

@@ -133,10 +133,9 @@ def _fingerprints(
     """Return fingerprints of all that the answers depend on, by the name of what it is."""
     from lm_server.tuning.cache import digest
 
-    lexicon = args.lm / "lexicon.txt"
     found = {
         "version of lm-server": version(),
-        "--lm": digest(args.lm) + (digest(lexicon) if lexicon.is_file() else ""),
+        "--lm": digest(args.lm),
         "--logits": logits,
         "--combine": args.combine if len(args.logits) > 1 else "",
         "--backend": args.backend,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lm_server.files.atomic_file import replacing
 from lm_server.hypothesis import Hypothesis
+from lm_server.lm.reader import DESCRIPTION, TRIE
 from lm_server.settings import Settings, names_of
 
 _FORMAT = 2
@@ -100,14 +101,28 @@ class Cache:
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the names, sizes and small files of a folder."""
+    """Return the SHA-256 of a file, or of the names and contents of a folder's files.
+
+    The n-grams of a model folder are not read where lm.json has their checksum. Weights of a large
+    language model are read as a whole: other training changes neither their names nor their size.
+    """
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _file_digest(path)
     found = hashlib.sha256()
+    unread = {TRIE} if _has_checksum(path) else set()
     for one in sorted(one for one in path.iterdir() if one.is_file()):
-        size = one.stat().st_size
-        found.update(f"{one.name} {size}\n".encode())
-        if size < 1 << 16:
-            found.update(one.read_bytes())
+        held = one.stat().st_size if one.name in unread else _file_digest(one)
+        found.update(f"{one.name} {held}\n".encode())
     return found.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _has_checksum(folder: Path) -> bool:
+    try:
+        return json.loads((folder / DESCRIPTION).read_bytes()).get("crc32") is not None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

@@ -79,7 +79,14 @@ def _pairs_of_text(path: Path) -> Iterator[tuple[str, str]]:
         rows = csv.DictReader(io.StringIO(text))
         if not {"trial", "sentence"} <= set(rows.fieldnames or ()):
             raise ReferencesError(f"{path} has the columns {rows.fieldnames}: {_HELP}")
-        yield from ((str(row["trial"]), str(row["sentence"])) for row in rows)
+        for row in rows:
+            # A comma too few leaves None, and one without quotes in a sentence a further column.
+            if None in (row["trial"], row["sentence"]) or None in row:
+                raise ReferencesError(
+                    f"{path}, line {rows.line_num}, has another number of columns than its first "
+                    "line: put sentences with commas in quotes"
+                )
+            yield row["trial"].strip(), row["sentence"]
         return
     as_json = path.suffix in (".json", ".jsonl") or text.lstrip().startswith("{")
     for number, line in enumerate(text.splitlines(), 1):
@@ -91,9 +98,11 @@ def _pairs_of_text(path: Path) -> Iterator[tuple[str, str]]:
                 trial, sentence = one["trial"], one["sentence"]
             else:
                 trial, sentence = line.split("\t", 1)
+            if not (isinstance(trial, str) and isinstance(sentence, str)):
+                raise ValueError("no texts")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ReferencesError(f"{path}, line {number}, is {line[:60]!r}: {_HELP}") from error
-        yield str(trial).strip(), str(sentence)
+        yield trial.strip(), sentence
 
 
 def _pairs_of_archive(path: Path) -> Iterator[tuple[str, str]]:

@@ -31,6 +31,7 @@ from lm_server.settings import (
 from lm_server.tuning import lists as tuning
 from lm_server.tuning import report as tune_report
 from lm_server.tuning import tuner as tuner_module
+from lm_server.tuning.cache import digest
 from lm_server.tuning.references import ReferencesError, read_references, word_errors
 from lm_server.tuning.tuner import Tuner
 
@@ -95,6 +96,24 @@ def tuner(model: SearchModel, logits: Logits, references: Path, cache: Path) -> 
     return Tuner(model, logits, read_references(references), cache, 1, console=Console(quiet=True))
 
 
+def test_a_folder_of_other_weights_or_pronunciations_of_the_same_size_is_another(
+    tmp_path: Path,
+) -> None:
+    def folder(weights: int, trie: int, described: str) -> str:
+        path = tmp_path / f"{weights}{trie}{len(described)}"
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(bytes([weights]) * 100_000)
+        (path / "lm.bin").write_bytes(bytes([trie]) * 100_000)
+        (path / "lm.json").write_text(described)
+        return digest(path)
+
+    assert folder(1, 1, "{}") != folder(2, 1, "{}")
+    assert folder(3, 1, "{}") != folder(3, 2, "{}")
+    # A checksum in lm.json spares the reading of n-grams.
+    assert folder(4, 1, '{"crc32": 7}') != folder(5, 1, '{"crc32": 7}')
+    assert folder(6, 1, '{"crc32": 7}') == folder(6, 2, '{"crc32": 7}')
+
+
 def test_word_errors_are_counted_as_the_published_evaluation_does(tmp_path: Path) -> None:
     file = tmp_path / "refs.txt"
     file.write_text("day/1\tWell-known, isn't it?\nday/2\t'Tis -- over\n")
@@ -122,6 +141,9 @@ def test_references_are_read_from_every_format(tmp_path: Path, logits_file: Path
         ("a.txt", "day/0\tthe cat\nday/0\tthe cat\n", "twice"),
         ("a.txt", "", "no sentences"),
         ("a.jsonl", '{"trial": "x"}', "line 1"),
+        ("a.jsonl", '{"trial": "x", "sentence": null}', "line 1"),
+        ("a.csv", "trial,sentence\nx,a\ny\n", "line 3"),
+        ("a.csv", "trial,sentence\nx,well, yes\n", "line 2.*quotes"),
         ("a.csv", "id,text\n1,2\n", "columns"),
         ("a.npz", "no archive", "cannot be read"),
     ],

@@ -45,7 +45,7 @@ def test_a_complete_run_of_another_configuration_is_not_taken_for_this_one(
     write_config(resolve(tiny_config, tmp_path, resumed=False), tmp_path / CONFIG_FILE)
     (tmp_path / "finished.json").write_text('{"best": {"per": 0.1, "step": 6}}')
     assert is_complete(tiny_config, tmp_path)
-    with pytest.raises(ConfigError, match="optimizer.learning_rate was"):
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate was"):
         is_complete(with_overrides(tiny_config, ["--config.optimizer.learning_rate=1"]), tmp_path)
     # More steps of the same run are trained.
     assert not is_complete(with_overrides(tiny_config, ["--config.train.steps=60"]), tmp_path)

@@ -2,12 +2,14 @@
 
 Features are z-scored per block of sentences, over the bins of its trials. Labels are the
 words' pronunciations in the CMU dictionary, unless the recording has its own. Sessions with fewer
-channels can be padded with zeros (--pad-to). After an interruption the same command continues.
+channels can be padded with zeros (--pad-to). After an interruption the same command continues. A
+session that was written of other files than those that are there now is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -29,9 +31,10 @@ from b2txt_jax.data.foreign.t12_pickle import T12Pickle
 from b2txt_jax.data.hdf5 import session_file
 from b2txt_jax.data.write_hdf5 import PADDED_LABEL, write_trial
 from lm_server.files.atomic_file import replacing
+from lm_server.lm.reader import checksum
 
 FOLDER = "hdf5_data_final"
-_SETTINGS = "import.json"
+_SETTINGS, _SOURCES = "import.json", "import_sources.json"
 FORMATS: tuple[type[Format], ...] = (T12, T12Pickle, InnerSpeech, FalconH2, Nwb)
 _CLAIMED = (
     *("format", "pad_to", "log", "val_blocks", "skip_cue", "skip_unknown"),
@@ -165,7 +168,10 @@ def import_recordings(
             f"{' ...' if len(unknown) > _SHOWN else ''}; needed one for each: give --lexicon FILE "
             "with lines such as `hello HH AH L OW`, or leave their trials out with --skip-unknown"
         )
+    if lexicon is not None:
+        settings = {**(settings or {}), "lexicon": checksum(lexicon)}
     _claim(out, settings or {})
+    sources = _Sources(out)
     written: Counter[tuple[str, str]] = Counter()
     width: dict[int, Path] = {}
     console = Console(stderr=True)
@@ -174,7 +180,10 @@ def import_recordings(
         for one in progress.track(recordings, description="importing"):
             path = session_file(out / FOLDER, one.session, one.split)
             if not path.is_file():
+                sources.add(path, one)
                 left_out += _write(one, path, labeller, pad_to)
+            else:
+                sources.check(path, one)
             with h5py.File(path) as file:
                 written[one.session, one.split] = len(file)
                 for group in file.values():
@@ -258,6 +267,35 @@ def _padded(features: np.ndarray, wanted: int, path: Path) -> np.ndarray:
     out[:, : count // 2] = features[:, : count // 2]
     out[:, wanted // 2 : wanted // 2 + count // 2] = features[:, count // 2 :]
     return out
+
+
+class _Sources:
+    """The record, in the output's folder, of the files that each session was written of."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / _SOURCES
+        found = json.loads(self._path.read_bytes()) if self._path.is_file() else {}
+        self._known: dict[str, list[str]] = found
+        self._checksum = functools.cache(checksum)
+
+    def _of(self, one: Recording) -> list[str]:
+        return [f"{path.name} (checksum {self._checksum(path):08x})" for path in one.paths]
+
+    def add(self, path: Path, one: Recording) -> None:
+        """Keep the files that a session is going to be written of."""
+        self._known[f"{path.parent.name}/{path.name}"] = self._of(one)
+        with replacing(self._path) as unfinished:
+            unfinished.write_text(json.dumps(self._known, indent=2) + "\n")
+
+    def check(self, path: Path, one: Recording) -> None:
+        """Raise DataError where a session was written of other files."""
+        before = self._known.get(f"{path.parent.name}/{path.name}")
+        now = self._of(one)
+        if before is not None and before != now:
+            raise DataError(
+                f"{path} was written of {', '.join(before)}, and there are now {', '.join(now)}; "
+                f"needed the same: remove all splits of {one.session}, or give another --out"
+            )
 
 
 def _claim(out: Path, settings: dict[str, object]) -> None:

@@ -81,6 +81,10 @@ class _Part(Recording):
     files: tuple[_File, ...]
     normalised: bool
 
+    @property
+    def paths(self) -> Sequence[Path]:
+        return [one.path for one in self.files]
+
     def sentences(self) -> Sequence[str]:
         found: list[str] = []
         for one in self.files:
@@ -202,7 +206,13 @@ class Nwb(Format):
         sessions: dict[tuple[str, Path | None], list[Path]] = {}
         for path in sorted(source.rglob("*.nwb"), key=lambda one: (one.stem, one)):
             alone = None if _RUN.fullmatch(path.stem) else path
-            sessions.setdefault((session_of(path), alone), []).append(path)
+            of_session = sessions.setdefault((session_of(path), alone), [])
+            if of_session and of_session[-1].stem == path.stem:
+                raise DataError(
+                    f"{of_session[-1]} and {path} are of the same run, of which one may be a copy; "
+                    "needed each run once: move the other away"
+                )
+            of_session.append(path)
         found: list[Recording] = []
         for (session, _), paths in sessions.items():
             files = files_of(paths, self.settings)

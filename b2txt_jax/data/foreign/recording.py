@@ -43,6 +43,11 @@ class Recording(ABC):
     normalised: bool = False
     """Whether features are z-scored already."""
 
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files that it is read from."""
+        return [self.path]
+
     @abstractmethod
     def sentences(self) -> Sequence[str]:
         """Return the sentences whose words become labels, without reading features."""

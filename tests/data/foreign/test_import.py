@@ -160,6 +160,19 @@ def test_an_import_goes_on_and_refuses_other_settings(
     assert files[1].exists()
     assert run("t12", t12, tmp_path / "out", "--log") == 2
     assert "other settings" in capsys.readouterr().err
+    (tmp_path / "lexicon.txt").write_text("good G UW D\n")
+    assert run("t12", t12, tmp_path / "out", "--lexicon", str(tmp_path / "lexicon.txt")) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_session_of_files_that_have_changed_is_not_taken_for_the_one_that_was_written(
+    t12: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("t12", t12, tmp_path / "out") == 0
+    save(t12 / T12, t12_session(trials=3))
+    assert run("t12", t12, tmp_path / "out") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "data_train.hdf5 was written of t12.2022.04.28.mat" in error
 
 
 def change(name: str, value: Any) -> Callable[[dict[str, Any]], None]:

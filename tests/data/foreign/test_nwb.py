@@ -143,6 +143,18 @@ def test_the_runs_of_a_day_in_brands_folders_are_blocks_of_one_session(tmp_path:
     np.testing.assert_allclose(*same, atol=1e-4)
 
 
+def test_a_copy_of_a_run_in_another_folder_is_no_further_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The last block is val, so that a copy would be learned from and scored.
+    for folder in ("a", "backup"):
+        (tmp_path / folder).mkdir()
+        brand(tmp_path / folder / "T15_240813T0930_speech.nwb")
+    assert imported("nwb", tmp_path) == 2
+    assert "are of the same run" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_session_of_two_files_with_other_names_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from b2txt_jax.config import CONFIG_FILE, Config, ConfigError, load_config, write_config
+from b2txt_jax.data.fingerprint import check_same_data, fingerprint, write_fingerprint
 from b2txt_jax.data.loader import Batch, TrainingData
 from b2txt_jax.data.trial import SPLITS
 from b2txt_jax.model.interface import Params
@@ -35,11 +36,14 @@ from b2txt_jax.training.optimizer import make_optimizer
 from b2txt_jax.training.step import TrainState, model_of
 from b2txt_jax.training.tracker import TrainingError
 from b2txt_jax.training.warm_start import PRETRAINING_FILE
+from lm_server.files.atomic_file import replacing
 
 HIDDEN = 0.3
 """Share of a trial's channels that the input lacks (the published pretraining's)."""
 HEAD = "head"
 """Of a model's parameters, the linear map of states to logits: `weight [C, H]`, `bias [C]`."""
+SETTINGS_FILE = "pretraining.json"
+"""Name in a run's folder of what its configuration lacks: the split, and the share of channels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +160,7 @@ def pretrain(
 
     Raises:
       ConfigError: the model cannot be pretrained, or the folder holds another run.
-      DataError: there is no trial, or one cannot be read.
+      DataError: there is no trial, one cannot be read, or the run began with other data.
       TrainingError: the error was not finite.
     """
     if not 0 <= hidden < 1:
@@ -164,6 +168,9 @@ def pretrain(
     resumed = has_checkpoint(workdir)
     if resumed and not (workdir / PRETRAINING_FILE).is_file():
         raise ConfigError(f"{workdir} holds a trained run; needed another --workdir to pretrain in")
+    settings = {"split": split, "hidden": hidden}
+    if resumed:
+        _check_same_settings(workdir / SETTINGS_FILE, settings)
     config = resolve(config, workdir, resumed)
     days, train = len(config.data.sessions), config.train
     model = model_of(config, days)
@@ -177,9 +184,15 @@ def pretrain(
         split=split,
         labels_needed=False,
     )
+    used = fingerprint(data.reader, [ref for refs in data.refs_of_day for ref in refs])
+    if resumed:
+        check_same_data(workdir, used)
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir), Checkpoints(workdir) as checkpoints:
         write_config(config, workdir / CONFIG_FILE)
+        write_fingerprint(workdir, used)
+        with replacing(workdir / SETTINGS_FILE) as unfinished:
+            unfinished.write_text(json.dumps(settings) + "\n")
         state = pretraining_state(config, days)
         if resumed:
             state, _ = checkpoints.restore_latest(state)
@@ -212,6 +225,21 @@ def pretrain(
         checkpoints.save_best(int(state.step), {**state.params, HEAD: fresh}, score)
         checkpoints.wait()
     return mean
+
+
+def _check_same_settings(path: Path, now: Mapping[str, object]) -> None:
+    """Check that a run goes on with its split and share. A run of before they were kept has none.
+
+    Raises:
+      ConfigError: one is another.
+    """
+    before = json.loads(path.read_bytes()) if path.is_file() else now
+    if before != now:
+        raise ConfigError(
+            f"{path.parent} was pretrained with --split {before['split']} --hidden "
+            f"{before['hidden']:g}, and this is --split {now['split']} --hidden {now['hidden']:g}; "
+            "needed the same to go on with it, or another --workdir"
+        )
 
 
 def _logged(path: Path, last: int) -> list[dict[str, float]]:

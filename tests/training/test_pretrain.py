@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from b2txt_jax.config import Config, ConfigError, load_config
+from b2txt_jax.config import CONFIG_FILE, Config, ConfigError, load_config, write_config
+from b2txt_jax.data.description import DataError
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.data.write_hdf5 import write_trial
 from b2txt_jax.signal.smooth import smooth_as
@@ -139,9 +141,10 @@ def test_waves_without_labels_are_learned_and_a_call_goes_on(
 def test_a_finished_pretraining_called_again_has_the_error_that_it_had(
     config: Config, pretrained: tuple[Path, float]
 ) -> None:
-    workdir, error = pretrained
+    workdir, _ = pretrained
     log = workdir / "pretraining.jsonl"
     before = log.read_text()
+    error = json.loads(before.splitlines()[-1])["loss"]
     log.write_text(before + '{"step": 41, "lo')  # killed amid a line
     assert pretrain(config, workdir) == error
     assert log.read_text() == before
@@ -184,6 +187,21 @@ def test_training_does_not_go_on_in_the_folder_of_a_pretrained_run(
         train(config, pretrained[0])
     (tmp_path / "checkpoints/latest/1").mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds a trained run"):
+        pretrain(config, tmp_path)
+
+
+def test_a_call_with_another_split_share_or_data_does_not_go_on(
+    config: Config, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints/latest/1").mkdir(parents=True)
+    (tmp_path / "pretraining.jsonl").touch()
+    write_config(resolve(config, tmp_path, resumed=False), tmp_path / CONFIG_FILE)
+    (tmp_path / "pretraining.json").write_text('{"split": "train", "hidden": 0.3}')
+    (tmp_path / "data.json").write_text('{"dtype": "float32", "files": {}}')
+    for other in ({"split": "val"}, {"hidden": 0.5}):
+        with pytest.raises(ConfigError, match="--split train --hidden 0.3, and this is"):
+            pretrain(config, tmp_path, **other)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="data are not those"):
         pretrain(config, tmp_path)
 
 

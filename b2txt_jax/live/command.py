@@ -16,7 +16,6 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -393,12 +392,15 @@ def _report(
 ) -> None:
     """Print and write the figures of the session."""
     figures: dict[str, Any] = {"sentences": session.sentences, "bins": intake.health.bins}
-    truths: Sequence[str] = [truth for truth, _ in scores.pairs]
-    if truths:
-        rates = word_error_rates(truths, [decoded for _, decoded in scores.pairs])
-        figures["wer"] = total(rates).rate
+    # All words of a sentence without an answer are errors, as in `b2txt evaluate`.
+    pairs = [*scores.pairs, *((truth, "") for truth in session.unanswered)]
+    if pairs:
+        rates = word_error_rates([truth for truth, _ in pairs], [decoded for _, decoded in pairs])
+        figures |= {"wer": total(rates).rate, "unanswered": len(session.unanswered)}
     figures |= session.latency.figures() | {"problems": intake.health.problems}
     shown = [f"{figures['sentences']} sentences"]
+    if figures.get("unanswered"):
+        shown.append(f"{figures['unanswered']} more without an answer")
     if figures.get("wer") is not None:
         shown.append(f"WER {100 * figures['wer']:.1f} %")
     if "partial_ms_p50" in figures:

@@ -28,6 +28,8 @@ _IDLE_SECONDS = 10.0
 """With sentences by silence, the model begins anew after so long without speech. It was trained on
 trials, which begin with a short silence."""
 _KEPT_BINS = 25
+_CLEAR_SECONDS = 1.0
+"""After less silence than this the last bins hold speech, which the next sentence must not hear."""
 _KEPT_FRAMES = 6
 _READ_SECONDS = 0.05
 _ONE_PRESS = 1.0
@@ -168,6 +170,8 @@ class LiveSession:
         self.latency = Latency()
         self.sentences = 0
         """That have an answer."""
+        self.unanswered: list[str] = []
+        """What was said, where it is known, in sentences that have none."""
         self._begun = 0
         self._running = False
         self._open: Begin | None = None
@@ -250,15 +254,16 @@ class LiveSession:
         self.inform(Began(self._id, begin.name))
 
     def _bin(self, bin_: Bin) -> None:
-        raw, features = self._intake.take(bin_)
+        pieces = [self._intake.take(bin_)]
         if not self._running:
             if self._rule != "silence":
                 return
             self._start_model()
-            for earlier in self._recent:
-                self._feed(*earlier, bin_.time)
-        self._recent.append((raw, features))
-        self._feed(raw, features, bin_.time)
+            pieces = [*self._recent, *pieces]
+        self._recent.append(pieces[-1])
+        for raw, features in pieces:
+            if self._running:
+                self._feed(raw, features, bin_.time)
 
     def _feed(self, raw: np.ndarray, features: np.ndarray, arrived: float) -> None:
         self._raw.append(raw)
@@ -302,6 +307,8 @@ class LiveSession:
         if self._open is None:
             return
         ended, begin = time.monotonic(), self._open
+        if self._quiet * self._model.frame_seconds < _CLEAR_SECONDS:
+            self._recent.clear()
         logits = self._model.finish()
         if len(logits):
             self._decode(logits, ended)
@@ -311,12 +318,12 @@ class LiveSession:
         except LanguageModelUnavailableError:
             raise
         except LanguageModelError as error:
-            self.inform(Problem(f"sentence {self._id} has no answer: {error}"))
+            self._unanswered(begin, f"sentence {self._id} has no answer: {error}")
             return
         seconds = time.monotonic() - ended
         bins = sum(map(len, self._raw))
         if not answer.hypotheses:
-            self.inform(Problem(f"sentence {self._id} has {bins} bins, too few for a frame"))
+            self._unanswered(begin, f"sentence {self._id} has {bins} bins, too few for a frame")
             return
         self.sentences += 1
         self.latency.final.append(seconds)
@@ -333,3 +340,8 @@ class LiveSession:
                 np.concatenate(self._features),
             )
         )
+
+    def _unanswered(self, begin: Begin, why: str) -> None:
+        if begin.truth is not None:
+            self.unanswered.append(begin.truth)
+        self.inform(Problem(why))

@@ -1,5 +1,6 @@
 """Sentences by message, by silence and by key, through a real server, and what the log keeps."""
 
+import argparse
 import contextlib
 import json
 import queue
@@ -8,15 +9,18 @@ import signal
 import numpy as np
 import pytest
 from live_speech import SAID, Heard, ListedSource, SpokenModel, bins_of, events_of, silence
+from rich.console import Console
 
 from b2txt_jax.data.sentence_log import SentenceLogError, confirmed_sentences
+from b2txt_jax.live.command import _report, _Scores
 from b2txt_jax.live.events import Began, Chosen, Final, Problem, Progress
 from b2txt_jax.live.outputs.log import SentenceLog
 from b2txt_jax.live.session import LiveSession, Stop, Toggle, replaced, stopped_by_signals
 from b2txt_jax.live.sources.interface import Begin, Bin, End, SourceError
 from b2txt_jax.live.words import Words
-from lm_server.client.answers import LanguageModelUnavailableError
+from lm_server.client.answers import LanguageModelError, LanguageModelUnavailableError
 from lm_server.client.process import serve_child
+from lm_server.hypothesis import Answer, Hypothesis
 
 
 @pytest.fixture
@@ -54,6 +58,47 @@ def test_silence_ends_a_sentence_and_speech_begins_one(words, intake):
     heard = decoded(events_of(rows, marks=False), words, intake, "silence", silence_seconds=1.0)
     assert [one.answer.sentence for one in heard.of(Final)] == SAID[:2]
     assert len(heard.of(Began)) == 2
+
+
+class Written:
+    """Stands for `Words`: an answer is the number of frames of its sentence."""
+
+    def __init__(self, fails=()):
+        self.fails, self.frames, self.begun = fails, 0, 0
+
+    def begin(self):
+        self.frames, self.begun = 0, self.begun + 1
+
+    def send(self, logits):
+        self.frames += len(logits)
+        return ""
+
+    def finalize(self):
+        if self.begun in self.fails:
+            raise LanguageModelError("refused")
+        return Answer((Hypothesis((str(self.frames),), -1.0, -1.0),))
+
+
+def test_speech_at_the_end_of_a_sentence_is_not_heard_again_in_the_next(intake):
+    # By a silence that is shorter than the lead-in of a sentence, and by a message amid speech.
+    rows = np.concatenate([silence(1), bins_of(SAID[0]), silence(3)])
+    heard = decoded(events_of(rows, marks=False), Written(), intake, "silence", silence_seconds=0.4)
+    assert len(heard.of(Final)) == 1
+    events = [*events_of(bins_of(SAID[0]), marks=False), End(), *events_of(silence(3), marks=False)]
+    assert len(decoded(events, Written(), intake, "silence").of(Final)) == 1
+
+
+def test_all_words_of_a_sentence_without_an_answer_are_errors(intake, capsys, tmp_path):
+    events = [event for one in SAID[:2] for event in events_of(bins_of(one), truth=one)]
+    scores, source = _Scores(), ListedSource(events)
+    session = LiveSession(source, intake, SpokenModel(), Written(fails={2}), [scores])
+    session.run()
+    args = argparse.Namespace(summary=tmp_path / "summary.json")
+    _report(args, Console(), session, intake, scores)
+    found = json.loads(args.summary.read_text())
+    # One wrong word for four, and six words without any.
+    assert (found["wer"], found["sentences"], found["unanswered"]) == (1.0, 1, 1)
+    assert "1 more without an answer" in capsys.readouterr().out
 
 
 def test_a_key_begins_and_ends_a_sentence(words, intake):

@@ -199,7 +199,7 @@ def test_a_call_with_another_split_share_or_data_does_not_go_on(
     (tmp_path / "pretraining.json").write_text('{"split": "train", "hidden": 0.3}')
     (tmp_path / "data.json").write_text('{"dtype": "float32", "files": {}}')
     for other in ({"split": "val"}, {"hidden": 0.5}):
-        with pytest.raises(ConfigError, match="--split train --hidden 0.3, and this is"):
+        with pytest.raises(ConfigError, match=r"--split train --hidden 0\.3, and this is"):
             pretrain(config, tmp_path, **other)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="data are not those"):
         pretrain(config, tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +32,6 @@ from b2txt_jax.data.foreign.t12_pickle import T12Pickle
 from b2txt_jax.data.hdf5 import session_file
 from b2txt_jax.data.write_hdf5 import PADDED_LABEL, write_trial
 from lm_server.files.atomic_file import replacing
-from lm_server.lm.reader import checksum
 
 FOLDER = "hdf5_data_final"
 _SETTINGS, _SOURCES = "import.json", "import_sources.json"
@@ -169,7 +169,7 @@ def import_recordings(
             "with lines such as `hello HH AH L OW`, or leave their trials out with --skip-unknown"
         )
     if lexicon is not None:
-        settings = {**(settings or {}), "lexicon": checksum(lexicon)}
+        settings = {**(settings or {}), "lexicon": _checksum(lexicon)}
     _claim(out, settings or {})
     sources = _Sources(out)
     written: Counter[tuple[str, str]] = Counter()
@@ -276,10 +276,10 @@ class _Sources:
         self._path = out / _SOURCES
         found = json.loads(self._path.read_bytes()) if self._path.is_file() else {}
         self._known: dict[str, list[str]] = found
-        self._checksum = functools.cache(checksum)
+        self._checksum = functools.cache(_checksum)
 
     def _of(self, one: Recording) -> list[str]:
-        return [f"{path.name} (checksum {self._checksum(path):08x})" for path in one.paths]
+        return [f"{path.name} (checksum {self._checksum(path)})" for path in one.paths]
 
     def add(self, path: Path, one: Recording) -> None:
         """Keep the files that a session is going to be written of."""
@@ -296,6 +296,11 @@ class _Sources:
                 f"{path} was written of {', '.join(before)}, and there are now {', '.join(now)}; "
                 f"needed the same: remove all splits of {one.session}, or give another --out"
             )
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def _claim(out: Path, settings: dict[str, object]) -> None:

@@ -232,7 +232,8 @@ def _material(
     old, val = [], []
     if _have_old(trained):
         past = open_folder(config.data.root, features, config.signal)
-        if args.session in past.sessions and root not in folders(config.data.root):
+        several = folders(config.data.root)
+        if len(several) > 1 and args.session in past.sessions and root not in several:
             raise DataError(
                 f"{config.data.root} has a session {args.session} too; needed another --session, "
                 "or that folder as --data"

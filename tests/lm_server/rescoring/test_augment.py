@@ -59,7 +59,8 @@ def plain_augment(
     hypotheses: list[Hypothesis], scale: float, top: int, penalty: float
 ) -> dict[str, tuple[float, float]]:
     """Section by section as the published server describes it, with no shortcut."""
-    ranked = sorted(hypotheses, key=lambda one: (-total(one, scale), one.words))
+    # Totals that differ by rounding alone are equal.
+    ranked = sorted(hypotheses, key=lambda one: (-round(total(one, scale), 6), one.words))
     scores = {one.sentence: (one.acoustic, one.ngram) for one in ranked}
     for i in range(min(top, len(ranked))):
         for j in range(i + 1, min(top, len(ranked))):

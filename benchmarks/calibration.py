@@ -12,10 +12,13 @@ days that drift on from its last one, for each seed:
 - --days days, each --daily-drift further. The PER, and with --lm the WER, of each decoded with the
   last layer: without change, and with self-calibration that is certain of what it learns from.
 - the last trained day without drift, decoded both ways.
+- with --parts within, one day of --within-sentences that begins as the last trained one and is
+  --within-drift away at its end, decoded both ways. Its PER is that of its quarters.
 
 Self-calibration needs the language model's confidence. Without --lm its text and its confidence
 come from the truth: a sentence counts where its PER is below --known, with the greedy phonemes as
-label. That is an optimistic stand-in, and the output says so.
+label. That is an optimistic stand-in, and the output says so. With --confirmed every sentence
+counts with its true phonemes, as where a user confirms or corrects each.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +45,7 @@ from b2txt_jax.calibration.calibrate import (
     spoken,
 )
 from b2txt_jax.calibration.follow import Follower, FollowSettings
+from b2txt_jax.calibration.moving import ADAPTS
 from b2txt_jax.calibration.trials import Spoken, batch_of, shape_for
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.evaluation.command import language_model
@@ -48,9 +53,9 @@ from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.live.words import Words
 from b2txt_jax.metrics import error_rate, greedy_decode, total, word_error_rates
 from b2txt_jax.phonemes import sentence_to_ids
-from b2txt_jax.simulation import neural, speech
+from b2txt_jax.simulation import neural, recordings, speech
 from b2txt_jax.simulation.corpus import load_pool
-from b2txt_jax.simulation.plan import SimulationSettings, named_rng
+from b2txt_jax.simulation.plan import RECORDINGS, SESSIONS, SimulationSettings, named_rng
 from b2txt_jax.simulation.write import SETTINGS_FILE, modulation
 from b2txt_jax.training.step import make_eval_step
 from lm_server.lexicon.text_rules import normalise
@@ -65,6 +70,10 @@ class Sentence:
     labels: np.ndarray
 
 
+PARTS = ("gap", "days", "within")
+Electrodes = neural.Tuning | recordings.Day
+
+
 class Simulation:
     """The simulated participant of a run, on further days."""
 
@@ -73,11 +82,15 @@ class Simulation:
         found = json.loads((data / SETTINGS_FILE).read_text())
         found.pop("format", None)
         self.settings = SimulationSettings(**found)
-        drift = _scaled(self.settings.drift)
-        self.last = neural.first_tuning(named_rng(self.settings, "tuning"))
-        for day in range(1, days):
-            rng = named_rng(self.settings, "drift", day)
-            self.last = neural.next_tuning(self.last, drift, rng)
+        self._rng_of = functools.partial(named_rng, self.settings)
+        self.last: Electrodes
+        if self.settings.preset == RECORDINGS:
+            self.last = recordings.days(SESSIONS[:days], self.settings.drift, self._rng_of)[-1]
+        else:
+            drift = _scaled(self.settings.drift)
+            self.last = neural.first_tuning(self._rng_of("tuning"))
+            for day in range(1, days):
+                self.last = neural.next_tuning(self.last, drift, self._rng_of("drift", day))
         fits = range(self.settings.min_words, self.settings.max_words + 1)
         self.sentences = []
         for text, _ in load_pool("val"):  # of which the language model has seen none
@@ -86,20 +99,44 @@ class Simulation:
                 if len(words) in fits:
                     self.sentences.append((" ".join(words), sentence_to_ids(words)))
 
-    def later(self, tuning: neural.Tuning, distance: float, seed: int) -> neural.Tuning:
+    def later(self, day: Electrodes, distance: float, seed: int) -> Electrodes:
         """Return the electrodes of a day at a distance from another."""
-        return neural.next_tuning(tuning, _scaled(distance), np.random.default_rng([7, seed]))
+        rng = np.random.default_rng([7, seed])
+        if isinstance(day, recordings.Day):
+            return recordings.next_day(day, distance, rng)
+        return neural.next_tuning(day, _scaled(distance), rng)
 
-    def said(self, tuning: neural.Tuning, count: int, seed: int) -> list[Sentence]:
-        """Return sentences of a day, one block."""
+    def said(self, days: Sequence[Electrodes], seed: int) -> list[Sentence]:
+        """Return a sentence for each of the electrodes, all in one block."""
         rng = np.random.default_rng([8, seed])
-        chosen = [self.sentences[i] for i in rng.integers(len(self.sentences), size=count)]
-        table, rate = speech.articulation(), self.settings.speaking_rate
-        moves = [speech.attempt(labels, table, rate, rng) for _, labels in chosen]
-        features = neural.record(moves, tuning, modulation(self.settings.difficulty), rng)
+        chosen = [self.sentences[i] for i in rng.integers(len(self.sentences), size=len(days))]
+        labels = iter([one for _, one in chosen])
+        trials: list[np.ndarray] = []
+        for number, (_, same) in enumerate(itertools.groupby(days, key=id)):
+            of_day = list(same)
+            some = [next(labels) for _ in of_day]
+            trials += self._recorded(some, of_day[0], (1000 + seed, number), rng)
+        features = neural.written(np.concatenate(trials), self.settings.electrodes)
         neural.z_score(features)
-        parts = np.split(features, np.cumsum([len(one) for one in moves])[:-1])
+        parts = np.split(features, np.cumsum([len(one) for one in trials])[:-1])
         return [Sentence(t, x, labels) for (t, labels), x in zip(chosen, parts, strict=True)]
+
+    def _recorded(
+        self,
+        labels: Sequence[np.ndarray],
+        day: Electrodes,
+        place: tuple[int, int],
+        rng: np.random.Generator,
+    ) -> list[np.ndarray]:
+        """Return the raw features of sentences on one day, [T, 512] each."""
+        rate, strength = self.settings.speaking_rate, modulation(self.settings.difficulty)
+        if isinstance(day, recordings.Day):
+            bursts = self.settings.bursts
+            return recordings.record_block(labels, day, strength, rate, bursts, place, self._rng_of)
+        table = speech.articulation()
+        moves = [speech.attempt(one, table, rate, rng) for one in labels]
+        features = neural.record(moves, day, strength, rng)
+        return np.split(features, np.cumsum([len(one) for one in moves])[:-1])
 
 
 def _scaled(distance: float) -> neural.Drift:
@@ -114,7 +151,7 @@ def of_day(sentences: Sequence[Sentence], day: int) -> list[Spoken]:
 def gap(run: Run, simulation: Simulation, args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return what calibration with few sentences closes of the gap to all of them."""
     tuning = simulation.later(simulation.last, args.step_drift, seed)
-    said = simulation.said(tuning, args.train + args.val, 100 + seed)
+    said = simulation.said([tuning] * (args.train + args.val), 100 + seed)
     day = len(run.sessions)
     new, val = of_day(said[: args.train], day), of_day(said[args.train :], day)
     data = run.config.data
@@ -122,7 +159,16 @@ def gap(run: Run, simulation: Simulation, args: argparse.Namespace, seed: int) -
     old = [(reader, reader.find_trials([name], "train")) for name in run.sessions]
     refs = evenly([reader.find_trials([name], "val") for name in run.sessions], args.old_val)
     old_val = [one for at, some in enumerate(refs) for one in spoken(reader, some, at)]
-    settings = Settings(adapt=args.adapt, steps=args.steps, rows=args.rows, seed=seed)
+    settings = Settings(
+        adapt=args.adapt,
+        rank=args.rank,
+        steps=args.steps,
+        rows=args.rows,
+        replay=args.replay,
+        shared_rate=args.shared_rate,
+        adapter_rate=args.adapter_rate,
+        seed=seed,
+    )
     few = calibrate(run, "new", Material(new[: args.sentences], val, old, old_val), settings).report
     long = dataclasses.replace(settings, steps=args.long_steps)
     full = calibrate(run, "new", Material(new, val, old, old_val), long).report
@@ -173,7 +219,11 @@ class Decoder:
 
 
 def over_days(
-    run: Run, decoder: Decoder, days: Sequence[Sequence[Sentence]], settings: FollowSettings | None
+    run: Run,
+    decoder: Decoder,
+    days: Sequence[Sequence[Sentence]],
+    settings: FollowSettings | None,
+    confirmed: bool,
 ) -> dict[str, Any]:
     """Decode days one after the other, with self-calibration or without."""
     day = len(run.sessions) - 1
@@ -186,6 +236,8 @@ def over_days(
             params = follower.params if follower else run.params
             rate, text, label, certain = decoder.decode(params, one)
             rates.append(rate)
+            if confirmed:
+                label, certain = one.labels, 1.0
             if text is not None:
                 pairs.append((one.text, text))
             usable = label is not None and len(label) > 0
@@ -197,6 +249,29 @@ def over_days(
     found = {"per": total(pers).rate, "per_by_day": by_day, "used": used, "kept": kept}
     if pairs:
         found["wer"] = total(word_error_rates(*map(list, zip(*pairs, strict=True)))).rate
+    return found
+
+
+def streams(
+    simulation: Simulation, args: argparse.Namespace, seed: int
+) -> dict[str, list[list[Sentence]]]:
+    """Return what is decoded with and without self-calibration: a list of days each."""
+    found = {}
+    if "days" in args.parts:
+        tuning, days = simulation.last, []
+        for day in range(args.days):
+            tuning = simulation.later(tuning, args.daily_drift, 1000 * seed + day)
+            days.append(simulation.said([tuning] * args.per_day, 1000 * seed + 500 + day))
+        found["drift"] = days
+        same = [simulation.last] * args.per_day
+        found["no drift"] = [simulation.said(same, 1000 * seed + 900)]
+    if "within" in args.parts:
+        # One seed, so that distances lie on one path.
+        way = np.linspace(0, args.within_drift, args.within_sentences)
+        course = [simulation.later(simulation.last, at, 1000 * seed + 700) for at in way]
+        said = simulation.said(course, 1000 * seed + 700)
+        edges = np.linspace(0, len(said), 5).astype(int)
+        found["within a day"] = [said[a:b] for a, b in itertools.pairwise(edges)]
     return found
 
 
@@ -219,7 +294,7 @@ def main() -> None:
     option("--data", type=Path, required=True, help="folder of `b2txt simulate`")
     option("--lm", type=Path, help="model folder: text and confidence of self-calibration, WER")
     option("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    option("--parts", nargs="+", default=["gap", "days"], choices=("gap", "days"))
+    option("--parts", nargs="+", default=["gap", "days"], choices=PARTS)
     option("--step-drift", type=float, default=1.0)
     option("--daily-drift", type=float, default=0.3)
     option("--sentences", type=int, default=20)
@@ -228,15 +303,23 @@ def main() -> None:
     option("--old-val", type=int, default=50)
     option("--days", type=int, default=10)
     option("--per-day", type=int, default=30, help="sentences of each drifting day")
-    option("--adapt", help="of calibrate")
+    option("--within-drift", type=float, default=1.0)
+    option("--within-sentences", type=int, default=60)
+    option("--adapt", choices=ADAPTS, help="of calibrate, as the next ones")
+    option("--rank", type=int, default=Settings.rank)
+    option("--replay", type=float, default=Settings.replay)
+    option("--shared-rate", type=float, default=Settings.shared_rate)
+    option("--adapter-rate", type=float, default=Settings.adapter_rate)
     option("--steps", type=int, default=Settings.steps)
     option("--long-steps", type=int, default=400)
     option("--rows", type=int, default=Settings.rows)
     option("--confidence", type=float, default=FollowSettings.confidence)
     option("--day-rate", type=float, default=FollowSettings.day_rate)
     option("--follow-steps", type=int, default=FollowSettings.steps)
+    option("--follow-shared-rate", type=float, default=FollowSettings.shared_rate)
     option("--follow-adapt", help="of self-calibration: day or patch (default: as b2txt stream)")
     option("--known", type=float, default=0.3, help="PER of a sentence that counts without --lm")
+    option("--confirmed", action="store_true", help="every sentence counts, with its true label")
     option("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     run = load_run(args.workdir)
@@ -248,29 +331,26 @@ def main() -> None:
             if "gap" in args.parts:
                 found["gap"] = one = gap(run, simulation, args, seed)
                 print(f"seed {seed}: {json.dumps(one)}", flush=True)
-            if "days" in args.parts:
+            decoded = streams(simulation, args, seed)
+            if decoded:
                 decoder = Decoder(run, words, args.known)
-                tuning, days = simulation.last, []
-                for day in range(args.days):
-                    tuning = simulation.later(tuning, args.daily_drift, 1000 * seed + day)
-                    days.append(simulation.said(tuning, args.per_day, 1000 * seed + 500 + day))
-                still = [simulation.said(simulation.last, args.per_day, 1000 * seed + 900)]
-                decoder.shape([one for some in [*days, *still] for one in some])
+                decoder.shape([one for days in decoded.values() for some in days for one in some])
                 follow = FollowSettings(
                     adapt=args.follow_adapt,
                     confidence=args.confidence,
                     day_rate=args.day_rate,
+                    shared_rate=args.follow_shared_rate,
                     steps=args.follow_steps,
                 )
-                for name, some in (("drift", days), ("no drift", still)):
+                for name, days in decoded.items():
                     for kind, settings in (("fixed", None), ("following", follow)):
-                        one = over_days(run, decoder, some, settings)
+                        one = over_days(run, decoder, days, settings, args.confirmed)
                         found[f"{name}, {kind}"] = one
                         print(f"seed {seed}, {name}, {kind}: {json.dumps(one)}", flush=True)
             result["seeds"][seed] = found
             if args.out:
                 args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.lm is None and "days" in args.parts:
+    if args.lm is None and not args.confirmed and {"days", "within"} & {*args.parts}:
         print("without --lm: sentences were taken as known by their true PER, an optimistic choice")
 
 

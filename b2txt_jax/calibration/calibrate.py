@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from b2txt_jax.calibration.moving import day_paths, moving_of, with_day
+from b2txt_jax.calibration.moving import RANK, Moving, day_paths, moving_of, with_day
 from b2txt_jax.calibration.trials import Mixture, Scorer, Spoken, batch_of, shape_for
 from b2txt_jax.calibration.tune import Rates, Tuner, cosine
 from b2txt_jax.config import Config, ConfigError
@@ -42,21 +42,45 @@ class Settings:
     start: str = "nearest"
     adapt: str | None = None
     """See `moving_of`."""
+    rank: int = RANK
+    """Of the changes of matrices, for `adapters`."""
     steps: int = 40
     rows: int = 16
-    replay: float = 0.4
+    replay: float | None = None
+    """Share of old days' trials in a batch. None: 0.4, and 0.6 where days have no layers of their
+    own, so that whatever moves is theirs too."""
     day_rate: float = 0.001
-    shared_rate: float = 0.0001
+    shared_rate: float | None = None
+    """None: 0.0001, and 0.001 where the patch embedding moves alone."""
+    adapter_rate: float = 0.01
     seed: int = 0
 
     def check(self) -> None:
         """Raise ConfigError where a setting is out of range."""
-        limits = {"steps": 1, "rows": 1, "replay": 0, "day_rate": 0, "shared_rate": 0, "seed": 0}
+        limits = {
+            **dict.fromkeys(("rank", "steps", "rows"), 1),
+            **dict.fromkeys(("replay", "day_rate", "shared_rate", "adapter_rate", "seed"), 0),
+        }
         for name, least in limits.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if not value >= least or (name == "replay" and value >= 1):
                 needed = "0 to below 1" if name == "replay" else f"at least {least}"
                 raise ConfigError(f"--{name.replace('_', '-')} is {value:g}; needed {needed}")
+
+    def replay_of(self, moving: Moving) -> float:
+        """Return the share of old days' trials in a batch."""
+        if self.replay is not None:
+            return self.replay
+        return 0.4 if moving.of_a_day else 0.6
+
+    def rates_of(self, moving: Moving) -> Rates:
+        """Return the first learning rates."""
+        shared = self.shared_rate
+        if shared is None:
+            shared = 0.0001 if moving.of_a_day or moving.everything else 0.001
+        return Rates(self.day_rate, shared, self.adapter_rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,15 +192,16 @@ def calibrate(
     day = len(run.sessions)
     config = extended(run.config, session, [*material.new, *material.val], material.width)
     _check_alignable(config, material.new)
-    moving = moving_of(config, day, settings.adapt)
+    moving = moving_of(config, day, settings.adapt, settings.rank)
     scorer = Scorer(config, [*material.new, *material.val, *material.old_val])
     order = np.random.default_rng([0x6F7264, settings.seed]).permutation(len(material.new))
     shuffled = [material.new[i] for i in order]
     params = jax.device_put(run.params, jax.devices()[0])
     peers = range(len(run.sessions)) if material.peers is None else material.peers
     params, start = _started(run, peers, params, shuffled, scorer, settings, progress)
-    mixture = _mixture(material, shuffled, settings, moving.shared)
-    tuner = Tuner(config, moving, Rates(settings.day_rate, settings.shared_rate), settings.seed)
+    replay, rates = settings.replay_of(moving), settings.rates_of(moving)
+    mixture = _mixture(material, shuffled, replay if moving.shared else 0.0)
+    tuner = Tuner(config, moving, rates, settings.seed)
     shape = _shape(material, settings, mixture)
 
     def old_rates(params: Params) -> dict[int, ErrorRate]:
@@ -211,12 +236,13 @@ def calibrate(
     names = run.sessions
     report = {
         "session": session,
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings) | {"replay": replay, "shared_rate": rates.shared},
         "start": start,
         "moved": {
             name: "the new day" if row is not None else "all days"
             for name, row in moving.rows.items()
-        },
+        }
+        | {name: f"all days, by a change of rank {rank}" for name, rank in moving.ranks.items()},
         "replayed_days": len(mixture.days),
         "sentences": {"new": len(material.new), "val": len(material.val),
                       "old_val": len(material.old_val)},
@@ -284,21 +310,19 @@ def _started(
     return with_day(params, paths, [nearest]), found
 
 
-def _mixture(
-    material: Material, shuffled: list[Spoken], settings: Settings, shared: bool
-) -> Mixture:
-    """Return what batches are drawn of. Old days are replayed where they could be forgotten."""
+def _mixture(material: Material, shuffled: list[Spoken], replay: float) -> Mixture:
+    """Return what batches are drawn of. `replay`: share of old days' trials."""
     longest = _longest(material)
 
     def read(reader: Reader, ref: TrialRef, day: int) -> Spoken:
         return spoken(reader, [ref], day)[0]
 
     days = []
-    if shared and settings.replay > 0:
+    if replay > 0:
         for day, (reader, refs) in enumerate(material.old):
             fits = [ref for ref in refs if ref.bins <= longest and ref.label_length]
             days.append([functools.partial(read, reader, ref, day) for ref in fits])
-    return Mixture(shuffled, [day for day in days if day], settings.replay)
+    return Mixture(shuffled, [day for day in days if day], replay)
 
 
 def _longest(material: Material) -> int:

@@ -66,22 +66,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--adapt",
         choices=ADAPTS,
-        help="what moves: the day's own layer; the patch embedding too; everything (default: day, "
-        "for a model without day layers patch)",
+        help="what moves: the day's own layer; the patch embedding too; or every matrix by a "
+        "change of low rank; everything (default: day, for a model without day layers patch)",
+    )
+    option(
+        "--rank",
+        type=int,
+        default=_DEFAULTS.rank,
+        help=f"of the changes of matrices, with --adapt adapters (default {_DEFAULTS.rank})",
     )
     option(
         "--replay",
         type=float,
-        default=_DEFAULTS.replay,
-        help="share of old days' trials in a batch, where something moves that they use "
-        f"(default {_DEFAULTS.replay:g})",
+        help="share of old days' trials in a batch, where something moves that they use (default "
+        "0.4, for a model without day layers 0.6)",
     )
     option("--steps", type=int, default=_DEFAULTS.steps, help=f"(default {_DEFAULTS.steps})")
     option("--rows", type=int, default=_DEFAULTS.rows, help="trials of a step (default 16)")
-    for name, of in (("day_rate", "the day's layer"), ("shared_rate", "what all days share")):
-        value = getattr(_DEFAULTS, name)
-        text = f"first learning rate of {of} (default {value:g})"
-        option(f"--{name.replace('_', '-')}", type=float, default=value, help=text)
+    for name, of, value in (
+        ("day", "the day's layer", f"{_DEFAULTS.day_rate:g}"),
+        ("shared", "what all days share", "0.0001, of a patch embedding that moves alone 0.001"),
+        ("adapter", "the factors of a change of low rank", f"{_DEFAULTS.adapter_rate:g}"),
+    ):
+        default = getattr(_DEFAULTS, f"{name}_rate")
+        text = f"first learning rate of {of} (default {value})"
+        option(f"--{name}-rate", type=float, default=default, help=text)
     option("--seed", type=int, default=_DEFAULTS.seed, help="of everything random (default 0)")
     option("--sentences", type=int, metavar="N", help="use the first N alone (default: all)")
     option(
@@ -105,6 +114,10 @@ def run(args: argparse.Namespace) -> int:
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     )
     settings.check()
+    if args.adapt != "adapters" and args.rank != _DEFAULTS.rank:
+        raise ConfigError(
+            f"--rank is {args.rank}, and no matrix changes so; needed --adapt adapters"
+        )
     _check_free(args.out)
     trained = load_run(args.workdir, args.overrides, args.weights)
     old_folders = folders(trained.config.data.root)
@@ -255,13 +268,13 @@ def _have_old(trained: Run) -> bool:
     return all(one.is_dir() for one in folders(trained.config.data.root))
 
 
-def _say_replay(trained: Run, shared: bool, replay: float, console: Console) -> None:
+def _say_replay(trained: Run, shared: bool, replay: float | None, console: Console) -> None:
     if not _have_old(trained):
         console.print(
             f"the old days' folder {trained.config.data.root} is not here: they are neither "
             "replayed nor scored. --config.data.root=DIR names another place"
         )
-    elif not shared and replay > 0:
+    elif not shared and replay != 0:
         console.print("the new day's layer moves alone: old days stay as they are, no replay")
 
 

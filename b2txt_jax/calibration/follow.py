@@ -87,7 +87,7 @@ class Follower:
         Raises:
           ConfigError: a setting is out of range, or the model has no such part.
         """
-        if settings.adapt == "all":
+        if settings.adapt in ("adapters", "all"):
             raise ConfigError("self-calibration moves the day's layer or the patch embedding")
         config = run.config
         self._settings, self._day = settings, day

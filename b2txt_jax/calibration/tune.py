@@ -30,10 +30,13 @@ class Rates:
     """Of the day's own layer."""
     shared: float
     """Of what all days share."""
+    adapter: float = 0.0
+    """Of the factors of a change of low rank."""
 
     def of(self, moving: Moving) -> Mapping[str, float]:
-        """Return the rate of each parameter that moves."""
-        return {name: self.shared if row is None else self.day for name, row in moving.rows.items()}
+        """Return the rate of each value that moves."""
+        rows = {name: self.shared if row is None else self.day for name, row in moving.rows.items()}
+        return rows | dict.fromkeys(moving.factors, self.adapter)
 
 
 def cosine(step: int, steps: int) -> float:

@@ -15,6 +15,7 @@ docs/simulator.md compares the figures.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -158,16 +159,20 @@ def days(
             course = Day(course.mixing, course.rate, alive, course.noise, 1.0)
         before = date
         rng = rng_of("day", index)
-        today = _changed(course, drift * _DAY_ALONE, rng)
-        mixing = _rotated(today.mixing, drift * _ROTATION, rng)
-        gain = np.exp(drift * _GAIN * rng.standard_normal(FEATURES)).astype(np.float32)
-        offset = np.exp(drift * _GAIN * rng.standard_normal(_CHANNELS)).astype(np.float32)
+        today = _apart(course, drift, rng)
         quality = float(np.exp(_QUALITY_SPREAD * rng.standard_normal()))
         if index >= LATE:
             quality *= _LATE_QUALITY
-        rate = np.clip(today.rate * offset, 0.02, 1.5)
-        found.append(Day(mixing * gain, rate, today.alive, today.noise, quality))
+        found.append(dataclasses.replace(today, quality=quality))
     return found
+
+
+def next_day(day: Day, drift: float, rng: np.random.Generator) -> Day:
+    """Return the electrodes after `drift` times the change to a day soon after, at equal quality.
+
+    With one seed, growing values of `drift` lie on a path without jumps.
+    """
+    return _apart(_changed(day, drift * _RENEWED, rng), drift, rng)
 
 
 def attempt(
@@ -288,6 +293,16 @@ def _tuning(rng: np.random.Generator) -> np.ndarray:
         weights[~articulatory] *= np.repeat(_ARRAY_ACTIVITY, ELECTRODES)
         views.append(weights)
     return np.concatenate(views) * (rng.random(_CHANNELS) < _TUNED_SHARE)
+
+
+def _apart(course: Day, drift: float, rng: np.random.Generator) -> Day:
+    """Return a day that differs a little from the course of all days."""
+    today = _changed(course, drift * _DAY_ALONE, rng)
+    mixing = _rotated(today.mixing, drift * _ROTATION, rng)
+    gain = np.exp(drift * _GAIN * rng.standard_normal(FEATURES)).astype(np.float32)
+    offset = np.exp(drift * _GAIN * rng.standard_normal(_CHANNELS)).astype(np.float32)
+    rate = np.clip(today.rate * offset, 0.02, 1.5)
+    return dataclasses.replace(today, mixing=mixing * gain, rate=rate)
 
 
 def _changed(day: Day, amount: float, rng: np.random.Generator) -> Day:

@@ -15,15 +15,15 @@ from b2txt_jax.calibration.moving import moving_of, named
 from b2txt_jax.calibration.trials import Mixture, Spoken, batch_of, shape_for
 from b2txt_jax.calibration.tune import Rates, Tuner
 from b2txt_jax.cli import main
-from b2txt_jax.config import load_config
 from b2txt_jax.data.hdf5 import Hdf5Reader
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.inference.run import Run, load_run
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run as Converted
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.ctc import ctc_loss
 from b2txt_jax.training.step import init_state
+from tests.calibration.small import small_transformer, transformer_config
 from tests.conftest import FEATURES
 
 FEW = ["--steps=2", "--rows=4"]
@@ -100,33 +100,69 @@ def test_the_layer_starts_from_the_old_day_with_the_lowest_loss(workdir, written
     )
 
 
-def transformer(days):
-    """A Transformer without day layers, with fresh parameters."""
-    config = load_config("transformer_demo")
-    small = {"width": 16, "layers": 1, "heads": 2, "head_width": 8, "feedforward": 16}
-    data = dataclasses.replace(config.data, sessions=tuple(days), feature_count=FEATURES)
-    model = dataclasses.replace(config.model, **small)
-    config = dataclasses.replace(config, data=data, model=model)
-    return Run(config, init_state(config, len(days)).params, 0)
-
-
 @pytest.mark.slow
-def test_without_day_layers_the_patch_embedding_moves_and_old_days_are_replayed(narrow, days):
+@pytest.mark.parametrize("adapt", [None, "adapters"])
+def test_without_day_layers_a_part_that_days_share_moves_and_old_days_are_replayed(
+    narrow, days, adapt
+):
     reader = open_folder(narrow, FEATURES)
-    run = transformer(days[:3])
+    run = small_transformer(days[:3], FEATURES)
     old = [(reader, reader.trials([day], "train")) for day in days[:3]]
     new = spoken(reader, reader.trials([days[3]], "train")[:3], 3)
     material = Material(new, [], old)
-    settings = Settings(steps=1, rows=5, start="last")
+    settings = Settings(adapt=adapt, rank=2, steps=1, rows=5, start="last")
     one, again = (calibrate(run, days[3], material, settings) for _ in range(2))
+    before = named(run.params)
     moved = {
-        name for name, value in named(one.params).items()
-        if not np.array_equal(value, named(run.params)[name])
-    }  # fmt: skip
-    assert moved
-    assert all(name.startswith("embed/") for name in moved)
+        name: np.asarray(value) - np.asarray(before[name])
+        for name, value in named(one.params).items()
+        if not np.array_equal(value, before[name])
+    }
+    if adapt is None:
+        assert moved
+        assert all(name.startswith("embed/") for name in moved)
+    else:
+        assert set(moved) == {name for name, value in before.items() if value.ndim == 2}
+        for change in moved.values():
+            assert np.linalg.matrix_rank(change, tol=1e-3 * np.linalg.norm(change)) <= 2
     assert one.report["replayed_days"] == 3
     jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
+
+
+def test_a_change_of_low_rank_begins_as_none_and_is_added_to_every_shared_matrix(workdir):
+    run = load_run(workdir)
+    moving = moving_of(run.config, 2, "adapters", rank=2)
+    before, moved = named(run.params), moving.taken(run.params)
+    started = named(moving.placed(run.params, moved))
+    for name, value in before.items():
+        np.testing.assert_array_equal(started[name], value)
+    rng = np.random.default_rng(0)
+    factors = {
+        name: rng.normal(size=value.shape).astype(np.float32)
+        for name, value in moved.items()
+        if name.endswith((":left", ":right"))
+    }
+    after = named(moving.placed(run.params, {**moved, **factors}))
+    matrices = {name for name, value in before.items() if value.ndim == 2} - {"day/bias"}
+    assert {name for name in after if not np.array_equal(after[name], before[name])} == matrices
+    for name in matrices:
+        change = factors[f"{name}:left"] @ factors[f"{name}:right"]
+        assert np.linalg.matrix_rank(change) == 2
+        np.testing.assert_allclose(after[name], before[name] + change, atol=1e-5)
+
+
+def test_the_rates_and_the_replay_fit_what_moves(workdir, days):
+    gru, transformer = load_run(workdir).config, transformer_config(days, FEATURES)
+    for config, adapt, replay, rate in (
+        (gru, None, 0.4, 0.0001),
+        (gru, "patch", 0.4, 0.0001),
+        (transformer, None, 0.6, 0.001),
+        (transformer, "all", 0.6, 0.0001),
+    ):
+        moving, settings = moving_of(config, 0, adapt), Settings(adapt=adapt)
+        assert (settings.replay_of(moving), settings.rates_of(moving).shared) == (replay, rate)
+        given = Settings(adapt=adapt, replay=0.1, shared_rate=0.5)
+        assert (given.replay_of(moving), given.rates_of(moving).shared) == (0.1, 0.5)
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_has_the_share_of_old_trials():
@@ -197,6 +233,8 @@ def test_what_cannot_be_calibrated_is_named_and_leaves_no_folder(attempt, narrow
         assert (status, needed in said) == (2, True), said
     status, said = attempt(days[3], narrow, "--replay=1")
     assert (status, "needed 0 to below 1" in said) == (2, True)
+    status, said = attempt(days[3], narrow, "--rank=2")
+    assert (status, "needed --adapt adapters" in said) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

@@ -21,6 +21,7 @@ from b2txt_jax.live.outputs.log import SentenceLog
 from b2txt_jax.phonemes import sentence_to_ids
 from b2txt_jax.training.step import init_state
 from lm_server.hypothesis import Answer, Hypothesis
+from tests.calibration.small import small_transformer
 
 DAYS = ("t15.2023.08.11", "t15.2023.08.13")
 TEXT = "the cat"
@@ -95,9 +96,10 @@ def test_a_sentence_too_short_for_its_text_changes_nothing(run):
     assert (done.kept, done.why) == (False, "too short for its text")
 
 
-def test_everything_does_not_follow(run):
+@pytest.mark.parametrize("adapt", ["all", "adapters"])
+def test_everything_does_not_follow(run, adapt):
     with pytest.raises(ConfigError, match="moves the day's layer or the patch embedding"):
-        Follower(run, 1, FollowSettings(adapt="all"))
+        Follower(run, 1, FollowSettings(adapt=adapt))
 
 
 def following(run, folder, background=False, **more):
@@ -110,6 +112,41 @@ def following(run, folder, background=False, **more):
 def weight(model):
     model.begin()
     return np.asarray(model.params["day"]["weight"][1])
+
+
+@pytest.mark.slow
+def test_the_patch_embedding_of_a_model_without_day_layers_follows_live(tmp_path):
+    run = small_transformer(DAYS, 16)
+    model, kept = LiveModel(run), Kept(tmp_path / "day", run)
+    strong = dataclasses.replace(STRONG, shared_rate=0.01)
+    follower = Follower(run, 1, strong)
+    output = Following(model, follower, kept, 0.9, background=False)
+    x = features(0)
+    model.warm_up()
+    programs = model.programs
+
+    def streamed():
+        model.begin()
+        return np.concatenate([model.push(x), model.finish()])
+
+    trained = streamed()
+    np.testing.assert_allclose(trained, run.logits(x, DAYS[1]), atol=1e-5)
+    output.show(final("a", 1, 0.95))
+    (line,) = lines(tmp_path / "day")
+    assert (line["kept"], line["loss_after"] < line["loss_before"]) == (True, True)
+    assert {name.split("/")[0] for name in follower.moved} == {"embed"}
+    followed = streamed()
+    assert np.abs(followed - trained).max() > 1e-3
+    whole = dataclasses.replace(run, params=jax.tree.map(np.asarray, follower.params))
+    np.testing.assert_allclose(followed, whole.logits(x, DAYS[1]), atol=1e-5)
+    assert model.programs == programs
+    kept.undo(1)
+    output.close()
+    fresh = LiveModel(run)
+    again = Following(fresh, Follower(run, 1, strong), kept, 0.9, background=False)
+    again.close()
+    fresh.begin()
+    np.testing.assert_array_equal(np.concatenate([fresh.push(x), fresh.finish()]), trained)
 
 
 def lines(folder):

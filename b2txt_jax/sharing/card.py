@@ -91,9 +91,11 @@ def _figures(results: Sequence[Result]) -> str:
         "| Decoder | Trials | PER | WER | n-best oracle | WER without LM |",
         "|---|---|---|---|---|---|",
     ]
+    few = False
     for result in results:
         every = groups(result.trials)["all"][0]
         per, wer = every.per_interval, every.wer_interval
+        few = few or any(one is not None and one.unit == "trials" for one in (per, wer))
         cells = [
             result.name,
             str(len(result.trials)),
@@ -105,7 +107,13 @@ def _figures(results: Sequence[Result]) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     split = results[-1].content.get("split")
     return "\n".join(rows) + (
-        f"\n\nOn the {split} split, with 95 % intervals of a bootstrap over recording days."
+        f"\n\nOn the {split} split, with 95 % intervals of a bootstrap over "
+        + (
+            "single trials, since there are too few recording days: they lack the differences "
+            "between days."
+            if few
+            else "recording days."
+        )
     )
 
 

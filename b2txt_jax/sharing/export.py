@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
     statement = args.data_statement or _simulated(trained)
     if statement is None:
         raise ExportError(
-            f"{trained.config.data.root} is not a folder of simulated sessions; needed "
-            "--data-statement: whose recordings they are, with which consent, and under which "
-            "terms a model trained on them may be shared"
+            f"{trained.config.data.root} is not a folder of simulated sessions, or the run started "
+            "from another's weights; needed --data-statement: whose recordings they are, with "
+            "which consent, and under which terms a model trained on them may be shared"
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as building:
@@ -142,9 +142,10 @@ def _write(path: Path, content: object) -> None:
 
 
 def _simulated(run: Run) -> str | None:
-    """Return the statement of simulated data. None: they are recordings."""
+    """Return the statement of simulated data. None: they are recordings, or the weights that the
+    run started from may be of some."""
     path = Path(run.config.data.root).parent / SETTINGS_FILE
-    if not path.is_file():
+    if run.config.train.warm_start or not path.is_file():
         return None
     return (
         "It was trained on simulated sessions of `b2txt simulate`, not on recordings of a person. "

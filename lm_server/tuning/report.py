@@ -126,6 +126,11 @@ def as_text(result: Result) -> str:
                 else "leave --fuse out"
             )
         )
+    if result.settings.minimum_bayes_risk:
+        lines.append(
+            "note: these rates are of the likeliest hypotheses, and minimum_bayes_risk is 1: "
+            "`lm-server score` with these settings counts the errors of what it answers"
+        )
     if result.kept is not None:
         lines.append(
             "note: these are the settings that were in use, with a new temperature. Others are "

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from spoken import logits_of
 
-from b2txt_jax.config import load_config
+from b2txt_jax.config import CONFIG_FILE, load_config, write_config
 from b2txt_jax.data.trial import TrialRef
 from b2txt_jax.evaluation.report.calibration import phoneme_pairs, reliability, word_pairs
 from b2txt_jax.evaluation.report.confusions import confusions
-from b2txt_jax.evaluation.report.inputs import ReportRun, distinguished, groups
+from b2txt_jax.evaluation.report.inputs import ReportRun, distinguished, groups, report_run
 from b2txt_jax.evaluation.report.page import (
     chosen_trials,
     marked_sentences,
@@ -237,6 +237,24 @@ def test_a_run_that_has_only_begun_has_a_page_that_names_what_is_missing(make_ru
     shown = Page(text).text
     for part in ("Missing here", "no words", "not measured", "No trial was scored"):
         assert part in shown
+
+
+def test_a_result_of_another_split_is_left_out_and_each_has_its_own_per(
+    make_run, make_result, tmp_path: Path
+) -> None:
+    one = read_result(
+        make_result("run/train/lm", {"t15.2023.08.13/trial_0000": ("no", [("no", -1.0)])}, "train")
+    )
+    write_config(load_config("demo"), tmp_path / "run" / CONFIG_FILE)
+    found = report_run(tmp_path / "run", [one], logits=False)
+    assert found.results == []
+    assert any("not of val" in note for note in found.notes)
+    first = make_run().results[0]
+    content = {**first.content, "per": {**first.content["per"], "all": {"errors": 1, "length": 2}}}
+    results = [dataclasses.replace(first, content=content), first]
+    head = Page(report_html([make_run(results=results)], MADE)[0]).text.partition("Learning")[0]
+    assert "50.0 %" in head
+    assert "of trials" in head  # two days are too few to draw from
 
 
 def test_differing_words_are_marked_in_both_sentences() -> None:

@@ -104,8 +104,13 @@ def _format(args: argparse.Namespace) -> Format:
     """Return the chosen format with its settings.
 
     Raises:
-      DataError: an option belongs to another format, and would not be used.
+      DataError: an option belongs to another format, and would not be used, or is out of range.
     """
+    if args.val_blocks < 0 or (args.val_blocks != 1 and args.format in (T12.name, T12Pickle.name)):
+        raise DataError(
+            f"--val-blocks is {args.val_blocks} for {args.format}; needed 0 or more, and none for "
+            "a format that has splits"
+        )
     nwb = NwbSettings(tuple(args.series), args.text, args.block, args.as_is, args.val_blocks)
     kinds: tuple[Format, ...] = (
         T12(args.log),

@@ -106,6 +106,11 @@ def report_run(
     if not logits and not outputs:
         notes.append("no pictures, confusions and confidences of phonemes: --no-logits")
     found = results_of(workdir) if results is None else list(results)
+    # Trials of two splits may have the same name.
+    elsewhere = [one.folder for one in found if one.content.get("split", "val") != "val"]
+    if elsewhere:
+        notes.append(f"left out, since they are not of val: {', '.join(map(str, elsewhere))}")
+        found = [one for one in found if one.folder not in elsewhere]
     if trained is not None:
         others = [one.folder for one in found if one.parameters != trained.fingerprint]
         if others:

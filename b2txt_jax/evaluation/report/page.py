@@ -145,12 +145,20 @@ def _result_row(run: ReportRun, result: Result | None) -> list[str]:
     step = str(run.facts.get("step", "no checkpoint"))
     if result is None:
         return [run.name, "none", step, shown, *["not measured"] * 3, str(len(run.trials))]
-    found = result.content.get("wer") or {}
-    ends = found.get("interval") or {}
-    wer = _percent(result.rate("wer"))
-    wer += f" ({100 * ends['low']:.1f} to {100 * ends['high']:.1f})" if ends else ""
+    # An older result has no PER of its own. One with augmented passes has another than the run.
+    shown = _of_result(result, "per") if result.content.get("per") else shown
     rates = (_percent(result.rate(kind)) for kind in ("wer_oracle", "wer_without_lm"))
-    return [run.name, result.name, step, shown, wer, *rates, str(len(result.trials))]
+    count = str(len(result.trials))
+    return [run.name, result.name, step, shown, _of_result(result, "wer"), *rates, count]
+
+
+def _of_result(result: Result, kind: str) -> str:
+    ends = (result.content.get(kind) or {}).get("interval")
+    shown = _percent(result.rate(kind))
+    if not ends:
+        return shown
+    of = "" if ends.get("unit", "days") == "days" else ", of trials"
+    return f"{shown} ({100 * ends['low']:.1f} to {100 * ends['high']:.1f}{of})"
 
 
 def _group_all(run: ReportRun) -> Group | None:

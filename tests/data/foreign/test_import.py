@@ -165,6 +165,14 @@ def test_an_import_goes_on_and_refuses_other_settings(
     assert "other settings" in capsys.readouterr().err
 
 
+def test_blocks_for_validation_are_refused_where_the_format_has_splits(
+    t12: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, blocks in (("t12", "2"), ("inner-speech", "-1")):
+        assert run(name, t12, tmp_path / "out", "--val-blocks", blocks) == 2
+        assert f"--val-blocks is {blocks} for {name}" in capsys.readouterr().err
+
+
 def test_a_session_of_files_that_have_changed_is_not_taken_for_the_one_that_was_written(
     t12: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

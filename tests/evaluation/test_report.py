@@ -252,7 +252,9 @@ def test_a_result_of_another_split_is_left_out_and_each_has_its_own_per(
     first = make_run().results[0]
     content = {**first.content, "per": {**first.content["per"], "all": {"errors": 1, "length": 2}}}
     results = [dataclasses.replace(first, content=content), first]
-    head = Page(report_html([make_run(results=results)], MADE)[0]).text.partition("Learning")[0]
+    head = Page(
+        report_html([make_run(results=results, outputs={}, trials=[])], MADE)[0]
+    ).text.partition("Learning")[0]
     assert "50.0 %" in head
     assert "of trials" in head  # two days are too few to draw from
 

@@ -196,9 +196,13 @@ def calibrate(
     scorer = Scorer(config, [*material.new, *material.val, *material.old_val])
     order = np.random.default_rng([0x6F7264, settings.seed]).permutation(len(material.new))
     shuffled = [material.new[i] for i in order]
-    params = jax.device_put(run.params, jax.devices()[0])
+    trained = jax.device_put(run.params, jax.devices()[0])
     peers = range(len(run.sessions)) if material.peers is None else material.peers
-    params, start = _started(run, peers, params, shuffled, scorer, settings, progress)
+
+    def started(new: Sequence[Spoken]) -> tuple[Params, dict[str, Any]]:
+        return _started(run, peers, trained, new, scorer, settings, progress)
+
+    params, start = started(shuffled)
     replay, rates = settings.replay_of(moving), settings.rates_of(moving)
     mixture = _mixture(material, shuffled, replay if moving.shared else 0.0)
     tuner = Tuner(config, moving, rates, settings.seed)
@@ -210,7 +214,9 @@ def calibrate(
     def val_rate(params: Params) -> float | None:
         return _rate(scorer.rates(params, material.val)) if material.val else None
 
-    def tuned(new: list[Spoken], what: str, look: bool) -> tuple[Params, list[dict[str, Any]]]:
+    def tuned(
+        params: Params, new: list[Spoken], what: str, look: bool
+    ) -> tuple[Params, list[dict[str, Any]]]:
         drawn = dataclasses.replace(mixture, new=new)
         (moved, moments), seen = tuner.begin(moving.taken(params)), []
         for step in range(settings.steps):
@@ -224,11 +230,13 @@ def calibrate(
                 seen.append({"step": done, "loss": loss, "per": per})
         return moving.placed(params, moved), seen
 
-    before, old_before = val_rate(params), old_rates(params)
-    after_params, during = tuned(shuffled, "calibrating", True)
+    # Before the first sentence nobody knows which day is the nearest.
+    before, old_before = val_rate(started([])[0]), old_rates(params)
+    after_params, during = tuned(params, shuffled, "calibrating", True)
     curve = [{"sentences": 0, "per": before}]
     for count in sorted({n for n in counts if 0 < n < len(shuffled)}):
-        some, _ = tuned(shuffled[:count], f"with {count} sentences", False)
+        few = shuffled[:count]
+        some, _ = tuned(started(few)[0], few, f"with {count} sentences", False)
         curve.append({"sentences": count, "per": val_rate(some)})
     after = val_rate(after_params)
     curve.append({"sentences": len(shuffled), "per": after})
@@ -286,7 +294,10 @@ def _started(
     settings: Settings,
     progress: Callable[[str, int, int], None],
 ) -> tuple[Params, dict[str, Any]]:
-    """Return the parameters with the new day, and where its layer starts: at those of `peers`."""
+    """Return the parameters with the new day, and where its layer starts: at those of `peers`.
+
+    Without a sentence of the new day, `nearest` is the last day.
+    """
     if settings.start not in STARTS:
         raise ConfigError(f"--start is {settings.start!r}; needed one of {', '.join(STARTS)}")
     paths, names = day_paths(run.config), run.sessions
@@ -295,7 +306,7 @@ def _started(
     if settings.start == "mean":
         return with_day(params, paths, peers), {"kind": "mean"}
     with_last = with_day(params, paths, peers[-1:])
-    if settings.start == "last" or len(peers) == 1:
+    if settings.start == "last" or len(peers) == 1 or not shuffled:
         return with_last, {"kind": "last", "day": names[peers[-1]]}
     losses = []
     for done, day in enumerate(peers, start=1):

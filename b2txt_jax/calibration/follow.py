@@ -114,12 +114,12 @@ class Follower:
         """Norm of the change against the trained values, as a share of their norm."""
         return self._change(self.moved)
 
-    def update(self, features: np.ndarray, labels: np.ndarray) -> Update:
+    def update(self, features: np.ndarray, labels: np.ndarray, name: str = "") -> Update:
         """Take the steps of one sentence: normalised features [T, D], labels [L].
 
-        D may be the day's own number of features.
+        D may be the day's own number of features. `name`: by which `forget` finds the sentence.
         """
-        one = Spoken(self._day, with_zeros(features, self._features), labels)
+        one = Spoken(self._day, with_zeros(features, self._features), labels, name)
         earlier = list(self._earlier)
         self._earlier.append(one)
         self._updates += 1
@@ -149,10 +149,12 @@ class Follower:
             self.moved = moved
         return Update(kept, why, before, after, earlier_before, earlier_after, self.change)
 
-    def forget_last(self) -> None:
-        """Forget the last sentence, whose text was wrong. The values in use stay."""
-        if self._earlier:
-            self._earlier.pop()
+    def forget(self, name: str) -> None:
+        """Forget a sentence whose text was wrong, so that it is not replayed. The values in use
+        stay."""
+        kept = [one for one in self._earlier if one.name != name]
+        self._earlier.clear()
+        self._earlier.extend(kept)
 
     def _steps(self, one: Spoken, earlier: Sequence[Spoken]) -> Moved:
         settings = self._settings

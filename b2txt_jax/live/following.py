@@ -121,10 +121,12 @@ class Following:
     def _update(self, job: _Job) -> None:
         id_, confidence = job.final.id, job.final.answer.confidence
         entry = {"id": id_, "text": job.text, "source": job.source, "confidence": confidence}
+        if job.source == "corrected":
+            # Also where its update was taken back, or others came after it.
+            self._follower.forget(id_)
         if job.source == "corrected" and self._last_kept == id_:
             # What its wrong text did is taken back first.
             self._follower.moved = self._before
-            self._follower.forget_last()
             self._kept.undo(1)
             self.kept -= 1
             self._model.renew(jax.block_until_ready(self._follower.params))
@@ -138,7 +140,7 @@ class Following:
             return
         self.seen += 1
         before = self._follower.moved
-        done = self._follower.update(np.asarray(job.final.features), labels)
+        done = self._follower.update(np.asarray(job.final.features), labels, id_)
         self._last_kept = id_ if done.kept else ""
         if done.kept:
             self._before = before

@@ -20,6 +20,7 @@ from b2txt_jax.data.reader import open_folder
 from b2txt_jax.inference.run import load_run
 from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run as Converted
+from b2txt_jax.metrics import error_rate, greedy_decode, total
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.ctc import ctc_loss
 from b2txt_jax.training.step import init_state
@@ -98,6 +99,22 @@ def test_the_layer_starts_from_the_old_day_with_the_lowest_loss(workdir, written
     assert report["start"]["losses"][report["start"]["day"]] == min(
         report["start"]["losses"].values()
     )
+
+
+def test_before_the_first_sentence_the_day_is_decoded_with_the_layer_of_the_last(
+    workdir, written, narrow, days
+):
+    run, reader = load_run(workdir), open_folder(narrow, FEATURES)
+    trials = spoken(reader, reader.trials([days[3]], "val"), 3)
+    logits = run.logits([one.features for one in trials], days[2])
+    decoded = [[int(label) for label in greedy_decode(one)] for one in logits]
+    rates = [
+        error_rate(one.labels.tolist(), found) for one, found in zip(trials, decoded, strict=True)
+    ]
+    report = json.loads((written / "calibration.json").read_text())
+    assert report["start"]["day"] != days[2]  # which the sentences chose
+    assert report["per"]["before"] == pytest.approx(total(rates).rate)
+    assert report["curve"][0] == {"sentences": 0, "per": report["per"]["before"]}
 
 
 @pytest.mark.slow

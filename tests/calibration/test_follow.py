@@ -90,6 +90,15 @@ def test_steps_that_raise_the_loss_of_this_or_earlier_sentences_are_taken_back(r
     assert "the loss of the sentences before rose" in reasons
 
 
+def test_a_corrected_sentence_is_not_replayed_though_another_came_after_it(run):
+    follower = Follower(run, 1, STRONG)
+    follower.update(features(0), LABELS[::-1], "wrong")
+    follower.update(features(1), LABELS, "right")
+    follower.forget("wrong")
+    done = follower.update(features(1), LABELS, "right again")
+    assert done.earlier_before == done.loss_before  # of the one sentence that is left
+
+
 def test_a_sentence_too_short_for_its_text_changes_nothing(run):
     follower = Follower(run, 1, STRONG)
     done = follower.update(features(0, bins=20), LABELS)

@@ -73,6 +73,7 @@ def test_the_change_against_the_trained_values_stays_within_the_bound(run):
     assert 0 < follower.change <= 0.001 * 1.001
 
 
+@pytest.mark.slow
 def test_steps_that_raise_the_loss_of_this_or_earlier_sentences_are_taken_back(run):
     uphill = Follower(run, 1, dataclasses.replace(STRONG, day_rate=-0.01))
     done = uphill.update(features(0), LABELS)

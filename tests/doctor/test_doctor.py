@@ -435,6 +435,7 @@ def test_data_alone_is_listed(capsys, simulated):
     assert "4 sessions, 32 training trials" in findings["data"]["found"]
 
 
+@pytest.mark.slow
 def test_a_folder_without_sessions_and_a_wrong_key_are_problems(capsys, tmp_path):
     status, findings, _ = diagnose(capsys, "--data", str(tmp_path))
     assert (status, findings["data"]["status"]) == (1, "problem")

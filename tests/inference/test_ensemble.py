@@ -101,6 +101,7 @@ def test_runs_that_do_not_fit_are_refused(runs: list[Run]) -> None:
         ensemble_logits([first, other], "val")
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_lm_server_reads(runs: list[Run], tmp_path: Path, capsys) -> None:
     for name, run in zip("ab", [augmented(one, white_noise_std=0.5) for one in runs], strict=True):
         state = init_state(run.config, len(run.sessions))

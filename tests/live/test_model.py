@@ -18,7 +18,9 @@ SMALL = {
 DAYS = ("t15.2023.08.11", "t15.2023.08.13")
 
 
-@pytest.fixture(scope="module", params=[*SMALL])
+@pytest.fixture(
+    scope="module", params=["demo", pytest.param("transformer_demo", marks=pytest.mark.slow)]
+)
 def run(request):
     """A run with random parameters."""
     config = load_config(request.param)

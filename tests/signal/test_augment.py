@@ -116,7 +116,10 @@ def masked_patches(bins, length, spans, fraction, patch, rows):
     return masked.all(-1)
 
 
-@pytest.mark.parametrize(("bins", "fraction"), [(40, 0.3), (43, 0.25), (8, 0.5), (0, 0.9)])
+@pytest.mark.parametrize(
+    ("bins", "fraction"),
+    [pytest.param(40, 0.3, marks=pytest.mark.slow), (43, 0.25), (8, 0.5), (0, 0.9)],
+)
 def test_a_span_has_a_uniform_length_and_a_uniform_start_where_it_fits(bins, fraction):
     patches = -(-bins // 4)
     longest = int(Fraction(str(fraction)) * patches)

@@ -101,6 +101,7 @@ def test_the_longest_sentence_spoken_slowly_still_fits() -> None:
         assert activity[-5:].max() < 0.3
 
 
+@pytest.mark.slow
 def test_a_trial_is_a_function_of_seed_session_block_and_place(
     folder: Path, tmp_path: Path
 ) -> None:

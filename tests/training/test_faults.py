@@ -158,6 +158,7 @@ def test_preemption_saves_says_so_exits_0_and_goes_on_bit_identical(
     assert losses(tmp_path) == uninterrupted(stopped + 3, devices, processes)
 
 
+@pytest.mark.slow
 def test_told_to_end_after_its_second_step_a_run_is_saved_and_goes_on_bit_identical(
     tiny_overrides, uninterrupted, tmp_path, monkeypatch
 ):

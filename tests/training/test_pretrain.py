@@ -76,6 +76,7 @@ def batch_of(bins: list[int]) -> Batch:
     return Batch(features, np.array(bins, np.int32), days, none, none[:, 0])
 
 
+@pytest.mark.slow
 def test_the_target_is_the_mean_of_the_bins_after_those_that_a_frame_is_of(config: Config) -> None:
     batch, bias = batch_of([60, 37]), np.arange(WIDTH, dtype=np.float32)
     params = pretraining_state(config, 2).params

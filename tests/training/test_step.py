@@ -96,6 +96,7 @@ def test_the_first_step_has_rate_zero_and_changes_nothing(small):
         np.testing.assert_array_equal(before, now)
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_aligned_is_counted_and_does_not_train(small):
     config = without_noise(small)
     step = train_step_of(config)

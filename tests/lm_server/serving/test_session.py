@@ -253,6 +253,7 @@ def test_scores_stay_finite_at_the_ends_of_every_setting(session, end):
         assert np.isfinite([one.acoustic, one.ngram, one.total]).all()
 
 
+@pytest.mark.slow
 def test_one_entry_may_hold_a_whole_sentence_and_neither_more(session):
     # The longest sentence, 10,000 frames: in one entry, and not a frame beyond it.
     assert send(session, np.zeros((10_000, 41)))[0].stream == STREAMS.partial

@@ -375,6 +375,7 @@ def test_score_counts_what_decode_finds_and_the_nearest_of_each_list(
     assert "there is no logits file" in missing["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expected", [0.9, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_settings_that_are_expected_to_be_worse_than_those_in_use_are_not_chosen(
     model: SearchModel,

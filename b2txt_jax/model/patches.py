@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from b2txt_jax.model import toom_cook
 from b2txt_jax.model.interface import Bins
 from b2txt_jax.model.mesh import data_devices, devices_mesh
 from b2txt_jax.model.product import gradient_dtype, recurrent
@@ -47,18 +48,30 @@ def project_patches(
     x [B, T, D], weight [K, size * D] -> float32 [B, P, K].
 
     One strided convolution: the patches, 3.5 times the features at 14 bins every 4, never exist in
-    memory. Operands are cast to `dtype`, forward and backward. Sums are float32.
+    memory. Operands are cast to `dtype`, forward and backward. Sums are float32. Of many frames in
+    float32 a CPU computes it with half the multiplications.
     """
     count = (x.shape[1] - size) // stride + 1
     if x.shape[0] * count <= _MULTIPLIED_FRAMES:
         frames = patches(x, size, stride).reshape(-1, weight.shape[1])
         return recurrent(frames, weight, dtype).reshape(x.shape[0], count, -1)
-    return _convolve(
-        x.astype(dtype),
-        _kernel(x, weight, size, dtype),
-        ("NTC", "OTI", "NTC"),
-        window_strides=(stride,),
-    )
+
+    def convolved(x: jax.Array, weight: jax.Array) -> jax.Array:
+        kernel = _kernel(x, weight, size, dtype)
+        return _convolve(x.astype(dtype), kernel, ("NTC", "OTI", "NTC"), window_strides=(stride,))
+
+    if not _in_fewer_products(x, size, stride, dtype):
+        return convolved(x, weight)
+    fewer = functools.partial(toom_cook.project, size=size, stride=stride)
+    result: jax.Array = jax.lax.platform_dependent(x, weight, cpu=fewer, default=convolved)
+    return result
+
+
+def _in_fewer_products(x: jax.Array, size: int, stride: int, dtype: jnp.dtype) -> bool:
+    """Return whether a CPU saves multiplications with these features [B, T, D]."""
+    frames = x.shape[0] * ((x.shape[1] - size) // stride + 1)
+    float32 = x.dtype == dtype == jnp.float32
+    return float32 and toom_cook.pays(frames, size, stride)
 
 
 def _convolve(
@@ -88,6 +101,22 @@ def _backward(
     size: int, stride: int, dtype: jnp.dtype, saved: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weight, x_like = saved
+    convolved = functools.partial(_convolved_gradients, size=size, stride=stride, dtype=dtype)
+    if _in_fewer_products(x, size, stride, dtype):
+        fewer = functools.partial(toom_cook.gradients, size=size, stride=stride)
+        d_x, d_weight = jax.lax.platform_dependent(
+            x, weight, cotangent, cpu=fewer, default=convolved
+        )
+    else:
+        d_x, d_weight = convolved(x, weight, cotangent)
+    # Laid out once: else clipping and each moment of the optimizer would read it across the grain.
+    d_weight = jax.lax.optimization_barrier(d_weight)
+    return d_x.astype(x_like.dtype), d_weight.astype(jnp.float32)
+
+
+def _convolved_gradients(
+    x: jax.Array, weight: jax.Array, cotangent: jax.Array, size: int, stride: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     cotangent = cotangent.astype(dtype)
     unused = (x.shape[1] - size) % stride  # bins after the last patch
     # Each is again one convolution (Dumoulin and Visin 2016, section 4): over the frames for the
@@ -111,9 +140,7 @@ def _backward(
             padding=[(size - 1, size - 1 + unused)],
             lhs_dilation=(stride,),
         )
-    # Laid out once: else clipping and each moment of the optimizer would read it across the grain.
-    d_weight = jax.lax.optimization_barrier(d_weight.reshape(weight.shape))
-    return d_x.astype(x_like.dtype), d_weight.astype(jnp.float32)
+    return d_x, d_weight.reshape(weight.shape)
 
 
 def _overlapping(

@@ -11,6 +11,7 @@ from published import PublishedDecoder, differences, fill, frames_of, losses_of,
 
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
+from b2txt_jax.model import toom_cook
 from b2txt_jax.model.day_layer import day_layer
 from b2txt_jax.model.gru.scan import gru_recurrence
 from b2txt_jax.model.interface import make_model
@@ -139,6 +140,15 @@ def test_day_layers_of_mixed_days_equal_a_linear_layer_per_trial():
     assert not np.asarray(gradients[2])[3].any()
 
 
+def unfolded_in_float64(x, weight, size, stride, weights):
+    """Return PyTorch's patches, their projection, and the gradients of its sum with weights."""
+    x64, weight64 = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (x, weight))
+    frames = x64.unfold(1, size, stride).transpose(2, 3).flatten(2)
+    projected = frames @ weight64.T
+    (projected * torch.tensor(weights)).sum().backward()
+    return frames.detach(), projected.detach(), (x64.grad, weight64.grad)
+
+
 @pytest.mark.parametrize("rows", [2, 8], ids=["few rows", "rows enough for a convolution"])
 @pytest.mark.parametrize(
     ("bins", "size", "stride"), [(30, 14, 4), (14, 14, 4), (31, 4, 3), (9, 1, 1), (20, 5, 7)]
@@ -147,12 +157,9 @@ def test_patches_and_their_projection_equal_torch_unfold(bins, size, stride, row
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, bins, 5)).astype(np.float32)
     weight = rng.normal(size=(7, size * 5)).astype(np.float32)
-    x64, weight64 = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (x, weight))
-    unfolded = x64.unfold(1, size, stride).transpose(2, 3).flatten(2)
-    np.testing.assert_array_equal(patches(jnp.asarray(x), size, stride), unfolded.detach().float())
-    expected = unfolded @ weight64.T
-    weights = rng.normal(size=expected.shape).astype(np.float32)
-    (expected * torch.tensor(weights)).sum().backward()
+    weights = rng.normal(size=(rows, (bins - size) // stride + 1, 7)).astype(np.float32)
+    unfolded, expected, (of_x, of_weight) = unfolded_in_float64(x, weight, size, stride, weights)
+    np.testing.assert_array_equal(patches(jnp.asarray(x), size, stride), unfolded.float())
 
     @jax.jit
     def values_and_gradients(x, weight):
@@ -163,9 +170,47 @@ def test_patches_and_their_projection_equal_torch_unfold(bins, size, stride, row
 
     result, gradients = values_and_gradients(x, weight)
     assert result.shape[1] == frame_count(bins, size, stride)
-    np.testing.assert_allclose(result, expected.detach(), atol=2e-5)
-    np.testing.assert_allclose(gradients[0], x64.grad, atol=2e-5)
-    np.testing.assert_allclose(gradients[1], weight64.grad, atol=2e-5)
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+    np.testing.assert_allclose(gradients[0], of_x, atol=2e-5)
+    np.testing.assert_allclose(gradients[1], of_weight, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("bins", "size", "stride"), [(45, 14, 4), (70, 7, 4), (14, 14, 4), (33, 3, 1), (52, 17, 3)]
+)
+def test_fewer_products_project_patches_as_torch_unfold_does(bins, size, stride):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(3, bins, 5)).astype(np.float32)
+    weight = rng.normal(size=(7, size * 5)).astype(np.float32)
+    weights = rng.normal(size=(3, (bins - size) // stride + 1, 7)).astype(np.float32)
+    _, expected, (of_x, of_weight) = unfolded_in_float64(x, weight, size, stride, weights)
+    projected = jax.jit(toom_cook.project, static_argnums=(2, 3))(x, weight, size, stride)
+    np.testing.assert_allclose(projected, expected, atol=1e-4)
+    gradients = jax.jit(toom_cook.gradients, static_argnums=(3, 4))(
+        x, weight, weights, size, stride
+    )
+    np.testing.assert_allclose(gradients[0], of_x, atol=1e-4)
+    np.testing.assert_allclose(gradients[1], of_weight, atol=1e-4)
+
+
+def test_a_cpu_projects_many_frames_without_a_convolution_and_equals_torch():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(10, 430, 4)).astype(np.float32)
+    weight = rng.normal(size=(6, 14 * 4)).astype(np.float32)
+    weights = rng.normal(size=(10, 105, 6)).astype(np.float32)
+    _, expected, (of_x, of_weight) = unfolded_in_float64(x, weight, 14, 4, weights)
+
+    @jax.jit
+    def loss(x, weight):
+        projected = project_patches(x, weight, 14, 4, jnp.dtype("float32"))
+        return (projected * weights).sum(), projected
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    assert " convolution(" not in both.lower(x, weight).compile().as_text()
+    (_, projected), gradients = both(x, weight)
+    np.testing.assert_allclose(projected, expected, atol=1e-4)
+    np.testing.assert_allclose(gradients[0], of_x, atol=1e-4)
+    np.testing.assert_allclose(gradients[1], of_weight, atol=2e-4)
 
 
 def test_the_number_of_frames_is_the_published_one_for_every_length():

@@ -31,7 +31,8 @@ class Health:
     doubled: int = 0
     """Arrived twice, and left out."""
     jumps: int = 0
-    """Numbers that went on more than a second away: a pause or a restart of the source."""
+    """Numbers that went on more than a second away, or came again with other values: a pause or a
+    restart of the source."""
     wrong_width: int = 0
     """Of another number of channels, each replaced by the mean."""
     missing_values: int = 0
@@ -67,6 +68,8 @@ class Intake:
     _replaced: collections.deque[int] = field(
         default_factory=lambda: collections.deque(maxlen=4 * LONGEST_GAP)
     )
+    _taken: dict[int, np.ndarray] = field(default_factory=dict)
+    """The bins of the last second as they arrived, by number."""
     _last: np.ndarray | None = None
     _unchanged: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
 
@@ -74,7 +77,7 @@ class Intake:
         """Return the bins that are ready: raw with NaN where missing, and normalised, both float32
         [N, D]. N is 0 for one that is late or doubled, and more than 1 after a gap.
         """
-        missed = self._missed(bin_.sequence)
+        missed = self._missed(bin_)
         raw = np.full(((missed or 0) + 1, self.features), np.nan, np.float32)
         if missed is None:
             return raw[:0], raw[:0]
@@ -91,26 +94,45 @@ class Intake:
         normal, self.statistics = normalise(raw, self.statistics, self.signal)
         return raw, np.nan_to_num(normal, nan=0.0)
 
-    def _missed(self, number: int | None) -> int | None:
-        """Return how many bins are missing before this one. None: it is to be left out."""
+    def _missed(self, bin_: Bin) -> int | None:
+        """Return how many bins are missing before this one. None: it is to be left out.
+
+        A number of the last second is left out where its bin was replaced, or is doubled. Otherwise
+        it belongs to a new count: the source started anew.
+        """
+        number, expected, health = bin_.sequence, self._expected, self.health
         if number is None:
             return 0
-        expected, health = self._expected, self.health
-        if expected is not None and 0 < expected - number <= LONGEST_GAP:
+        missed = 0 if expected is None else number - expected
+        if -LONGEST_GAP <= missed < 0:
             if number in self._replaced:
                 self._replaced.remove(number)
+                self._taken[number] = bin_.features
                 health.late += 1
-            else:
+                return None
+            if self._is_doubled(number, bin_.features):
                 health.doubled += 1
-            return None
-        self._expected = number + 1
-        missed = 0 if expected is None else number - expected
+                return None
         if not 0 <= missed <= LONGEST_GAP:
             health.jumps += 1
             missed = 0
+            self._replaced.clear()
+            self._taken.clear()
         health.dropped += missed
         self._replaced.extend(range(number - missed, number))
+        self._expected = number + 1
+        self._taken[number] = bin_.features
+        for old in range(number - LONGEST_GAP - missed, number - LONGEST_GAP + 1):
+            self._taken.pop(old, None)
         return missed
+
+    def _is_doubled(self, number: int, features: np.ndarray) -> bool:
+        """Return whether a bin arrived before with the same values. One of another width says
+        nothing about values."""
+        before = self._taken.get(number)
+        if before is None:
+            return False
+        return before.shape != features.shape or np.array_equal(before, features, equal_nan=True)
 
     def _dead(self, values: np.ndarray) -> np.ndarray:
         """Return which channels do not record, bool [D]. One that is NaN is none of them."""

@@ -45,6 +45,26 @@ def test_a_pause_and_a_restart_of_the_source_insert_nothing(bins):
     assert health.problems == {"jumps": 2}
 
 
+@pytest.mark.parametrize("first", [0, 20])
+def test_a_source_that_starts_anew_within_a_second_loses_no_bin(bins, first):
+    numbers = [*range(first, first + 30), *range(60)]
+    arrived = np.concatenate([bins[: len(numbers) - 60], bins[100:160]])
+    intake = Intake(FEATURES, SIGNAL, cold(FEATURES))
+    parts = [
+        intake.take(Bin(row, number, 0.0))[1] for row, number in zip(arrived, numbers, strict=True)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), arrived)
+    assert intake.health.problems == {"jumps": 1}
+
+
+def test_bins_that_are_sent_again_as_they_were_are_left_out_whatever_is_missing_in_them(bins):
+    bins[3, :7] = np.nan
+    found, health = taken(bins, [0, 1, 2, 3, 0, 1, 2, 3, 6, 4, 4, 5, 7])
+    assert len(found) == 8
+    assert health.problems["doubled"] == 5
+    assert (health.dropped, health.late, health.jumps) == (2, 2, 0)
+
+
 def test_bins_without_numbers_are_all_taken(bins):
     intake = Intake(FEATURES, SIGNAL, cold(FEATURES))
     assert sum(len(intake.take(Bin(row, None, 0.0))[1]) for row in bins[:9]) == 9

@@ -62,7 +62,8 @@ class Lever:
 
 GRU, TRANSFORMER = "demo", "transformer_demo"
 _SHARED = "model.day_layer=False"
-_LONG = "model.patch_size=8", "signal.time_mask_patch=8"
+_MASKED = "signal.augment=('white_noise','constant_offset','time_mask')"
+_LONG = "model.patch_size=8", "signal.time_mask_patch=8", _MASKED
 LEVERS = {
     "gru": Lever(GRU, None, "GRU, one input layer for all days", (_SHARED,)),
     "gru_day": Lever(GRU, "gru", "GRU with day layers"),
@@ -77,7 +78,9 @@ LEVERS = {
         GRU, "gru", "CTC divided by label length", (_SHARED, "train.ctc_per_label=True")
     ),
     "transformer": Lever(TRANSFORMER, "gru", "Transformer, patches of 8 bins", _LONG),
-    "transformer_patch_4": Lever(TRANSFORMER, "transformer", "patches of 4 bins, as published"),
+    "transformer_patch_4": Lever(
+        TRANSFORMER, "transformer", "patches of 4 bins, as published", (_MASKED,)
+    ),
     "transformer_flops": Lever(
         TRANSFORMER, "gru", "Transformer, at the GRU's FLOPs", _LONG, flops_of="gru"
     ),

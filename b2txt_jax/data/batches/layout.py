@@ -25,7 +25,7 @@ of the sample. Each is one compilation."""
 MOST_SEGMENTS = 16
 """Trials in a row, at most."""
 _SAVES = 0.015
-"""Share of the work that another shape must save."""
+"""Share of the work that another shape must save, at least."""
 _SPARE = 1.1
 """Times the rows that the largest of a sample of batches needs, for the others."""
 _ROWS_OF_LENGTH = 2.0
@@ -192,6 +192,7 @@ def choose_shapes(
     labels: int,
     rules: Rules,
     others: int = 0,
+    saves: float = 0,
 ) -> tuple[Shape, ...]:
     """Return the shapes with which these batches cost least, cheapest first. The last holds all.
 
@@ -200,6 +201,7 @@ def choose_shapes(
       labels: of the longest label.
       rules: of layouts.
       others: bins of the longest trial, where there are other batches. 0: there are none.
+      saves: share of the work that another shape must save, 0.015 at least.
     """
     labels = -(-max(labels, 1) // MULTIPLE) * MULTIPLE
     longest = np.sort([max(bins) for bins, _ in batches])
@@ -233,7 +235,7 @@ def choose_shapes(
     chosen = [min(all_fit, key=lambda i: cost[i])]
     while len(chosen) < SHAPES:
         more = min(range(len(options)), key=lambda i: expected([*chosen, i]))
-        if expected([*chosen, more]) > (1 - _SAVES) * expected(chosen):
+        if expected([*chosen, more]) > (1 - max(saves, _SAVES)) * expected(chosen):
             break
         chosen.append(more)
     shapes = [options[i][0] for i in sorted(chosen, key=lambda i: cost[i])]

@@ -21,6 +21,10 @@ from b2txt_jax.data.batches.plan import epoch_plan, plan
 
 SAMPLE = 200
 """Steps, from the first, whose batches are looked at."""
+_SHORT_RUN = 1000
+"""Steps of a run up to which all batches are looked at, so that it needs no shape to spare."""
+_COMPILATION = 50
+"""Steps of a short run that take as long as the compilation of a further shape."""
 _PAYS = 0.9
 """Share of the work of one trial a row that packing must get by with, to be chosen."""
 
@@ -85,7 +89,7 @@ def choose(
     Raises:
       PlanError: the days cannot fill a batch.
     """
-    counts, seen = [len(day) for day in lengths], min(steps, SAMPLE)
+    counts, seen = [len(day) for day in lengths], steps if steps <= _SHORT_RUN else SAMPLE
     drawn = [drawn_trials(data, counts, seed, step) for step in range(seen)]
     of_batch = [[lengths[day][trial] for day, trial in rows] for rows in drawn]
     every = [length for day in lengths for length in day]
@@ -106,17 +110,20 @@ def choose(
         for batch, rows in zip(of_batch, drawn, strict=True)
     ]
     others = max(bins for bins, _ in every) if steps > seen else 0
-    shapes = choose_shapes(batches, max(labels for _, labels in every), rules, others)
+    longest_label = max(labels for _, labels in every)
+    shapes = choose_shapes(batches, longest_label, rules, others, _COMPILATION / steps)
     share = dict.fromkeys(shapes, 0.0)
     packed = Shapes(share, rules)
     for bins, days in batches:
         share[packed.lay_out(bins, days).shape] += 1 / seen
-    pays = _cost(packed, rules.groups) <= _PAYS * _cost(whole, rules.groups)
+    pays = _cost(packed, rules.groups, steps) <= _PAYS * _cost(whole, rules.groups, steps)
     return packed if pays or data.packing == "on" else whole
 
 
-def _cost(shapes: Shapes, groups: int) -> float:
-    return sum(share * work(shape, groups) for shape, share in shapes.share.items())
+def _cost(shapes: Shapes, groups: int, steps: int) -> float:
+    """Return what a step costs, with its part of the compilations."""
+    step = sum(share * work(shape, groups) for shape, share in shapes.share.items())
+    return step * (1 + len(shapes.share) * _COMPILATION / steps)
 
 
 def _bucket(

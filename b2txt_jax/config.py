@@ -264,6 +264,16 @@ _OLD_NAMES = {"baseline": "gru"}
 _OLD_ADVERSARY = {"noisy_weight": 1.0, "reversal": 1.0, "reversal_rate": 10.0}
 """The section `adversary` of older versions, with its defaults. They are the triple GRU's now."""
 _REQUIRED = ("init", "apply", "frames")
+_STRENGTHS = {
+    "static_gain_std": "static_gain",
+    "white_noise_std": "white_noise",
+    "constant_offset_std": "constant_offset",
+    "random_walk_std": "random_walk",
+    "random_cut": "random_cut",
+    "speckle_rate": "speckle",
+    "channel_mask_rate": "channel_mask",
+}
+"""Keys of the section `signal` that say how much an augmentation of this name does."""
 
 
 def imported(name: str, key: str) -> Any:
@@ -415,7 +425,26 @@ def with_overrides(
                 f"these can: {', '.join(sorted(allowed))}"
             )
         _apply(changed, key, value)
-    return freeze(changed.to_dict())
+    result = freeze(changed.to_dict())
+    _check_used([key for key, _ in pairs], result.signal)
+    return result
+
+
+def _check_used(keys: Sequence[str], signal: SignalConfig) -> None:
+    """Raise ConfigError where a key asks for an augmentation that is not listed: it would change
+    nothing."""
+    for key in keys:
+        name = key.removeprefix("signal.")
+        augmentation = _STRENGTHS.get(name)
+        if augmentation is None or augmentation in signal.augment:
+            continue
+        value = getattr(signal, name)
+        if value > (1 if name == "random_cut" else 0):
+            raise ConfigError(
+                f"configuration key {key} is {value}, and signal.augment does not list "
+                f"{augmentation!r}, so that it would change nothing; needed "
+                f'--config.signal.augment="{(*signal.augment, augmentation)}" besides'
+            )
 
 
 def _parsed(override: str) -> tuple[str, str]:
@@ -613,10 +642,12 @@ def _check(config: Config) -> None:
         and len(bucket) == 2
         and all(isinstance(size, int) and size > 0 for size in bucket)
     ]
-    if len(pairs) != len(buckets) or pairs != sorted(pairs):
+    labels = [labels for _, labels in pairs]
+    if len(pairs) != len(buckets) or pairs != sorted(pairs) or labels != sorted(labels):
         raise ConfigError(
             f"configuration key data.buckets is {buckets}; needed ascending (bins, labels) pairs, "
-            "or () to have them chosen from the data"
+            "a longer one with at least the labels of a shorter one, or () to have them chosen "
+            "from the data"
         )
 
 

@@ -160,8 +160,8 @@ def get_config() -> ConfigDict:
     config.train.patience = 0  # validations without a better PER that end the run early; 0: never
     config.train.on_nonfinite = "stop"  # or "skip"; a NaN or infinite step changes no parameter
     config.train.ctc_per_label = False  # True divides a trial's loss by its number of labels
-    # Decay of a moving average of the weights, which is validated and saved too; 0: none
     config.train.warm_start = ""  # folder of a run to start from: docs/pretraining.md
+    # Decay of a moving average of the weights, which is validated and saved too; 0: none
     config.train.ema = 0.0
     # Model folder of `lm-server build`: validations have a WER too. "": none
     config.train.validate_lm = ""

@@ -95,6 +95,10 @@ def test_overrides_keep_each_keys_type():
         ("--config.data.buckets=(('a', 'b'),)", "needed ascending"),
         ("--config.model.dtype=float16", "needed one of auto, float32, bfloat16"),
         ("--config.data.buckets=((9, 9), (5, 5))", "needed ascending"),
+        # A batch of (5, 9) and (9, 5) would fit none.
+        ("--config.data.buckets=((5, 9), (9, 5))", "with at least the labels of a shorter one"),
+        ("--config.signal.speckle_rate=0.3", "signal.augment does not list 'speckle'"),
+        ("--config.signal.channel_mask_rate=0.3", "does not list 'channel_mask'"),
         ("--config.train.on_nonfinite=ignore", "needed one of stop, skip"),
         ("--config.model.recurrence=lstm", "needed one of auto, scan, pallas"),
         ("--config.parallel.model_axis=0", "needed at least 1"),
@@ -123,6 +127,14 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+def test_the_strength_of_a_listed_augmentation_and_none_of_another_one_are_taken():
+    masks = "--config.signal.augment=('white_noise','speckle')"
+    config = load_config(
+        BASELINE, [masks, "--config.signal.speckle_rate=0.3", "--config.signal.random_cut=1"]
+    )
+    assert (config.signal.speckle_rate, config.signal.random_cut) == (0.3, 1)
 
 
 def test_missing_and_unknown_keys_of_a_file_are_named():

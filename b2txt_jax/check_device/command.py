@@ -137,7 +137,9 @@ def _compared(compare: Callable[[], Any]) -> Result:
 
 
 def _stepped(name: str, comparisons: Iterator[Any]) -> Result:
-    steps = next(comparisons)
+    steps = next(comparisons, None)
+    if steps is None:
+        return Finding(name, "problem", "not run: the steps before it ended early", _ADVICE), {}
     figures = {"found": steps.found, "cpu": steps.wanted, "bound": steps.bound}
 
     def shown(values: dict[str, list[float]]) -> str:
@@ -181,12 +183,14 @@ def _speed(
     chip = chip_of(devices[0])
     # All devices of a CPU are the same cores.
     count = 1 if devices[0].platform == "cpu" else len(devices)
-    peak = chip.peak_flops / chip.devices if chip else limits["flops"]
-    share = speed.flops / speed.seconds / (peak * count)
+    peak = chip.peak_flops / chip.devices if chip else limits.get("flops")
+    share = speed.flops / speed.seconds / (peak * count) if peak else None
+    of_peak = "" if share is None else f": {share:.0%} of the rate "
+    if of_peak:
+        of_peak += "published" if chip else "measured for one large product"
     found = (
         f"{1e3 * speed.seconds:.1f} ms for {speed.rows} rows of {speed.bins} bins, "
-        f"{speed.flops / 1e9:,.0f} GFLOP of products: {share:.0%} of the rate "
-        f"{'published' if chip else 'measured for one large product'}; compiled in "
+        f"{speed.flops / 1e9:,.0f} GFLOP of products{of_peak}; compiled in "
         f"{speed.compile_seconds:.0f} s"
     )
     return Finding(name, "ok", found), {**speed._asdict(), "share_of_peak": share}

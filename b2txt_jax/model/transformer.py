@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from b2txt_jax.config import ModelSettings, setting
+from b2txt_jax.config import ConfigError, ModelSettings, setting
 from b2txt_jax.model.day_layer import DAY_SHARDING, day_layer
 from b2txt_jax.model.dropout import dropout, dropped, quarters
 from b2txt_jax.model.interface import (
@@ -213,6 +213,12 @@ class Transformer(Model):
     def __init__(self, settings: Any, features: int, days: int) -> None:
         super().__init__(settings, features, days)
         self.frame_bins = self.frame_span = settings.patch_size
+        if settings.context_least > settings.context_most:
+            raise ConfigError(
+                f"configuration key model.context_least is {settings.context_least:g} s and "
+                f"model.context_most {settings.context_most:g} s; needed the longest context of a "
+                "training step to be at least the shortest"
+            )
 
     def init(self, key: Array) -> Params:
         """Return fresh parameters: PyTorch's, and scalars of distances from N(0, 1)."""
@@ -322,7 +328,8 @@ class Transformer(Model):
                 segment=segment,
             )
 
-        x = self.padded(self._aligned(params, x, day), bins, segments)
+        # Zeros go through the day layer too, as they do where a stream's last patch is filled up.
+        x = self._aligned(params, self.padded(x, bins, segments), day)
         frames = x.shape[1] // s.patch_size
         segment = owner(segments, frames, s.patch_size) if segments is not None else None
         label = labels(segments or whole(x.shape[0]), frames, s.patch_size)

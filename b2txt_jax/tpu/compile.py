@@ -282,7 +282,8 @@ def used_shapes(config: Config, days: int, groups: int) -> tuple[Shapes, str]:
         lengths, known = typical_lengths(days), "lengths like the published recordings'"
         buckets = data.buckets
         if not buckets:
-            choice = buckets_of_data(lengths, [], data.days_per_batch, data.trials_per_day)
+            rows = data.days_per_batch, data.trials_per_day
+            choice = buckets_of_data(lengths, [], *rows, data.plan)
             buckets = choice.buckets
     rules = packing_rules(config, days, groups)
     return choose(data, buckets, lengths, rules, config.train.seed, config.train.steps), known

@@ -251,6 +251,12 @@ def make_loss(config: Config, days: int) -> Loss:
     augmentations(signal)
     taps_of(signal)
     widths = np.array(config.data.widths, np.int32)
+    if "channel_mask" in signal.augment and (widths < config.data.feature_count).any():
+        raise ConfigError(
+            f"signal.augment lists 'channel_mask', and sessions have {min(widths)} to "
+            f"{config.data.feature_count} features (data.widths), whose halves are not the same: "
+            "list 'speckle', which masks single features, instead"
+        )
 
     def loss_of(
         params: Params, batch: Batch, keys: StepKeys, step: jax.Array

@@ -244,12 +244,18 @@ class Decoder:
             if "error" in found:
                 return {}, str(found["error"])
             counts[weights] = found
-        raw = counts[RAW]
-        wrong = {name: raw.get(name) for name in ("failed", "not_rescored") if raw.get(name)}
-        if wrong:
-            shown = ", ".join(f"{count} {name}" for name, count in wrong.items())
-            return counts, f"{shown} of {raw['trials']} trials; the first: {raw['first_problem']}"
-        return counts, None
+        problems = [_problem(weights, found) for weights, found in counts.items()]
+        return counts, "; ".join(problem for problem in problems if problem) or None
+
+
+def _problem(weights: str, found: Mapping[str, Any]) -> str | None:
+    """Say which trials of a validation were not decoded, or not rescored."""
+    wrong = {name: found.get(name) for name in ("failed", "not_rescored") if found.get(name)}
+    if not wrong:
+        return None
+    shown = ", ".join(f"{count} {name}" for name, count in wrong.items())
+    of_weights = "" if weights == RAW else " with averaged weights"
+    return f"{shown} of {found['trials']} trials{of_weights}; the first: {found['first_problem']}"
 
 
 def _line_of(path: Path, lines: Iterable[str]) -> dict[str, Any] | None:

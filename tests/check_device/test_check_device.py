@@ -163,6 +163,27 @@ def test_steps_with_another_gradient_are_named():
     assert "norms 9, 8.01; needed within 0.0002 of the CPU's losses 39.1, 35.2" in finding.found
 
 
+def test_steps_behind_others_that_failed_are_said_not_to_have_run():
+    def failing():
+        yield from ()
+        raise RuntimeError("out of memory")
+
+    rest = failing()
+    with pytest.raises(RuntimeError):
+        command._stepped("a", rest)
+    finding, _ = command._stepped("b", rest)
+    assert (finding.status, finding.found[:7]) == ("problem", "not run")
+
+
+def test_a_speed_without_a_measured_limit_has_no_share_of_it(monkeypatch):
+    speed = steps.Speed(2, 9, 0.1, 1.0, 10**9)
+    monkeypatch.setattr(steps, "speed", lambda *_: speed)
+    finding, figures = command._speed("a", steps.SMALL, jax.devices("cpu"), "float32", {})
+    assert finding.status == "ok"
+    assert "1 GFLOP of products; compiled" in finding.found
+    assert figures["share_of_peak"] is None
+
+
 @pytest.mark.slow
 def test_this_machine_passes_the_quick_check(tmp_path):
     status, found = run(tmp_path, "--quick")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformer import TorchTransformer, largest_difference
 
-from b2txt_jax.config import load_config
+from b2txt_jax.config import ConfigError, load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.model.dropout import quarters as drawn_quarters
 from b2txt_jax.model.interface import make_model
@@ -175,6 +175,24 @@ def test_a_stream_of_any_chunks_equals_the_whole_trial_and_compiles_once(trials)
         np.testing.assert_allclose(found, whole[: len(found)], atol=1e-5)
         assert len(found) == 28 if 112 % chunk == 0 else len(found) > 25
         assert step._cache_size() - before <= programs + (112 % chunk > 0)
+
+
+def test_a_stream_that_ends_within_a_patch_equals_the_whole_trial_with_day_layers(trials):
+    settings = dataclasses.replace(SMALL, day_layer=True)
+    params, x, day = torch_model(settings).ours(), trials[2][None, :14], np.array([2])
+    params["day"]["bias"] = np.random.default_rng(0).normal(size=(DAYS, FEATURES))
+    whole = applied(settings)(params, x, np.array([14]), day).logits
+    start, step = make_model(settings, FEATURES, DAYS).stream()
+    filled = np.pad(x, ((0, 0), (0, 2), (0, 0)))
+    found = jax.jit(step)(params, filled, day, start(params, 1))[0]
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def test_a_training_context_that_is_shortest_above_its_longest_is_an_error():
+    # Drawn from an empty range it would be 30 s, of which a block of queries has the keys in part.
+    settings = dataclasses.replace(SMALL, context_least=30.0, context_most=20.0)
+    with pytest.raises(ConfigError, match=r"context_least is 30 s and model.context_most 20 s"):
+        make_model(settings, FEATURES, DAYS)
 
 
 def test_a_frame_by_itself_streams_too(trials):

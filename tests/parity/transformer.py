@@ -67,9 +67,9 @@ class TorchTransformer(nn.Module):
 
     def forward(self, x, day, context):
         """x [T, D] -> [P, C]; context in frames."""
+        x = nn.functional.pad(x, (0, 0, 0, -len(x) % self.size))
         if self.day_layer:
             x = nn.functional.softsign(x @ self.day_weight[day] + self.day_bias[day])
-        x = nn.functional.pad(x, (0, 0, 0, -len(x) % self.size))
         x = x.unflatten(0, (-1, self.size)).flatten(1)[None]
         x = self.embed_norm(self.embed(self.patch_norm(x)))
         for layer in self.layers:

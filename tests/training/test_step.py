@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from b2txt_jax.config import Config, load_config
+from b2txt_jax.config import Config, ConfigError, load_config
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.model.interface import make_model
 from b2txt_jax.signal.smooth import smooth
-from b2txt_jax.training.step import init_state, make_eval_step, make_train_step, step_keys
+from b2txt_jax.training.step import (
+    init_state,
+    make_eval_step,
+    make_loss,
+    make_train_step,
+    step_keys,
+)
 
 DAYS = 2
 
@@ -206,6 +212,13 @@ def test_the_averaged_weights_are_those_computed_by_hand(small):
 
 
 @pytest.mark.slow
+def test_channels_of_sessions_with_other_widths_are_not_masked_as_if_halves_were_the_same(small):
+    data = dataclasses.replace(small.data, feature_count=6, widths=(4, 6))
+    signal = dataclasses.replace(small.signal, augment=("channel_mask",))
+    with pytest.raises(ConfigError, match="list 'speckle'"):
+        make_loss(dataclasses.replace(small, data=data, signal=signal), 2)
+
+
 def test_averaging_changes_nothing_of_the_training(small):
     """And without it there is no second copy of the weights."""
     with_ema = dataclasses.replace(small, train=dataclasses.replace(small.train, ema=0.9))

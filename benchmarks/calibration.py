@@ -167,10 +167,12 @@ def gap(run: Run, simulation: Simulation, args: argparse.Namespace, seed: int) -
         replay=args.replay,
         shared_rate=args.shared_rate,
         adapter_rate=args.adapter_rate,
+        old_rise=args.old_rise,
         seed=seed,
     )
     few = calibrate(run, "new", Material(new[: args.sentences], val, old, old_val), settings).report
-    long = dataclasses.replace(settings, steps=args.long_steps)
+    # What stands for a fully trained day has nothing to spare.
+    long = dataclasses.replace(settings, steps=args.long_steps, old_rise=np.inf)
     full = calibrate(run, "new", Material(new, val, old, old_val), long).report
     before, after, best = few["per"]["before"], few["per"]["after"], full["per"]["after"]
     return {
@@ -180,6 +182,7 @@ def gap(run: Run, simulation: Simulation, args: argparse.Namespace, seed: int) -
         "closed": (before - after) / (before - best),
         "old_before": few["old_days"]["before"],
         "old_after": few["old_days"]["after"],
+        "kept_share": few["old_days"]["kept_share"],
         "seconds": few["seconds"],
     }
 
@@ -310,6 +313,7 @@ def main() -> None:
     option("--replay", type=float, default=Settings.replay)
     option("--shared-rate", type=float, default=Settings.shared_rate)
     option("--adapter-rate", type=float, default=Settings.adapter_rate)
+    option("--old-rise", type=float, default=Settings.old_rise)
     option("--steps", type=int, default=Settings.steps)
     option("--long-steps", type=int, default=400)
     option("--rows", type=int, default=Settings.rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from b2txt_jax.calibration.moving import RANK, Moving, day_paths, moving_of, with_day
+from b2txt_jax.calibration.moving import RANK, Moved, Moving, day_paths, moving_of, with_day
 from b2txt_jax.calibration.trials import Mixture, Scorer, Spoken, batch_of, shape_for
 from b2txt_jax.calibration.tune import Rates, Tuner, cosine
 from b2txt_jax.config import Config, ConfigError
@@ -31,6 +32,10 @@ _OLD_SCORED = 200
 """Most validation trials of old days that are scored, spread evenly over them."""
 _LOOKS = 4
 """Times that the PER is measured in the course of the steps."""
+_KEPT_OUT = 48
+"""Most training trials of old days that are not replayed, to see what they lose."""
+_PARTS = 8
+"""Of the way from the trained values, at whose ends that is looked at."""
 _LONG = 90
 """Percentile of the old days' lengths up to which trials are replayed."""
 
@@ -53,13 +58,16 @@ class Settings:
     shared_rate: float | None = None
     """None: 0.0001, and 0.001 where the patch embedding moves alone."""
     adapter_rate: float = 0.01
+    old_rise: float = 0.15
+    """Most that the loss of old days' sentences may rise, as a share. Infinite: no bound."""
     seed: int = 0
 
     def check(self) -> None:
         """Raise ConfigError where a setting is out of range."""
         limits = {
             **dict.fromkeys(("rank", "steps", "rows"), 1),
-            **dict.fromkeys(("replay", "day_rate", "shared_rate", "adapter_rate", "seed"), 0),
+            **dict.fromkeys(("replay", "day_rate", "shared_rate", "adapter_rate"), 0),
+            **dict.fromkeys(("old_rise", "seed"), 0),
         }
         for name, least in limits.items():
             value = getattr(self, name)
@@ -193,7 +201,10 @@ def calibrate(
     config = extended(run.config, session, [*material.new, *material.val], material.width)
     _check_alignable(config, material.new)
     moving = moving_of(config, day, settings.adapt, settings.rank)
-    scorer = Scorer(config, [*material.new, *material.val, *material.old_val])
+    watched: list[Spoken] = []
+    if moving.shared and math.isfinite(settings.old_rise):
+        material, watched = kept_out(config, material)
+    scorer = Scorer(config, [*material.new, *material.val, *material.old_val, *watched])
     order = np.random.default_rng([0x6F7264, settings.seed]).permutation(len(material.new))
     shuffled = [material.new[i] for i in order]
     trained = jax.device_put(run.params, jax.devices()[0])
@@ -216,9 +227,10 @@ def calibrate(
 
     def tuned(
         params: Params, new: list[Spoken], what: str, look: bool
-    ) -> tuple[Params, list[dict[str, Any]]]:
+    ) -> tuple[Params, list[dict[str, Any]], float]:
         drawn = dataclasses.replace(mixture, new=new)
-        (moved, moments), seen = tuner.begin(moving.taken(params)), []
+        begun = moving.taken(params)
+        (moved, moments), seen = tuner.begin(begun), []
         for step in range(settings.steps):
             batch = batch_of(drawn.rows(settings.seed, step, settings.rows), shape)
             share = cosine(step, settings.steps)
@@ -228,15 +240,23 @@ def calibrate(
             if look and (done * _LOOKS) % settings.steps < _LOOKS and done < settings.steps:
                 per = val_rate(moving.placed(params, moved))
                 seen.append({"step": done, "loss": loss, "per": per})
-        return moving.placed(params, moved), seen
+        share = 1.0
+        if watched:
+            moved, share = shortened(
+                begun,
+                moved,
+                lambda values: scorer.loss(moving.placed(params, values), watched),
+                settings.old_rise,
+            )
+        return moving.placed(params, moved), seen, share
 
     # Before the first sentence nobody knows which day is the nearest.
     before, old_before = val_rate(started([])[0]), old_rates(params)
-    after_params, during = tuned(params, shuffled, "calibrating", True)
+    after_params, during, share = tuned(params, shuffled, "calibrating", True)
     curve = [{"sentences": 0, "per": before}]
     for count in sorted({n for n in counts if 0 < n < len(shuffled)}):
         few = shuffled[:count]
-        some, _ = tuned(started(few)[0], few, f"with {count} sentences", False)
+        some, _, _ = tuned(started(few)[0], few, f"with {count} sentences", False)
         curve.append({"sentences": count, "per": val_rate(some)})
     after = val_rate(after_params)
     curve.append({"sentences": len(shuffled), "per": after})
@@ -244,7 +264,12 @@ def calibrate(
     names = run.sessions
     report = {
         "session": session,
-        "settings": dataclasses.asdict(settings) | {"replay": replay, "shared_rate": rates.shared},
+        "settings": dataclasses.asdict(settings)
+        | {
+            "replay": replay,
+            "shared_rate": rates.shared,
+            "old_rise": settings.old_rise if math.isfinite(settings.old_rise) else None,
+        },
         "start": start,
         "moved": {
             name: "the new day" if row is not None else "all days"
@@ -259,6 +284,7 @@ def calibrate(
         "old_days": {
             "before": _rate(old_before),
             "after": _rate(old_after),
+            "kept_share": share,
             "per_session": {
                 names[one]: {"before": old_before[one].rate, "after": old_after[one].rate}
                 for one in sorted(old_before)
@@ -334,6 +360,50 @@ def _mixture(material: Material, shuffled: list[Spoken], replay: float) -> Mixtu
             fits = [ref for ref in refs if ref.bins <= longest and ref.label_length]
             days.append([functools.partial(read, reader, ref, day) for ref in fits])
     return Mixture(shuffled, [day for day in days if day], replay)
+
+
+def kept_out(config: Config, material: Material) -> tuple[Material, list[Spoken]]:
+    """Take some training trials of old days out of what is replayed: at most a fifth of a day's."""
+    model = model_of(config, len(config.data.sessions))
+    longest = _longest(material)
+    fits = [
+        [ref for ref in refs if ref.bins <= longest and ref.label_length]
+        for _, refs in material.old
+    ]
+    chosen = evenly([refs[4::5] for refs in fits], _KEPT_OUT)
+    old, watched = [], []
+    for day, ((reader, refs), some) in enumerate(zip(material.old, chosen, strict=True)):
+        old.append((reader, [ref for ref in refs if ref not in some]))
+        watched += [
+            one
+            for one in spoken(reader, some, day)
+            if frames_needed(one.labels) <= model.frames(len(one.features))
+        ]
+    return dataclasses.replace(material, old=old), watched
+
+
+def shortened(
+    start: Moved, moved: Moved, loss_of: Callable[[Moved], float], most: float
+) -> tuple[Moved, float]:
+    """Return values on the straight way from the trained ones, and how far they are, 0 to 1.
+
+    They are as far as the loss allows, looked at from the end on in eighths of the way. Along such
+    a way between trained and fine-tuned weights, the fine-tuned task gains early and the old one
+    loses late (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
+
+    Args:
+      start: the trained values.
+      moved: the fine-tuned ones.
+      loss_of: returns the loss of values on the way.
+      most: that it may be above that of `start`, as a share of it.
+    """
+    bound = (1 + most) * loss_of(start)
+    for part in range(_PARTS, 0, -1):
+        share = part / _PARTS
+        values = {name: start[name] + share * (moved[name] - start[name]) for name in start}
+        if loss_of(values) <= bound:
+            return values, share
+    return start, 0.0
 
 
 def _longest(material: Material) -> int:

@@ -91,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = getattr(_DEFAULTS, f"{name}_rate")
         text = f"first learning rate of {of} (default {value})"
         option(f"--{name}-rate", type=float, default=default, help=text)
+    option(
+        "--old-rise",
+        type=float,
+        default=_DEFAULTS.old_rise,
+        help="most that the loss of old days' sentences may rise, as a share, where they use what "
+        "moves: the change is shortened until it is so (default 0.15, inf: no bound)",
+    )
     option("--seed", type=int, default=_DEFAULTS.seed, help="of everything random (default 0)")
     option("--sentences", type=int, metavar="N", help="use the first N alone (default: all)")
     option(
@@ -307,6 +314,12 @@ def _print(out: Path, calibrated: Calibrated, console: Console) -> None:
     ]
     lines.append(f"PER of old days: {_percent(old['before'])} before, {_percent(old['after'])}")
     lines[-1] += " after"
+    if old["kept_share"] < 1:
+        lines.append(
+            f"{_percent(old['kept_share'])} of the change were kept: with more, the loss of old "
+            f"days' sentences would rise by more than {_percent(report['settings']['old_rise'])} "
+            "(--old-rise)"
+        )
     for line in lines:
         print(line)
     console.print(f"the run is in {out}, after {report['seconds']:g} s", soft_wrap=True)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from b2txt_jax.calibration.moving import Moved, moving_of
+from b2txt_jax.calibration.moving import Moved, Moving, moving_of
 from b2txt_jax.calibration.trials import Shape, Spoken, batch_of
 from b2txt_jax.calibration.tune import Rates, Tuner
 from b2txt_jax.config import ConfigError
@@ -52,12 +52,20 @@ class FollowSettings:
     rows: int = 8
     """Copies of the sentence, and earlier ones, of a step."""
     day_rate: float = 0.001
-    shared_rate: float = 0.00003
+    shared_rate: float | None = None
+    """None: 0.0003 where the patch embedding moves alone, 0.00003 beside a day's layer."""
     bound: float = 0.5
     """Largest norm of the change against the trained values, as a share of their norm."""
     remembered: int = 6
     """Earlier sentences whose loss must not rise."""
     seed: int = 0
+
+    def rates_of(self, moving: Moving) -> Rates:
+        """Return the learning rates."""
+        shared = self.shared_rate
+        if shared is None:
+            shared = 0.00003 if moving.of_a_day else 0.0003
+        return Rates(self.day_rate, shared)
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Follower:
         """The trained values of what moves, by path."""
         self.moved: Moved = self.start
         """The values in use."""
-        rates = Rates(settings.day_rate, settings.shared_rate)
+        rates = settings.rates_of(self._moving)
         self._tuner = Tuner(config, self._moving, rates, settings.seed, dropout=False)
         self._buckets, self._features = config.data.buckets, config.data.feature_count
         self._evaluate = jax.jit(make_eval_step(config, len(config.data.sessions)))

@@ -10,7 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from b2txt_jax.calibration.calibrate import Material, Settings, calibrate, spoken
+from b2txt_jax.calibration.calibrate import (
+    Material,
+    Settings,
+    calibrate,
+    kept_out,
+    shortened,
+    spoken,
+)
 from b2txt_jax.calibration.moving import moving_of, named
 from b2txt_jax.calibration.trials import Mixture, Spoken, batch_of, shape_for
 from b2txt_jax.calibration.tune import Rates, Tuner
@@ -144,6 +151,29 @@ def test_without_day_layers_a_part_that_days_share_moves_and_old_days_are_replay
             assert np.linalg.matrix_rank(change, tol=1e-3 * np.linalg.norm(change)) <= 2
     assert one.report["replayed_days"] == 3
     jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
+
+
+@pytest.mark.parametrize(("most", "share"), [(0.3, 1.0), (0.06, 0.5), (0.0, 0.0)])
+def test_a_change_is_shortened_until_the_loss_of_old_days_is_within_the_bound(most, share):
+    start, moved = {"a": np.zeros(2)}, {"a": np.array([2.0, -4.0])}
+    # 1 at the start, 1.05 half way, 1.2 at the end.
+    values, kept = shortened(start, moved, lambda one: 1 + 0.05 * one["a"][0] ** 2, most)
+    assert kept == share
+    np.testing.assert_allclose(values["a"], share * moved["a"])
+
+
+def test_old_sentences_that_are_watched_are_not_replayed(narrow, days):
+    reader = open_folder(narrow, FEATURES)
+    refs = [reader.trials([day], "train") for day in days[:3]]
+    new = spoken(reader, reader.trials([days[3]], "train")[:1], 3)
+    old = [(reader, some) for some in refs]
+    material, watched = kept_out(transformer_config(days, FEATURES), Material(new, old=old))
+    replayed = [ref.name for _, some in material.old for ref in some]
+    assert {one.day for one in watched} == {0, 1, 2}
+    assert sorted([*replayed, *(one.name for one in watched)]) == sorted(
+        ref.name for some in refs for ref in some
+    )
+    assert all(5 * sum(one.day == day for one in watched) <= len(refs[day]) for day in range(3))
 
 
 def test_a_change_of_low_rank_begins_as_none_and_is_added_to_every_shared_matrix(workdir):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from b2txt_jax.calibration.follow import Follower, FollowError, FollowSettings, Kept
+from b2txt_jax.calibration.moving import moving_of
 from b2txt_jax.cli import main
 from b2txt_jax.config import ConfigError, load_config
 from b2txt_jax.data.loader import TrainingData
@@ -21,7 +22,7 @@ from b2txt_jax.live.outputs.log import SentenceLog
 from b2txt_jax.phonemes import sentence_to_ids
 from b2txt_jax.training.step import init_state
 from lm_server.hypothesis import Answer, Hypothesis
-from tests.calibration.small import small_transformer
+from tests.calibration.small import small_transformer, transformer_config
 
 DAYS = ("t15.2023.08.11", "t15.2023.08.13")
 TEXT = "the cat"
@@ -110,6 +111,13 @@ def test_a_sentence_too_short_for_its_text_changes_nothing(run):
 def test_everything_does_not_follow(run, adapt):
     with pytest.raises(ConfigError, match="moves the day's layer or the patch embedding"):
         Follower(run, 1, FollowSettings(adapt=adapt))
+
+
+def test_the_patch_embedding_follows_faster_where_it_follows_alone(run):
+    beside, alone = moving_of(run.config, 1, "patch"), moving_of(transformer_config(DAYS, 16), 1)
+    assert FollowSettings().rates_of(beside).shared == 0.00003
+    assert FollowSettings().rates_of(alone).shared == 0.0003
+    assert FollowSettings(shared_rate=0.5).rates_of(alone).shared == 0.5
 
 
 def following(run, folder, background=False, **more):

@@ -8,18 +8,23 @@ Candidates of one sentence are near-copies of each other. Their tokens are laid 
 one sequence, in which a token sees its own ancestors alone, so that what candidates begin with
 alike is computed once. What all of them begin with (the context above all) is computed first and
 kept as keys and values. Models that cannot do that score batches of whole sentences.
+
+Sentences that a search has asked about while they grew (`lm_server.rescoring.growing`) are scored
+from what was read then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 # Nothing may be downloaded, and a wrong folder name must not be looked for on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -51,6 +56,20 @@ _DISTINCT = (*"abcdefghijklmnopqrstuvwxyz", "its", "it's", "the dog bit", "the b
 _TOLERANCE = 0.02
 """Relative difference between both ways of scoring the probe, which rounding in half precision
 may cause. A model that cannot do trees is off by far more."""
+_REMEMBERED = 4
+"""Searches whose sentences may wait for their rescoring while what was read of them is kept."""
+_LEAST_KNOWN = 0.5
+"""Share of a sentence's tokens that must have been read during a search to make use of it."""
+
+
+class Read(Protocol):
+    """What the model has read during one search."""
+
+    def known(self, sequence: Sequence[int]) -> int:
+        """Return how many of the first tokens have been read."""
+
+    def of_tokens(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Return the log-probability (ln) of every sequence."""
 
 
 class CausalLM:
@@ -87,6 +106,7 @@ class CausalLM:
         self.longest = getattr(self.network.config, "max_position_embeddings", None)
         self.tokens_per_batch = TOKENS_PER_BATCH
         self.lock = threading.Lock()
+        self._read: deque[Read] = deque(maxlen=_REMEMBERED)
         self._check_tokenizer(path)
         self.trees = self._can_do_trees()
 
@@ -104,17 +124,39 @@ class CausalLM:
         if not len(sentences):
             return np.zeros(0)
         tokens = [self.tokens(sentences, context, ending) for ending in self.endings]
-        distinct = sorted({one for some in tokens for one in some})
-        while True:
+        of = self._score_read({one for some in tokens for one in some})
+        distinct = sorted({one for some in tokens for one in some} - of.keys())
+        while distinct:
             try:
                 with self.lock, torch.inference_mode():
                     scores = self._score_trees(distinct) if self.trees else self._score(distinct)
+                of |= zip(distinct, scores, strict=True)
                 break
             except (MemoryError, RuntimeError) as error:
                 self.shrink_batches(error)
-        of = dict(zip(distinct, scores, strict=True))
         each = [[of[one] - length_penalty * len(one) for one in some] for some in tokens]
         return np.array(each, np.float64).max(axis=0)
+
+    def remember(self, read: Read) -> None:
+        """Keep what was read during a search until the sentence is rescored."""
+        if not any(one is read for one in self._read):
+            self._read.append(read)
+
+    def _score_read(self, sequences: set[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+        """Score the sequences of which a search has read enough, and forget what it has read."""
+        found: dict[tuple[int, ...], float] = {}
+        for read in reversed(tuple(self._read)):
+            some = [
+                one
+                for one in sequences - found.keys()
+                if read.known(one) >= max(_LEAST_KNOWN * len(one), 2)
+            ]
+            if some:
+                found |= zip(some, read.of_tokens(some), strict=True)
+                # Another thread may have forgotten it for a newer one.
+                with contextlib.suppress(ValueError):
+                    self._read.remove(read)
+        return found
 
     def shrink_batches(self, error: Exception) -> None:
         """Halve the batches after the memory ran out.

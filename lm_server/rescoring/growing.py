@@ -4,6 +4,9 @@ All hypotheses of one search stand in one cache of keys and values as a tree of 
 token sees its own ancestors alone. New words are appended to it, so that nothing is moved or read
 again. A last token is read only when words follow it, since its own score needs what is before it
 alone.
+
+The finished sentences of the search begin like its unfinished ones. So their rescoring finds most
+of its work done, and reads little more than last words.
 """
 
 from __future__ import annotations
@@ -70,6 +73,26 @@ class GrowingScores:
           RescoringError: a sentence has too many tokens, or the memory is too small.
         """
         sequences = self._model.tokens(sentences, ending="")
+        totals = self.of_tokens(sequences)
+        self._model.remember(self)
+        return np.array(totals, np.float64) - length_penalty * np.array([*map(len, sequences)])
+
+    def known(self, sequence: Sequence[int]) -> int:
+        """Return how many of the first tokens have been read."""
+        last, count = self._root, 0
+        for token in sequence:
+            child = last.children.get(token)
+            if child is None or child.following is None:
+                break
+            last, count = child, count + 1
+        return count
+
+    def of_tokens(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Return the log-probability (ln) of every sequence, of its tokens from the second on.
+
+        Raises:
+          RescoringError: the memory is too small.
+        """
         with self._model.lock, torch.inference_mode():
             most = _MOST_BYTES // (4 * self._model.vocabulary)
             if self._read > max(most, 2 * self._alive):
@@ -87,8 +110,7 @@ class GrowingScores:
                     self._model.shrink_batches(error)
             if fresh:
                 self._alive = self._read
-            totals = [self._total(path) for path in paths]
-        return np.array(totals, np.float64) - length_penalty * np.array([*map(len, sequences)])
+            return [self._total(path) for path in paths]
 
     def _path(self, sequence: Sequence[int]) -> list[_Token]:
         path, last = [], self._root

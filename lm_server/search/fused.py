@@ -105,18 +105,27 @@ class _History:
     """Words that some hypotheses of the search have. All scores are log10, as KenLM's.
 
     Attributes:
+      before: the words without the last. None: there are none.
       ngram: n-gram score.
       paid: difference that the totals of these hypotheses contain.
-      known: difference that they should contain, as far as the model has been asked.
-      asked: whether the model has scored these words themselves.
+      own: difference by the model's score of these words themselves. None: it has not been asked.
       following: word -> the state behind it, and the score for it.
     """
 
+    before: _History | None = None
     ngram: float = 0.0
     paid: float = 0.0
-    known: float = 0.0
-    asked: bool = False
+    own: float | None = None
     following: dict[int, tuple[LMState, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def known(self) -> float:
+        """The difference that the totals should contain: that of the longest beginning which the
+        model has scored. It may have been scored after the words behind it were completed."""
+        history = self
+        while history.own is None and history.before is not None:
+            history = history.before
+        return history.own or 0.0
 
 
 class _FusedScores(LM):
@@ -129,7 +138,7 @@ class _FusedScores(LM):
     def start(self, start_with_nothing: bool) -> LMState:
         self._first: LMState = self._ngram.start(start_with_nothing)
         # The keys keep the states' Python objects, by which a state is recognised.
-        self._of: dict[LMState, _History] = {self._first: _History(asked=True)}
+        self._of: dict[LMState, _History] = {self._first: _History(own=0.0)}
         return self._first
 
     def score(self, state: LMState, word: int) -> tuple[LMState, float]:
@@ -138,7 +147,7 @@ class _FusedScores(LM):
         if found is None:
             behind, log10 = self._ngram.score(state, word)
             known = history.known
-            self._of[behind] = _History(history.ngram + log10, known, known)
+            self._of[behind] = _History(history, history.ngram + log10, known)
             found = history.following[word] = (behind, log10 + known - history.paid)
         return found
 
@@ -225,14 +234,23 @@ class FusedSearch(BeamSearch):
             self._take()
 
     def _new_words(self) -> list[_Words]:
-        """Return the word sequences of the best hypotheses that the model has not scored."""
-        results = sorted(self._decoder.get_all_final_hypothesis(), key=lambda one: -one.score)
-        best: set[_Words] = set()
-        for result in results:
-            best.add(_completed(result))
-            if len(best) >= self.settings.fuse_hypotheses:
-                break
-        return sorted(words for words in best if not self._ngram.history(words).asked)
+        """Return the word sequences of the best hypotheses that the model has not scored.
+
+        They are the best by their totals with the differences that are not paid yet.
+        """
+        totals: dict[_Words, float] = {}
+        due: dict[_Words, float] = {}
+        for result in self._decoder.get_all_final_hypothesis():
+            words = _completed(result)
+            if words not in due:
+                history = self._ngram.history(words)
+                due[words] = (history.known - history.paid) * _LOG10
+            totals[words] = max(totals.get(words, -math.inf), result.score + due[words])
+        # What the answer would leave out is not asked.
+        least = max(totals.values(), default=0.0) - self.settings.lattice_beam
+        near = [words for words, total in totals.items() if total >= least]
+        best = sorted(near, key=lambda words: -totals[words])[: self.settings.fuse_hypotheses]
+        return sorted(words for words in best if self._ngram.history(words).own is None)
 
     def _take(self) -> None:
         """Use the scores of the last batch, if they are there."""
@@ -255,8 +273,7 @@ class FusedSearch(BeamSearch):
         weight = self.settings.fuse_weight * self.settings.alpha
         for words, llm in zip(asked, scores, strict=True):
             history = self._ngram.history(words)
-            history.known = weight * (float(llm) / _LOG10 - history.ngram)
-            history.asked = True
+            history.own = weight * (float(llm) / _LOG10 - history.ngram)
 
     def _hypothesis(self, result: DecodeResult, surplus: float) -> Hypothesis:
         """Return a hypothesis whose scores are kept apart, as without fusion."""

@@ -1,5 +1,6 @@
 """A large language model asked during the search: exact sums, what it brings, and its failures."""
 
+import dataclasses
 import json
 import math
 import threading
@@ -14,7 +15,7 @@ from test_offline import write
 from lm_server.__main__ import main
 from lm_server.rescoring.growing import GrowingScores, growing
 from lm_server.rescoring.load import load_scorer
-from lm_server.search.fused import FusedModel
+from lm_server.search.fused import FusedModel, _FusedScores
 from lm_server.search.interface import BackendError
 from lm_server.search.load import load_model
 from lm_server.settings import Settings
@@ -101,6 +102,70 @@ def test_words_that_are_appended_score_as_whole_sentences_do(tiny):
     scores._model, scores._read = tiny, 10**9
     np.testing.assert_allclose(scores.score(texts), got, atol=1e-4)
     assert scores._read == read, "it has not forgotten"
+
+
+def test_a_finished_sentence_is_scored_from_what_the_search_has_read(tiny, monkeypatch):
+    finished = ["the cat sat on the mat", "the cat sat on the bat", "a zebra"]
+    expected = tiny.score(finished)
+    scores = growing(tiny)
+    for text in ("the cat", "the cat sat on", "the cat sat on the", "the cat sat on the mat"):
+        scores.score([text])
+    forward, read = type(tiny.network).forward, []
+
+    def counted(self, *args, **kwargs):
+        read.append(kwargs["input_ids"].numel())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.network), "forward", counted)
+    np.testing.assert_allclose(tiny.score(finished[:2]), expected[:2], atol=1e-4)
+    mats = [set(one[:-1]) for one in tiny.tokens(finished[:2])]
+    assert sum(read) < min(map(len, mats)) / 2, "what the search has read is read again"
+    read.clear()
+    np.testing.assert_allclose(tiny.score(finished), expected, atol=1e-4)
+    assert sum(read) > min(map(len, mats)), "what nobody needs any more is kept"
+    # A context comes before all of it, so that nothing which was read can be used.
+    before = tiny.score(finished, "we talk of animals")
+    scores.score(finished)
+    np.testing.assert_allclose(tiny.score(finished, "we talk of animals"), before, atol=1e-4)
+
+
+def test_a_score_that_comes_after_the_next_word_still_counts_in_full(model):
+    ids = {word: number for number, word in enumerate(model.words)}
+    scores = _FusedScores(model.ngram)
+    the, _ = scores.score(scores.start(False), ids["the"])
+    cat, _ = scores.score(the, ids["cat"])
+    alone = scores.finish(cat)[1]
+    scores.history([ids["the"]]).own = -1.5
+    assert scores.finish(cat)[1] == pytest.approx(alone - 1.5)
+    # What the model says of the whole replaces it.
+    scores.history([ids["the"], ids["cat"]]).own = -0.5
+    assert scores.finish(cat)[1] == pytest.approx(alone - 0.5)
+
+
+def test_what_the_model_has_lowered_makes_room_for_the_next_best(model):
+    """Of homophones at a sentence's end, one is asked at a time. No word follows with which the
+    difference would be paid."""
+    asked = []
+
+    class Dislikes:
+        def score(self, sentences, length_penalty=0.0):
+            asked.extend(sentences)
+            return np.array([-40.0 * one.endswith(" to") for one in sentences])
+
+    settings = dataclasses.replace(VAGUE, fuse_hypotheses=1, fuse_frames=1)
+    searched(FusedModel(model, Dislikes), say(["the", "dog", "ran", "to"], frames=4), settings)
+    assert {"the dog ran too", "the dog ran two"} & set(asked[asked.index("the dog ran to") :])
+
+
+def test_what_an_answer_would_leave_out_is_not_asked(model):
+    logits, asked = noisy(SAID), []
+    for lattice_beam in (3.0, 1e6):
+        prefers = Prefers()
+        settings = dataclasses.replace(VAGUE, lattice_beam=lattice_beam)
+        searched(FusedModel(model, lambda one=prefers: one), logits, settings)
+        asked.append({sentence for batch in prefers.asked for sentence in batch})
+    assert " ".join(SAID) in asked[0]
+    assert len(asked[0]) < len(asked[1]) / 2
 
 
 def test_scores_stay_apart_and_are_those_of_the_search_alone(model, tiny):

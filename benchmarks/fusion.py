@@ -5,10 +5,11 @@
 
 Prints, for the search alone, rescored at the end, and asked during the search too (`--fuse`) with
 the same model: WER, n-best oracle, and seconds of CPU time of search and rescoring per sentence.
-The logits are those of benchmarks/spliced_logits.py. What rescores is the same in both cases.
-Acoustic scale and word bonus of the search alone, and with alpha those of the other two, are chosen
-on development sentences, by re-ranking as `lm-server tune` does. Every sentence has a line with the
-word errors of all three. Ctrl-C ends with what is done.
+The logits are those of benchmarks/spliced_logits.py, with development and test sentences from
+different halves of the run's trials. What rescores is the same in both cases. Acoustic scale and
+word bonus of the search alone, and with alpha those of the other two, are chosen on development
+sentences: by re-ranking lists as `lm-server tune` does, and by a search with what that has found.
+Every sentence has a line with the word errors of all three. Ctrl-C ends with what is done.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import numpy as np
 from decoding import Words, decode, model_folder, parser_of
 from rapidfuzz.distance import Levenshtein
 from simulated_logits import held_out, label
-from spliced_logits import pieces_of, splice_at
+from spliced_logits import halves_of, splice_at
 
+from b2txt_jax.evaluation.intervals import paired_bootstrap
+from b2txt_jax.metrics import ErrorRate
 from lm_server.hypothesis import Hypothesis
 from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.rescoring.causal_lm import CausalLM
@@ -37,16 +40,19 @@ from lm_server.rescoring.ranking import augmented, ranked_answer, sentences_to_s
 from lm_server.search.flashlight import LanguageModel
 from lm_server.search.fused import FusedModel
 from lm_server.settings import PRESETS, Settings
-from lm_server.tuning.lists import make_lists, rerank
+from lm_server.tuning.lists import Lists, make_lists, rerank
 
 TUNED = ("acoustic_scale", "word_bonus", "alpha")
+_ROUNDS = 2
+"""Further searches of the development sentences, each with what re-ranking the last has found."""
 
 
 @dataclasses.dataclass
 class Sums:
-    """Of one way to decode: word errors, those of the lists' nearest, seconds of CPU time."""
+    """Of one way to decode: word errors of every sentence, those of the lists' nearest, seconds of
+    CPU time."""
 
-    errors: int = 0
+    errors: list[int] = dataclasses.field(default_factory=list)
     oracle: int = 0
     searching: float = 0.0
     rescoring: float = 0.0
@@ -68,13 +74,36 @@ def tuned(
     settings: Settings,
     scorer: CausalLM,
 ) -> tuple[Settings, Settings]:
-    """Return settings near these that suit the search alone, and those that suit rescoring."""
-    found = list(decode(model, settings, logits))
-    lists = make_lists(found, truth, settings)
+    """Return settings near these that suit the search alone, and those that suit rescoring.
+
+    They have the fewest word errors in a search of their own, since what re-ranking prefers need
+    not suit the search.
+    """
     scores: dict[str, float] = {}
-    for one in found:
-        scores |= scored(one, settings, scorer)[1]
-    return rerank(lists, 0)[0], rerank(lists.with_llm(scores), 0)[0]
+
+    def searched(settings: Settings, rescored: bool) -> Lists:
+        lists = make_lists(list(decode(model, settings, logits)), truth, settings)
+        return with_scores(lists) if rescored else lists
+
+    def with_scores(lists: Lists) -> Lists:
+        new = [one for some in lists.sentences for one in some if one and one not in scores]
+        if new:
+            scores.update(zip(new, scorer.score(new).tolist(), strict=True))
+        return lists.with_llm(scores)
+
+    first = searched(settings, False)
+    chosen = []
+    for lists in (first, with_scores(first)):
+        tried = [lists]
+        for _ in range(_ROUNDS):
+            tried.append(searched(rerank(tried[-1], 0)[0], lists.rescored))
+        errors = [int(one.errors_of_best(one.settings).sum()) for one in tried]
+        best = tried[int(np.argmin(errors))].settings
+        name = "with the model" if lists.rescored else "alone"
+        values = (f"{key} {getattr(best, key):g}" for key in TUNED)
+        print(f"{name}: {', '.join(values)}, development errors {errors}", flush=True)
+        chosen.append(best)
+    return chosen[0], chosen[1]
 
 
 def main() -> None:
@@ -91,6 +120,12 @@ def main() -> None:
     option("--sharpness", type=float, default=2.5, help="factor on the logits (default 2.5)")
     option("--dev", type=int, default=40, help="sentences to choose settings on (default 40)")
     option("--nbest", type=int, default=50, help="hypotheses that are rescored (default 50)")
+    option(
+        "--lattice-beam",
+        type=float,
+        default=Settings().lattice_beam,
+        help="what is worse than the best by more (ln) is neither asked nor rescored",
+    )
     option("--fuse-weight", type=float, default=Settings().fuse_weight)
     option("--fuse-frames", type=int, default=Settings().fuse_frames)
     option("--fuse-hypotheses", type=int, default=Settings().fuse_hypotheses)
@@ -100,6 +135,7 @@ def main() -> None:
         acoustic_scale=1.1 / args.sharpness,
         blank_penalty=4.0,
         nbest=args.nbest,
+        lattice_beam=args.lattice_beam,
         fuse_weight=args.fuse_weight,
         fuse_frames=args.fuse_frames,
         fuse_hypotheses=args.fuse_hypotheses,
@@ -108,9 +144,10 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    known, pieces = read_lexicon("cmudict").entries, pieces_of(args.run)
+    known, halves = read_lexicon("cmudict").entries, halves_of(args.run)
     sets = []
-    for pool, count in (("val", args.dev), ("test", args.sentences)):
+    pools = (("val", args.dev), ("test", args.sentences))
+    for (pool, count), pieces in zip(pools, halves, strict=True):
         rng = np.random.default_rng(args.seed)
         truth = held_out(count, args.seed, pool)
         labels = [label(one, known, args.left_out, rng) for one in truth]
@@ -120,9 +157,6 @@ def main() -> None:
     model = LanguageModel(model_folder(args))
     scorer = load_scorer(args.llm, "cpu", dtype=args.llm_dtype)
     alone, with_model = tuned(*sets[0], model, settings, scorer)
-    for name, one in (("alone", alone), ("with the model", with_model)):
-        values = (f"{key} {getattr(one, key):g}" for key in TUNED)
-        print(f"{name}: {', '.join(values)}", flush=True)
     truth, logits = sets[1]
     asking = FusedModel(model, lambda: growing(scorer))
     searches = {
@@ -145,7 +179,7 @@ def main() -> None:
                     answer = ranked_answer(candidates, chosen, scores)
                 ended = time.process_time()
                 errors[way] = Levenshtein.distance(words, answer.hypotheses[0].words)
-                sums[way].errors += errors[way]
+                sums[way].errors.append(errors[way])
                 sums[way].oracle += min(Levenshtein.distance(words, one.words) for one in found)
                 sums[way].searching += searched - began
                 sums[way].rescoring += ended - searched
@@ -155,9 +189,19 @@ def main() -> None:
     print(f"{done} sentences, {count} words")
     print("| | WER | n-best oracle | s per sentence, search | rescoring |\n|---|---|---|---|---|")
     for way, total in sums.items():
-        rates = f"{total.errors / count:.1%} | {total.oracle / count:.1%}"
+        rates = f"{sum(total.errors[:done]) / count:.1%} | {total.oracle / count:.1%}"
         seconds = (total.searching / done, total.rescoring / done)
         print(f"| {way} | {rates} | {seconds[0]:.2f} | {seconds[1]:.2f} |")
+    for way in ("alone", "rescored"):
+        one, other = (
+            [
+                ErrorRate(*pair)
+                for pair in zip(sums[of].errors[:done], map(len, truth[:done]), strict=True)
+            ]
+            for of in (way, "fused")
+        )
+        found = paired_bootstrap([""] * done, one, other)
+        print(f"fused minus {way}: {found.interval if found else 'unknown'}")
 
 
 if __name__ == "__main__":

@@ -137,10 +137,10 @@ class Settings:
         "fusion",
     )
     fuse_frames: int = setting(
-        10, 1, 10_000, "with --fuse: the large model is asked every so many frames", "fusion"
+        15, 1, 10_000, "with --fuse: the large model is asked every so many frames", "fusion"
     )
     fuse_hypotheses: int = setting(
-        50, 1, 10_000, "with --fuse: best hypotheses that it is asked about", "fusion"
+        25, 1, 10_000, "with --fuse: best hypotheses that it is asked about", "fusion"
     )
     top_candidates_to_augment: int = setting(
         20, 0, 100, "best hypotheses that exchange their differing words; 0: none", "answer"

@@ -219,7 +219,8 @@ def test_the_chosen_shapes_hold_every_batch_of_the_sample(seed, one_day, groups)
 
 
 def test_packing_is_off_for_models_and_augmentations_that_take_one_trial_a_row():
-    gain = config_of(GRU | {"signal.static_gain_std": 0.1, "signal.augment": ("static_gain",)})
+    only_gain = {"signal.static_gain_std": 0.1, "signal.augment": ("static_gain",)}
+    gain = config_of(GRU | only_gain | {"signal.random_walk_std": 0.0})
     triple = config_of({"model.name": "triple_gru", "model.noise_units": 4})
     for config, said in ((gain, "an augmentation"), (triple, "model 'triple_gru'")):
         assert packing_rules(config, DAYS, 1) is None

@@ -1,6 +1,7 @@
 """A recording day is added to a run: what moves, what stays, what is refused."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from b2txt_jax.calibration.calibrate import (
     spoken,
 )
 from b2txt_jax.calibration.moving import moving_of, named
-from b2txt_jax.calibration.trials import Mixture, Spoken, batch_of, shape_for
+from b2txt_jax.calibration.trials import Mixture, Scorer, Spoken, batch_of, shape_for
 from b2txt_jax.calibration.tune import Rates, Tuner
 from b2txt_jax.cli import main
 from b2txt_jax.data.hdf5 import Hdf5Reader
@@ -151,6 +152,24 @@ def test_without_day_layers_a_part_that_days_share_moves_and_old_days_are_replay
             assert np.linalg.matrix_rank(change, tol=1e-3 * np.linalg.norm(change)) <= 2
     assert one.report["replayed_days"] == 3
     jax.tree.map(np.testing.assert_array_equal, one.params, again.params)
+
+
+@pytest.mark.slow
+def test_a_calibration_that_costs_old_days_too_much_leaves_the_trained_values(
+    narrow, days, monkeypatch
+):
+    reader = open_folder(narrow, FEATURES)
+    run = small_transformer(days[:3], FEATURES)
+    material = Material(
+        spoken(reader, reader.trials([days[3]], "train")[:3], 3),
+        [],
+        [(reader, reader.trials([day], "train")) for day in days[:3]],
+    )
+    losses = itertools.count(1.0)  # each higher than the one before
+    monkeypatch.setattr(Scorer, "loss", lambda *_: next(losses))
+    found = calibrate(run, days[3], material, Settings(steps=1, rows=5, start="last", old_rise=0))
+    assert found.report["old_days"]["kept_share"] == 0
+    jax.tree.map(np.testing.assert_array_equal, found.params, run.params)
 
 
 @pytest.mark.parametrize(("most", "share"), [(0.3, 1.0), (0.06, 0.5), (0.0, 0.0)])

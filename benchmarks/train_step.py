@@ -121,7 +121,7 @@ class Peer:
         """Return logits and valid frames."""
         model, signal = self.config.model, self.config.signal
         x = x + torch.randn_like(x) * signal.white_noise_std
-        x = x + torch.randn(len(x), 1, 512) * signal.constant_offset_std
+        x = x + torch.randn(len(x), 1, 512, device=x.device) * signal.constant_offset_std
         x, bins = x[:, cut:], bins - cut
         x = functional.conv1d(x.permute(0, 2, 1), self.kernel, padding="same", groups=512)
         x = x.permute(0, 2, 1)

@@ -5,12 +5,15 @@ Automatic differentiation of the forward recursion would run a second, larger lo
 gradient is a closed form: softmax minus the posterior of each class in each frame. On a TPU both
 recursions are Pallas kernels (ctc_pallas.py). Elsewhere the backward recursion runs as the forward
 recursion of the reversed problem, stacked beside the first, so that one loop of P steps computes
-both. Everything is float32: bfloat16 has too few digits for sums of log-probabilities.
+both, on an NVIDIA GPU inside one kernel (ctc_triton.py). Everything is float32: bfloat16 has too
+few digits for sums of log-probabilities.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +22,13 @@ from jax.sharding import PartitionSpec as P
 from b2txt_jax.errors import UserError
 from b2txt_jax.model.interface import DATA
 from b2txt_jax.model.mesh import data_devices, devices_mesh
-from b2txt_jax.training import ctc_pallas
+from b2txt_jax.training import ctc_pallas, ctc_triton
 from b2txt_jax.training.ctc_pallas import LOG_ZERO as _LOG_ZERO
+from b2txt_jax.training.ctc_pallas import sum3
 
 BLANK = 0
-KINDS = ("auto", "scan", "pallas")
+KINDS = ("auto", "scan", "pallas", "triton")
+_GPU = ("gpu", "cuda")
 
 
 def frames_needed(labels: jax.Array, label_length: jax.Array) -> jax.Array:
@@ -49,9 +54,9 @@ def ctc_loss(
       frames: valid frames per row, int [B]. Later frames are ignored.
       labels: class ids, int [B, L], padded with anything.
       label_length: int [B].
-      kind: of the recursions. 'scan', or 'pallas', which outside a TPU is Pallas's slow
-        interpreter, meant for tests, or 'auto': Pallas on a TPU when the devices share the rows
-        evenly, else the scan.
+      kind: of the recursions. 'scan', or 'pallas' or 'triton', which outside a TPU or an NVIDIA
+        GPU are Pallas's slow interpreter, meant for tests, or 'auto': the kernels of the platform
+        when the devices share the rows evenly, else the scan.
 
     Rows that no alignment can spell (fewer frames than `frames_needed`) have loss +inf and a zero
     gradient. The caller counts and excludes them. Zero frames with an empty label have loss 0.
@@ -119,35 +124,48 @@ def _recursions(
     arguments = emissions, states, frames, state_length
     mesh = devices_mesh()
     known = jax.sharding.get_abstract_mesh().abstract_device
-    elsewhere = known is not None and known.platform != "tpu"
+    platform = "unknown" if known is None else known.platform
     uneven = emissions.shape[0] % data_devices(mesh) > 0 or 0 in emissions.shape
-    if kind == "scan" or (kind == "auto" and (elsewhere or uneven)):
+    if kind == "auto" and not uneven and platform in _GPU:
+        kind = "triton"
+    if kind == "scan" or (kind == "auto" and (uneven or platform not in ("tpu", "unknown"))):
         return _scanned(*arguments)
 
-    def kernels(*arguments: jax.Array, interpret: bool = False) -> tuple[jax.Array, ...]:
-        emissions, states, frames, state_length = arguments
-        cost = _skip_cost(states)
-        run = functools.partial(ctc_pallas.recursions, interpret=interpret)
-        if mesh is not None:
-            # A kernel cannot be partitioned. Its rows are independent.
-            rows = P(DATA if DATA in mesh.axis_names else None)
-            run = jax.shard_map(
-                run, mesh=mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False
-            )
-        return run(emissions, cost, frames, state_length)
+    def shared(run: Callable[..., Any]) -> Callable[..., Any]:
+        if mesh is None:
+            return run
+        # A kernel cannot be partitioned. Its rows are independent.
+        rows = P(DATA if DATA in mesh.axis_names else None)
+        return jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
 
-    interpreted = functools.partial(kernels, interpret=True)
-    other = interpreted if kind == "pallas" else _scanned
-    both: tuple[jax.Array, jax.Array] = jax.lax.platform_dependent(
-        *arguments, tpu=kernels, default=other
-    )
+    def pallas(*arguments: jax.Array, interpret: bool = False) -> tuple[jax.Array, ...]:
+        emissions, states, frames, state_length = arguments
+        run = shared(functools.partial(ctc_pallas.recursions, interpret=interpret))
+        return run(emissions, _skip_cost(states), frames, state_length)
+
+    def triton(*arguments: jax.Array, interpret: bool = False) -> tuple[jax.Array, ...]:
+        recursion = functools.partial(ctc_triton.recursion, interpret=interpret)
+        return shared(functools.partial(_scanned, recursion=recursion))(*arguments)
+
+    both: tuple[jax.Array, jax.Array]
+    if kind == "triton":
+        interpreted = functools.partial(triton, interpret=True)
+        both = jax.lax.platform_dependent(*arguments, cuda=triton, default=interpreted)
+    else:
+        interpreted = functools.partial(pallas, interpret=True)
+        other = interpreted if kind == "pallas" else _scanned
+        both = jax.lax.platform_dependent(*arguments, tpu=pallas, default=other)
     return both
 
 
 def _scanned(
-    emissions: jax.Array, states: jax.Array, frames: jax.Array, state_length: jax.Array
+    emissions: jax.Array,
+    states: jax.Array,
+    frames: jax.Array,
+    state_length: jax.Array,
+    recursion: Recursion | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute _recursions as one scan."""
+    """Compute _recursions as one loop over frames, by default a scan."""
     reversed_frames = _reversal(frames, emissions.shape[1])
     reversed_states = _reversal(state_length, states.shape[1])
     mirrored = jnp.take_along_axis(emissions, reversed_frames[:, :, None], axis=1)
@@ -155,10 +173,10 @@ def _scanned(
     mirrored_ids = jnp.take_along_axis(states, reversed_states, axis=1)
 
     # On a new axis: appended rows would have to move between the devices that share the batch.
-    alphas, betas = jax.vmap(_alphas)(
+    alphas, betas = jax.vmap(recursion or _scan)(
         jnp.stack([emissions, mirrored]),
-        jnp.stack([states, mirrored_ids]),
-        jnp.stack([state_length, state_length]),
+        _skip_cost(jnp.stack([states, mirrored_ids])),
+        _start_cost(jnp.stack([state_length, state_length]), states.shape[1]),
     )
     betas = jnp.take_along_axis(betas, reversed_states[:, None, :], axis=2)
     betas = jnp.take_along_axis(betas, reversed_frames[:, :, None], axis=1)
@@ -166,28 +184,35 @@ def _scanned(
 
 
 def _skip_cost(states: jax.Array) -> jax.Array:
-    """Return 0 where a state may follow the one two before it, else LOG_ZERO: [B, S] -> [B, S].
+    """Return 0 where a state may follow the one two before it, else LOG_ZERO: [..., S] ->
+    [..., S].
 
     It may when it is a label that differs from the label before it.
     """
-    index = jnp.arange(states.shape[1])
-    before = jnp.pad(states[:, :-2], ((0, 0), (2, 0)), constant_values=BLANK)
+    index = jnp.arange(states.shape[-1])
+    before = jnp.roll(states, 2, axis=-1)
     may_skip = (index % 2 == 1) & (index >= 2) & (states != before)
     return jnp.where(may_skip, 0.0, _LOG_ZERO)
 
 
-def _alphas(emissions: jax.Array, states: jax.Array, state_length: jax.Array) -> jax.Array:
-    """Compute the forward variables, ln: emissions [B, P, S], states [B, S] -> [B, P, S]."""
-    index = jnp.arange(states.shape[1])
-    skip_cost = _skip_cost(states)
-    start = jnp.where((index < 2) & (index < state_length[:, None]), 0.0, _LOG_ZERO)
+def _start_cost(state_length: jax.Array, size: int) -> jax.Array:
+    """Return 0 for the states in which a row may begin, else LOG_ZERO: [...] -> [..., S]."""
+    index = jnp.arange(size)
+    return jnp.where((index < 2) & (index < state_length[..., None]), 0.0, _LOG_ZERO)
+
+
+Recursion = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(emissions [B, P, S], cost of skipping to a state [B, S], of starting in it [B, S]) -> forward
+variables, ln [B, P, S]."""
+
+
+def _scan(emissions: jax.Array, skips: jax.Array, start: jax.Array) -> jax.Array:
+    """Compute the forward variables frame by frame, see Recursion."""
 
     def step(alpha: jax.Array, frame: jax.Array) -> tuple[jax.Array, jax.Array]:
         one = jnp.pad(alpha[:, :-1], ((0, 0), (1, 0)), constant_values=_LOG_ZERO)
-        two = jnp.pad(alpha[:, :-2], ((0, 0), (2, 0)), constant_values=_LOG_ZERO) + skip_cost
-        top = jnp.maximum(jnp.maximum(alpha, one), two)
-        total = jnp.exp(alpha - top) + jnp.exp(one - top) + jnp.exp(two - top)
-        alpha = jnp.maximum(top + jnp.log(total), _LOG_ZERO) + frame
+        two = jnp.pad(alpha[:, :-2], ((0, 0), (2, 0)), constant_values=_LOG_ZERO) + skips
+        alpha = sum3(alpha, one, two) + frame
         return alpha, alpha
 
     by_time = emissions.swapaxes(0, 1)

@@ -25,7 +25,7 @@ _MOST_ENTRIES = 1 << 15
 """Rows times states of a block: 1 MiB of VMEM per stream and 8 frames."""
 
 
-def _sum3(one: jax.Array, two: jax.Array, three: jax.Array) -> jax.Array:
+def sum3(one: jax.Array, two: jax.Array, three: jax.Array) -> jax.Array:
     """Add probabilities given by their ln, at least LOG_ZERO."""
     top = jnp.maximum(jnp.maximum(one, two), three)
     total = jnp.exp(one - top) + jnp.exp(two - top) + jnp.exp(three - top)
@@ -46,7 +46,7 @@ def _forward_kernel(emissions: Any, skips: Any, alphas: Any, carry: Any) -> None
     for k in range(emissions.shape[0]):
         one = jnp.where(state < 1, LOG_ZERO, pltpu.roll(alpha, 1, 1))
         two = jnp.where(state < 2, LOG_ZERO, pltpu.roll(alpha, 2, 1)) + skips[...]
-        alpha = _sum3(alpha, one, two) + emissions[k]
+        alpha = sum3(alpha, one, two) + emissions[k]
         alphas[k] = alpha
     carry[...] = alpha
 
@@ -73,7 +73,7 @@ def _backward_kernel(
         one = jnp.where(state >= width - 1, LOG_ZERO, pltpu.roll(beta, width - 1, 1))
         two = pltpu.roll(beta + skips[...], width - 2, 1)
         two = jnp.where(state >= width - 2, LOG_ZERO, two)
-        after = jnp.where(first + k == last, final, _sum3(beta, one, two))
+        after = jnp.where(first + k == last, final, sum3(beta, one, two))
         joint[k] = alphas[k] + after
         beta = jnp.where(first + k <= last, after + emissions[k], beta)
     carry[...] = beta

@@ -44,7 +44,7 @@ def compare(logits, frames, labels, label_length, atol=2e-5):
     if feasible.any():
         # torch's gradient of a row that cannot be aligned is NaN
         expected[torch.tensor(feasible)].sum().backward()
-    for kind in ("scan", "pallas"):
+    for kind in ("scan", "pallas", "triton"):
         losses, gradient = loss_and_gradient(logits, frames, labels, label_length, feasible, kind)
         np.testing.assert_array_equal(np.isfinite(losses), feasible)
         np.testing.assert_allclose(

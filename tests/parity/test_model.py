@@ -11,6 +11,7 @@ from published import PublishedDecoder, differences, fill, frames_of, losses_of,
 
 from b2txt_jax.config import load_config
 from b2txt_jax.data.loader import Batch
+from b2txt_jax.model import patches as patch_ways
 from b2txt_jax.model import toom_cook
 from b2txt_jax.model.day_layer import day_layer
 from b2txt_jax.model.gru.scan import gru_recurrence
@@ -191,6 +192,21 @@ def test_fewer_products_project_patches_as_torch_unfold_does(bins, size, stride)
     )
     np.testing.assert_allclose(gradients[0], of_x, atol=1e-4)
     np.testing.assert_allclose(gradients[1], of_weight, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bins", "size", "stride"), [(47, 14, 4), (14, 14, 4), (33, 3, 3)])
+def test_products_of_patches_equal_torch_unfold(bins, size, stride):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(3, bins, 5)).astype(np.float32)
+    weight = rng.normal(size=(7, size * 5)).astype(np.float32)
+    weights = rng.normal(size=(3, (bins - size) // stride + 1, 7)).astype(np.float32)
+    _, expected, (of_x, of_weight) = unfolded_in_float64(x, weight, size, stride, weights)
+    settings = {"size": size, "stride": stride, "dtype": jnp.dtype("float32")}
+    projected = patch_ways.multiplied(x, weight, **settings)
+    np.testing.assert_allclose(projected, expected, atol=2e-5)
+    d_x, d_weight = patch_ways.multiplied_gradients(x, weight, jnp.asarray(weights), **settings)
+    np.testing.assert_allclose(d_x, of_x, atol=2e-5)
+    np.testing.assert_allclose(d_weight, of_weight, atol=2e-5)
 
 
 def test_a_cpu_projects_many_frames_without_a_convolution_and_equals_torch():

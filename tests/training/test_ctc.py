@@ -18,7 +18,7 @@ from b2txt_jax.training import ctc_pallas
 from b2txt_jax.training.ctc import ctc_loss as eager_ctc_loss
 
 ctc_loss = jax.jit(eager_ctc_loss, static_argnums=4)
-BOTH = pytest.mark.parametrize("kind", ["scan", "pallas"])
+EVERY = pytest.mark.parametrize("kind", ["scan", "pallas", "triton"])
 
 
 def by_enumeration(log_probs, label):
@@ -31,7 +31,7 @@ def by_enumeration(log_probs, label):
     return -total
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("label", [[], [1], [1, 1], [2, 1, 2], [1, 2, 2, 1]])
 def test_loss_is_the_sum_over_all_alignments(label, kind):
     logits = np.random.default_rng(len(label)).normal(size=(1, 6, 3)).astype(np.float32)
@@ -41,7 +41,7 @@ def test_loss_is_the_sum_over_all_alignments(label, kind):
     assert float(loss[0]) == pytest.approx(by_enumeration(log_probs, label), rel=1e-5)
 
 
-@BOTH
+@EVERY
 def test_rows_that_cannot_be_aligned_are_infinite_with_a_zero_gradient(kind):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 3)), jnp.float32)
     labels = np.array([[1, 1, 1], [1, 2, 1], [1, 2, 1]])
@@ -56,14 +56,14 @@ def test_rows_that_cannot_be_aligned_are_infinite_with_a_zero_gradient(kind):
     assert np.asarray(gradient)[2].any()
 
 
-@BOTH
+@EVERY
 def test_zero_frames_with_an_empty_label_cost_nothing(kind):
     nothing = np.array([0])
     losses = ctc_loss(jnp.zeros((1, 4, 3)), nothing, np.zeros((1, 2), int), nothing, kind)
     assert float(losses[0]) == 0.0
 
 
-@BOTH
+@EVERY
 def test_frames_and_labels_beyond_the_lengths_change_nothing(kind):
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(1, 12, 4)).astype(np.float32)
@@ -100,10 +100,11 @@ def losses_and_gradient(logits, frames, labels, length, kind):
 
 
 def assert_kernels_equal_the_scan(rows):
-    losses, gradient = losses_and_gradient(*rows, "pallas")
     wanted, wanted_gradient = losses_and_gradient(*rows, "scan")
-    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
-    np.testing.assert_allclose(gradient, wanted_gradient, atol=2e-5 * len(losses))
+    for kind in ("pallas", "triton"):
+        losses, gradient = losses_and_gradient(*rows, kind)
+        np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+        np.testing.assert_allclose(gradient, wanted_gradient, atol=2e-5 * len(losses))
     return wanted
 
 
@@ -141,11 +142,12 @@ rows = random_rows(16, 9, 4)
 wanted = losses_and_gradient(*rows, "scan")
 mesh = make_mesh(2)  # 4 x 2 of 8 devices
 placed = jax.device_put(rows, NamedSharding(mesh, P("data")))
-with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    found = losses_and_gradient(*placed, "pallas")
-np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
-np.testing.assert_allclose(found[1], wanted[1], atol=3e-4)
-assert found[1].sharding.shard_shape((16,)) == (4,)
+for kind in ("pallas", "triton"):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = losses_and_gradient(*placed, kind)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], wanted[1], atol=3e-4)
+    assert found[1].sharding.shard_shape((16,)) == (4,)
 print(np.isfinite(wanted[0]).sum())
 """
 
@@ -159,5 +161,5 @@ def test_the_kernels_run_on_each_device_s_rows():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="'fast'; needed one of auto, scan, pallas"):
+    with pytest.raises(UserError, match="'fast'; needed one of auto, scan, pallas, triton"):
         ctc_loss(*random_rows(1, 2, 1), "fast")

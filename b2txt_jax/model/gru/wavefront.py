@@ -4,7 +4,9 @@ below has just finished.
 Layer after layer, a loop over P frames runs once per layer, and each of its products is too small
 to fill a GPU. Along the wavefront one loop of P + L - 1 steps computes L frames at once, frame
 s - l of layer l in step s. Equations, gate order and the trials of a row are those of scan.py, and
-so are the saved gates and the weights' gradients, which stay outside the loop.
+so are the saved gates and the weights' gradients, which stay outside the loop. A step has one
+batched product: that of every layer but the first with the layer below, and that of every layer
+with its own last state.
 """
 
 from __future__ import annotations
@@ -109,32 +111,35 @@ def _run(
     dtype: jnp.dtype,
     scale: float,
     save: bool,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return the last layer's states, and with `save` every layer's states and gates by step."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return the last layer's states, and with `save` every layer's states and gates by step,
+    [S, 5, L, B, H]: after it, r, z, n, recurrent part of n."""
     layers, frames = len(stack.weight_hh), len(projected)
-    weight_ih, weight_hh = stack.weight_ih.astype(dtype), stack.weight_hh.astype(dtype)
+    weights = jnp.concatenate([stack.weight_ih, stack.weight_hh]).astype(dtype)
+    biases = jnp.concatenate([stack.bias_ih, stack.bias_hh])[:, None]
     there, kept, begins = _inputs(frames, layers, kept, begins)
     x = jnp.pad(projected, ((0, layers - 1), (0, 0), (0, 0)))
 
-    def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
         x, at_frame, kept, new = inputs
         below = h[:-1] if kept is None else jnp.where(kept, h[:-1] * scale, 0)
-        above = _products(below, weight_ih, dtype) + stack.bias_ih[:, None]
-        gates_x = jnp.concatenate([x[None].astype(jnp.float32), above])
         before = at_begins(new, h0, h)
-        gates_h = _products(before, weight_hh, dtype) + stack.bias_hh[:, None]
+        gates = _products(jnp.concatenate([below, before]), weights, dtype) + biases
+        gates_x = jnp.concatenate([x[None].astype(jnp.float32), gates[: layers - 1]])
+        gates_h = gates[layers - 1 :]
         x_r, x_z, x_n = jnp.split(gates_x, 3, axis=-1)
         h_r, h_z, h_n = jnp.split(gates_h, 3, axis=-1)
         r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
         n = jnp.tanh(x_n + r * h_n)
         after = jnp.where(at_frame, (1 - z) * n + z * before, h)
-        saved = (after, r, z, n, h_n) if save else (after[-1],)
-        return after, tuple(value.astype(dtype) for value in saved)
+        # One array: a GPU starts a kernel for each that a loop fills.
+        saved = jnp.stack([after, r, z, n, h_n]) if save else after[-1]
+        return after, saved.astype(dtype)
 
     first = jnp.broadcast_to(h0, (layers, *h0.shape))
     saved = jax.lax.scan(step, first, (x, there, kept, begins))[1]
-    states = saved[0][layers - 1 :]
-    return states[:, -1] if save else states, saved
+    states = saved[layers - 1 :]
+    return states[:, 0, -1] if save else states, saved
 
 
 def _forward(
@@ -153,50 +158,49 @@ def _forward(
 def _backward(
     dtype: jnp.dtype, scale: float, residuals: tuple[Any, ...], d_states: jax.Array
 ) -> tuple[Any, ...]:
-    (after, r, z, n, h_n), h0, stack, kept, begins, projected_like = residuals
-    steps, layers, rows, hidden = after.shape
+    saved, h0, stack, kept, begins, projected_like = residuals
+    steps, _, layers, rows, hidden = saved.shape
     frames = steps - layers + 1
     there, kept, begins = _inputs(frames, layers, kept, begins)
     first = jnp.broadcast_to(h0.astype(dtype), (1, layers, rows, hidden))
-    passed = jnp.concatenate([first, after[:-1]])
+    passed = jnp.concatenate([first, saved[:-1, 0]])
     before = at_begins(begins, h0.astype(dtype), passed)
     below = passed[:, :-1]
     if kept is not None:
         below = jnp.where(kept, below * scale, 0).astype(dtype)
-    back_ih, back_hh = (
-        jnp.swapaxes(weight, 1, 2).astype(dtype) for weight in (stack.weight_ih, stack.weight_hh)
-    )
+    weights = jnp.concatenate([stack.weight_ih, stack.weight_hh]).swapaxes(1, 2).astype(dtype)
     d_last = jnp.pad(d_states, ((layers - 1, 0), (0, 0), (0, 0)))
 
-    def step(carry: Any, inputs: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    def recurrent_part(d_gates: jax.Array) -> jax.Array:
+        return jnp.concatenate([d_gates[..., : 2 * hidden], d_gates[..., 3 * hidden :]], axis=-1)
+
+    def step(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
         d_h, d_above, d_first = carry
-        d_out, at_frame, kept, new, *values = inputs
-        h, r_t, z_t, n_t, h_n_t = (value.astype(jnp.float32) for value in values)
+        d_out, at_frame, kept, new, h, saved_t = inputs
+        h = h.astype(jnp.float32)
+        _, r_t, z_t, n_t, h_n_t = saved_t.astype(jnp.float32)
         d = d_h + jnp.concatenate([d_above, d_out[None].astype(jnp.float32)])
         # A layer that is not at a frame passes on what it got.
         waiting, d = jnp.where(at_frame, 0, d), jnp.where(at_frame, d, 0)
         d_n = d * (1 - z_t) * (1 - n_t * n_t)
         d_z = d * (h - n_t) * z_t * (1 - z_t)
         d_r = d_n * h_n_t * r_t * (1 - r_t)
-        d_recurrent = jnp.concatenate([d_r, d_z, d_n * r_t], axis=-1)
-        d_projected = jnp.concatenate([d_r, d_z, d_n], axis=-1)
-        d_before = d * z_t + _products(d_recurrent, back_hh, dtype)
+        d_gates = jnp.concatenate([d_r, d_z, d_n, d_n * r_t], axis=-1).astype(dtype)
+        both = jnp.concatenate([d_gates[1:, :, : 3 * hidden], recurrent_part(d_gates)])
+        d_below, d_own = jnp.split(_products(both, weights, dtype), [layers - 1])
+        d_before = d * z_t + d_own
         if new is not None:
             nothing = jnp.zeros_like(d_before)
             d_first = d_first + at_begins(new, d_before, nothing).sum(0)
             d_before = at_begins(new, nothing, d_before)
-        d_below = _products(d_projected[1:], back_ih, dtype)
         if kept is not None:
             d_below = jnp.where(kept, d_below * scale, 0)
-        saved = d_recurrent.astype(dtype), d_n.astype(dtype)
-        return (d_before + waiting, d_below, d_first), saved
+        return (d_before + waiting, d_below, d_first), d_gates
 
     zero = jnp.zeros((layers, rows, hidden), jnp.float32)
-    inputs = d_last, there, kept, begins, before, r, z, n, h_n
-    (d_h, _, d_first), (d_recurrent, d_n) = jax.lax.scan(
-        step, (zero, zero[1:], zero[0]), inputs, reverse=True
-    )
-    d_gates = jnp.concatenate([d_recurrent[..., : 2 * hidden], d_n], axis=-1)
+    inputs = d_last, there, kept, begins, before, saved
+    (d_h, _, d_first), d_all = jax.lax.scan(step, (zero, zero[1:], zero[0]), inputs, reverse=True)
+    d_gates, d_recurrent = d_all[..., : 3 * hidden], recurrent_part(d_all)
 
     d_stack = Stack(
         weight_ih=over_rows("slbo,slbh->loh", d_gates[:, 1:], below, dtype),

@@ -169,4 +169,5 @@ def get_config() -> ConfigDict:
 
     config.parallel = ConfigDict()
     config.parallel.model_axis = 1  # devices that split large parameters; the others split rows
+    config.parallel.reduce_dtype = "float32"  # in which devices add gradients; or "bfloat16"
     return config

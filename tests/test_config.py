@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_the_baseline_holds_the_published_recipe():
         2000,
         10,
     )
+
+
+def test_the_baseline_names_every_key():
+    named = runpy.run_path(BASELINE)["get_config"]().to_dict()
+    known = dataclasses.asdict(load_config(BASELINE))
+    assert {section: set(keys) for section, keys in named.items()} == {
+        section: set(keys) for section, keys in known.items()
+    } | {"model": {"name", *known["model"]}}
 
 
 def test_overrides_keep_each_keys_type():

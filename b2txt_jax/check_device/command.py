@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,13 +88,22 @@ def run(args: argparse.Namespace) -> int:
             **provenance(),
         }
         with replacing(args.json) as path:
-            path.write_text(json.dumps(values, indent=2) + "\n")
+            path.write_text(json.dumps(_or_none(values), indent=2, allow_nan=False) + "\n")
     checks = f"of {len(findings)} checks on {kind}"
     if wrong:
         print(f"{len(wrong)} {checks} DISAGREE: {'; '.join(wrong)}")
     else:
         print(f"none {checks} disagrees")
     return 1 if wrong else 0
+
+
+def _or_none(value: Any) -> Any:
+    """Return plain objects with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _or_none(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_or_none(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _checks(devices: list[Any], thorough: bool) -> Iterator[tuple[str, Callable[[], Result]]]:

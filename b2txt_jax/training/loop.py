@@ -296,6 +296,12 @@ def _train_in(
                 f"an epoch is {trials / rows:.4g} batches of {rows}; its last batch is completed "
                 "with the first trials of the next epoch"
             )
+        warmup = config.optimizer.warmup_steps
+        if config.train.steps <= warmup:
+            console.print(
+                f"the learning rate still rises at the end: optimizer.warmup_steps is {warmup} and "
+                f"train.steps {config.train.steps}"
+            )
         if first >= config.train.steps or out_of_patience(config, best):
             asked = f"{config.train.steps} are asked for"
             if first < config.train.steps:

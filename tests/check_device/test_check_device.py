@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 
 import jax
@@ -149,6 +150,20 @@ def test_nan_disagrees():
             lambda: kernels.Comparison("one", {"loss": 0.5, "states": float("nan")}, 1.0)
         )[0].found
     )
+
+
+def test_the_file_of_a_device_that_gives_nan_is_json(tmp_path, monkeypatch):
+    errors = {"states": float("nan"), "loss": 1e-7}
+    check = functools.partial(command._compared, lambda: kernels.Comparison("one", errors, 1e-5))
+    monkeypatch.setattr(command, "_checks", lambda *_: iter([("one", check)]))
+
+    def strict(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    status, _ = run(tmp_path)
+    found = json.loads((tmp_path / "check.json").read_text(), parse_constant=strict)
+    assert (status, found["disagree"]) == (1, ["one"])
+    assert found["checks"][1]["errors"] == {"states": None, "loss": 1e-7}
 
 
 def test_steps_with_another_gradient_are_named():

@@ -312,3 +312,13 @@ def test_buckets_that_do_not_suit_the_trials_are_told(tiny_config, tmp_path, not
     config = with_overrides(tiny_config, [f"--config.{pair}" for pair in large])
     train(config, tmp_path, Console(file=said, width=1000))
     assert "data.buckets do not suit these trials" in " ".join(said.getvalue().split())
+
+
+@pytest.mark.parametrize(("warmup", "noticed"), [(5, False), (6, True)])
+def test_a_run_that_ends_in_its_warm_up_is_noticed(
+    warmup, noticed, tiny_config, tmp_path, not_compiled
+):
+    said = io.StringIO()
+    config = with_overrides(tiny_config, [f"--config.optimizer.warmup_steps={warmup}"])
+    train(config, tmp_path, Console(file=said, width=1000))
+    assert ("the learning rate still rises at the end" in said.getvalue()) == noticed

@@ -115,7 +115,7 @@ def _backward(
     d_x, d_weight = jax.lax.platform_dependent(x, weight, cotangent, **ways, default=convolved)
     # Laid out once: else clipping and each moment of the optimizer would read it across the grain.
     d_weight = jax.lax.optimization_barrier(d_weight)
-    return d_x.astype(x_like.dtype), d_weight.astype(jnp.float32)
+    return d_x.astype(x_like.dtype), d_weight
 
 
 def _convolved_gradients(
@@ -144,7 +144,7 @@ def _convolved_gradients(
             padding=[(size - 1, size - 1 + unused)],
             lhs_dilation=(stride,),
         )
-    return d_x, d_weight.reshape(weight.shape)
+    return d_x, d_weight.reshape(weight.shape).astype(jnp.float32)
 
 
 def multiplied(

@@ -88,9 +88,10 @@ def bfloat16_in(found, scope: str) -> list[str]:
 
 
 # The day layer, an input product and a recurrent one (in two forms, one per platform) per layer,
-# the head. Backward, each has two gradients, of which a loop holds the recurrent products' first.
-FORWARD = 1 + 3 * LAYERS + 1
-BACKWARD = 2 * 1 + (2 + 2 + 1) * LAYERS + 2 * 1
+# the head. The first input product, that of the patches, has two forms, too. Backward, each has two
+# gradients, of which a loop holds the recurrent products' first.
+FORWARD = 1 + 3 * LAYERS + 1 + 1
+BACKWARD = 2 * 1 + (2 + 2 + 1) * LAYERS + 2 * 1 + 2 * 1
 
 
 @pytest.mark.parametrize(("backward", "count"), [(False, FORWARD), (True, BACKWARD)])
@@ -133,10 +134,11 @@ def reduced(config):
     return dataclasses.replace(config, parallel=ParallelConfig(reduce_dtype="bfloat16"))
 
 
-# Weights: input and recurrent ones of each layer, and the head. In the Transformer the patches,
-# four in each layer, and the head. Of both, the days' are picked for each row and added there.
+# Weights: input (the first in two forms) and recurrent ones of each layer, and the head. In the
+# Transformer the patches, four in each layer, and the head. Of both, the days' are picked for each
+# row and added there.
 @pytest.mark.parametrize(
-    ("config", "weights"), [(CONFIG, 2 * LAYERS + 1), (TRANSFORMER, 4 * LAYERS + 2)]
+    ("config", "weights"), [(CONFIG, 2 * LAYERS + 1 + 1), (TRANSFORMER, 4 * LAYERS + 2)]
 )
 def test_the_gradients_of_weights_and_no_others_are_added_in_the_dtype_of_the_reduction(
     config, weights

@@ -28,6 +28,7 @@ from lm_server.files.atomic_file import replacing
 from lm_server.protocol import CLASSES, check_logits
 
 FRAME_SECONDS = 0.08
+"""Of the published logits."""
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5F6368"
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of several runs."""
@@ -235,22 +236,26 @@ def reliability_diagram(
 
 
 def phoneme_picture(
-    logits: np.ndarray, label: np.ndarray | None = None, title: str = "Phoneme probabilities"
+    logits: np.ndarray,
+    label: np.ndarray | None = None,
+    title: str = "Phoneme probabilities",
+    frame_seconds: float = FRAME_SECONDS,
 ) -> Figure:
     """Draw class probabilities over time, with decoded phonemes above and true ones beneath.
 
     Args:
-      logits: [P, 41] in the RNN's order, one row per 80 ms.
+      logits: [P, 41] in the RNN's order, one row per frame.
       label: true class ids [L]. They carry no times, so each stands under its decoded partner of
         the best alignment, and one without partner between its neighbours.
       title: heading, such as the trial's name.
+      frame_seconds: from frame to frame.
     """
     logits = check_logits(logits)
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
-    seconds = len(logits) * FRAME_SECONDS
+    seconds = len(logits) * frame_seconds
     segments = greedy_segments(logits)
-    times = [(segment.start + segment.end) / 2 * FRAME_SECONDS for segment in segments]
+    times = [(segment.start + segment.end) / 2 * frame_seconds for segment in segments]
     found = [segment.phoneme for segment in segments]
     true = [] if label is None else [int(index) for index in label]
     decoded_marks, true_marks = _aligned(found, times, true, seconds)

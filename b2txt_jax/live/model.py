@@ -10,12 +10,10 @@ import numpy as np
 
 from b2txt_jax.data.joint import with_zeros
 from b2txt_jax.inference.run import Run
-from b2txt_jax.model.interface import Params, make_model
+from b2txt_jax.model.interface import Params, first_and_further_bins, make_model
 from b2txt_jax.signal.rolling import BIN_SECONDS
 from b2txt_jax.signal.smooth import smooth_as, taps_of
 from lm_server.protocol import CLASS_COUNT
-
-_MOST_BINS = 10_000
 
 
 class LiveModel:
@@ -49,8 +47,7 @@ class LiveModel:
         signal = run.config.signal
         taps, self._ahead = taps_of(signal)
         kept = len(taps) - 1
-        first = next(n for n in range(1, _MOST_BINS) if model.frames(n) == 1)
-        stride = next(n for n in range(first, _MOST_BINS) if model.frames(n) == 2) - first
+        first, stride = first_and_further_bins(model)
         self._lead = self._ahead + max(0, first - stride)
         self._chunk = chunk_frames * stride
         self.frame_seconds = stride * BIN_SECONDS

@@ -192,6 +192,16 @@ def takes_segments(model: Model) -> bool:
     )
 
 
+_MOST_BINS = 10_000
+"""Within which a model has to give its second frame."""
+
+
+def first_and_further_bins(model: Model) -> tuple[int, int]:
+    """Return how many bins the first frame needs, and each further one (14 and 4 as published)."""
+    first = next(n for n in range(1, _MOST_BINS) if model.frames(n) == 1)
+    return first, next(n for n in range(first, _MOST_BINS) if model.frames(n) == 2) - first
+
+
 @functools.cache
 def make_model(settings: ModelSettings, features: int, days: int) -> Model:
     """Return the model of a configuration's section `model`.

@@ -136,6 +136,8 @@ def test_the_picture_shows_softmax_over_seconds() -> None:
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(np.asarray(image.get_array()), expected.T, rtol=1e-4, atol=1e-7)
     assert figure.axes[1].get_xlim() == pytest.approx((0.0, 0.08 * len(logits)))
+    denser = phoneme_picture(logits, label, frame_seconds=0.04)
+    assert denser.axes[1].get_xlim() == pytest.approx((0.0, 0.04 * len(logits)))
     names = [tick.get_text() for tick in figure.axes[1].get_yticklabels()]
     assert (names[0], names[1], names[39], names[40]) == ("blank", "AA", "ZH", "silence")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from spoken import logits_of
 
 from b2txt_jax.config import CONFIG_FILE, load_config, write_config
@@ -170,6 +171,23 @@ def test_worst_median_and_best_are_by_words_then_by_phonemes(make_run) -> None:
     assert chosen["Worst"].trial.endswith("0002")
     assert chosen["Best"].wer == ErrorRate(0, 1)
     assert chosen["Random"] in trials
+
+
+def test_pictures_are_in_seconds_of_the_runs_own_frames(make_run, monkeypatch) -> None:
+    drawn: list[float] = []
+
+    def draw(*args: Any) -> Figure:
+        drawn.append(args[3])
+        return Figure()
+
+    monkeypatch.setattr("b2txt_jax.evaluation.report.page.phoneme_picture", draw)
+    denser = load_config("demo", [f"--config.model.patch_{one}" for one in ("size=6", "stride=2")])
+    for config, frame in ((load_config("demo"), 80), (denser, 40)):
+        drawn.clear()
+        text = Page(report_html([make_run(config=config)], MADE)[0]).text
+        assert f"a frame of {frame} ms" in text
+        assert drawn
+        assert set(drawn) == {frame / 1000}
 
 
 @pytest.mark.slow

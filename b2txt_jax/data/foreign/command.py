@@ -133,7 +133,13 @@ def _format(args: argparse.Namespace) -> Format:
                 f"{options} belong to the format {kind.name}, and this is {args.format}; needed "
                 "the command without them"
             )
-    return next(kind for kind in kinds if kind.name == args.format)
+    chosen = next(kind for kind in kinds if kind.name == args.format)
+    if chosen.labelled and (args.lexicon is not None or args.skip_unknown):
+        raise DataError(
+            f"--lexicon and --skip-unknown are about pronunciations, and {chosen.name} has labels "
+            "of its own; needed the command without them"
+        )
+    return chosen
 
 
 def import_recordings(

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from rich.progress import Progress
 
 from b2txt_jax import __version__
 from b2txt_jax.data.description import DataError
+from b2txt_jax.data.fingerprint import fingerprint
 from b2txt_jax.data.foreign.nwb import BLOCK, PHONEMES, SILENCE, SPLIT, TEXT
-from b2txt_jax.data.foreign.nwb_file import BIN_SECONDS
+from b2txt_jax.data.foreign.nwb_file import BIN_SECONDS, opened
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import DEFAULT_FEATURES, SPLITS, Reader, Trial
 from b2txt_jax.phonemes import PHONEME_IDS, SILENCE_ID
@@ -104,13 +107,15 @@ def export_nwb(
 
     Args:
       source: folder of sessions.
-      out: folder for the files. A session whose file is there is not written again.
+      out: folder for the files. A session whose file is there is not written again, if it was
+        written of the same metadata and trials.
       metadata: YAML file of what the sessions do not hold.
       features: a bin.
       sessions: which. Empty: all.
 
     Raises:
-      DataError: a session cannot be read, or the metadata lack something.
+      DataError: a session cannot be read, the metadata lack something, or a file that is there
+        was written of others.
     """
     _pynwb()  # Not after the first session has been read.
     with open_folder(source, features) as reader:
@@ -122,8 +127,11 @@ def export_nwb(
         with Progress(console=Console(stderr=True)) as progress:
             for session in progress.track(chosen, description="exporting"):
                 path = out / f"{session}.nwb"
-                if not path.is_file():
-                    _write(reader, session, path, about, parts)
+                identifier = _identifier(reader, session, about, parts)
+                if path.is_file():
+                    _check_written(path, identifier)
+                else:
+                    _write(reader, session, path, about, parts, identifier)
                 written.append(path)
     return written
 
@@ -209,8 +217,44 @@ def _parts(about: Mapping[str, Any], features: int, path: Path) -> list[_Part]:
     return found
 
 
+def _identifier(
+    reader: Reader, session: str, about: Mapping[str, Any], parts: Sequence[_Part]
+) -> str:
+    """Return the file's identifier: participant, session, and a checksum of what is written."""
+    refs = [
+        ref for split in SPLITS for ref in reader.find_trials([session], split, labels_needed=False)
+    ]
+    written = [
+        {key: value for key, value in about.items() if key not in ("sessions", "series")},
+        about["sessions"][session],
+        [asdict(part) for part in parts],
+        fingerprint(reader, refs),
+    ]
+    # Dates that YAML has read are no JSON.
+    text = json.dumps(written, sort_keys=True, default=str)
+    checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{about['subject']['subject_id']} {session} {checksum}"
+
+
+def _check_written(path: Path, identifier: str) -> None:
+    """Raise DataError where the file was written of other metadata or trials."""
+    with opened(path) as file:
+        found = file["identifier"][()]
+    before = found.decode(errors="replace") if isinstance(found, bytes) else str(found)
+    if before != identifier:
+        raise DataError(
+            f"{path} is there, and was written of other metadata, series or trials (its identifier "
+            f"is {before!r}, not {identifier!r}); needed the same: remove it, or give another --nwb"
+        )
+
+
 def _write(
-    reader: Reader, session: str, path: Path, about: Mapping[str, Any], parts: Sequence[_Part]
+    reader: Reader,
+    session: str,
+    path: Path,
+    about: Mapping[str, Any],
+    parts: Sequence[_Part],
+    identifier: str,
 ) -> None:
     """Write a session's file, whole or not at all."""
     pynwb = _pynwb()
@@ -224,7 +268,7 @@ def _write(
     more = {key: about[key] for key in _OPTIONAL if key in about and key != "series"}
     file = pynwb.NWBFile(
         session_description=about["session_description"],
-        identifier=f"{about['subject']['subject_id']} {session}",
+        identifier=identifier,
         session_start_time=_start(about["sessions"][session], session, path),
         session_id=session,
         institution=about["institution"],

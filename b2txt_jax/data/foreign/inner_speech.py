@@ -98,12 +98,14 @@ class _File(Recording):
                 f"{self.path}: `trialCues` goes from {chosen.min()} to {chosen.max()}; needed 1 to "
                 f"{len(cues)}, the entries of `cueList`"
             )
-        splits = by_block([int(blocks[first - 1]) for first, _ in spans], self.val_blocks)
-        return [
+        kept = [
             (int(first) - 1, int(last), cues[cue - 1])
-            for (first, last), cue, split in zip(spans, chosen, splits, strict=True)
-            if split == self.split and cues[cue - 1] not in self.skipped
+            for (first, last), cue in zip(spans, chosen, strict=True)
+            if cues[cue - 1] not in self.skipped
         ]
+        # Of the trials with words: a last block without any would leave no trial for validation.
+        splits = by_block([int(blocks[first]) for first, _, _ in kept], self.val_blocks)
+        return [one for one, split in zip(kept, splits, strict=True) if split == self.split]
 
 
 class InnerSpeech(Format):
@@ -137,4 +139,21 @@ class InnerSpeech(Format):
                 f"{source} holds no inner-speech recording; needed files such as "
                 "t15.2024.01.01_words_raw.mat"
             )
+        self._check_skipped(sorted({one.path for one in found}))
         return found
+
+    def _check_skipped(self, paths: Sequence[Path]) -> None:
+        """Raise DataError where a cue to skip is in no file: its trials would become sentences."""
+        if not self.skipped:
+            return
+        held = {
+            cue
+            for path in paths
+            for cue in texts(read_mat(path, ("cueList",))["cueList"], f"{path}: `cueList`")
+        }
+        missing = sorted(self.skipped - held)
+        if missing:
+            raise DataError(
+                f"--skip-cue {', '.join(map(repr, missing))} is in no file; needed one of "
+                f"{', '.join(map(repr, sorted(held)))}, as the files write them"
+            )

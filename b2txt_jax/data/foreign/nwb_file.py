@@ -148,6 +148,8 @@ def series_of(file: h5py.File, path: Path, names: tuple[str, ...]) -> list[Serie
         )
     found = []
     for name in names or numeric:
+        if names.count(name) > 1:
+            raise DataError(f"--series {name} is there {names.count(name)} times; needed once")
         if name not in groups:
             raise DataError(f"{path} has no time series {name}, only {listed}: correct --series")
         where = f"{path}: {name}"

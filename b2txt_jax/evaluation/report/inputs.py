@@ -21,7 +21,8 @@ from b2txt_jax.evaluation.intervals import Interval, bootstrap_interval
 from b2txt_jax.evaluation.results import Result, ResultsError, SavedTrial, results_of
 from b2txt_jax.inference.run import Run, TrialLogits, load_run
 from b2txt_jax.metrics import ErrorRate, greedy_decode, phoneme_error_rates, total
-from b2txt_jax.model.interface import parameter_count
+from b2txt_jax.model.interface import first_and_further_bins, make_model, parameter_count
+from b2txt_jax.signal.rolling import BIN_SECONDS
 from b2txt_jax.training.checkpoint import RAW
 from b2txt_jax.training.loop import CALLS_FILE
 from b2txt_jax.training.metrics_log import METRICS_FILE, MetricsError, read_metrics
@@ -64,6 +65,13 @@ class ReportRun:
     def result(self) -> Result | None:
         """The newest result."""
         return self.results[-1] if self.results else None
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds from frame to frame of its logits."""
+        data = self.config.data
+        model = make_model(self.config.model, data.feature_count, len(data.sessions))
+        return first_and_further_bins(model)[1] * BIN_SECONDS
 
 
 def report_run(

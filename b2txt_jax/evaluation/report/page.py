@@ -288,9 +288,9 @@ def _confidences(runs: Sequence[ReportRun]) -> str:
 def _trials(run: ReportRun) -> str:
     parts = [
         "<p>Worst, median and best by WER, then by PER, and one at random. Each column of a "
-        "picture is a frame of 80 ms. Above: the decoded phonemes where they occur. Beneath: the "
-        "true ones. Sentences are as they are scored: <del>struck</del> words were missed, "
-        "<ins>underlined</ins> ones were put instead.</p>"
+        f"picture is a frame of {1000 * run.frame_seconds:.0f} ms. Above: the decoded phonemes "
+        "where they occur. Beneath: the true ones. Sentences are as they are scored: "
+        "<del>struck</del> words were missed, <ins>underlined</ins> ones were put instead.</p>"
     ]
     drawn: set[str] = set()
     for kind, trial in chosen_trials(run.trials).items():
@@ -310,7 +310,8 @@ def _trials(run: ReportRun) -> str:
         parts.append(_sentence(trial))
         output = run.outputs.get(trial.trial)
         if output is not None:
-            picture = data_uri(phoneme_picture(output.logits, output.labels, trial.trial))
+            figure = phoneme_picture(output.logits, output.labels, trial.trial, run.frame_seconds)
+            picture = data_uri(figure)
             name = "trial_" + trial.trial.replace("/", "_").replace(".", "_")
             parts.append(_figure(picture, name, wide=True))
         parts.append(_nbest(trial))

@@ -91,6 +91,32 @@ def test_an_exported_session_is_imported_as_it_was(source: Path, tmp_path: Path)
                     np.testing.assert_array_equal(was.labels, is_.labels)
 
 
+def test_a_file_of_other_metadata_or_trials_is_not_taken_for_the_one_asked_for(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = source.parent / f"nwb/{SESSION}.nwb"
+    assert exported(source, ABOUT) == 0
+    kept = path.stat().st_ino
+    # Of the same, it is kept, also when the metadata know of a further session.
+    more = {"sessions": ABOUT["sessions"] | {"t15.2023.08.18": {"session_start_time": "later"}}}
+    assert exported(source, ABOUT | more) == 0
+    changes: list[dict[str, Any]] = [
+        {"lab": "Another"},
+        {"sessions": {SESSION: {"session_start_time": "2023-08-13T11:00:00-07:00"}}},
+        {"series": ABOUT["series"][:1]},
+    ]
+    for change in changes:
+        capsys.readouterr()
+        assert exported(source, ABOUT | change) == 2
+        assert "other metadata, series or trials" in " ".join(capsys.readouterr().err.split())
+    assert path.stat().st_ino == kept
+    with h5py.File(source / SESSION / "data_train.hdf5", "a") as file:
+        file["trial_0001/input_features"][0] += 1
+    assert exported(source, ABOUT) == 2
+    path.unlink()
+    assert exported(source, ABOUT) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

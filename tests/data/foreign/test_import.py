@@ -118,6 +118,45 @@ def test_bins_of_10_ms_are_paired_counts_added_power_averaged(tmp_path: Path) ->
     np.testing.assert_allclose(trial.features, expected, atol=1e-5)
 
 
+def test_the_last_block_with_words_is_for_validation_where_a_later_one_has_none(
+    tmp_path: Path,
+) -> None:
+    content = inner_session()
+    content["blockNum"] = np.repeat([3, 4, 5, 6], 50)[:, None]
+    content["trialCues"] = np.array([[1], [2], [1], [3]])
+    save(tmp_path / "s" / INNER, content)
+    assert run("inner-speech", tmp_path / "s", tmp_path / "out", "--skip-cue", "DO_NOTHING") == 0
+    with open_folder(tmp_path / "out/hdf5_data_final", 12) as reader:
+        blocks = {
+            split: [one.block for one in reader.find_trials(reader.sessions, split)]
+            for split in ("train", "val")
+        }
+    assert blocks == {"train": [3, 4], "val": [5]}
+
+
+def test_a_cue_to_skip_that_no_file_has_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "s" / INNER, inner_session())
+    assert run("inner-speech", tmp_path / "s", tmp_path / "out", "--skip-cue", "do nothing") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--skip-cue 'do nothing' is in no file; needed one of 'DO_NOTHING', 'good'" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--skip-unknown", "--lexicon"])
+@pytest.mark.parametrize("name", ["t12-pickle", "falcon-h2"])
+def test_pronunciations_are_refused_where_the_format_has_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, option: str
+) -> None:
+    (tmp_path / "lexicon.txt").write_text("good G UW D\n")
+    value = [str(tmp_path / "lexicon.txt")] if option == "--lexicon" else []
+    assert run(name, tmp_path, tmp_path / "out", option, *value) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{name} has labels of its own" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_padding_keeps_crossings_and_power_in_their_halves(tmp_path: Path) -> None:
     save(tmp_path / "s" / INNER, inner_session())
     for out, more in (("a", ()), ("b", ("--pad-to", "20"))):

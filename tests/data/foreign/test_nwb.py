@@ -335,6 +335,14 @@ def test_what_is_no_nwb_file_is_named(
         assert "cannot be read as NWB" in capsys.readouterr().err
 
 
+def test_a_series_that_is_named_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brand(tmp_path / "day.nwb")
+    assert imported("nwb", tmp_path, "--series", "power_bins") == 2
+    assert "--series power_bins is there 2 times" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_names_of_several_series_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,23 +2,28 @@
 
     python benchmarks/decoder.py [--backends flashlight pyctcdecode] [--presets accurate fast]
         [--demanding] [--graph DIR] [--quick]
+    python benchmarks/decoder.py --run runs/demo/run --sharpness 1 2.5 --backends flashlight
 
 Builds the model once (kept in the work folder). Simulates logits (`simulated_logits`) at given
-phoneme error rates of greedy decoding and shares of left-out silences. Tunes acoustic_scale and
-blank_penalty of every search alike on development sentences, over all tasks together. Decodes other
-sentences in a fresh process on one core. Prints per search and task: WER, WER of the best
-hypothesis in the n-best list (oracle), share of sentences right, seconds of CPU time per sentence
-(and the worst wall time), peak memory and loading time. Also prints the ratios to figures of the
-published decoder, built and tuned, on a similar task. That task has the same dictionary but another
-text (perplexity 329), so its WER is no strict comparison.
+phoneme error rates of greedy decoding and shares of left-out silences. With --run the logits are
+spliced from those of a trained model instead (`spliced_logits`), development and test sentences
+from different halves of its trials, and made sharper by each --sharpness. Tunes acoustic_scale and
+blank_penalty of every search alike on development sentences, over all tasks of one sharpness
+together. Decodes other sentences in a fresh process on one core. Prints per search and task: WER,
+WER of the best hypothesis in the n-best list (oracle), share of sentences right, seconds of CPU
+time per sentence (and the worst wall time), peak memory and loading time. Also prints the ratios to
+figures of the published decoder, built and tuned, on a similar task. That task has the same
+dictionary but another text (perplexity 329), so its WER is no strict comparison. The errors of the
+first two searches are compared, with an interval of the difference.
 
 The search flashlight has a row for each of --presets, and with --demanding another that demands
-every silence. The search wfst needs --graph, a folder with TLG.fst and words.txt. Searches slower
-than 0.2 s per sentence decode the first --slow sentences only.
+every silence. The search wfst needs --graph, a folder with TLG.fst and words.txt. Of the other
+searches, those slower than 0.2 s per sentence decode the first --slow sentences only.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -30,6 +35,7 @@ from pathlib import Path
 import numpy as np
 from decoding import (
     Words,
+    best_of,
     decode,
     in_fresh_process,
     memory,
@@ -39,7 +45,11 @@ from decoding import (
     simulated,
 )
 from rapidfuzz.distance import Levenshtein
+from simulated_logits import held_out, label
 
+from b2txt_jax.evaluation.intervals import paired_bootstrap
+from b2txt_jax.metrics import ErrorRate
+from lm_server.lexicon.pronunciations import read_lexicon
 from lm_server.lm.reader import DESCRIPTION
 from lm_server.search.load import BACKENDS, default_settings
 from lm_server.settings import PRESETS, Settings, changed
@@ -55,10 +65,12 @@ _DEMANDING = {"silence_penalty": 1000.0, "max_classes": 41}
 
 @dataclass(frozen=True)
 class Task:
-    """Sentences and their logits [frames, 41], at one error rate and share of left-out silences."""
+    """Sentences and their logits [frames, 41], at one error rate, share of left-out silences, and
+    factor on the logits."""
 
     per: float
     dropped: float
+    sharpness: float
     truth: Sequence[Words]
     logits: Sequence[np.ndarray]
 
@@ -74,6 +86,7 @@ class Row:
     search: str
     per: float
     dropped: float
+    sharpness: float
     sentences: int
     wer: float
     oracle: float
@@ -83,25 +96,51 @@ class Row:
     megabytes: float
     loading: float
     settings: dict[str, float]
+    errors: list[int]
+    lengths: list[int]
 
 
 def wer(truth: Sequence[Words], found: Sequence[Sequence[Words]], oracle: bool) -> float:
     """Return the word error rate of the best hypothesis, or of the one nearest to the truth."""
-    errors = 0
-    for words, hypotheses in zip(truth, found, strict=True):
-        chosen = (hypotheses if oracle else hypotheses[:1]) or [()]
-        errors += min(Levenshtein.distance(words, one) for one in chosen)
-    return errors / sum(map(len, truth))
+    return sum(word_errors(truth, found, oracle)) / sum(map(len, truth))
 
 
-def make_tasks(
-    pool: str, count: int, pers: Sequence[float], drops: Sequence[float], seed: int
-) -> list[Task]:
-    """Make the tasks of one pool of sentences."""
+def word_errors(
+    truth: Sequence[Words], found: Sequence[Sequence[Words]], oracle: bool
+) -> list[int]:
+    """Return the word errors of every sentence's best hypothesis, or of the one nearest to it."""
     return [
-        Task(per, dropped, *simulated(pool, count, per, seed, dropped)[:2])
-        for per, dropped in itertools.product(pers, drops)
+        min(
+            Levenshtein.distance(words, one)
+            for one in (hypotheses if oracle else hypotheses[:1]) or [()]
+        )
+        for words, hypotheses in zip(truth, found, strict=True)
     ]
+
+
+def make_tasks(args: argparse.Namespace, pool: str, count: int) -> list[Task]:
+    """Make the tasks of one pool of sentences."""
+    each = list(itertools.product(args.per, args.dropped))
+    if args.run is None:
+        return [
+            Task(per, dropped, 1.0, *simulated(pool, count, per, args.seed, dropped)[:2])
+            for per, dropped in each
+        ]
+    # It imports this module.
+    from spliced_logits import halves_of, splice_at
+
+    known, truth = read_lexicon("cmudict").entries, held_out(count, args.seed, pool)
+    pieces = halves_of(args.run)[pool == "test"]
+    tasks = []
+    for per, dropped in each:
+        rng = np.random.default_rng(args.seed)
+        labels = [label(one, known, dropped, rng) for one in truth]
+        logits, _ = splice_at(labels, pieces, per, 1.0, args.seed)
+        tasks += [
+            Task(per, dropped, sharpness, truth, [sharpness * one for one in logits])
+            for sharpness in args.sharpness
+        ]
+    return tasks
 
 
 def measure(
@@ -131,32 +170,64 @@ def measure(
         return found, (time.process_time() - began) / len(task.logits), worst
 
     *_, seconds, _ = run(dev[0].first(3), base)
-    if seconds > 0.2:
+    if backend != "flashlight" and seconds > 0.2:
         dev, tests = [one.first(max(slow // 4, 1)) for one in dev], [t.first(slow) for t in tests]
-    best, tuned = float("inf"), base
-    for values in itertools.product(*_GRID.values()):
-        change = dict(zip(_GRID, values, strict=True))
-        settings = dataclasses.replace(base, **change)  # type: ignore[arg-type]
-        reached = sum(wer(task.truth, run(task, settings)[0], False) for task in dev)
-        if reached < best:
-            best, tuned = reached, settings
-    chosen = {key: getattr(tuned, key) for key in _GRID}
-    for task in tests:
-        found, seconds, worst = run(task, tuned)
-        right = [c[:1] == [w] for w, c in zip(task.truth, found, strict=True)]
-        yield Row(
-            *(name, task.per, task.dropped, len(task.truth)),
-            *(wer(task.truth, found, False), wer(task.truth, found, True)),
-            *(sum(right) / len(right), seconds, worst),
-            *(memory("VmHWM") / (1 << 20), loading),
-            chosen,
-        )
+    for sharpness in dict.fromkeys(task.sharpness for task in tests):
+        scales = [scale / sharpness for scale in _GRID["acoustic_scale"]]
+        grid = [
+            [
+                dataclasses.replace(base, acoustic_scale=scale, blank_penalty=penalty)
+                for penalty in _GRID["blank_penalty"]
+            ]
+            for scale in scales
+        ]
+        of_sharpness = [task for task in dev if task.sharpness == sharpness]
+        errors = [
+            [
+                sum(
+                    sum(word_errors(task.truth, run(task, settings)[0], False))
+                    for task in of_sharpness
+                )
+                for settings in row
+            ]
+            for row in grid
+        ]
+        at = best_of(np.array(errors))
+        tuned = grid[at[0]][at[1]]
+        chosen = {key: getattr(tuned, key) for key in _GRID}
+        for task in tests:
+            if task.sharpness != sharpness:
+                continue
+            found, seconds, worst = run(task, tuned)
+            yield _row(name, task, found, seconds, worst, loading, chosen)
+
+
+def _row(
+    name: str,
+    task: Task,
+    found: Sequence[Sequence[Words]],
+    seconds: float,
+    worst: float,
+    loading: float,
+    chosen: dict[str, float],
+) -> Row:
+    right = [some[:1] == [words] for words, some in zip(task.truth, found, strict=True)]
+    return Row(
+        *(name, task.per, task.dropped, task.sharpness, len(task.truth)),
+        *(wer(task.truth, found, False), wer(task.truth, found, True)),
+        *(sum(right) / len(right), seconds, worst),
+        *(memory("VmHWM") / (1 << 20), loading),
+        chosen,
+        word_errors(task.truth, found, False),
+        [*map(len, task.truth)],
+    )
 
 
 def show(row: Row) -> str:
     """Format a row, with the ratios to the published decoder if it was measured alike."""
     line = (
-        f"  greedy PER {row.per:.0%}, {row.dropped:.0%} of silences left out: "
+        f"  greedy PER {row.per:.0%}, {row.dropped:.0%} of silences left out, "
+        f"{row.sharpness:g} times as sharp: "
         f"WER {row.wer:.1%}, oracle {row.oracle:.1%}, right {row.right:.0%}, "
         f"{row.seconds:.3f} s (worst {row.worst:.3f}), {row.megabytes:.0f} MB"
     )
@@ -167,6 +238,25 @@ def show(row: Row) -> str:
             f"time {seconds / row.seconds:.1f}, memory {PUBLISHED_MEGABYTES / row.megabytes:.1f}"
         )
     return line
+
+
+def _task(row: Row) -> tuple[float, float, float, int]:
+    return row.per, row.dropped, row.sharpness, row.sentences
+
+
+def compared(one: Row, other: Row) -> str:
+    """Return the ratio of two searches' errors on one task, and the interval of the difference."""
+    rates = (
+        [ErrorRate(*pair) for pair in zip(row.errors, row.lengths, strict=True)]
+        for row in (one, other)
+    )
+    found = paired_bootstrap([""] * one.sentences, *rates)
+    return (
+        f"{one.search}: {sum(one.errors)} errors, {other.search}: {sum(other.errors)} "
+        f"({sum(one.errors) / max(sum(other.errors), 1):.0%}) in {sum(one.lengths)} words at "
+        f"{one.per:.0%}, {one.dropped:.0%}, {one.sharpness:g}; difference "
+        f"{found.interval if found else 'unknown'}"
+    )
 
 
 def main() -> None:
@@ -180,6 +270,14 @@ def main() -> None:
     option("--slow", type=int, default=24, help="test sentences of slow searches (default 24)")
     option("--per", type=float, nargs="+", default=[0.14, 0.19], help="greedy error rates")
     option("--dropped", type=float, nargs="+", default=[0.0, 0.08, 0.2], help="silences left out")
+    option("--run", type=Path, help="a trained run whose logits are spliced (default: simulated)")
+    option(
+        "--sharpness",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="factors on the logits of --run (default 1)",
+    )
     option("--graph", type=Path, help="folder with TLG.fst and words.txt, for the search wfst")
     option(
         "--presets",
@@ -196,8 +294,7 @@ def main() -> None:
     folder = model_folder(args, args.order)
     about = json.loads((folder / DESCRIPTION).read_text())
     print(f"{about['words']} words, order {about['order']}, perplexity {about['perplexity']:.0f}")
-    dev = make_tasks("val", args.dev, args.per, args.dropped, args.seed)
-    tests = make_tasks("test", args.sentences, args.per, args.dropped, args.seed)
+    dev, tests = (make_tasks(args, *of) for of in (("val", args.dev), ("test", args.sentences)))
     frames = sum(map(len, tests[0].logits)) / len(tests[0].logits)
     print(f"{args.sentences} sentences, {frames:.0f} frames each; tuned on {args.dev} others")
     rows: list[Row] = []
@@ -214,13 +311,17 @@ def main() -> None:
     for name in names:
         place = args.graph if name == "wfst" else folder
         for row in in_fresh_process(measure, name, place, dev, tests, args.slow):
-            if not rows or rows[-1].search != name:
+            if not rows or (rows[-1].search, rows[-1].settings) != (name, row.settings):
                 print(
                     f"{name}: tuned to {row.settings}, {row.sentences} sentences, "
                     f"loaded in {row.loading:.1f} s"
                 )
             rows.append(row)
             print(show(row), flush=True)
+    for first in (row for row in rows if row.search == names[0]):
+        for other in rows:
+            if [other.search] == names[1:2] and _task(first) == _task(other):
+                print(compared(first, other))
     print(f"written to {save(args, 'decoder.json', [dataclasses.asdict(row) for row in rows])}")
 
 

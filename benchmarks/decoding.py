@@ -74,6 +74,26 @@ def simulated(
     return truth, logits, reached
 
 
+def best_of(errors: np.ndarray) -> tuple[int, ...]:
+    """Return the place of the fewest errors in a grid of settings [n, ...].
+
+    Of equals it is the one with the fewest errors in its neighbourhood, so that no order in which
+    the settings are listed decides. Of settings that are equal there too, it is the one nearest to
+    the middle of the equals.
+    """
+    places = np.argwhere(errors == errors.min())
+
+    def around(place: np.ndarray) -> float:
+        near = tuple(slice(max(at - 1, 0), at + 2) for at in place)
+        return float(errors[near].mean())
+
+    means = np.array([around(place) for place in places])
+    equal = places[np.isclose(means, means.min())]
+    middle = equal.mean(0)
+    chosen = equal[int(np.argmin(np.abs(equal - middle).sum(1)))]
+    return tuple(int(at) for at in chosen)
+
+
 def decode(model: SearchModel, settings: Settings, logits: Iterable[np.ndarray]) -> Iterator[Any]:
     """Yield the n-best list of every sentence."""
     search = model.search(settings)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from decoder import wer
-from decoding import Words, decode, model_folder, parser_of
+from decoding import Words, best_of, decode, model_folder, parser_of
 from rapidfuzz.distance import Levenshtein
 from simulated_logits import greedy, held_out, label
 
@@ -218,20 +218,21 @@ def main() -> None:
                 )[0]
                 for truth in (dev, test)
             )
-            tuned = min(
-                (
-                    dataclasses.replace(
-                        Settings(silence_penalty=2.5 * scale / sharpness)
-                        if name == BEFORE
-                        else Settings(),
-                        acoustic_scale=scale / sharpness,
-                        blank_penalty=4.0,
-                        **change,  # type: ignore[arg-type]
-                    )
-                    for scale in (0.8, 1.1, 1.5)
-                ),
-                key=lambda settings: wer(dev, words_of(decode(model, settings, logits)), False),
-            )
+            tried = [
+                dataclasses.replace(
+                    Settings(silence_penalty=2.5 * scale / sharpness)
+                    if name == BEFORE
+                    else Settings(),
+                    acoustic_scale=scale / sharpness,
+                    blank_penalty=4.0,
+                    **change,  # type: ignore[arg-type]
+                )
+                for scale in (0.8, 1.1, 1.5)
+            ]
+            reached = [
+                wer(dev, words_of(decode(model, settings, logits)), False) for settings in tried
+            ]
+            tuned = tried[best_of(np.array(reached))[0]]
             began = time.process_time()
             lists = list(decode(model, tuned, other))
             seconds = (time.process_time() - began) / len(test)

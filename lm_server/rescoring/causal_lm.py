@@ -35,6 +35,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lm_server.rescoring.packing import pack
 from lm_server.rescoring.scorer import RescoringError, find_model
 from lm_server.rescoring.token_tree import Tree, batches, shared_length, trees
 
@@ -60,6 +61,8 @@ _REMEMBERED = 4
 """Searches whose sentences may wait for their rescoring while what was read of them is kept."""
 _LEAST_KNOWN = 0.5
 """Share of a sentence's tokens that must have been read during a search to make use of it."""
+_LEAST_SHARED = 1
+"""First tokens that must have been read for the other sentences of a batch."""
 
 
 class Read(Protocol):
@@ -137,6 +140,19 @@ class CausalLM:
         each = [[of[one] - length_penalty * len(one) for one in some] for some in tokens]
         return np.array(each, np.float64).max(axis=0)
 
+    def pack(self) -> bool:
+        """Make it faster on a CPU, for scoring alone. It cannot learn any more.
+
+        Returns whether anything has changed. Scores stay the same to the rounding of float32.
+        """
+        probe = sorted(set(self.tokens(_PROBE, _PROBE_CONTEXT)))
+        with self.lock, torch.inference_mode():
+            expected = self._score(probe)
+            return pack(
+                self.network,
+                lambda: bool(np.allclose(self._score(probe), expected, rtol=1e-4, atol=1e-3)),
+            )
+
     def remember(self, read: Read) -> None:
         """Keep what was read during a search until the sentence is rescored."""
         if not any(one is read for one in self._read):
@@ -145,17 +161,22 @@ class CausalLM:
     def _score_read(self, sequences: set[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         """Score the sequences of which a search has read enough, and forget what it has read."""
         found: dict[tuple[int, ...], float] = {}
-        for read in reversed(tuple(self._read)):
-            some = [
-                one
-                for one in sequences - found.keys()
-                if read.known(one) >= max(_LEAST_KNOWN * len(one), 2)
-            ]
-            if some:
-                found |= zip(some, read.of_tokens(some), strict=True)
-                # Another thread may have forgotten it for a newer one.
-                with contextlib.suppress(ValueError):
-                    self._read.remove(read)
+        of: dict[int, set[tuple[int, ...]]] = {}
+        kept = tuple(reversed(self._read))
+        for one in sequences if kept else ():
+            known = [read.known(one) for read in kept]
+            most = int(np.argmax(known))
+            if known[most] >= max(_LEAST_KNOWN * len(one), 2):
+                of.setdefault(most, set()).add(one)
+        if len(of) == 1:
+            # The others may begin in another way. One batch costs less than two.
+            ((only, some),) = of.items()
+            some |= {one for one in sequences if kept[only].known(one) >= _LEAST_SHARED}
+        for index, some in of.items():
+            found |= zip(some, kept[index].of_tokens([*some]), strict=True)
+            # Another thread may have forgotten it for a newer one.
+            with contextlib.suppress(ValueError):
+                self._read.remove(kept[index])
         return found
 
     def shrink_batches(self, error: Exception) -> None:

@@ -84,4 +84,6 @@ def load_scorer(
     path = find_model(folder)  # before torch, which takes seconds to import
     from lm_server.rescoring.causal_lm import CausalLM
 
-    return CausalLM(path, device, text_form, dtype)
+    model = CausalLM(path, device, text_form, dtype)
+    model.pack()
+    return model

@@ -29,7 +29,7 @@ from lm_server import offline
 from lm_server.__main__ import main
 from lm_server.hypothesis import Hypothesis
 from lm_server.protocol import to_rnn_order
-from lm_server.rescoring import causal_lm
+from lm_server.rescoring import causal_lm, packing
 from lm_server.rescoring.causal_lm import CausalLM, in_form
 from lm_server.rescoring.load import add_llm_options, llm_from_options, load_scorer
 from lm_server.rescoring.scorer import RescoringError
@@ -459,3 +459,34 @@ def test_decode_rescores_a_file_and_resumes_with_the_same_model_only(
     )
     assert [one["sentence"] for one in found] == [one["sentence"] for one in before]
     assert [one["rescored"] for one in found] == [True, True]
+
+
+def test_packed_weights_score_alike_and_are_what_decoding_uses(folder: Path) -> None:
+    plain, packed = CausalLM(folder, "cpu"), load_scorer(folder, "cpu")
+    kinds = {type(one).__name__ for one in packed.network.modules()}
+    assert "_Packed" in kinds, "this PyTorch cannot pack: how it is asked must have changed"
+    assert not any(type(one) is torch.nn.Linear for one in packed.network.modules())
+    assert packed.trees
+    for context in ("", CONTEXT):
+        np.testing.assert_allclose(
+            packed.score(SENTENCES, context), plain.score(SENTENCES, context), atol=1e-4
+        )
+    assert not CausalLM(folder, "cpu", dtype="bfloat16").pack(), "only float32 is packed"
+
+
+@pytest.mark.parametrize("fault", ["wrong", "missing"])
+def test_a_network_that_packing_would_change_stays_as_it_was(
+    folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        if fault == "missing":
+            raise AttributeError("no such operation")
+        return true(self, inputs) * 1.1
+
+    true = packing._Packed.forward
+    monkeypatch.setattr(packing._Packed, "forward", broken)
+    scorer = CausalLM(folder, "cpu")
+    expected = scorer.score(SENTENCES)
+    assert not scorer.pack()
+    assert not any(isinstance(one, packing._Packed) for one in scorer.network.modules())
+    np.testing.assert_array_equal(scorer.score(SENTENCES), expected)

@@ -129,6 +129,23 @@ def test_a_finished_sentence_is_scored_from_what_the_search_has_read(tiny, monke
     np.testing.assert_allclose(tiny.score(finished, "we talk of animals"), before, atol=1e-4)
 
 
+def test_finished_sentences_of_which_little_was_read_go_into_the_same_batch(tiny, monkeypatch):
+    finished = ["the cat sat on the mat", "the bat ran to the dog and a cat"]
+    expected = tiny.score(finished)
+    scores = growing(tiny)
+    scores.score(["the cat sat on the"])
+    assert scores.known(tiny.tokens(finished)[1]) < len(tiny.tokens(finished)[1]) / 2
+    forward, batches = type(tiny.network).forward, []
+
+    def counted(self, *args, **kwargs):
+        batches.append(kwargs["input_ids"].numel())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.network), "forward", counted)
+    np.testing.assert_allclose(tiny.score(finished), expected, atol=1e-4)
+    assert len(batches) == 1
+
+
 def test_a_score_that_comes_after_the_next_word_still_counts_in_full(model):
     ids = {word: number for number, word in enumerate(model.words)}
     scores = _FusedScores(model.ngram)

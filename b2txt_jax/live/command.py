@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import queue
+import shlex
 import sys
 import threading
 import time
@@ -66,6 +67,15 @@ LOG_FOLDER = "live"
 VIEW_PORT = 8765
 
 
+_OF: dict[str, dict[str, Any]] = {
+    "replay": {"split": "val", "speed": "1", "limit": None},
+    "adapt": {"adapt_confidence": FollowSettings.confidence, "adapt_bound": FollowSettings.bound},
+    "view": {"view_host": "127.0.0.1", "view_token": None},
+    "sentences": {"silence": 1.5},
+}
+"""Options, each with its default, that do something beside another one alone."""
+
+
 class StreamError(UserError, ValueError):
     """Options of `b2txt stream` that cannot be used."""
 
@@ -87,10 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stream of features: redis://HOST:PORT/0/NAME, or lsl://NAME",
     )
     replay = parser.add_argument_group("replay")
-    replay.add_argument("--split", choices=SPLITS, default="val", help="(default val)")
-    replay.add_argument(
-        "--speed", default="1", help="1: as recorded (default); 4: four times faster; max"
-    )
+    replay.add_argument("--split", choices=SPLITS, help="(default val)")
+    replay.add_argument("--speed", help="1: as recorded (default); 4: four times faster; max")
     replay.add_argument("--limit", type=int, metavar="N", help="sentences (default: all)")
     sentences = parser.add_argument_group("sentences")
     sentences.add_argument(
@@ -99,9 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=RULES[0],
         help="what begins and ends one: messages of the source (default), silence, or a key",
     )
-    sentences.add_argument(
-        "--silence", type=float, default=1.5, help="seconds of it that end one (default 1.5)"
-    )
+    sentences.add_argument("--silence", type=float, help="seconds of it that end one (default 1.5)")
     model = parser.add_argument_group("model")
     model.add_argument("--day", help="whose input layer is used (default: --replay's, or the last)")
     model.add_argument(
@@ -128,14 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     following.add_argument(
         "--adapt-confidence",
         type=float,
-        default=FollowSettings.confidence,
         help=f"of a sentence that is certain, 0 to 1 (default {FollowSettings.confidence:g}); "
         "above 1: only chosen ones count",
     )
     following.add_argument(
         "--adapt-bound",
         type=float,
-        default=FollowSettings.bound,
         help="largest change against the trained values, as a share of their norm (default "
         f"{FollowSettings.bound:g})",
     )
@@ -155,15 +159,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help=f"serve a page for a browser (default port {VIEW_PORT})",
     )
-    output.add_argument("--view-host", default="127.0.0.1", help="(default 127.0.0.1)")
+    output.add_argument("--view-host", help="(default 127.0.0.1)")
     output.add_argument("--view-token", help="that browsers need; required on another --view-host")
-    output.add_argument(
+    record = output.add_mutually_exclusive_group()
+    record.add_argument(
         "--record",
         type=Path,
         metavar="DIR",
         help=f"write sentences, choices and features there (default WORKDIR/{LOG_FOLDER})",
     )
-    output.add_argument("--no-record", action="store_true", help="write none of them")
+    record.add_argument("--no-record", action="store_true", help="write none of them")
     output.add_argument(
         "--publish",
         metavar="URL",
@@ -191,8 +196,7 @@ def run(args: argparse.Namespace) -> int:
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     scores = _Scores()
     with ExitStack() as stack:
-        day = args.day or (args.replay if args.replay in trained.sessions else None)
-        model = LiveModel(trained, day, args.chunk_frames)
+        model = LiveModel(trained, _day(args, trained), args.chunk_frames)
         kept = args.statistics or statistics_file(trained, args.workdir, model.day)
         source, statistics = _source(args, trained, model.day, kept, speed, stack)
         outputs = _outputs(args, console, commands, stack)
@@ -234,7 +238,8 @@ def run(args: argparse.Namespace) -> int:
                 console.print(f"warning: an update failed: {following.failed}", soft_wrap=True)
             console.print(
                 f"self-calibration: {following.kept} updates kept of {following.seen} sentences "
-                "used; `b2txt stream --undo` takes them back",
+                f"used; `b2txt stream --workdir {shlex.quote(str(args.workdir))} --day {model.day} "
+                "--undo` takes the last one back",
                 soft_wrap=True,
             )
         if args.source is not None or args.statistics is not None:
@@ -249,6 +254,14 @@ def _checked(args: argparse.Namespace) -> float:
     Raises:
       StreamError: an option is out of range, or does not go with another.
     """
+    for needed, options in _OF.items():
+        there = args.sentences == "silence" if needed == "sentences" else getattr(args, needed)
+        for name, default in options.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif there is None or there is False:
+                beside = "sentences silence" if needed == "sentences" else needed
+                raise StreamError(f"{_option(name)} does nothing without --{beside}; needed both")
     try:
         speed = math.inf if args.speed == "max" else float(args.speed)
     except ValueError:
@@ -258,8 +271,7 @@ def _checked(args: argparse.Namespace) -> float:
     for name, least in (("chunk_frames", 1), ("silence", 0.1), ("limit", 1)):
         value = getattr(args, name)
         if value is not None and not value >= least:
-            option = name.replace("_", "-")
-            raise StreamError(f"--{option} is {value:g}; needed at least {least:g}")
+            raise StreamError(f"{_option(name)} is {value:g}; needed at least {least:g}")
     if args.replay is None and args.source is None:
         raise StreamError("needed --replay SESSION, or --source URL")
     if args.adapt and not (args.adapt_confidence >= 0 and args.adapt_bound > 0):
@@ -280,12 +292,22 @@ def _checked(args: argparse.Namespace) -> float:
     return speed
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _day(args: argparse.Namespace, trained: Run) -> str:
+    """Return the recording day whose input layer is used."""
+    replayed = args.replay if args.replay in trained.sessions else None
+    return args.day or replayed or trained.sessions[-1]
+
+
 def _undo(args: argparse.Namespace, console: Console) -> int:
     """Take back what was learned while decoding."""
     if args.undo != "all" and not (args.undo.isdigit() and int(args.undo) > 0):
         raise StreamError(f"--undo is {args.undo!r}; needed a number of updates, or all")
     trained = load_run(args.workdir, args.overrides, args.weights)
-    day = trained.sessions[trained.day_index(args.day)] if args.day else trained.sessions[-1]
+    day = trained.sessions[trained.day_index(_day(args, trained))]
     kept = Kept(adapted_folder(args.workdir, day), trained)
     left = kept.undo(None if args.undo == "all" else int(args.undo))
     console.print(f"{day}: {left} updates are left", soft_wrap=True)

@@ -128,6 +128,7 @@ class Following:
             # What its wrong text did is taken back first.
             self._follower.moved = self._before
             self._kept.undo(1)
+            self._last_kept = ""  # or a second correction would take back another sentence's
             self.kept -= 1
             self._model.renew(jax.block_until_ready(self._follower.params))
         try:

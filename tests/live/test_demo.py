@@ -71,7 +71,8 @@ def test_it_decodes_calibrates_and_decodes_the_same_sentences_live(finished, com
     (_, before), (_, calibration), (_, after) = commands
     assert [name for name, _ in commands] == ["stream", "calibrate", "stream"]
     day, root = SESSIONS[2], finished / "live/data/hdf5_data_final"
-    assert [(one.replay, one.split, one.limit) for one in (before, after)] == 2 * [(day, "val", 3)]
+    # Without --split they are of val.
+    assert [(one.replay, one.split, one.limit) for one in (before, after)] == 2 * [(day, None, 3)]
     assert (before.workdir, before.overrides) == (
         finished / "run",
         [f"--config.data.root={root}"],

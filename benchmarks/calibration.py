@@ -42,6 +42,7 @@ from b2txt_jax.calibration.calibrate import (
     Settings,
     calibrate,
     evenly,
+    separated,
     spoken,
 )
 from b2txt_jax.calibration.follow import Follower, FollowSettings
@@ -327,6 +328,8 @@ def main() -> None:
     option("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     run = load_run(args.workdir)
+    # With --follow-adapt day, days that share everything get a layer each.
+    followed = separated(run, args.follow_adapt or "patch")
     simulation = Simulation(args.data, len(run.sessions))
     result: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items()}, "seeds": {}}
     with words_of(args.lm) as words:
@@ -337,7 +340,7 @@ def main() -> None:
                 print(f"seed {seed}: {json.dumps(one)}", flush=True)
             decoded = streams(simulation, args, seed)
             if decoded:
-                decoder = Decoder(run, words, args.known)
+                decoder = Decoder(followed, words, args.known)
                 decoder.shape([one for days in decoded.values() for some in days for one in some])
                 follow = FollowSettings(
                     adapt=args.follow_adapt,
@@ -348,7 +351,7 @@ def main() -> None:
                 )
                 for name, days in decoded.items():
                     for kind, settings in (("fixed", None), ("following", follow)):
-                        one = over_days(run, decoder, days, settings, args.confirmed)
+                        one = over_days(followed, decoder, days, settings, args.confirmed)
                         found[f"{name}, {kind}"] = one
                         print(f"seed {seed}, {name}, {kind}: {json.dumps(one)}", flush=True)
             result["seeds"][seed] = found

@@ -118,6 +118,24 @@ class Calibrated:
     report: dict[str, Any]
 
 
+def separated(run: Run, adapt: str | None) -> Run:
+    """Return the run with rows of each day's own, where `adapt` asks for a day's layer and days
+    share all that they have. No day is decoded otherwise than before.
+
+    Args:
+      run: the trained run.
+      adapt: as of `moving_of`.
+    """
+    if adapt not in (None, "day"):
+        return run
+    found = model_of(run.config, len(run.sessions)).separated(run.params)
+    if found is None:
+        return run
+    model, params = found
+    config = dataclasses.replace(run.config, model=model)
+    return dataclasses.replace(run, config=config, params=params)
+
+
 def spoken(reader: Reader, refs: Sequence[TrialRef], day: int) -> list[Spoken]:
     """Read trials of a day, which must have labels.
 
@@ -197,6 +215,7 @@ def calibrate(
     """
     settings.check()
     began = time.monotonic()
+    given, run = run, separated(run, settings.adapt)
     day = len(run.sessions)
     config = extended(run.config, session, [*material.new, *material.val], material.width)
     _check_alignable(config, material.new)
@@ -211,6 +230,10 @@ def calibrate(
     peers = range(len(run.sessions)) if material.peers is None else material.peers
 
     def started(new: Sequence[Spoken]) -> tuple[Params, dict[str, Any]]:
+        if run is not given:
+            # The rows of all days are alike: there is nothing to choose between.
+            paths = day_paths(run.config)
+            return with_day(trained, paths, peers[-1:]), {"kind": "shared"}
         return _started(run, peers, trained, new, scorer, settings, progress)
 
     params, start = started(shuffled)

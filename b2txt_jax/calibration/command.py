@@ -27,6 +27,7 @@ from b2txt_jax.calibration.calibrate import (
     Settings,
     calibrate,
     evenly,
+    separated,
     spoken,
 )
 from b2txt_jax.calibration.folder import (
@@ -35,7 +36,7 @@ from b2txt_jax.calibration.folder import (
     session_alone,
     write_run,
 )
-from b2txt_jax.calibration.moving import ADAPTS, moving_of
+from b2txt_jax.calibration.moving import ADAPTS, Moving, moving_of
 from b2txt_jax.config import ConfigError
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.joint import folders
@@ -66,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--adapt",
         choices=ADAPTS,
-        help="what moves: the day's own layer; the patch embedding too; or every matrix by a "
-        "change of low rank; everything (default: day, for a model without day layers patch)",
+        help="what moves: the day's own layer, which a model without day layers gets; the patch "
+        "embedding too; or every matrix by a change of low rank; everything (default: day where "
+        "the model can have such a layer, else patch)",
     )
     option(
         "--rank",
@@ -121,10 +123,6 @@ def run(args: argparse.Namespace) -> int:
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     )
     settings.check()
-    if args.adapt != "adapters" and args.rank != _DEFAULTS.rank:
-        raise ConfigError(
-            f"--rank is {args.rank}, and no matrix changes so; needed --adapt adapters"
-        )
     _check_free(args.out)
     trained = load_run(args.workdir, args.overrides, args.weights)
     old_folders = folders(trained.config.data.root)
@@ -133,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
             f"--session is {args.session}, a day that {args.workdir} has already; needed a new "
             "name, or `b2txt train` to go on with the days that it has"
         )
-    shared = moving_of(trained.config, 0, args.adapt).shared
+    moving = moving_of(separated(trained, args.adapt).config, 0, args.adapt)
+    _check_used(args, moving)
     width = _width(trained, args.data)
     with open_folder(args.data, width) as new:
         recorded = _recorded(new, args.session)
@@ -148,7 +147,13 @@ def run(args: argparse.Namespace) -> int:
             joining = joined_sessions(args.out, old_folders[0], trained.sessions, new, *renamed)
         with joining as root:
             material = _material(trained, root, width, args, console)
-            _say_replay(trained, shared, settings.replay, console)
+            beyond = [str(count) for count in args.curve if count > len(material.new)]
+            if beyond:
+                console.print(
+                    f"--curve has no point at {', '.join(beyond)}: there are {len(material.new)} "
+                    "sentences to learn from"
+                )
+            _say_replay(trained, moving.shared, settings.replay, console)
             with _bar(console) as progress:
                 task = progress.add_task("", total=None)
 
@@ -164,6 +169,26 @@ def run(args: argparse.Namespace) -> int:
     write_run(args.out, ",".join(map(str, [*before, *kept])), calibrated, trained.step)
     _print(args.out, calibrated, console)
     return 0
+
+
+def _check_used(args: argparse.Namespace, moving: Moving) -> None:
+    """Raise ConfigError where an option is of something that does not move."""
+    needed = {
+        "rank": ("no matrix changes by a low rank", bool(moving.ranks), "--adapt adapters"),
+        "adapter_rate": ("no matrix changes by a low rank", bool(moving.ranks), "--adapt adapters"),
+        "day_rate": ("no layer of a day moves", moving.of_a_day, "--adapt day"),
+        "shared_rate": (
+            "nothing that days share moves at a rate of its own",
+            None in moving.rows.values(),
+            "--adapt patch or all",
+        ),
+        "old_rise": ("old days stay as they are", moving.shared, "--adapt patch or all"),
+    }
+    for name, (why, used, instead) in needed.items():
+        value = getattr(args, name)
+        if value != getattr(_DEFAULTS, name) and not used:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is {value:g}, and {why}; needed {instead}")
 
 
 def _check_free(out: Path) -> None:
@@ -304,6 +329,8 @@ def _print(out: Path, calibrated: Calibrated, console: Console) -> None:
     report: dict[str, Any] = calibrated.report
     start, per, old = report["start"], report["per"], report["old_days"]
     lines = [f"the day's layer starts from {start.get('day', start['kind'])}"]
+    if start["kind"] == "shared":
+        lines = ["the day gets a layer of its own, which begins as what all days share"]
     if start["kind"] == "none":
         lines = ["days have no layers of their own: what all days share moves"]
     lines.append(f"PER of {report['session']}: {_percent(per['before'])} before")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ class Follower:
         """The trained values of what moves, by path."""
         self.moved: Moved = self.start
         """The values in use."""
+        self._size = optax.tree.norm(self.start)
+        if self._moving.of_a_day and getattr(config.model, "day_change", False):
+            # A day's change is none at first. What it is added to is the identity.
+            self._size = jnp.hypot(self._size, math.sqrt(config.data.feature_count))
         rates = settings.rates_of(self._moving)
         self._tuner = Tuner(config, self._moving, rates, settings.seed, dropout=False)
         self._buckets, self._features = config.data.buckets, config.data.feature_count
@@ -196,7 +201,7 @@ class Follower:
 
     def _change(self, moved: Moved) -> float:
         difference = {name: moved[name] - self.start[name] for name in moved}
-        return float(optax.tree.norm(difference) / jnp.maximum(optax.tree.norm(self.start), 1e-9))
+        return float(optax.tree.norm(difference) / jnp.maximum(self._size, 1e-9))
 
     def _bounded(self, moved: Moved) -> Moved:
         """Return the values, moved back towards the start where they are too far from it."""

@@ -26,3 +26,14 @@ def day_layer(
     chosen = weight.astype(gradient_dtype(dtype))[day]
     mixed = contract("btd,bdk->btk", x, chosen, dtype)
     return jax.nn.soft_sign(mixed + bias[day][:, None, :]).astype(dtype)
+
+
+def day_change(
+    x: jax.Array, day: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Return x + x @ weight[day] + bias[day], float32, with shapes as of `day_layer`.
+
+    A day whose row is zeros gets x itself, bit for bit, in every dtype.
+    """
+    chosen = weight.astype(gradient_dtype(dtype))[day]
+    return x + (contract("btd,bdk->btk", x, chosen, dtype) + bias[day][:, None, :])

@@ -162,6 +162,14 @@ class Model(abc.ABC):
         `gru/weight_ih_l0`."""
         return bool(self.embedding) and re.fullmatch(self.embedding, path) is not None
 
+    def separated(self, params: Params) -> tuple[ModelSettings, Params] | None:
+        """Return settings and parameters with which each day has rows of its own and computes what
+        it did before: a calibration can then change one day alone.
+
+        None: days have them already, or the model has no place for them.
+        """
+        return None
+
     def variants(self) -> dict[str, ModelSettings]:
         """Return settings that compute the same in other ways, by name, for `b2txt compile
         --compare`."""

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from b2txt_jax.config import ConfigError, ModelSettings, setting
-from b2txt_jax.model.day_layer import DAY_SHARDING, day_layer
+from b2txt_jax.model.day_layer import DAY_SHARDING, day_change, day_layer
 from b2txt_jax.model.dropout import dropout, dropped, quarters
 from b2txt_jax.model.interface import (
     Bins,
@@ -62,6 +62,9 @@ class TransformerSettings(ModelSettings):
     """The defaults are the published."""
 
     day_layer: bool = setting(False, help="an input layer per day, which hurt the published model")
+    day_change: bool = setting(
+        False, help="a linear change of its bins per day, none at first: for days to calibrate"
+    )
     patch_size: int = setting(4, least=1, help="bins, one frame each")
     width: int = setting(384, least=1)
     layers: int = setting(5, least=1)
@@ -82,7 +85,7 @@ class TransformerSettings(ModelSettings):
     @property
     def days_differ(self) -> bool:
         """Whether each day has an input layer of its own."""
-        return self.day_layer
+        return self.day_layer or self.day_change
 
 
 class StreamState(NamedTuple):
@@ -213,6 +216,11 @@ class Transformer(Model):
     def __init__(self, settings: Any, features: int, days: int) -> None:
         super().__init__(settings, features, days)
         self.frame_bins = self.frame_span = settings.patch_size
+        if settings.day_layer and settings.day_change:
+            raise ConfigError(
+                "configuration keys model.day_layer and model.day_change are True; needed one of "
+                "them, since each is what a day has of its own"
+            )
         if settings.context_least > settings.context_most:
             raise ConfigError(
                 f"configuration key model.context_least is {settings.context_least:g} s and "
@@ -256,7 +264,20 @@ class Transformer(Model):
         if s.day_layer:
             weight = jnp.tile(jnp.eye(self.features), (self.days, 1, 1))
             params["day"] = {"weight": weight, "bias": jnp.zeros((self.days, self.features))}
+        elif s.day_change:
+            params["day"] = self._no_change()
         return params
+
+    def _no_change(self) -> Params:
+        shape = (self.days, self.features)
+        return {"weight": jnp.zeros((*shape, self.features)), "bias": jnp.zeros(shape)}
+
+    def separated(self, params: Params) -> tuple[ModelSettings, Params] | None:
+        """Return the model with a change of bins per day, which is none."""
+        if self.settings.days_differ:
+            return None
+        settings = dataclasses.replace(self.settings, day_change=True)
+        return settings, {**params, "day": self._no_change()}
 
     def frames(self, bins: Bins) -> Bins:
         """Return the patches that bins fill, the last one perhaps in part."""
@@ -275,11 +296,12 @@ class Transformer(Model):
         return 4 * rows * frames * int(layers + 3 * s.patch_size * self.features)
 
     def _aligned(self, params: Params, x: Array, day: Array) -> Array:
-        """Apply the day layer, if there is one."""
-        if not self.settings.day_layer:
+        """Apply the day's layer or change, if there is one."""
+        if not self.settings.days_differ:
             return x
-        dtype = compute_dtype(self.settings)
-        return day_layer(x, day, params["day"]["weight"], params["day"]["bias"], dtype)
+        apply = day_layer if self.settings.day_layer else day_change
+        own, dtype = params["day"], compute_dtype(self.settings)
+        return apply(x, day, own["weight"], own["bias"], dtype)
 
     def padded(self, x: Array, bins: Array, segments: Segments | None = None) -> Array:
         """Set what is after `bins` to zero, and append zeros until patches are whole."""

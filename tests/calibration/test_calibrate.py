@@ -23,9 +23,10 @@ from b2txt_jax.calibration.moving import moving_of, named
 from b2txt_jax.calibration.trials import Mixture, Scorer, Spoken, batch_of, shape_for
 from b2txt_jax.calibration.tune import Rates, Tuner
 from b2txt_jax.cli import main
+from b2txt_jax.config import load_config
 from b2txt_jax.data.hdf5 import Hdf5Reader
 from b2txt_jax.data.reader import open_folder
-from b2txt_jax.inference.run import load_run
+from b2txt_jax.inference.run import Run, load_run
 from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run as Converted
 from b2txt_jax.metrics import error_rate, greedy_decode, total
@@ -125,8 +126,52 @@ def test_before_the_first_sentence_the_day_is_decoded_with_the_layer_of_the_last
     assert report["curve"][0] == {"sentences": 0, "per": report["per"]["before"]}
 
 
+def small_run(days, kind: str) -> Run:
+    """Return a run without day layers. Its values are random, since ones and zeros hide much."""
+    if kind == "transformer":
+        run = small_transformer(days, FEATURES)
+    else:
+        config = load_config("demo", ["--config.model.day_layer=False"])
+        data = dataclasses.replace(config.data, sessions=tuple(days), feature_count=FEATURES)
+        model = dataclasses.replace(config.model, units=16, layers=1)
+        config = dataclasses.replace(config, data=data, model=model)
+        run = Run(config, init_state(config, len(days)).params, 0)
+    noise = jax.random.key(1)
+    noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(noise, x.shape), run.params)
+    return dataclasses.replace(run, params=noisy)
+
+
+@pytest.mark.parametrize("kind", ["transformer", pytest.param("gru", marks=pytest.mark.slow)])
+def test_a_model_without_day_layers_gets_one_for_the_new_day_and_old_days_stay_bit_for_bit(
+    narrow, days, kind
+):
+    reader, run = open_folder(narrow, FEATURES), small_run(days[:2], kind)
+    old = [(reader, reader.trials([day], "train")) for day in days[:2]]
+    old_val = spoken(reader, old[1][1][:2], 1)
+    settings = Settings(steps=2, rows=4, day_rate=0.01)
+    now = run
+    for place, day in enumerate(days[2:4], start=2):
+        new = spoken(reader, reader.trials([day], "train")[:3], place)
+        done = calibrate(now, day, Material(new, new, old, old_val), settings)
+        assert done.report["old_days"]["before"] == done.report["old_days"]["after"]
+        assert {path.split("/")[0] for path in done.report["moved"]} == {"day"}
+        now = Run(done.config, done.params, 1)
+    x = old_val[0].features
+    trained = run.logits(x, days[0])
+    for day in days[:2]:
+        np.testing.assert_array_equal(now.logits(x, day), trained)
+    first, second = (now.logits(x, day) for day in days[2:4])
+    assert np.abs(first - trained).max() > 1e-3
+    assert np.abs(second - trained).max() > 1e-3
+    assert not np.array_equal(first, second)
+    before = named(run.params)
+    for path, value in named(now.params).items():
+        if not path.startswith("day/"):
+            np.testing.assert_array_equal(value, before[path])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("adapt", [None, "adapters"])
+@pytest.mark.parametrize("adapt", ["patch", "adapters"])
 def test_without_day_layers_a_part_that_days_share_moves_and_old_days_are_replayed(
     narrow, days, adapt
 ):
@@ -143,7 +188,7 @@ def test_without_day_layers_a_part_that_days_share_moves_and_old_days_are_replay
         for name, value in named(one.params).items()
         if not np.array_equal(value, before[name])
     }
-    if adapt is None:
+    if adapt == "patch":
         assert moved
         assert all(name.startswith("embed/") for name in moved)
     else:
@@ -165,9 +210,10 @@ def test_a_calibration_that_costs_old_days_too_much_leaves_the_trained_values(
         [],
         [(reader, reader.trials([day], "train")) for day in days[:3]],
     )
+    settings = Settings(adapt="patch", steps=1, rows=5, start="last", old_rise=0)
     losses = itertools.count(1.0)  # each higher than the one before
     monkeypatch.setattr(Scorer, "loss", lambda *_: next(losses))
-    found = calibrate(run, days[3], material, Settings(steps=1, rows=5, start="last", old_rise=0))
+    found = calibrate(run, days[3], material, settings)
     assert found.report["old_days"]["kept_share"] == 0
     jax.tree.map(np.testing.assert_array_equal, found.params, run.params)
 
@@ -299,8 +345,14 @@ def test_what_cannot_be_calibrated_is_named_and_leaves_no_folder(attempt, narrow
         assert (status, needed in said) == (2, True), said
     status, said = attempt(days[3], narrow, "--replay=1")
     assert (status, "needed 0 to below 1" in said) == (2, True)
-    status, said = attempt(days[3], narrow, "--rank=2")
-    assert (status, "needed --adapt adapters" in said) == (2, True)
+    for option, instead in (
+        ("--rank=2", "needed --adapt adapters"),
+        ("--adapter-rate=0.1", "needed --adapt adapters"),
+        ("--shared-rate=0.1", "needed --adapt patch or all"),
+        ("--old-rise=0.5", "needed --adapt patch or all"),
+    ):
+        status, said = attempt(days[3], narrow, option)
+        assert (status, instead in said) == (2, True), option
     assert not (tmp_path / "out").exists()
 
 

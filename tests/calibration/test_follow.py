@@ -206,6 +206,36 @@ def test_a_choice_is_learned_from_and_a_correction_first_takes_the_wrong_text_ba
     output.close()
 
 
+def test_a_second_correction_takes_back_no_other_sentence(run, tmp_path):
+    model, output, kept = following(run, tmp_path / "day")
+    output.show(final("a", 0, 0.99))
+    output.show(final("b", 1, 0.99, "a hat"))
+    assert kept.updates == 2
+    output.show(Chosen("b", "xyzzy", True))  # left out, since no dictionary has it
+    output.show(Chosen("b", "xyzzyx", True))
+    output.close()
+    assert kept.updates == 1
+    with np.load(tmp_path / "day" / "000001.npz") as file:
+        np.testing.assert_array_equal(weight(model), file["day/weight"])
+
+
+@pytest.mark.slow
+def test_the_change_of_a_calibrated_day_follows_within_the_bound(run, tmp_path):
+    config = transformer_config(DAYS, 16)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, day_change=True))
+    follower = Follower(
+        Run(config, init_state(config, 2).params, 0), 1, dataclasses.replace(STRONG, bound=0.01)
+    )
+    before = follower.params["day"]["weight"]
+    done = [follower.update(features(seed), LABELS) for seed in range(3)]
+    assert done[0].kept
+    after = follower.params["day"]["weight"]
+    np.testing.assert_array_equal(after[0], before[0])
+    # Measured against the identity that the change is added to.
+    moved = float(np.sqrt(sum(np.square(follower.moved[name]).sum() for name in follower.moved)))
+    assert 0 < moved <= 0.01 * np.sqrt(16) * 1.001
+
+
 def test_updates_are_taken_back_one_by_one_or_all(run, tmp_path):
     kept, start = Kept(tmp_path, run), {"day/weight": np.zeros(3), "day/bias": np.zeros(2)}
     for value in range(1, 14):

@@ -11,23 +11,31 @@ from b2txt_jax.inference.run import Run
 from b2txt_jax.live.model import LiveModel
 from b2txt_jax.model.interface import make_model
 
+TRANSFORMER = {"width": 16, "layers": 2, "heads": 2, "head_width": 8, "feedforward": 32}
 SMALL = {
-    "demo": {"units": 16, "layers": 2},
-    "transformer_demo": {"width": 16, "layers": 2, "heads": 2, "head_width": 8, "feedforward": 32},
+    "demo": ("demo", {"units": 16, "layers": 2}),
+    "transformer": ("transformer_demo", TRANSFORMER),
+    "calibrated transformer": ("transformer_demo", TRANSFORMER | {"day_change": True}),
 }
 DAYS = ("t15.2023.08.11", "t15.2023.08.13")
 
 
 @pytest.fixture(
-    scope="module", params=["demo", pytest.param("transformer_demo", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "demo",
+        pytest.param("transformer", marks=pytest.mark.slow),
+        pytest.param("calibrated transformer", marks=pytest.mark.slow),
+    ],
 )
 def run(request):
     """A run with random parameters."""
-    config = load_config(request.param)
+    recipe, small = SMALL[request.param]
+    config = load_config(recipe)
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, sessions=DAYS, feature_count=16, buckets=((64, 8),)),
-        model=dataclasses.replace(config.model, **SMALL[request.param]),
+        model=dataclasses.replace(config.model, **small),
     )
     model = make_model(config.model, 16, 2)
 

@@ -330,6 +330,18 @@ class PatchedModel(Model):
         """Return 'day' for the day layers, else as by default."""
         return "day" if "day" in path.split("/") else super().group(path, leaf)
 
+    def separated(self, params: Params) -> tuple[ModelSettings, Params] | None:
+        """Return the model with day layers that are all what the shared one was."""
+        if self.settings.days_differ:
+            return None
+
+        def of(path: tuple[Any, ...], leaf: Array) -> Array:
+            shared = any(getattr(key, "key", None) == "day" for key in path)
+            return jnp.repeat(leaf, self.days, axis=0) if shared else leaf
+
+        parts: Params = jax.tree_util.tree_map_with_path(of, params)
+        return dataclasses.replace(self.settings, day_layer=True), parts
+
     def variants(self) -> dict[str, ModelSettings]:
         """Return settings for each way to run the recurrence."""
         kinds = ("scan", "pallas")

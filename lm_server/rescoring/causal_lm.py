@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -104,6 +105,7 @@ class CausalLM:
         if dtype == "auto":
             dtype = "float16" if self.device.type == "cuda" else "float32"
         self.network, self.tokenizer = _load(path, self.device, dtype)
+        self._cache_name = _cache_name(self.network)
         start = _start_token(self.tokenizer)
         self.start = () if start is None else (start,)
         self.longest = getattr(self.network.config, "max_position_embeddings", None)
@@ -299,7 +301,7 @@ class CausalLM:
             logits = self.network(
                 input_ids=part,
                 attention_mask=torch.ones((1, start + part.shape[1]), device=self.device).long(),
-                past_key_values=cache,
+                **{self._cache_name: cache},
                 use_cache=True,
             ).logits[0]
             following = torch.tensor(ids[start + 1 : start + 1 + len(logits)], device=self.device)
@@ -335,7 +337,7 @@ class CausalLM:
             input_ids=torch.tensor(tokens, device=self.device)[None],
             position_ids=torch.tensor(positions, device=self.device)[None],
             attention_mask=mask[None, None].to(self.device),
-            past_key_values=cache,
+            **{self._cache_name: cache},
             use_cache=True,
         ).logits[0]
         return logits
@@ -377,6 +379,16 @@ class CausalLM:
                 _LOG.info("%s scores whole sentences: %s", self.name, error)
                 return False
         return bool(np.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE))
+
+
+def _cache_name(network: torch.nn.Module) -> str:
+    """Return what a model calls its cache of keys and values.
+
+    transformers 5.24 renamed it for its own models, and will drop the old name. A model with code
+    of its own may keep that.
+    """
+    names = inspect.signature(network.forward).parameters
+    return "cache" if "cache" in names and "past_key_values" not in names else "past_key_values"
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

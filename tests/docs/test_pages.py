@@ -280,7 +280,7 @@ def page_param(page: Path) -> Any:
     return pytest.param(page, marks=[pytest.mark.slow] if page.stem in LONG else [])
 
 
-@pytest.mark.parametrize("page", map(page_param, PAGES), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page_param(page) for page in PAGES], ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_their_order(page, request):
     blocks = [block for block in blocks_of(page) if block.runs]
     if not blocks:

@@ -35,6 +35,9 @@ from lm_server.rescoring.load import add_llm_options, llm_from_options, load_sco
 from lm_server.rescoring.scorer import RescoringError
 from lm_server.settings import Settings
 
+# The newest transformers warns of what its next releases drop.
+pytestmark = pytest.mark.filterwarnings("error:.*past_key_values:FutureWarning")
+
 SENTENCES = [
     "the cat sat on the mat",
     "the cat sat on a mat",

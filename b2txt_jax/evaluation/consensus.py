@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,16 @@ def run(args: argparse.Namespace) -> int:
     }
     check_replaceable(args.out, settings, args.force)
     systems = [read_system(path, args.split) for path in args.systems]
+    read = Counter(
+        (path if one.result is None else one.result.folder).resolve()
+        for path, one in zip(args.systems, systems, strict=True)
+    )
+    twice = [path for path, count in read.items() if count > 1]
+    if twice:
+        raise ResultsError(f"{twice[0]} is given more than once, and would vote twice; needed once")
     names = trial_names(systems)
+    if not names:
+        raise ResultsError(f"{args.systems[0]} has no trial; needed at least one")
     console = Console()
     missing = [(one.name, n) for one in systems if (n := len(names) - len(one.of(names)))]
     for name, count in missing:

@@ -113,8 +113,13 @@ def results_of(workdir: Path, split: str = "val") -> list[Result]:
     Raises:
       ResultsError: one of them is damaged.
     """
-    files = sorted((workdir / split).glob(f"*/{EVALUATION}"), key=lambda file: file.stat().st_mtime)
-    return [read_result(file.parent) for file in files]
+    found = [read_result(file.parent) for file in (workdir / split).glob(f"*/{EVALUATION}")]
+    # By the date that the result records: files that were copied have that of the copy.
+    return sorted(found, key=lambda one: (str(one.content["made"].get("date")), _changed(one)))
+
+
+def _changed(result: Result) -> float:
+    return (result.folder / EVALUATION).stat().st_mtime
 
 
 def result_of(path: Path, split: str = "val") -> Result:

@@ -11,6 +11,7 @@ is the mean of all of them. One run alone is then a pseudo-ensemble.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,14 @@ def load_runs(
     """Read runs, of which the augmentations may be overridden where there are passes.
 
     Raises:
-      ConfigError: a folder holds no run, `passes` is below 0, or they would change nothing.
+      ConfigError: a folder holds no run, or is given twice, `passes` is below 0, or they would
+        change nothing.
     """
+    twice = [path for path, n in Counter(one.resolve() for one in folders).items() if n > 1]
+    if twice:
+        raise ConfigError(
+            f"the run {twice[0]} is given more than once, and would weigh more; needed each once"
+        )
     changeable = CHANGEABLE | AUGMENTING if passes else CHANGEABLE
     runs = [load_run(folder, overrides, weights, changeable) for folder in folders]
     if passes < 0:

@@ -82,6 +82,8 @@ def test_a_submission_votes_with_results_by_the_numbers_of_its_lines(make_result
         (["a", "bad.csv"], "needed the id 0 and a text"),
         (["a", "--split", "test"], "is of the val split; needed test"),
         (["a", "--temperature", "0"], "a number above 0"),
+        (["a", "short.csv", "a"], "is given more than once, and would vote twice"),
+        (["nothing.txt"], "has no trial; needed at least one"),
     ],
 )
 def test_systems_that_do_not_fit_are_an_error_in_one_line(
@@ -90,6 +92,7 @@ def test_systems_that_do_not_fit_are_an_error_in_one_line(
     make_result("a", said("how are you", "the cat sat", "yes"))
     make_result("b", {"u/1": ("yes", [("yes", -1.0)])})
     (tmp_path / "short.csv").write_text("id,text\n0,yes\n")
+    (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "bad.csv").write_text("id,text\n1,yes\n")
     systems = [
         str(tmp_path / one) if (tmp_path / one.partition(".")[0]).exists() or "." in one else one

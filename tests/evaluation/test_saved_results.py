@@ -41,6 +41,12 @@ def test_of_a_run_the_newest_result_is_taken(make_result, tmp_path: Path) -> Non
     old, new = make_result("val/old", SAID), make_result("val/new", SAID)
     os.utime(old / "evaluation.json", (1, 1))
     assert result_of(tmp_path).name == new.name
+    # Which file is younger says nothing once a run has been copied. The date in it does.
+    content = json.loads((old / "evaluation.json").read_bytes())
+    content["made"]["date"] = "2031-01-02T03:04:05+00:00"
+    (old / "evaluation.json").write_text(json.dumps(content))
+    os.utime(old / "evaluation.json", (1, 1))
+    assert result_of(tmp_path).name == old.name
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,14 @@ def test_runs_that_do_not_fit_are_refused(runs: list[Run]) -> None:
         ensemble_logits([first, other], "val")
 
 
+def test_a_run_that_is_given_twice_is_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [str(tmp_path / "a"), str(tmp_path / "b/../a")]
+    assert main(["ensemble", *both, "--out", str(tmp_path / "mean.npz")]) == 2
+    assert "a is given more than once, and would weigh more" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_writes_what_lm_server_reads(runs: list[Run], tmp_path: Path, capsys) -> None:
     for name, run in zip("ab", [augmented(one, white_noise_std=0.5) for one in runs], strict=True):

@@ -23,7 +23,7 @@ from lm_server.client.answers import LanguageModelError, LanguageModelUnavailabl
 from lm_server.protocol import BLANK, CLASSES, SILENCE
 
 LONGEST_SECONDS = 120.0
-"""A sentence is ended then: the message that ends it must have been lost."""
+"""Of bins. A sentence is ended then: the message that ends it must have been lost."""
 _IDLE_SECONDS = 10.0
 """With sentences by silence, the model begins anew after so long without speech. It was trained on
 trials, which begin with a short silence."""
@@ -235,7 +235,7 @@ class LiveSession:
         self._features: list[np.ndarray] = []
         self._new: list[np.ndarray] = []
         self._frames: list[np.ndarray] = []
-        self._quiet = 0
+        self._quiet = self._decoded = 0
         self._shown: list[str] = []
 
     def _start_model(self) -> None:
@@ -284,11 +284,15 @@ class LiveSession:
             self._begin(Begin())
             logits = np.concatenate(self._frames)
         self._decode(logits, arrived)
-        silent = self._rule == "silence" and self._quiet >= self._quiet_frames
-        if silent or time.monotonic() - self._began > LONGEST_SECONDS:
+        if self._rule == "silence" and self._quiet >= self._quiet_frames:
             self._end()
+        elif self._decoded * self._model.frame_seconds > LONGEST_SECONDS:
+            why = f"sentence {self._id} is ended: nothing has ended it for {LONGEST_SECONDS:g} s"
+            self._end()
+            self.inform(Problem(why))
 
     def _decode(self, logits: np.ndarray, arrived: float) -> None:
+        self._decoded += len(logits)
         text = self._words.send(logits)
         delay = time.monotonic() - arrived
         words = text.split()

@@ -34,6 +34,20 @@ def test_bins_marks_and_numbers_arrive_from_now_on(live_server):
     source.close()
 
 
+def test_a_mark_may_come_with_bins_and_other_marks_are_no_bins(live_server):
+    client = redis.Redis.from_url(live_server, protocol=2)
+    source = open_source(f"{live_server}/marked", 4)
+    row = np.arange(4, dtype="<f4").tobytes()
+    client.xadd("marked", {"mark": "begin", "features": row, "i": 0})
+    client.xadd("marked", {"mark": "go cue"})
+    client.xadd("marked", {"mark": "go cue", "features": row, "i": 1})
+    client.xadd("marked", {"mark": "end", "features": row, "i": 2})
+    begin, *bins, end = source.read(5.0)
+    assert (begin, end) == (Begin(""), End())
+    assert [one.sequence for one in bins] == [0, 1, 2]
+    source.close()
+
+
 @pytest.mark.parametrize("noticed", ["the connection was lost", "nothing came"])
 def test_after_the_stream_began_anew_bins_arrive_again(live_server, noticed):
     """As after a restart of Redis, or when its clock went back."""

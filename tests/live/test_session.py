@@ -12,6 +12,7 @@ from live_speech import SAID, Heard, ListedSource, SpokenModel, bins_of, events_
 from rich.console import Console
 
 from b2txt_jax.data.sentence_log import SentenceLogError, confirmed_sentences
+from b2txt_jax.live import session as session_module
 from b2txt_jax.live.command import _report, _Scores
 from b2txt_jax.live.events import Began, Chosen, Final, Problem, Progress
 from b2txt_jax.live.outputs.log import SentenceLog
@@ -86,6 +87,15 @@ def test_speech_at_the_end_of_a_sentence_is_not_heard_again_in_the_next(intake):
     assert len(heard.of(Final)) == 1
     events = [*events_of(bins_of(SAID[0]), marks=False), End(), *events_of(silence(3), marks=False)]
     assert len(decoded(events, Written(), intake, "silence").of(Final)) == 1
+
+
+def test_a_sentence_that_nothing_ends_is_ended_by_its_bins_and_that_is_said(intake, monkeypatch):
+    monkeypatch.setattr(session_module, "LONGEST_SECONDS", 2.0)
+    events = [Begin(), *events_of(np.concatenate([bins_of(SAID[0])] * 4), marks=False)]
+    heard = decoded(events, Written(), intake)
+    (one,) = heard.of(Final)
+    assert one.answer.sentence == "26"  # the first frame beyond 2 s, of 80 ms each
+    assert "nothing has ended it for 2 s" in heard.of(Problem)[0].text
 
 
 def test_all_words_of_a_sentence_without_an_answer_are_errors(intake, capsys, tmp_path):

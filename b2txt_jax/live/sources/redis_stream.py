@@ -102,11 +102,13 @@ class RedisStream:
         return events
 
     def _events(self, fields: dict[bytes, bytes], now: float) -> list[Event]:
-        mark = fields.get(b"mark", b"").decode(errors="replace")
-        if mark == "begin":
-            return [Begin(fields.get(b"name", b"").decode(errors="replace"))]
-        if mark == "end":
-            return [End()]
+        mark = fields.get(b"mark", b"")
+        bins = self._bins(fields, now) if b"features" in fields or not mark else []
+        if mark == b"begin":
+            return [Begin(fields.get(b"name", b"").decode(errors="replace")), *bins]
+        return [*bins, End()] if mark == b"end" else bins
+
+    def _bins(self, fields: dict[bytes, bytes], now: float) -> list[Event]:
         payload, number = fields.get(b"features", b""), fields.get(b"i", b"")
         first = int(number) if number.isdigit() else None
         width = 4 * self._features

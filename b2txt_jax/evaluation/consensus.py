@@ -77,14 +77,7 @@ def run(args: argparse.Namespace) -> int:
         **({"nbest": args.nbest, "temperature": args.temperature} if args.method == "mbr" else {}),
     }
     check_replaceable(args.out, settings, args.force)
-    systems = [read_system(path, args.split) for path in args.systems]
-    read = Counter(
-        (path if one.result is None else one.result.folder).resolve()
-        for path, one in zip(args.systems, systems, strict=True)
-    )
-    twice = [path for path, count in read.items() if count > 1]
-    if twice:
-        raise ResultsError(f"{twice[0]} is given more than once, and would vote twice; needed once")
+    systems = read_systems(args.systems, args.split)
     names = trial_names(systems)
     if not names:
         raise ResultsError(f"{args.systems[0]} has no trial; needed at least one")
@@ -124,6 +117,25 @@ class System:
             for line, name in enumerate(names)
         }
         return {name: some for name, some in found.items() if some}
+
+
+def read_systems(paths: Sequence[Path], split: str = "val") -> list[System]:
+    """Read several systems.
+
+    Raises:
+      ResultsError: one is given twice, or cannot be read.
+    """
+    systems = [read_system(path, split) for path in paths]
+    read = Counter(
+        (path if one.result is None else one.result.folder).resolve()
+        for path, one in zip(paths, systems, strict=True)
+    )
+    twice = [path for path, count in read.items() if count > 1]
+    if twice:
+        raise ResultsError(
+            f"{twice[0]} is given more than once, and would count twice; needed once"
+        )
+    return systems
 
 
 def read_system(path: Path, split: str = "val") -> System:

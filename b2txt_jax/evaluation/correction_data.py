@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from b2txt_jax.evaluation.consensus import System, read_system, trial_names
+from b2txt_jax.evaluation.consensus import System, read_systems, trial_names
 from b2txt_jax.evaluation.results import ResultsError
 from b2txt_jax.metrics import ErrorRate, total, word_error_rates
 from b2txt_jax.provenance import provenance
@@ -71,10 +71,10 @@ def run(args: argparse.Namespace) -> int:
         )
     about_file = args.out.with_name(f"{args.out.stem}.about.json")
     held_out_file = args.out.with_name(f"{args.out.stem}.held_out.tsv")
-    for path in (args.out, about_file, *([held_out_file] if args.folds > 1 else [])):
+    for path in (args.out, about_file, held_out_file):
         require_writable(path)
     parts = {
-        split: read_part([read_system(path, split) for path in args.systems], split, nbest)
+        split: read_part(read_systems(args.systems, split), split, nbest)
         for split in dict.fromkeys(args.mix)
     }
     kept, left_out = [], {}
@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         with replacing(held_out_file) as unfinished:
             lines = "".join(f"{trial}\t{said}\n" for trial, said in held_out.items())
             unfinished.write_text(lines, encoding="utf-8")
+    else:  # One of an earlier call names trials that are learned from now.
+        held_out_file.unlink(missing_ok=True)
     leaks = leaks_of(parts, args.folds)
     about = {
         "made": provenance(),

@@ -148,6 +148,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(paths: Sequence[Path]) -> list[dict[str, dict[str, Any]]]:
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        raise AnswersFileError(f"--answers names {twice[0]} twice; needed each system once")
     systems = [read_answers(path) for path in paths]
     for path, one in zip(paths[1:], systems[1:], strict=True):
         other = next((trial for trial in one if trial not in systems[0]), None)

@@ -82,7 +82,7 @@ def test_a_submission_votes_with_results_by_the_numbers_of_its_lines(make_result
         (["a", "bad.csv"], "needed the id 0 and a text"),
         (["a", "--split", "test"], "is of the val split; needed test"),
         (["a", "--temperature", "0"], "a number above 0"),
-        (["a", "short.csv", "a"], "is given more than once, and would vote twice"),
+        (["a", "short.csv", "a"], "is given more than once, and would count twice"),
         (["nothing.txt"], "has no trial; needed at least one"),
     ],
 )

@@ -82,6 +82,18 @@ def test_a_fold_is_left_out_with_every_repetition_of_its_sentences(make_result, 
     assert len(set(found)) == 12
 
 
+def test_what_an_earlier_call_left_out_is_not_left_beside_chats_of_all_sentences(
+    make_result, tmp_path
+):
+    out, held_out = tmp_path / "chats.jsonl", tmp_path / "chats.held_out.tsv"
+    command = ["correction-data", str(make_result("a", VAL)), "--out", str(out)]
+    for fold in range(2):
+        assert main([*command, "--folds", "2", "--fold", str(fold)]) in (0, 2)
+    assert held_out.exists()
+    assert main(command) == 0
+    assert not held_out.exists()
+
+
 def test_what_is_left_out_for_measuring_is_of_val_though_train_has_trials_of_that_name(
     make_result, tmp_path
 ):
@@ -109,6 +121,7 @@ def test_what_is_left_out_for_measuring_is_of_val_though_train_has_trials_of_tha
     ("options", "error"),
     [
         (["--nbest", "0"], "--nbest is 0"),
+        (["again"], "is given more than once, and would count twice"),
         (["--folds", "2", "--fold", "2"], "a fold from 0 to K - 1"),
         (["--mix", "train"], "is of the val split; needed train"),
     ],
@@ -116,8 +129,9 @@ def test_what_is_left_out_for_measuring_is_of_val_though_train_has_trials_of_tha
 def test_what_cannot_be_written_is_an_error_in_one_line(
     make_result, tmp_path, capsys, options, error
 ):
-    command = ["correction-data", str(make_result("a", VAL)), "--out", str(tmp_path / "x.jsonl")]
-    assert main([*command, *options]) == 2
+    result = str(make_result("a", VAL))
+    command = ["correction-data", "--out", str(tmp_path / "x.jsonl"), result]
+    assert main([*command, *(result if one == "again" else one for one in options)]) == 2
     shown = capsys.readouterr().err
     assert error in shown
     assert shown.count("\n") == 1

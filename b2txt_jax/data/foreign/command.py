@@ -133,13 +133,7 @@ def _format(args: argparse.Namespace) -> Format:
                 f"{options} belong to the format {kind.name}, and this is {args.format}; needed "
                 "the command without them"
             )
-    chosen = next(kind for kind in kinds if kind.name == args.format)
-    if chosen.labelled and (args.lexicon is not None or args.skip_unknown):
-        raise DataError(
-            f"--lexicon and --skip-unknown are about pronunciations, and {chosen.name} has labels "
-            "of its own; needed the command without them"
-        )
-    return chosen
+    return next(kind for kind in kinds if kind.name == args.format)
 
 
 def import_recordings(
@@ -166,12 +160,13 @@ def import_recordings(
                 "one file for it: move the other away"
             )
     labeller = Labeller(lexicon)
-    unknown = Counter(
-        word
-        for one in recordings
-        for sentence in one.sentences()
-        for word in labeller.unknown(sentence)
-    )
+    sentences = [sentence for one in recordings for sentence in one.sentences()]
+    if not sentences and (lexicon is not None or skip_unknown):
+        raise DataError(
+            f"--lexicon and --skip-unknown are about pronunciations, and none is needed: {source} "
+            "has labels of its own; needed the command without them"
+        )
+    unknown = Counter(word for sentence in sentences for word in labeller.unknown(sentence))
     if unknown and not skip_unknown:
         shown = ", ".join(word for word, _ in unknown.most_common(_SHOWN))
         raise DataError(

@@ -90,7 +90,6 @@ class FalconH2(Format):
 
     name = "falcon-h2"
     help = "folder with the *calib*.nwb of FALCON's task H2 (DANDI 000950)"
-    labelled = True
 
     def __init__(self, val_blocks: int = 1) -> None:
         self.val_blocks = val_blocks

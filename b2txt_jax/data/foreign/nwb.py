@@ -144,11 +144,17 @@ def files_of(paths: Sequence[Path], settings: NwbSettings) -> list[_File]:
             moved = max(0, 1 + max(blocks[-1]) - min(own)) if blocks else 0
             blocks.append([block + moved for block in own])
             splits.append(_named_splits(trials))
+    named = [path for path, one in zip(paths, splits, strict=True) if one is not None]
+    if named and settings.val_blocks != 1:
+        raise DataError(
+            f"--val-blocks is {settings.val_blocks}, and {named[0]} has splits of its own, in the "
+            f"column `{SPLIT}`; needed the command without it"
+        )
     by_blocks = iter(by_block([one for some in blocks for one in some], settings.val_blocks))
     found = []
-    for path, own, named in zip(paths, blocks, splits, strict=True):
+    for path, own, given in zip(paths, blocks, splits, strict=True):
         drawn = [next(by_blocks) for _ in own]
-        found.append(_File(path, tuple(own), tuple(drawn if named is None else named)))
+        found.append(_File(path, tuple(own), tuple(drawn if given is None else given)))
     return found
 
 

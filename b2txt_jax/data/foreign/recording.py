@@ -62,8 +62,6 @@ class Format(ABC):
 
     name: ClassVar[str]
     help: ClassVar[str]
-    labelled: ClassVar[bool] = False
-    """Whether recordings have labels of their own, so that no pronunciation is looked up."""
 
     @abstractmethod
     def recordings(self, source: Path) -> list[Recording]:

@@ -110,7 +110,6 @@ class T12Pickle(Format):
 
     name = "t12-pickle"
     help = "file that the 2024 competition's loader writes, such as ptDecoder_ctc"
-    labelled = True
 
     def recordings(self, source: Path) -> list[Recording]:
         """List the days of the three parts."""

@@ -144,19 +144,6 @@ def test_a_cue_to_skip_that_no_file_has_is_an_error(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--skip-unknown", "--lexicon"])
-@pytest.mark.parametrize("name", ["t12-pickle", "falcon-h2"])
-def test_pronunciations_are_refused_where_the_format_has_labels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, option: str
-) -> None:
-    (tmp_path / "lexicon.txt").write_text("good G UW D\n")
-    value = [str(tmp_path / "lexicon.txt")] if option == "--lexicon" else []
-    assert run(name, tmp_path, tmp_path / "out", option, *value) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert f"{name} has labels of its own" in error
-    assert not (tmp_path / "out").exists()
-
-
 def test_padding_keeps_crossings_and_power_in_their_halves(tmp_path: Path) -> None:
     save(tmp_path / "s" / INNER, inner_session())
     for out, more in (("a", ()), ("b", ("--pad-to", "20"))):

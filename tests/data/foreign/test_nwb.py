@@ -335,6 +335,27 @@ def test_what_is_no_nwb_file_is_named(
         assert "cannot be read as NWB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["nwb", "falcon-h2"])
+def test_options_that_files_with_labels_and_splits_have_no_use_for_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    name, write, _, _ = FILES[kind]
+    write(tmp_path / name)
+    (tmp_path / "lexicon.txt").write_text("good G UW D\n")
+    with h5py.File(tmp_path / name, "a") as file:
+        if kind == "nwb":
+            file["intervals/trials/phonemes"] = ["HH |", "G UH D |", "Z", "Z ZH"]
+            file["intervals/trials/split"] = ["val", "train", "train", "train"]
+    for more in (["--skip-unknown"], ["--lexicon", str(tmp_path / "lexicon.txt")]):
+        assert imported(kind, tmp_path, *more) == 2
+        assert "has labels of its own" in " ".join(capsys.readouterr().err.split())
+    if kind == "nwb":
+        assert imported(kind, tmp_path, "--val-blocks", "2") == 2
+        assert "has splits of its own" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+    assert imported(kind, tmp_path) == 0
+
+
 def test_a_series_that_is_named_twice_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,17 @@ def imported(found: Any, folder: Path) -> int:
     return cli.main(["import", "t12-pickle", "--source", str(path), "--out", str(folder / "out")])
 
 
+def test_pronunciations_are_refused_since_it_has_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ptDecoder_ctc"
+    path.write_bytes(pickle.dumps(content()))
+    command = ["import", "t12-pickle", "--source", str(path), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--skip-unknown"]) == 2
+    assert "has labels of its own" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_days_become_sessions_with_their_own_labels_and_unchanged_features(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

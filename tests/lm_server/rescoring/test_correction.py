@@ -221,6 +221,7 @@ def test_a_reply_within_the_limits_is_written_and_counted(
         (["--llm", "none", "--max-edits", "-1"], "--max-edits -1"),
         (["--llm", "none"], "the large language model none is not there"),
         (["--llm", "none", "--answers", "{a}", "{b}"], "has the trial u, which"),
+        (["--llm", "none", "--answers", "{a}", "{a}"], "twice; needed each system once"),
     ],
 )
 def test_what_cannot_be_corrected_is_an_error_in_one_line(tmp_path, capsys, options, error):

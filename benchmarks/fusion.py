@@ -4,7 +4,8 @@
     python benchmarks/fusion.py --run runs/demo/run --llm runs/smollm2 --preset balanced
 
 Prints, for the search alone, rescored at the end, and asked during the search too (`--fuse`) with
-the same model: WER, n-best oracle, and seconds of CPU time of search and rescoring per sentence.
+the same model: WER, n-best oracle, and seconds of CPU time of search and rescoring per sentence,
+with mean, median and 90th percentile of both together.
 The logits are those of benchmarks/spliced_logits.py, with development and test sentences from
 different halves of the run's trials. What rescores is the same in both cases. Acoustic scale and
 word bonus of the search alone, and with alpha those of the other two, are chosen on development
@@ -54,8 +55,15 @@ class Sums:
 
     errors: list[int] = dataclasses.field(default_factory=list)
     oracle: int = 0
-    searching: float = 0.0
-    rescoring: float = 0.0
+    searching: list[float] = dataclasses.field(default_factory=list)
+    rescoring: list[float] = dataclasses.field(default_factory=list)
+
+    def seconds(self) -> str:
+        """Return the mean of either part, and mean, median and 90th percentile of both."""
+        whole = np.add(self.searching, self.rescoring)
+        parts = f"{np.mean(self.searching):.2f} | {np.mean(self.rescoring):.2f}"
+        spread = ", ".join(f"{value:.2f}" for value in np.quantile(whole, (0.5, 0.9)))
+        return f"{parts} | {whole.mean():.2f}, {spread}"
 
 
 def scored(
@@ -119,7 +127,7 @@ def main() -> None:
     option("--left-out", type=float, default=0.1, help="share of silences (default 0.1)")
     option("--sharpness", type=float, default=2.5, help="factor on the logits (default 2.5)")
     option("--dev", type=int, default=40, help="sentences to choose settings on (default 40)")
-    option("--nbest", type=int, default=50, help="hypotheses that are rescored (default 50)")
+    option("--nbest", type=int, default=100, help="hypotheses that are rescored (default 100)")
     option(
         "--lattice-beam",
         type=float,
@@ -129,6 +137,7 @@ def main() -> None:
     option("--fuse-weight", type=float, default=Settings().fuse_weight)
     option("--fuse-frames", type=int, default=Settings().fuse_frames)
     option("--fuse-hypotheses", type=int, default=Settings().fuse_hypotheses)
+    option("--fuse-beam", type=float, default=Settings().fuse_beam)
     args = parser.parse_args()
     settings = dataclasses.replace(
         Settings(),
@@ -139,6 +148,7 @@ def main() -> None:
         fuse_weight=args.fuse_weight,
         fuse_frames=args.fuse_frames,
         fuse_hypotheses=args.fuse_hypotheses,
+        fuse_beam=args.fuse_beam,
         **PRESETS[args.preset],  # type: ignore[arg-type]
     )
     import torch
@@ -181,17 +191,17 @@ def main() -> None:
                 errors[way] = Levenshtein.distance(words, answer.hypotheses[0].words)
                 sums[way].errors.append(errors[way])
                 sums[way].oracle += min(Levenshtein.distance(words, one.words) for one in found)
-                sums[way].searching += searched - began
-                sums[way].rescoring += ended - searched
+                sums[way].searching.append(searched - began)
+                sums[way].rescoring.append(ended - searched)
             done += 1
             print(f"{errors} {' '.join(words)}", flush=True)
     count = sum(map(len, truth[:done]))
     print(f"{done} sentences, {count} words")
-    print("| | WER | n-best oracle | s per sentence, search | rescoring |\n|---|---|---|---|---|")
+    print("| | WER | n-best oracle | s per sentence, search | rescoring | mean, median, 90 % |")
+    print("|---|---|---|---|---|---|")
     for way, total in sums.items():
         rates = f"{sum(total.errors[:done]) / count:.1%} | {total.oracle / count:.1%}"
-        seconds = (total.searching / done, total.rescoring / done)
-        print(f"| {way} | {rates} | {seconds[0]:.2f} | {seconds[1]:.2f} |")
+        print(f"| {way} | {rates} | {total.seconds()} |")
     for way in ("alone", "rescored"):
         one, other = (
             [

@@ -193,6 +193,8 @@ class FusedSearch(BeamSearch):
         self._batch = None
         settings = self.settings
         self._asking = bool(settings.do_opt and settings.fuse_weight and settings.alpha)
+        self._beam = min(settings.fuse_beam, settings.lattice_beam)
+        self._informed = False
         self._scores = self._growing()
         self._differences: dict[tuple[str, ...], float] = {}
 
@@ -247,7 +249,7 @@ class FusedSearch(BeamSearch):
                 due[words] = (history.known - history.paid) * _LOG10
             totals[words] = max(totals.get(words, -math.inf), result.score + due[words])
         # What the answer would leave out is not asked.
-        least = max(totals.values(), default=0.0) - self.settings.lattice_beam
+        least = max(totals.values(), default=0.0) - self._beam
         near = [words for words, total in totals.items() if total >= least]
         best = sorted(near, key=lambda words: -totals[words])[: self.settings.fuse_hypotheses]
         return sorted(words for words in best if self._ngram.history(words).own is None)
@@ -263,13 +265,14 @@ class FusedSearch(BeamSearch):
                 raise ValueError("scores that are not finite")
         # A model's library may fail with anything. The sentence must still be searched.
         except Exception as error:
-            self._asking = False
+            self._asking = self._informed = False
             _LOG.warning(
                 "the rest of a sentence is searched by the n-gram model alone, since the large "
                 "language model failed (%s: %s)",
                 *(type(error).__name__, error),
             )
             return
+        self._informed = True
         weight = self.settings.fuse_weight * self.settings.alpha
         for words, llm in zip(asked, scores, strict=True):
             history = self._ngram.history(words)
@@ -287,7 +290,9 @@ class FusedSearch(BeamSearch):
         settings = self.settings
         every = rank(found, settings.acoustic_scale, len(found))
         fused = {one.words: (one.total or 0.0) + self._differences[one.words] for one in every}
-        least = max(fused.values(), default=0.0) - settings.lattice_beam
+        # Totals that hold no score of the model's say little about what it will prefer.
+        beam = self._beam if self._informed else settings.lattice_beam
+        least = max(fused.values(), default=0.0) - beam
         best = sorted(every, key=lambda one: -fused[one.words])[: settings.nbest]
         kept = [one for one in best if fused[one.words] >= least]
         return rank(kept, settings.acoustic_scale, len(kept))

@@ -28,7 +28,7 @@ OWN_WIDTH = "its default width is its own"
 """Why some searches have no presets."""
 
 NO_FUSION = dict.fromkeys(
-    ("fuse_weight", "fuse_frames", "fuse_hypotheses"),
+    ("fuse_weight", "fuse_frames", "fuse_hypotheses", "fuse_beam"),
     "it cannot ask a large language model before the sentence is finished",
 )
 """What most searches lack."""

@@ -137,10 +137,18 @@ class Settings:
         "fusion",
     )
     fuse_frames: int = setting(
-        15, 1, 10_000, "with --fuse: the large model is asked every so many frames", "fusion"
+        30, 1, 10_000, "with --fuse: the large model is asked every so many frames", "fusion"
     )
     fuse_hypotheses: int = setting(
         25, 1, 10_000, "with --fuse: best hypotheses that it is asked about", "fusion"
+    )
+    fuse_beam: float = setting(
+        10.0,
+        0,
+        1e6,
+        "with --fuse: hypotheses whose total with the large model's part is worse than the best by "
+        "more (ln) are neither asked about nor rescored",
+        "fusion",
     )
     top_candidates_to_augment: int = setting(
         20, 0, 100, "best hypotheses that exchange their differing words; 0: none", "answer"

@@ -122,7 +122,7 @@ def as_text(result: Result) -> str:
             f"{alone:.2%} rescored at the end: "
             + (
                 f"use --fuse with fuse_weight {result.settings.fuse_weight:g}"
-                if asking < alone
+                if result.settings.fuse_weight
                 else "leave --fuse out"
             )
         )

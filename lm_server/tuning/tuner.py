@@ -247,8 +247,9 @@ class Tuner:
             finals.append(rescored(self._measured(best.lists.settings)))
         last = min(finals, key=lambda one: one.errors)
         fusion = None
-        if fused is not None and loaded is not None:
-            last, expected, fusion = self._asking(fused(), last, expected, *loaded)
+        asking = fused() if fused is not None and loaded is not None else None
+        if asking is not None and loaded is not None:
+            last, expected, fusion = self._asking(asking, last, expected, *loaded)
         chosen, errors = last.lists.settings, last.errors
         words = max(int(last.lists.reference_words.sum()), 1)
 
@@ -258,8 +259,13 @@ class Tuner:
         first = min(incumbents, key=rate)
         kept = None
         if expected > rate(first):
+            least = in_use.get(first.lists.settings, 0.0)
+            if asking is not None and loaded is not None:
+                # What is kept must name that way to search which has its rate.
+                asked = self._asked(asking, first.lists.settings, *loaded)
+                first = asked if asked.errors < first.errors else _without_asking(first)
             kept, last, chosen, errors = expected, first, first.lists.settings, first.errors
-            expected = rate(first)
+            expected = max(first.errors / words, least)
         temperature, before, after = tuning.calibrate(last.lists, chosen)
         return Result(
             dataclasses.replace(chosen, confidence_temperature=temperature),
@@ -368,21 +374,29 @@ class Tuner:
         found = []
         for weight in _FUSE_WEIGHTS:
             settings = dataclasses.replace(last.lists.settings, fuse_weight=weight)
-            asked = [getattr(settings, name) for name in ("alpha", "length_penalty")]
-            asked += [getattr(settings, name) for name in names_of("fusion")]
-            part = self._part(self._all.trials, "fused", *identity, *asked)
-            lists = part.cache.read_search(settings)
-            if lists is None:
-                lists = self._search(settings, part.logits, model)
-                part.cache.write_search(settings, lists)
-            made = tuning.make_lists(lists, self._references, settings)
-            found.append(self._rescored(self._judged(made), scorer, identity))
+            found.append(self._asked(model, settings, scorer, identity))
         alone, asking = self._expected([last]), self._expected(found)
         if asking < alone:
             return min(found, key=lambda one: one.errors), asking, (alone, asking)
-        without = dataclasses.replace(last.lists.settings, fuse_weight=0.0)
-        lists_without = dataclasses.replace(last.lists, settings=without)
-        return dataclasses.replace(last, lists=lists_without), expected, (alone, asking)
+        return _without_asking(last), expected, (alone, asking)
+
+    def _asked(
+        self,
+        model: SearchModel,
+        settings: Settings,
+        scorer: SentenceScorer,
+        identity: Sequence[object],
+    ) -> Tried:
+        """Search with these settings, the large model asked meanwhile, and rescore."""
+        asked = [getattr(settings, name) for name in ("alpha", "length_penalty")]
+        asked += [getattr(settings, name) for name in names_of("fusion")]
+        part = self._part(self._all.trials, "fused", *identity, *asked)
+        lists = part.cache.read_search(settings)
+        if lists is None:
+            lists = self._search(settings, part.logits, model)
+            part.cache.write_search(settings, lists)
+        made = tuning.make_lists(lists, self._references, settings)
+        return self._rescored(self._judged(made), scorer, identity)
 
     def _study(
         self, base: Settings, tried: Sequence[Tried]
@@ -556,6 +570,12 @@ class Tuner:
                 scores.update(new)
                 progress.advance(task, len(some))
         return self._judged(tried.lists.with_llm(scores))
+
+
+def _without_asking(tried: Tried) -> Tried:
+    """Return the same search with settings that never ask the large model meanwhile."""
+    settings = dataclasses.replace(tried.lists.settings, fuse_weight=0.0)
+    return dataclasses.replace(tried, lists=dataclasses.replace(tried.lists, settings=settings))
 
 
 def _best_first(tried: Tried) -> int:

@@ -174,21 +174,38 @@ def test_what_the_model_has_lowered_makes_room_for_the_next_best(model):
     assert {"the dog ran too", "the dog ran two"} & set(asked[asked.index("the dog ran to") :])
 
 
-def test_what_an_answer_would_leave_out_is_not_asked(model):
-    logits, asked = noisy(SAID), []
-    for lattice_beam in (3.0, 1e6):
+@pytest.mark.parametrize("beam", ["lattice_beam", "fuse_beam"])
+def test_what_an_answer_would_leave_out_is_not_asked(model, beam):
+    logits, asked, answers = noisy(SAID), [], []
+    for width in (3.0, 1e6):
         prefers = Prefers()
-        settings = dataclasses.replace(VAGUE, lattice_beam=lattice_beam)
-        searched(FusedModel(model, lambda one=prefers: one), logits, settings)
+        settings = dataclasses.replace(VAGUE, **{"fuse_beam": 1e6, beam: width})
+        answers.append(searched(FusedModel(model, lambda one=prefers: one), logits, settings))
         asked.append({sentence for batch in prefers.asked for sentence in batch})
     assert " ".join(SAID) in asked[0]
     assert len(asked[0]) < len(asked[1]) / 2
+    assert {one.words for one in answers[0]} < {one.words for one in answers[1]}
+
+
+def test_where_the_model_has_said_nothing_its_beam_leaves_nothing_out(model):
+    logits, go = noisy(SAID), threading.Event()
+    settings = dataclasses.replace(VAGUE, fuse_beam=0.5)
+    alone = searched(model, logits, settings)
+    assert len(alone) > 5
+    fails = FusedModel(model, lambda: Prefers(fails=True))
+    assert searched(fails, logits, settings) == alone
+    late = FusedModel(model, lambda: Prefers(go=go), aside=True)
+    assert searched(late, logits, settings) == alone
+    go.set()
+    late.close()
+    assert len(searched(FusedModel(model, Prefers), logits, settings)) < len(alone)
 
 
 def test_scores_stay_apart_and_are_those_of_the_search_alone(model, tiny):
     logits = noisy(SAID)
     alone = {one.words: one for one in searched(model, logits)}
-    fused = searched(FusedModel(model, lambda: growing(tiny)), logits)
+    settings = dataclasses.replace(VAGUE, fuse_beam=1e6)
+    fused = searched(FusedModel(model, lambda: growing(tiny)), logits, settings)
     both = [(one, alone[one.words]) for one in fused if one.words in alone]
     assert len(both) > 5
     for one, other in both:

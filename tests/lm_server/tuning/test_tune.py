@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -539,6 +540,35 @@ class Likes:
         self.asked += len(sentences)
         begun = [any(one.startswith(some) for one in SENTENCES) for some in sentences]
         return np.where(begun, -1.0, -60.0)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_settings_that_are_kept_name_the_way_to_search_that_has_their_rate(
+    model: SearchModel,
+    logits_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    helps: bool,
+) -> None:
+    knowing, likes = Knowing(frozenset(SENTENCES)), Likes()
+    fused = FusedModel(model, lambda: likes)
+    one = tuner(model, read_logits(logits_file), logits_file, tmp_path)
+    monkeypatch.setattr(one, "_expected", lambda choices: 1.0)
+    asking, errors = one._asked, 0 if helps else 1000
+
+    def asked(*of: Any) -> tuner_module.Tried:
+        return dataclasses.replace(asking(*of), errors=errors)
+
+    monkeypatch.setattr(one, "_asked", asked)
+    base = Settings(acoustic_scale=0.05, blank_penalty=50.0, fuse_weight=0.7)
+    in_use = {base: 0.02}
+    result = one.run(base, 1, lambda: (knowing, ["knowing"]), in_use, fused=lambda: fused)
+    assert result.kept == 1.0
+    assert result.settings.fuse_weight == (0.7 if helps else 0.0)
+    text = tune_report.as_text(result)
+    assert ("use --fuse with fuse_weight 0.7" if helps else "leave --fuse out") in text
+    # What they were chosen on still counts.
+    assert result.expected >= 0.02
 
 
 @pytest.mark.slow

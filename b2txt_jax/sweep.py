@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     base = load_config(args.config, args.overrides)
     settings = combinations(args.grid)
+    check_overrides(args.overrides, args.grid)
     # All of them first, so that a mistake in the last is found before the work.
     planned = [
         (name, seed, args.out / name / f"seed_{seed}", _configured(base, changes, seed))
@@ -134,6 +135,18 @@ def combinations(grid: Sequence[str]) -> dict[str, list[str]]:
             raise ConfigError(f"--grid has {name} twice; needed values that differ")
         found[name or "base"] = [f"--config.{key}={value}" for key, value in pairs]
     return found
+
+
+def check_overrides(overrides: Sequence[str], grid: Sequence[str]) -> None:
+    """Raise ConfigError where a key of the command line is one that the sweep sets."""
+    swept = {one.partition("=")[0].removeprefix("--config."): "--grid" for one in grid}
+    swept["train.seed"] = "--seeds"
+    for one in overrides:
+        key = one.partition("=")[0].removeprefix("--config.")
+        if key in swept:
+            raise ConfigError(
+                f"{one} would change nothing, since {swept[key]} sets {key}; needed one of the two"
+            )
 
 
 def _configured(base: Config, changes: Sequence[str], seed: int) -> Config:

@@ -31,6 +31,17 @@ def test_a_grid_that_is_none_is_refused(grid: list[str]) -> None:
         combinations(grid)
 
 
+@pytest.mark.parametrize(
+    ("option", "sets"), [("--config.train.seed=3", "--seeds"), ("--config.model.units=8", "--grid")]
+)
+def test_a_key_that_the_sweep_sets_is_not_taken_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, sets: str
+) -> None:
+    command = ["sweep", "--config", "demo", "--out", str(tmp_path), "--grid", "model.units=16,32"]
+    assert main([*command, option]) == 2
+    assert f"{option} would change nothing, since {sets} sets" in capsys.readouterr().err
+
+
 def test_intervals_are_student_s() -> None:
     found = mean_interval([0.1, 0.12, 0.09, 0.11, 0.13])
     half = 2.7764 * 0.0158114 / 5**0.5  # the table's quantile for 4 degrees of freedom

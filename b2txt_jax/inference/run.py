@@ -49,6 +49,7 @@ from b2txt_jax.training.sharding import (
 )
 from b2txt_jax.training.step import EvalOutput
 from b2txt_jax.training.tracker import PER_KEYS
+from b2txt_jax.training.warm_start import check_not_pretrained
 
 CHANGEABLE = frozenset(
     {
@@ -373,13 +374,14 @@ def load_run(
       changeable: keys of the configuration that may be overridden.
 
     Raises:
-      ConfigError: the folder holds no run, or one without such weights.
+      ConfigError: the folder holds no run, a pretrained one, or one without such weights.
       CheckpointError: the run has no best checkpoint yet, or it is damaged.
       ConversionError: the exported weights are damaged.
     """
     workdir = Path(workdir)
     if (workdir / SHARED_FILE).is_file() and not has_checkpoint(workdir):
         return _load_shared(workdir, overrides, weights, changeable)
+    check_not_pretrained(workdir)
     config = with_overrides(read_written_config(workdir / CONFIG_FILE), overrides, changeable)
     if weights not in WEIGHTS:
         raise ConfigError(f"weights is {weights!r}; needed one of {', '.join(WEIGHTS)}")

@@ -21,11 +21,11 @@ _DAY = "day"
 
 
 def check_not_pretrained(workdir: Path) -> None:
-    """Raise ConfigError where `b2txt train` would go on in the folder of a pretrained run."""
+    """Raise ConfigError where a folder of `b2txt train` is needed, and this is of a pretraining."""
     if (workdir / PRETRAINING_FILE).is_file():
         raise ConfigError(
             f"{workdir} holds a pretrained run, which has no map to phonemes; needed another "
-            f"--workdir, with --config.train.warm_start={workdir}"
+            f"--workdir, of `b2txt train --config.train.warm_start={workdir}`"
         )
 
 

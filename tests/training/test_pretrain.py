@@ -15,6 +15,7 @@ from b2txt_jax.config import CONFIG_FILE, Config, ConfigError, load_config, writ
 from b2txt_jax.data.description import DataError
 from b2txt_jax.data.loader import Batch
 from b2txt_jax.data.write_hdf5 import write_trial
+from b2txt_jax.inference.run import load_run
 from b2txt_jax.signal.smooth import smooth_as
 from b2txt_jax.training.loop import resolve, train
 from b2txt_jax.training.pretrain import (
@@ -189,6 +190,12 @@ def test_training_does_not_go_on_in_the_folder_of_a_pretrained_run(
     (tmp_path / "checkpoints/latest/1").mkdir(parents=True)
     with pytest.raises(ConfigError, match="holds a trained run"):
         pretrain(config, tmp_path)
+
+
+def test_a_pretrained_run_gives_no_logits(tmp_path: Path) -> None:
+    (tmp_path / "pretraining.jsonl").touch()
+    with pytest.raises(ConfigError, match="holds a pretrained run, which has no map to phonemes"):
+        load_run(tmp_path)
 
 
 def test_a_call_with_another_split_share_or_data_does_not_go_on(

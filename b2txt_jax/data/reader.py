@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from b2txt_jax.config import SignalConfig
+from b2txt_jax.data.description import DataError
 from b2txt_jax.data.hdf5 import Hdf5Reader
 from b2txt_jax.data.joint import JointReader, folders
 from b2txt_jax.data.normalised import NormalisedReader
@@ -37,7 +38,8 @@ def open_folder(
       narrower: whether a single folder may have fewer features too, which zeros follow.
 
     Raises:
-      DataError: `root` is no folder, packing it was not finished, or it has other features.
+      DataError: `root` is no folder or lists one twice, packing it was not finished, or it has
+        other features.
     """
 
     def opened(folder: Path, count: int) -> Reader:
@@ -45,6 +47,8 @@ def open_folder(
         return NormalisedReader(reader, signal) if signal and changes(signal) else reader
 
     listed = [existing_folder(one) for one in folders(root)]
+    if len({one.resolve() for one in listed}) < len(listed):
+        raise DataError(f"data.root lists a folder twice: {root}; needed each participant's once")
     if len(listed) == 1 and not narrower:
         return opened(listed[0], feature_count)
     widths = {one: format_of(one).features(one) for one in listed}

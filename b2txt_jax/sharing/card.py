@@ -54,7 +54,8 @@ def model_card(
     if chosen["validations"]:
         facts["Chosen"] = (
             f"for the lowest PER of {chosen['validations']} validations, which is too good by "
-            f"chance; mean of the last ten {100 * chosen['per_last_ten']:.2f} %"
+            f"chance; mean of the last {min(10, chosen['validations'])}: "
+            f"{100 * chosen['per_last_ten']:.2f} %"
         )
     if calls:
         facts["Trained by"] = f"`{calls[-1].get('command')}`"
@@ -68,8 +69,13 @@ def model_card(
         _figures(results),
         "## Data",
         data_statement,
-        "The model has an input layer for each recording day. On a new day, or another person, it "
-        "needs training on data of that day. It is a research model, and not a medical device.",
+        (
+            "The model has an input layer for each recording day."
+            if config.model.days_differ
+            else "All recording days share the model's input layer."
+        )
+        + " On a new day, or another person, it needs training on data of that day. It is a "
+        "research model, and not a medical device.",
         "## Use",
         '```python\nimport b2txt_jax\n\nrun = b2txt_jax.load_run("THIS_FOLDER")\n'
         f'logits = run.logits(features, day="{run.sessions[-1]}")  # [T, '

@@ -62,6 +62,8 @@ def test_what_cannot_be_joined_is_named(root: str, tmp_path: Path) -> None:
     session(tmp_path / "more", "b.2022.01.01", 3)
     with pytest.raises(DataError, match=r"b.2022.01.01 is in .*small and in .*more"):
         open_folder(f"{root},{tmp_path / 'more'}", 5)
+    with pytest.raises(DataError, match="lists a folder twice"):
+        open_folder(f"{root},{folders(root)[0]}/../{folders(root)[0].name}", 5)
     with pytest.raises(DataError, match="nowhere is not there"):
         open_folder(f"{root},{tmp_path}/nowhere", 5)
     (tmp_path / "empty").mkdir()

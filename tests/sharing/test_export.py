@@ -14,6 +14,7 @@ from b2txt_jax.config import Config
 from b2txt_jax.inference.run import load_run
 from b2txt_jax.interop.convert import write_workdir
 from b2txt_jax.interop.nejm import Run
+from b2txt_jax.sharing.card import model_card
 from b2txt_jax.training.checkpoint import BestScore
 from b2txt_jax.training.step import init_state
 from tests.conftest import FEATURES
@@ -65,6 +66,15 @@ def test_nothing_of_the_machine_is_in_it_and_its_own_settings_alone(run, shared,
     assert card.startswith("---\nlicense: cc0-1.0\n")
     assert "simulated sessions" in card
     assert load_run(run).fingerprint in card
+
+
+def test_the_card_speaks_of_day_layers_where_there_are_any(run: Path) -> None:
+    ours = load_run(run)
+    model = replace(ours.config.model, day_layer=False)
+    shares = replace(ours, config=replace(ours.config, model=model))
+    cards = [model_card(one, "name", [], "", "cc0-1.0", [], False) for one in (ours, shares)]
+    assert ["an input layer for each recording day" in card for card in cards] == [True, False]
+    assert "share the model's input layer" in cards[1]
 
 
 PLAIN = """

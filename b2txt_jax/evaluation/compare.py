@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `b2txt compare`."""
+    if args.sentences < 0:
+        raise ResultsError(f"--sentences is {args.sentences}; needed 0 or more")
     if args.out:
         require_writable(args.out)
     first, second = result_of(args.first, args.split), result_of(args.second, args.split)

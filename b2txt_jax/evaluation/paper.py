@@ -49,6 +49,7 @@ _RATINGS = {
     "no rating": ("response timeout", "no user rating"),
 }
 """What is drawn -> what the person chose."""
+_TRIAL = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one or more (default png)",
     )
     parser.add_argument(
-        "--trial", type=int, default=500, help="sentence whose logits are drawn (default 500)"
+        "--trial",
+        type=int,
+        help=f"sentence of --copy-task whose logits are drawn (default {_TRIAL})",
     )
 
 
@@ -72,12 +75,17 @@ def run(args: argparse.Namespace) -> int:
     """Run `b2txt figures`."""
     if not (args.runs or args.copy_task or args.personal_use):
         raise PublishedDataError("nothing to draw; needed --copy-task, --personal-use or RUN")
+    if args.trial is not None and not args.copy_task:
+        raise PublishedDataError(
+            f"--trial {args.trial} is a sentence of --copy-task; needed both, or neither"
+        )
     require_writable(args.out / "figure_2.png", inputs=[*args.runs])
     figures: dict[str, Figure] = {}
     if args.copy_task:
         task = read_copy_task(args.copy_task)
         figures["figure_2_rates"] = session_rates(task)
-        figures["figure_2_logits"] = example_logits(task, args.trial)
+        trial = _TRIAL if args.trial is None else args.trial
+        figures["figure_2_logits"] = example_logits(task, trial)
     if args.personal_use:
         figures["figure_4"] = personal_use(read_personal_use(args.personal_use))
     if args.runs:

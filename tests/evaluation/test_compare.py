@@ -103,3 +103,5 @@ def test_the_command_prints_both_rates_and_writes_json(make_result, tmp_path, ca
     assert shown.count("true: how are you today") == 2
     assert (written["wer"]["worse"], len(written["changed"])) == (12, 12)
     assert written["wer"]["paired"]["interval"]["low"] > 0
+    assert main(["compare", str(a), str(b), "--sentences", "-1"]) == 2
+    assert "--sentences is -1; needed 0 or more" in capsys.readouterr().err

@@ -143,3 +143,13 @@ def test_the_command_writes_each_figure_in_each_format(make_result, tmp_path, ca
     assert "--trial is 500; needed one of 0 to 3" in capsys.readouterr().err
     assert main(["figures", "--out", str(out)]) == 2
     assert main(["figures", "--out", str(out), "--copy-task", str(tmp_path / "none.pkl")]) == 2
+
+
+def test_a_sentence_of_no_copy_task_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    personal = written(tmp_path / "p.pkl", use())
+    command = ["figures", "--personal-use", str(personal), "--out", str(tmp_path / "figures")]
+    assert main([*command, "--trial", "3"]) == 2
+    assert "--trial 3 is a sentence of --copy-task" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()

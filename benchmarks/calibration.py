@@ -328,8 +328,8 @@ def main() -> None:
     option("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     run = load_run(args.workdir)
-    # With --follow-adapt day, days that share everything get a layer each.
-    followed = separated(run, args.follow_adapt or "patch")
+    # As in `b2txt stream`, days that share everything get a layer each, but with patch.
+    followed = separated(run, args.follow_adapt)
     simulation = Simulation(args.data, len(run.sessions))
     result: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items()}, "seeds": {}}
     with words_of(args.lm) as words:

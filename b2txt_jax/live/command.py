@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from b2txt_jax.calibration.calibrate import separated
 from b2txt_jax.calibration.follow import Follower, FollowSettings, Kept, adapted_folder
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.data.trial import SPLITS, TrialRef
@@ -129,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="auto",
         choices=("auto", "day", "patch"),
         help="learn from certain and chosen sentences: move the day's layer or the patch "
-        "embedding between sentences (default off; auto: day where the model has layers of days)",
+        "embedding between sentences (default off; auto: day where the model can have such layers)",
     )
     following.add_argument(
         "--adapt-confidence",
@@ -196,11 +197,13 @@ def run(args: argparse.Namespace) -> int:
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     scores = _Scores()
     with ExitStack() as stack:
-        model = LiveModel(trained, _day(args, trained), args.chunk_frames)
+        # Settings and what was learned belong to the run as it was trained.
+        decoding = _separated(args, trained)
+        model = LiveModel(decoding, _day(args, trained), args.chunk_frames)
         kept = args.statistics or statistics_file(trained, args.workdir, model.day)
         source, statistics = _source(args, trained, model.day, kept, speed, stack)
         outputs = _outputs(args, console, commands, stack)
-        following = _following(args, trained, model, math.isfinite(speed), stack)
+        following = _following(args, trained, decoding, model, math.isfinite(speed), stack)
         options = ["--llm", args.llm] if args.llm else []
         options = settings_in_use(trained, args.lm, options).options(options)
         server = functools.partial(language_model, args.redis, args.lm, options=options)
@@ -302,6 +305,13 @@ def _day(args: argparse.Namespace, trained: Run) -> str:
     return args.day or replayed or trained.sessions[-1]
 
 
+def _separated(args: argparse.Namespace, trained: Run) -> Run:
+    """Return the run with a layer of the day's own, if a layer is to follow and days share all."""
+    if args.adapt is None:
+        return trained
+    return separated(trained, None if args.adapt == "auto" else args.adapt)
+
+
 def _undo(args: argparse.Namespace, console: Console) -> int:
     """Take back what was learned while decoding."""
     if args.undo != "all" and not (args.undo.isdigit() and int(args.undo) > 0):
@@ -315,7 +325,12 @@ def _undo(args: argparse.Namespace, console: Console) -> int:
 
 
 def _following(
-    args: argparse.Namespace, trained: Run, model: LiveModel, background: bool, stack: ExitStack
+    args: argparse.Namespace,
+    trained: Run,
+    decoding: Run,
+    model: LiveModel,
+    background: bool,
+    stack: ExitStack,
 ) -> Following | None:
     """Return the output that moves the model, if it is asked for."""
     if args.adapt is None:
@@ -325,7 +340,7 @@ def _following(
         confidence=args.adapt_confidence,
         bound=args.adapt_bound,
     )
-    follower = Follower(trained, trained.day_index(model.day), settings)
+    follower = Follower(decoding, trained.day_index(model.day), settings)
     kept = Kept(adapted_folder(args.workdir, model.day), trained)
     found = Following(model, follower, kept, settings.confidence, background)
     stack.callback(found.close)

@@ -1,5 +1,7 @@
 """Self-calibration: what a sentence moves, how far, what is taken back, and by whom."""
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import time
@@ -15,6 +17,7 @@ from b2txt_jax.config import ConfigError, load_config
 from b2txt_jax.data.loader import TrainingData
 from b2txt_jax.data.reader import open_folder
 from b2txt_jax.inference.run import Run
+from b2txt_jax.live.command import _following, _separated
 from b2txt_jax.live.events import Chosen, Final
 from b2txt_jax.live.following import Following
 from b2txt_jax.live.model import LiveModel
@@ -165,6 +168,31 @@ def test_the_patch_embedding_of_a_model_without_day_layers_follows_live(tmp_path
     again.close()
     fresh.begin()
     np.testing.assert_array_equal(np.concatenate([fresh.push(x), fresh.finish()]), trained)
+
+
+@pytest.mark.slow
+def test_stream_moves_a_layer_of_the_days_own_though_days_share_everything(tmp_path):
+    run, x = small_transformer(DAYS, 16), features(1)
+    args = argparse.Namespace(adapt="auto", adapt_confidence=0.9, adapt_bound=1.0, workdir=tmp_path)
+    decoding = _separated(args, run)
+    model = LiveModel(decoding, DAYS[1])
+    with contextlib.ExitStack() as stack:
+        output = _following(args, run, decoding, model, False, stack)
+        output.show(final("a", 0, 0.95))
+    (line,) = lines(tmp_path / "adapted" / DAYS[1])
+    assert line["kept"]
+    with np.load(tmp_path / "adapted" / DAYS[1] / "000001.npz") as file:
+        assert set(file.files) == {"day/weight", "day/bias", "model"}
+        assert str(file["model"]) == run.fingerprint
+    model.begin()
+    followed = dataclasses.replace(decoding, params=jax.tree.map(np.asarray, model.params))
+    trained = run.logits(x, DAYS[0])
+    np.testing.assert_array_equal(followed.logits(x, DAYS[0]), trained)
+    assert np.abs(followed.logits(x, DAYS[1]) - trained).max() > 1e-4
+    args.adapt = "patch"
+    assert _separated(args, run) is run
+    args.adapt = None
+    assert _separated(args, run) is run
 
 
 def lines(folder):

@@ -36,6 +36,9 @@ LOG_FILE = "log.jsonl"
 _KEPT = 10
 """Updates that can be taken back one by one. All of them together can always."""
 _SHARE_OF_EARLIER = 0.4
+_FRESH = 6
+"""Sentences by which it is seen whether following helps with sentences that come after it."""
+_FRESH_LEAST = 3
 _BINS, _LABELS = 200, 64
 """Multiples that sentences are padded to where the configuration has no buckets."""
 
@@ -75,7 +78,7 @@ class Update:
 
     kept: bool
     why: str
-    """`lower loss`, or the reason why it was taken back."""
+    """`lower loss`, whether it went half of the way back, or the reason why it was taken back."""
     loss_before: float
     """CTC loss (ln) of the sentence, for each label."""
     loss_after: float
@@ -115,6 +118,9 @@ class Follower:
         self._buckets, self._features = config.data.buckets, config.data.feature_count
         self._evaluate = jax.jit(make_eval_step(config, len(config.data.sessions)))
         self._earlier: collections.deque[Spoken] = collections.deque(maxlen=settings.remembered)
+        self._fresh: collections.deque[float] = collections.deque(maxlen=_FRESH)
+        """By how much the loss of a sentence that was not yet learned from is above that with the
+        trained values."""
         self._updates = 0
 
     @property
@@ -149,6 +155,8 @@ class Follower:
                 earlier_before,
                 self.change,
             )
+        if self.change > 0:
+            self._fresh.append(before - self._loss(self.start, [one]))
         moved = self._bounded(self._steps(one, earlier))
         after = self._loss(moved, [one])
         earlier_after = self._loss(moved, earlier) if earlier else None
@@ -158,6 +166,10 @@ class Follower:
         elif earlier_before is not None and not (earlier_after or 0.0) <= earlier_before:
             why = "the loss of the sentences before rose"
         kept = why == "lower loss"
+        if kept and len(self._fresh) >= _FRESH_LEAST and float(np.mean(self._fresh)) > 0:
+            # Nothing has drifted, or it was learned wrong: what was learned does not carry over.
+            moved = {name: (self.start[name] + moved[name]) / 2 for name in moved}
+            why += ", and half of the way back: following has not helped with new sentences"
         if kept:
             self.moved = moved
         return Update(kept, why, before, after, earlier_before, earlier_after, self.change)

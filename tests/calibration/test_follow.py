@@ -104,6 +104,20 @@ def test_a_corrected_sentence_is_not_replayed_though_another_came_after_it(run):
     assert done.earlier_before == done.loss_before  # of the one sentence that is left
 
 
+@pytest.mark.parametrize(("by", "share"), [(0.1, 0.5), (-0.1, 1.0)])
+def test_what_has_not_helped_with_new_sentences_goes_half_of_the_way_back(run, by, share):
+    follower, free = (Follower(run, 1, STRONG) for _ in range(2))
+    for one in (follower, free):
+        one.update(features(0), LABELS)
+    follower._fresh.extend([by] * 3)
+    done, _ = follower.update(features(0), LABELS), free.update(features(0), LABELS)
+    assert done.kept
+    assert ("half of the way back" in done.why) == (share < 1)
+    for name, value in free.moved.items():
+        start = follower.start[name]
+        np.testing.assert_allclose(follower.moved[name], start + share * (value - start), atol=1e-6)
+
+
 def test_a_sentence_too_short_for_its_text_changes_nothing(run):
     follower = Follower(run, 1, STRONG)
     done = follower.update(features(0, bins=20), LABELS)

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     need_packages(args.backend)
     workers = options.workers_from(args)
     settings = options.settings_from(args)
+    options.warn_of_no_question(args, settings)
     words = options.hot_words_from(args)
     # The files first: a wrong one is reported at once, not after the model is read.
     require_writable(args.out, inputs=[args.lm, *args.logits])

@@ -202,6 +202,20 @@ def settings_from(args: argparse.Namespace) -> Settings:
     return chosen
 
 
+def warn_of_no_question(args: argparse.Namespace, chosen: Settings) -> None:
+    """Name the settings with which --fuse changes nothing.
+
+    `tune` writes a fuse_weight of 0 where asking is expected to bring nothing.
+    """
+    for name in ("fuse_weight", "alpha", "do_opt") if args.fuse else ():
+        if not getattr(chosen, name):
+            print(
+                f"warning: --fuse is given, but {name} is 0, with which no search asks the large "
+                "language model",
+                file=sys.stderr,
+            )
+
+
 def warn_of_another_checkpoint(args: argparse.Namespace, *made_by: Mapping[str, Any]) -> None:
     """Name the steps where --settings was tuned for none of the checkpoints of the logits."""
     if args.settings is None or not all(made_by):

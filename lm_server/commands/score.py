@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     need_packages(args.backend)
     settings = options.settings_from(args)
+    options.warn_of_no_question(args, settings)
     if args.logits is None:
         os.nice(_NICENESS)
     model = load_model(args.lm, args.backend)

@@ -194,6 +194,7 @@ def run(args: argparse.Namespace, ready: Callable[[], None] = lambda: None) -> i
     with contextlib.ExitStack() as stack:
         url, check = stack.enter_context(chosen_redis(args))
         chosen = options.settings_from(args)
+        options.warn_of_no_question(args, chosen)
         ceilings = options.ceilings_from(args, chosen)
         words = options.hot_words_from(args)
         # Connecting first: a wrong URL shows at once, not after the model is read.

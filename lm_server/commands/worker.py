@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     args.workers = options.workers_from(args)
     check_numbers(args, [WAIT, *_TERMS])
     chosen = options.settings_from(args)
+    options.warn_of_no_question(args, chosen)
     ceilings = options.ceilings_from(args, chosen)
     words = options.hot_words_from(args)
     terms = Terms(args.lease_seconds, args.attempts, job_seconds=args.job_seconds)

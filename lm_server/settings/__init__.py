@@ -143,7 +143,7 @@ class Settings:
         25, 1, 10_000, "with --fuse: best hypotheses that it is asked about", "fusion"
     )
     fuse_beam: float = setting(
-        10.0,
+        8.0,
         0,
         1e6,
         "with --fuse: hypotheses whose total with the large model's part is worse than the best by "

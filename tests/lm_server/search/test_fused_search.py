@@ -318,3 +318,7 @@ def test_score_and_tune_ask_during_the_search_too(model_folder, tmp_path, capsys
     about = json.loads(out.read_text())["about"]["asking_during_the_search"]
     assert set(about) == {"expected_wer_rescored", "expected_wer_asked"}
     assert "leave --fuse out" in capsys.readouterr().out
+    asked.clear()
+    assert main(["score", *common, "--settings", str(out)]) == 0
+    assert not asked
+    assert "--fuse is given, but fuse_weight is 0" in capsys.readouterr().err

@@ -21,7 +21,10 @@ TRAIN = [sys.executable, "-m", "b2txt_jax.cli", "train", "--config", "configs/de
 def environment(devices: int) -> dict[str, str]:
     """The environment of a process that sees so many CPU devices."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    # XLA has one pool of as many threads as there are cores, or devices. Where other work takes one
+    # of them, a device that the others wait for never begins. NPROC makes the pool larger.
+    threads = str(2 * devices + 2)
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": threads}
 
 
 def start(

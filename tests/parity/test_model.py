@@ -176,14 +176,18 @@ def test_patches_and_their_projection_equal_torch_unfold(bins, size, stride, row
     np.testing.assert_allclose(gradients[1], of_weight, atol=2e-5)
 
 
+def random_patches(bins, size, stride):
+    """Features, weight, and weights of the result whose sum has the gradients."""
+    rng = np.random.default_rng(1)
+    shapes = (3, bins, 5), (7, size * 5), (3, (bins - size) // stride + 1, 7)
+    return tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+
+
 @pytest.mark.parametrize(
     ("bins", "size", "stride"), [(45, 14, 4), (70, 7, 4), (14, 14, 4), (33, 3, 1), (52, 17, 3)]
 )
 def test_fewer_products_project_patches_as_torch_unfold_does(bins, size, stride):
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(3, bins, 5)).astype(np.float32)
-    weight = rng.normal(size=(7, size * 5)).astype(np.float32)
-    weights = rng.normal(size=(3, (bins - size) // stride + 1, 7)).astype(np.float32)
+    x, weight, weights = random_patches(bins, size, stride)
     _, expected, (of_x, of_weight) = unfolded_in_float64(x, weight, size, stride, weights)
     projected = jax.jit(toom_cook.project, static_argnums=(2, 3))(x, weight, size, stride)
     np.testing.assert_allclose(projected, expected, atol=1e-4)
@@ -196,10 +200,7 @@ def test_fewer_products_project_patches_as_torch_unfold_does(bins, size, stride)
 
 @pytest.mark.parametrize(("bins", "size", "stride"), [(47, 14, 4), (14, 14, 4), (33, 3, 3)])
 def test_products_of_patches_equal_torch_unfold(bins, size, stride):
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(3, bins, 5)).astype(np.float32)
-    weight = rng.normal(size=(7, size * 5)).astype(np.float32)
-    weights = rng.normal(size=(3, (bins - size) // stride + 1, 7)).astype(np.float32)
+    x, weight, weights = random_patches(bins, size, stride)
     _, expected, (of_x, of_weight) = unfolded_in_float64(x, weight, size, stride, weights)
     settings = {"size": size, "stride": stride, "dtype": jnp.dtype("float32")}
     projected = patch_ways.multiplied(x, weight, **settings)

@@ -542,22 +542,28 @@ class Likes:
         return np.where(begun, -1.0, -60.0)
 
 
-@pytest.mark.parametrize("helps", [True, False])
-def test_settings_that_are_kept_name_the_way_to_search_that_has_their_rate(
-    model: SearchModel,
-    logits_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    helps: bool,
-) -> None:
-    knowing, likes = Knowing(frozenset(SENTENCES)), Likes()
+Asking = tuple[Tuner, Knowing, Likes, FusedModel]
+
+
+@pytest.fixture
+def asking(model: SearchModel, logits_file: Path, tmp_path: Path) -> Asking:
+    """A tuner, what rescores, what is asked during the search, and the model that asks it."""
+    likes = Likes()
     fused = FusedModel(model, lambda: likes)
     one = tuner(model, read_logits(logits_file), logits_file, tmp_path)
+    return one, Knowing(frozenset(SENTENCES)), likes, fused
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_settings_that_are_kept_name_the_way_to_search_that_has_their_rate(
+    asking: Asking, monkeypatch: pytest.MonkeyPatch, helps: bool
+) -> None:
+    one, knowing, _, fused = asking
     monkeypatch.setattr(one, "_expected", lambda choices: 1.0)
-    asking, errors = one._asked, 0 if helps else 1000
+    really, errors = one._asked, 0 if helps else 1000
 
     def asked(*of: Any) -> tuner_module.Tried:
-        return dataclasses.replace(asking(*of), errors=errors)
+        return dataclasses.replace(really(*of), errors=errors)
 
     monkeypatch.setattr(one, "_asked", asked)
     base = Settings(acoustic_scale=0.05, blank_penalty=50.0, fuse_weight=0.7)
@@ -574,19 +580,13 @@ def test_settings_that_are_kept_name_the_way_to_search_that_has_their_rate(
 @pytest.mark.slow
 @pytest.mark.parametrize("helps", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_asking_during_the_search_is_written_only_if_it_is_expected_to_help(
-    model: SearchModel,
-    logits_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    helps: bool,
+    asking: Asking, monkeypatch: pytest.MonkeyPatch, helps: bool
 ) -> None:
-    knowing, likes = Knowing(frozenset(SENTENCES)), Likes()
-    fused = FusedModel(model, lambda: likes)
-    one = tuner(model, read_logits(logits_file), logits_file, tmp_path)
+    one, knowing, likes, fused = asking
 
     def expected(choices: Sequence[tuner_module.Tried]) -> float:
-        asking = choices[0].lists.settings.fuse_weight != 0.7
-        return 0.0 if asking is helps else 0.01
+        fuses = choices[0].lists.settings.fuse_weight != 0.7
+        return 0.0 if fuses is helps else 0.01
 
     monkeypatch.setattr(one, "_expected", expected)
     bad = Settings(acoustic_scale=0.05, blank_penalty=50.0, fuse_weight=0.7)
